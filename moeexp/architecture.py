@@ -1,0 +1,156 @@
+"""Shapes of a Qwen3.5-MoE text model, read from and written as a Hugging Face `config.json`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+LAYER_TYPES = ("linear_attention", "full_attention")
+MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
+
+_REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Field names are those of transformers' `Qwen3_5MoeTextConfig`."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    layer_types: tuple[str, ...]
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    partial_rotary_factor: float
+    rope_theta: float
+    linear_num_key_heads: int
+    linear_num_value_heads: int
+    linear_key_head_dim: int
+    linear_value_head_dim: int
+    linear_conv_kernel_dim: int
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    shared_expert_intermediate_size: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def key_dim(self) -> int:
+        return self.linear_num_key_heads * self.linear_key_head_dim
+
+    @property
+    def value_dim(self) -> int:
+        return self.linear_num_value_heads * self.linear_value_head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        return 2 * self.key_dim + self.value_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @staticmethod
+    def from_hf(config: dict[str, Any]) -> Architecture:
+        """Reads a flat text config or a multimodal one that nests it as `text_config`. `ValueError` names what is off."""
+        outer = config
+        config = dict(config.get("text_config") or config)
+        model_type = config.get("model_type", outer.get("model_type"))
+        if model_type is not None and model_type not in MODEL_TYPES:
+            raise ValueError(f"model_type={model_type!r} is not a Qwen3.5-MoE model; supported: {', '.join(MODEL_TYPES)}")
+        missing = [key for key in _REQUIRED if config.get(key) is None]
+        if missing:
+            raise ValueError(f"the model config lacks {', '.join(missing)}: it does not describe a Qwen3.5-MoE text model")
+        for key, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("attn_output_gate", True)):
+            if config.get(key, wanted) != wanted:
+                raise ValueError(f"{key}={config[key]!r} in the model config; only {wanted!r} is supported")
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
+            raise ValueError(f"rope_type={rope['rope_type']!r} in the model config; only 'default' is supported")
+        layers = int(config["num_hidden_layers"])
+        types = config.get("layer_types")
+        if types is None:
+            interval = int(config.get("full_attention_interval", 4))
+            types = ["full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(layers)]
+        eos = config.get("eos_token_id", outer.get("eos_token_id"))
+        arch = Architecture(
+            **{key: int(config[key]) for key in _REQUIRED},
+            layer_types=tuple(types),
+            partial_rotary_factor=float(rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 0.25))),
+            rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+            linear_conv_kernel_dim=int(config.get("linear_conv_kernel_dim", 4)),
+            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", outer.get("tie_word_embeddings", False))),
+            max_position_embeddings=int(config.get("max_position_embeddings", 32768)),
+            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),),
+        )
+        arch._validate()
+        return arch
+
+    @staticmethod
+    def from_folder(folder: Path) -> Architecture:
+        path = folder / "config.json"
+        if not path.is_file():
+            raise ValueError(f"{folder} has no config.json: give the folder of a Hugging Face snapshot")
+        try:
+            return Architecture.from_hf(json.loads(path.read_text()))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+    def to_hf(self) -> dict[str, Any]:
+        """A flat dict that `Qwen3_5MoeTextConfig(**d)` accepts."""
+        fields = {key: getattr(self, key) for key in _REQUIRED}
+        return fields | {
+            "layer_types": list(self.layer_types),
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": self.rope_theta,
+                "partial_rotary_factor": self.partial_rotary_factor,
+            },
+            "linear_conv_kernel_dim": self.linear_conv_kernel_dim,
+            "rms_norm_eps": self.rms_norm_eps,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "max_position_embeddings": self.max_position_embeddings,
+            "eos_token_id": list(self.eos_token_ids) or None,
+        }
+
+    def _validate(self) -> None:
+        if len(self.layer_types) != self.num_hidden_layers or set(self.layer_types) - set(LAYER_TYPES):
+            raise ValueError(
+                f"layer_types={list(self.layer_types)} must hold num_hidden_layers={self.num_hidden_layers} entries "
+                f"out of {LAYER_TYPES}"
+            )
+        for small, large in (
+            ("num_key_value_heads", "num_attention_heads"),
+            ("linear_num_key_heads", "linear_num_value_heads"),
+        ):
+            if getattr(self, large) % getattr(self, small):
+                raise ValueError(f"{large}={getattr(self, large)} must be a multiple of {small}={getattr(self, small)}")
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} must lie in 1..num_experts={self.num_experts}")
+        if self.rotary_dim < 2 or self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
+            raise ValueError(
+                f"partial_rotary_factor={self.partial_rotary_factor} of head_dim={self.head_dim} gives {self.rotary_dim} "
+                "rotary dims; an even number from 2 to head_dim is needed"
+            )

@@ -1,0 +1,184 @@
+"""Export-friendly Qwen3.5-MoE: plain modules, named buffers, every op handed in by name.
+
+Buffers only, no parameters: weights and state are bound into compiled methods by name, and nothing here is trained.
+Fused matrices stack rows in the order that their op documents: linear attention `q | k | v | z | b | a`, full attention
+`(q | gate) per head | k | v`, experts `gate | up`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .architecture import Architecture
+
+Ops = dict[str, Callable]
+
+
+class Linear(nn.Module):
+    """A weight in one of the formats of `moeexp_kernels.linear`, with leading dims for stacked experts."""
+
+    def __init__(self, *rows_by_features: int, dtype: torch.dtype, device: torch.device | str):
+        super().__init__()
+        self.shape = rows_by_features
+        self.register_buffer("weight", torch.empty(*rows_by_features, dtype=dtype, device=device))
+        self.register_buffer("scales", None)
+
+    @property
+    def bits(self) -> int:
+        return 16 if self.scales is None else 8 if self.weight.shape[-1] == self.shape[-1] else 4
+
+
+class LinearAttention(nn.Module):
+    def __init__(self, arch: Architecture, *, dtype, device):
+        super().__init__()
+        rows = arch.conv_dim + arch.value_dim + 2 * arch.linear_num_value_heads
+        self.in_proj = Linear(rows, arch.hidden_size, dtype=dtype, device=device)
+        self.out_proj = Linear(arch.hidden_size, arch.value_dim, dtype=dtype, device=device)
+        wide = {"dtype": torch.float32, "device": device}
+        self.register_buffer(
+            "conv_weight", torch.empty(arch.conv_dim, arch.linear_conv_kernel_dim, dtype=dtype, device=device)
+        )
+        self.register_buffer("a_log", torch.empty(arch.linear_num_value_heads, **wide))
+        self.register_buffer("dt_bias", torch.empty(arch.linear_num_value_heads, **wide))
+        self.register_buffer("norm", torch.empty(arch.linear_value_head_dim, **wide))
+        self.heads = {
+            "num_k_heads": arch.linear_num_key_heads,
+            "num_v_heads": arch.linear_num_value_heads,
+            "head_k_dim": arch.linear_key_head_dim,
+            "head_v_dim": arch.linear_value_head_dim,
+            "eps": arch.rms_norm_eps,
+        }
+
+
+class FullAttention(nn.Module):
+    def __init__(self, arch: Architecture, *, dtype, device):
+        super().__init__()
+        rows = 2 * (arch.num_attention_heads + arch.num_key_value_heads) * arch.head_dim
+        self.qkv_proj = Linear(rows, arch.hidden_size, dtype=dtype, device=device)
+        self.out_proj = Linear(arch.hidden_size, arch.num_attention_heads * arch.head_dim, dtype=dtype, device=device)
+        wide = {"dtype": torch.float32, "device": device}
+        self.register_buffer("q_norm", torch.empty(arch.head_dim, **wide))
+        self.register_buffer("k_norm", torch.empty(arch.head_dim, **wide))
+        self.num_heads, self.eps = arch.num_attention_heads, arch.rms_norm_eps
+
+
+class SparseMoe(nn.Module):
+    def __init__(self, arch: Architecture, *, dtype, device):
+        super().__init__()
+        kind = {"dtype": dtype, "device": device}
+        hidden, width, shared = arch.hidden_size, arch.moe_intermediate_size, arch.shared_expert_intermediate_size
+        self.register_buffer("router", torch.empty(arch.num_experts, hidden, **kind))
+        self.gate_up = Linear(arch.num_experts, 2 * width, hidden, **kind)
+        self.down = Linear(arch.num_experts, hidden, width, **kind)
+        self.shared_gate_up = Linear(2 * shared, hidden, **kind)
+        self.shared_down = Linear(hidden, shared, **kind)
+        self.register_buffer("shared_gate", torch.empty(1, hidden, **kind))
+
+
+class DecoderLayer(nn.Module):
+    """State tensors (conv_state, … expert_ids) are registered by `Qwen35MoE.attach_state`."""
+
+    def __init__(self, arch: Architecture, index: int, *, dtype, device):
+        super().__init__()
+        kind = {"dtype": dtype, "device": device}
+        self.layer_type = arch.layer_types[index]
+        linear = self.layer_type == "linear_attention"
+        self.mixer = LinearAttention(arch, **kind) if linear else FullAttention(arch, **kind)
+        self.moe = SparseMoe(arch, **kind)
+        self.register_buffer("input_norm", torch.empty(arch.hidden_size, dtype=torch.float32, device=device))
+        self.register_buffer("post_norm", torch.empty(arch.hidden_size, dtype=torch.float32, device=device))
+
+
+class Qwen35MoE(nn.Module):
+    """`forward` serves both methods; `phase` ("prefill" or "decode") picks the implementations of phase-bound ops."""
+
+    def __init__(self, arch: Architecture, *, dtype: torch.dtype, device: torch.device | str):
+        super().__init__()
+        self.arch = arch
+        self.embed_tokens = Linear(arch.vocab_size, arch.hidden_size, dtype=dtype, device=device)
+        self.layers = nn.ModuleList(
+            DecoderLayer(arch, i, dtype=dtype, device=device) for i in range(arch.num_hidden_layers)
+        )
+        self.register_buffer("norm", torch.empty(arch.hidden_size, dtype=torch.float32, device=device))
+        # A tied head is the same tensor under a second name, unless quantisation replaces it.
+        self.head = Linear(arch.vocab_size, arch.hidden_size, dtype=dtype, device="meta" if arch.tie_word_embeddings else device)
+        self.register_buffer("inv_freq", inverse_frequencies(arch).to(device))
+
+    def attach_state(self, state: dict[str, Tensor]) -> None:
+        """Registers the arena's tensors, named `layers.{i}.{kind}`, as buffers that the methods mutate."""
+        for name, tensor in state.items():
+            owner, _, leaf = name.rpartition(".")
+            self.get_submodule(owner).register_buffer(leaf, tensor)
+
+    def forward(self, tokens: Tensor, positions: Tensor, logit_positions: Tensor | None, *, ops: Ops, phase: str) -> Tensor:
+        """tokens [B, T] int64, positions [B] int64 of each row's first token, logit_positions [n] int64 in 0..T-1 or None
+        for all T. Returns logits [B, n, V] in the weights' dtype; advances the state by T tokens."""
+        x = torch.nn.functional.embedding(tokens, self.embed_tokens.weight)
+        for layer in self.layers:
+            mixer = layer.mixer
+            if layer.layer_type == "linear_attention":
+                proj = _linear(ops, x, mixer.in_proj, norm=layer.input_norm, eps=self.arch.rms_norm_eps)
+                out = ops[f"gdn_{phase}"](
+                    proj=proj, conv_weight=mixer.conv_weight, a_log=mixer.a_log, dt_bias=mixer.dt_bias,
+                    norm_weight=mixer.norm, conv_state=layer.conv_state, recurrent_state=layer.recurrent_state,
+                    **mixer.heads,
+                )  # fmt: skip
+            else:
+                qkv = _linear(ops, x, mixer.qkv_proj, norm=layer.input_norm, eps=self.arch.rms_norm_eps)
+                q = ops["qk_norm_rope"](
+                    qkv=qkv, q_norm=mixer.q_norm, k_norm=mixer.k_norm, inv_freq=self.inv_freq, positions=positions,
+                    k_cache=layer.k_cache, v_cache=layer.v_cache, num_heads=mixer.num_heads, eps=mixer.eps,
+                )  # fmt: skip
+                out = ops[f"sdpa_{phase}"](
+                    q=q, qkv=qkv, k_cache=layer.k_cache, v_cache=layer.v_cache, positions=positions
+                )
+            x = _linear(ops, out, mixer.out_proj, residual=x)
+            x = self._moe(layer, x, positions, ops, phase)
+        if logit_positions is not None:
+            x = x.index_select(1, logit_positions)
+        return _linear(ops, x, self.head, norm=self.norm, eps=self.arch.rms_norm_eps)
+
+    def _moe(self, layer: DecoderLayer, x: Tensor, positions: Tensor, ops: Ops, phase: str) -> Tensor:
+        moe, eps = layer.moe, self.arch.rms_norm_eps
+        ids, weights = ops["router"](
+            x=x, norm_weight=layer.post_norm, weight=moe.router, eps=eps, top_k=self.arch.num_experts_per_tok,
+            positions=positions, expert_ids=layer.expert_ids,
+        )  # fmt: skip
+        return ops[f"moe_{phase}"](
+            x=x, norm_weight=layer.post_norm, eps=eps, ids=ids, weights=weights,
+            gate_up=moe.gate_up.weight, gate_up_scales=moe.gate_up.scales,
+            down=moe.down.weight, down_scales=moe.down.scales,
+            shared_gate_up=moe.shared_gate_up.weight, shared_gate_up_scales=moe.shared_gate_up.scales,
+            shared_down=moe.shared_down.weight, shared_down_scales=moe.shared_down.scales,
+            shared_gate=moe.shared_gate,
+        )  # fmt: skip
+
+
+def _linear(ops: Ops, x: Tensor, linear: Linear, *, norm: Tensor | None = None, eps: float = 0.0, residual=None) -> Tensor:
+    return ops["linear"](
+        x=x, weight=linear.weight, scales=linear.scales, norm_weight=norm, eps=eps, residual=residual
+    )
+
+
+def inverse_frequencies(arch: Architecture) -> Tensor:
+    """RoPE frequencies [R/2] float32, on the CPU: pow differs in the last bit between devices."""
+    exponents = torch.arange(0, arch.rotary_dim, 2, dtype=torch.float32) / arch.rotary_dim
+    return 1.0 / arch.rope_theta**exponents
+
+
+def state_shapes(arch: Architecture, *, batch: int, max_seq_len: int, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every state tensor, by buffer name. Recurrent state is float32 whatever `dtype` is."""
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for i, kind in enumerate(arch.layer_types):
+        if kind == "linear_attention":
+            shapes[f"layers.{i}.conv_state"] = ((batch, arch.conv_dim, arch.linear_conv_kernel_dim - 1), dtype)
+            recurrent = (batch, arch.linear_num_value_heads, arch.linear_key_head_dim, arch.linear_value_head_dim)
+            shapes[f"layers.{i}.recurrent_state"] = (recurrent, torch.float32)
+        else:
+            cache = (batch, arch.num_key_value_heads, max_seq_len, arch.head_dim)
+            shapes[f"layers.{i}.k_cache"] = shapes[f"layers.{i}.v_cache"] = (cache, dtype)
+        shapes[f"layers.{i}.expert_ids"] = ((batch, max_seq_len, arch.num_experts_per_tok), torch.int32)
+    return shapes

@@ -1,0 +1,317 @@
+"""Fills a model's buffers from a Hugging Face snapshot or from a seed, quantising each as it comes.
+
+A buffer of `Qwen35MoE` is assembled from one or more *pieces* (checkpoint tensors stacked by rows). The piece table is
+the single place that knows both naming schemes: the loader reads it forwards, the reference (`HFWeights`) backwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .architecture import Architecture
+from .model import Qwen35MoE, inverse_frequencies
+from .quantise import quantise
+
+PREFIXES = ("model.language_model.", "model.")
+# Tensors of a multimodal or multi-token-prediction checkpoint that a text decoder has no use for.
+SKIPPED = re.compile(r"^(mtp\.|model\.visual\.|visual\.|model\.mtp\.|model\.language_model\.mtp\.)")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Checkpoint tensor `key` (without prefix) of `shape` fills rows [start, stop) of a buffer (of one expert of it)."""
+
+    key: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    expert: int | None = None
+
+
+# What `quant.skip` may name -> the buffers that it means. The last three have no quantised op and are always left out.
+KINDS = {
+    "head": re.compile(r"^head\.weight$"),
+    "linear_attention": re.compile(r"mixer\.in_proj\.weight$"),
+    "attention": re.compile(r"mixer\.qkv_proj\.weight$"),
+    "out_proj": re.compile(r"mixer\.out_proj\.weight$"),
+    "experts": re.compile(r"moe\.(gate_up|down)\.weight$"),
+    "shared_expert": re.compile(r"moe\.shared_(gate_up|down)\.weight$"),
+    "embedding": re.compile(r"^embed_tokens\.weight$"),
+    "router": re.compile(r"moe\.router$"),
+    "shared_expert_gate": re.compile(r"moe\.shared_gate$"),
+}
+NEVER_QUANTISED = ("embedding", "router", "shared_expert_gate")
+
+
+def kind_of(name: str) -> str | None:
+    """The kind in `KINDS` of a buffer that is a matrix of weights, None for vectors, the conv filter and state."""
+    return next((kind for kind, pattern in KINDS.items() if pattern.search(name)), None)
+
+
+def check_skip(skip: tuple[str, ...]) -> None:
+    """`ValueError` unless `quant.skip` names known kinds, those without a quantised op among them."""
+    unknown, required = sorted(set(skip) - set(KINDS)), sorted(set(NEVER_QUANTISED) - set(skip))
+    if unknown:
+        raise ValueError(f"quant.skip names {unknown[0]!r}; the kinds are {', '.join(KINDS)}")
+    if required:
+        raise ValueError(f"quant.skip must name {required[0]!r}: it has no quantised op")
+
+
+def _stack(*pieces: tuple[str, int], features: int, expert: int | None = None) -> list[Piece]:
+    result, start = [], 0
+    for key, rows in pieces:
+        result.append(Piece(key, (rows, features), start, start + rows, expert))
+        start += rows
+    return result
+
+
+def pieces(arch: Architecture, *, fused_experts: Callable[[int], bool] = lambda layer: True) -> dict[str, list[Piece]]:
+    """Buffer name -> its pieces, in the order of the buffers. `fused_experts(layer)` tells which of the two layouts of
+    expert weights the checkpoint uses there: 3-D tensors (the hub's) or one matrix per expert (`save_pretrained`'s)."""
+    hidden, table = arch.hidden_size, {}
+
+    def vector(name: str, key: str, *shape: int) -> None:
+        table[name] = [Piece(key, shape, 0, shape[0])]
+
+    table["embed_tokens.weight"] = _stack(("embed_tokens.weight", arch.vocab_size), features=hidden)
+    for i, kind in enumerate(arch.layer_types):
+        ours, theirs = f"layers.{i}.", f"layers.{i}."
+        if kind == "linear_attention":
+            table[ours + "mixer.in_proj.weight"] = _stack(
+                (theirs + "linear_attn.in_proj_qkv.weight", arch.conv_dim),
+                (theirs + "linear_attn.in_proj_z.weight", arch.value_dim),
+                (theirs + "linear_attn.in_proj_b.weight", arch.linear_num_value_heads),
+                (theirs + "linear_attn.in_proj_a.weight", arch.linear_num_value_heads),
+                features=hidden,
+            )
+            table[ours + "mixer.out_proj.weight"] = _stack(
+                (theirs + "linear_attn.out_proj.weight", hidden), features=arch.value_dim
+            )
+            vector(ours + "mixer.conv_weight", theirs + "linear_attn.conv1d.weight", arch.conv_dim, 1, arch.linear_conv_kernel_dim)
+            vector(ours + "mixer.a_log", theirs + "linear_attn.A_log", arch.linear_num_value_heads)
+            vector(ours + "mixer.dt_bias", theirs + "linear_attn.dt_bias", arch.linear_num_value_heads)
+            vector(ours + "mixer.norm", theirs + "linear_attn.norm.weight", arch.linear_value_head_dim)
+        else:
+            heads, kv = arch.num_attention_heads * arch.head_dim, arch.num_key_value_heads * arch.head_dim
+            table[ours + "mixer.qkv_proj.weight"] = _stack(
+                (theirs + "self_attn.q_proj.weight", 2 * heads),
+                (theirs + "self_attn.k_proj.weight", kv),
+                (theirs + "self_attn.v_proj.weight", kv),
+                features=hidden,
+            )
+            table[ours + "mixer.out_proj.weight"] = _stack((theirs + "self_attn.o_proj.weight", hidden), features=heads)
+            vector(ours + "mixer.q_norm", theirs + "self_attn.q_norm.weight", arch.head_dim)
+            vector(ours + "mixer.k_norm", theirs + "self_attn.k_norm.weight", arch.head_dim)
+        _expert_pieces(table, arch, ours, theirs, fused=fused_experts(i))
+        vector(ours + "input_norm", theirs + "input_layernorm.weight", hidden)
+        vector(ours + "post_norm", theirs + "post_attention_layernorm.weight", hidden)
+    vector("norm", "norm.weight", hidden)
+    if not arch.tie_word_embeddings:
+        table["head.weight"] = _stack(("lm_head.weight", arch.vocab_size), features=hidden)
+    return table
+
+
+def _expert_pieces(table: dict[str, list[Piece]], arch: Architecture, ours: str, theirs: str, *, fused: bool) -> None:
+    hidden, experts = arch.hidden_size, arch.num_experts
+    width, shared = arch.moe_intermediate_size, arch.shared_expert_intermediate_size
+    table[ours + "moe.router"] = _stack((theirs + "mlp.gate.weight", experts), features=hidden)
+    if fused:
+        gate_up, down = theirs + "mlp.experts.gate_up_proj", theirs + "mlp.experts.down_proj"
+        table[ours + "moe.gate_up.weight"] = [Piece(gate_up, (experts, 2 * width, hidden), 0, experts)]
+        table[ours + "moe.down.weight"] = [Piece(down, (experts, hidden, width), 0, experts)]
+    else:
+        names = [theirs + f"mlp.experts.{e}." for e in range(experts)]
+        table[ours + "moe.gate_up.weight"] = [
+            piece
+            for e, name in enumerate(names)
+            for piece in _stack((name + "gate_proj.weight", width), (name + "up_proj.weight", width), features=hidden, expert=e)
+        ]
+        table[ours + "moe.down.weight"] = [
+            piece for e, name in enumerate(names) for piece in _stack((name + "down_proj.weight", hidden), features=width, expert=e)
+        ]
+    expert = theirs + "mlp.shared_expert."
+    table[ours + "moe.shared_gate_up.weight"] = _stack(
+        (expert + "gate_proj.weight", shared), (expert + "up_proj.weight", shared), features=hidden
+    )
+    table[ours + "moe.shared_down.weight"] = _stack((expert + "down_proj.weight", hidden), features=shared)
+    table[ours + "moe.shared_gate"] = _stack((theirs + "mlp.shared_expert_gate.weight", 1), features=hidden)
+
+
+class Snapshot:
+    """Tensors of a Hugging Face folder by name without prefix, read one at a time.
+
+    The constructor checks the whole folder against the piece table before anything is read: `ValueError` with every
+    missing, unexpected and mis-shaped key."""
+
+    def __init__(self, folder: Path, arch: Architecture):
+        self.folder, self.arch = folder, arch
+        self._files: dict[str, tuple[Path, str]] = {}  # key without prefix -> file, key in the file
+        self._handles = {path: _open(path) for path in _shards(folder)}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path, handle in self._handles.items():
+            for key in handle.keys():
+                if SKIPPED.match(key):
+                    continue
+                short = next((key[len(p) :] for p in PREFIXES if key.startswith(p)), key)
+                if short in self._files:
+                    twice = f"{self._files[short][0].name} and {path.name}"
+                    raise ValueError(f"{folder}: tensor {short!r} occurs twice, in {twice}")
+                self._files[short], shapes[short] = (path, key), tuple(handle.get_slice(key).get_shape())
+        per_expert = {int(m[1]) for key in shapes if (m := re.match(r"layers\.(\d+)\.mlp\.experts\.\d+\.", key))}
+        self.pieces = pieces(arch, fused_experts=lambda layer: layer not in per_expert)
+        wanted = {piece.key: piece.shape for parts in self.pieces.values() for piece in parts}
+        self._check(wanted, shapes)
+
+    def _check(self, wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
+        allowed = set(wanted) | ({"lm_head.weight"} if self.arch.tie_word_embeddings else set())
+        problems = {
+            "missing": sorted(set(wanted) - set(found)),
+            "unexpected": sorted(set(found) - allowed),
+            "mis-shaped": [f"{k} is {found[k]}, expected {wanted[k]}" for k in sorted(wanted) if found.get(k, wanted[k]) != wanted[k]],
+        }
+        if any(problems.values()):
+            text = "; ".join(f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in problems.items() if keys)
+            raise ValueError(f"{self.folder} does not fit its config.json: {text}")
+
+    def read(self, key: str) -> Tensor:
+        path, full = self._files[key]
+        return self._handles[path].get_tensor(full)
+
+    def assemble(self, name: str, buffer: Tensor) -> None:
+        """Fills `buffer` (any float dtype) with its pieces, each exactly once."""
+        for piece in self.pieces[name]:
+            target = buffer if piece.expert is None else buffer[piece.expert]
+            target[piece.start : piece.stop].copy_(self.read(piece.key).view(target[piece.start : piece.stop].shape))
+
+    def check_tied_head(self, embedding: Tensor) -> None:
+        """A tied checkpoint may bring the head as well; then it must be the embedding."""
+        if "lm_head.weight" in self._files and not torch.equal(self.read("lm_head.weight").to(embedding), embedding):
+            raise ValueError(f"{self.folder}: tie_word_embeddings is true, yet lm_head.weight differs from the embedding")
+
+    def digest(self) -> str:
+        """SHA-256 over the files' names and contents: what a cache of anything made from them is keyed on."""
+        total = hashlib.sha256()
+        for path in sorted({path for path, _ in self._files.values()} | {self.folder / "config.json"}):
+            with path.open("rb") as file:
+                total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+        return total.hexdigest()
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The safetensors files of a snapshot: those its index names, or the single file. `ValueError` if any is missing."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{index} is not a safetensors index: {error!r}") from error
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise ValueError(f"{folder} lacks {len(missing)} of the {len(names)} shards that its index names: {_some(missing)}")
+        return [folder / name for name in names]
+    if not single.is_file():
+        raise ValueError(
+            f"{folder} holds no weights: neither model.safetensors nor model.safetensors.index.json is there; "
+            "give the folder of a Hugging Face snapshot, or model.weights=random"
+        )
+    return [single]
+
+
+def _open(path: Path):
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors ({error}); fetch the file again") from error
+
+
+def _some(names: list[str], limit: int = 8) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+class Random:
+    """Well-conditioned weights from a seed, drawn on the device where they will live: activations stay of order one
+    through any depth, decays spread over short and long memories, routing is near uniform with distinct choices."""
+
+    def __init__(self, arch: Architecture, seed: int):
+        self.arch, self.seed = arch, seed
+
+    def assemble(self, name: str, buffer: Tensor) -> None:
+        seed = int.from_bytes(hashlib.sha256(f"{self.seed}/{name}".encode()).digest()[:8], "big") >> 1
+        generator = torch.Generator(device=buffer.device).manual_seed(seed)
+        leaf = name.removesuffix(".weight").rpartition(".")[2]
+        if leaf == "a_log":
+            buffer.uniform_(1.0, 16.0, generator=generator).log_()
+        elif leaf == "dt_bias":
+            # Inverse softplus of time steps log-uniform in [1e-3, 1e-1].
+            step = buffer.uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp_()
+            buffer.copy_(step + torch.log(-torch.expm1(-step)))
+        elif leaf == "norm" and name.endswith("mixer.norm"):
+            buffer.normal_(1.0, 0.1, generator=generator)
+        elif leaf.endswith("norm"):
+            buffer.normal_(0.0, 0.1, generator=generator)
+        else:
+            # Outputs into the residual stream are scaled so that L layers add up to order one.
+            into_residual = leaf in ("out_proj", "down", "shared_down")
+            std = 1.0 if leaf == "embed_tokens" else buffer.shape[-1] ** -0.5
+            if into_residual:
+                std *= 2.0 / math.sqrt(2 * self.arch.num_hidden_layers)
+            buffer.normal_(0.0, std, generator=generator)
+
+    def check_tied_head(self, embedding: Tensor) -> None:
+        """Nothing to check: a tied head is drawn once, as the embedding."""
+
+    def digest(self) -> str:
+        return hashlib.sha256(f"random/1/{self.seed}/{self.arch}".encode()).hexdigest()
+
+
+Source = Snapshot | Random
+
+
+def load(
+    arch: Architecture,
+    source: Source,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    bits: int,
+    group_size: int,
+    skip: tuple[str, ...],
+    on_buffer: Callable[[str, int], None] = lambda name, nbytes: None,
+) -> Qwen35MoE:
+    """A model whose every buffer is filled exactly once. Each matrix is assembled in `dtype` on `device`, quantised where
+    its kind is not in `skip`, and released before the next, so that no unquantised copy of the model ever exists.
+
+    bits 16 leaves all as `dtype`; on_buffer(name, bytes as stored) reports progress."""
+    check_skip(skip)
+    model = Qwen35MoE(arch, dtype=dtype, device="meta")
+    for name, meta in list(model.named_buffers()):
+        if name == "inv_freq" or (arch.tie_word_embeddings and name == "head.weight"):
+            continue
+        owner = model.get_submodule(name.rpartition(".")[0])
+        buffer = torch.empty(meta.shape, dtype=meta.dtype, device=device)
+        source.assemble(name, buffer)
+        if bits != 16 and kind_of(name) not in (None, *skip):
+            buffer, owner.scales = quantise(buffer, bits=bits, group_size=group_size, name=name)
+        owner.register_buffer(name.rpartition(".")[2], buffer)
+        on_buffer(name, buffer.nbytes)
+    if arch.tie_word_embeddings:
+        source.check_tied_head(model.embed_tokens.weight)
+        model.head.register_buffer("weight", model.embed_tokens.weight)
+        if bits != 16 and "head" not in skip:
+            stored, scales = quantise(model.head.weight, bits=bits, group_size=group_size, name="head.weight")
+            model.head.register_buffer("weight", stored)
+            model.head.scales = scales
+    model.register_buffer("inv_freq", inverse_frequencies(arch).to(device))
+    left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    assert not left, f"buffers left without a value: {left}"
+    return model

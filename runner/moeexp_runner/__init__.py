@@ -1,0 +1,1 @@
+"""Runtime of compiled decode methods: state arena, constant binding, CUDA graphs, session, timing. Knows torch alone."""
