@@ -83,7 +83,7 @@ def assert_pure_torch(module: nn.Module) -> None:
     source = modeling()
     for name, sub in module.named_modules():
         kind = type(sub)
-        assert kind.__module__.split(".")[0] in ("torch", "transformers"), f"{name} is {kind.__module__}.{kind.__name__}"
+        assert kind.__module__.split(".")[0] in ("torch", "transformers"), f"{name} is of {kind.__module__}"
         assert "forward" not in vars(sub), f"{name}.forward was replaced"
     for name in KERNEL_FUNCTIONS:
         bound = getattr(source, name)
@@ -100,7 +100,8 @@ def full_precision() -> Iterator[None]:
     both are set, so that code inside may read either.
     """
     backends = torch.backends
-    switches = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul, backends.mkldnn.conv)
+    cuda = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
+    switches = (*cuda, backends.mkldnn.matmul, backends.mkldnn.conv)
     before = [switch.fp32_precision for switch in switches]
     legacy_matmul = _legacy(torch.get_float32_matmul_precision)
     legacy_cudnn = _legacy(lambda: backends.cudnn.allow_tf32)

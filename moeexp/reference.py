@@ -196,7 +196,8 @@ def _fill(module: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, dev
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if wanted != found:
         missing, surplus = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-        shapes = [f"{n} {found[n]} instead of {wanted[n]}" for n in sorted(wanted.keys() & found.keys()) if wanted[n] != found[n]]
+        both = sorted(wanted.keys() & found.keys())
+        shapes = [f"{name} {found[name]} instead of {wanted[name]}" for name in both if wanted[name] != found[name]]
         raise ValueError(f"weights of {where} do not fit: missing {missing}, surplus {surplus}, shapes {shapes}")
     module.load_state_dict({n: t.to(device, dtype) for n, t in tensors.items()}, strict=True, assign=True)
     left = [n for n, t in [*module.named_parameters(), *module.named_buffers()] if t.is_meta]
@@ -215,7 +216,7 @@ def _validate(architecture: Architecture, token_ids: Tensor, prompt_len: int, ex
         return
     shape = (architecture.num_hidden_layers, *token_ids.shape, architecture.num_experts_per_tok)
     if tuple(expert_ids.shape) != shape:
-        raise ValueError(f"expert_ids of shape {tuple(expert_ids.shape)}: [layers, batch, sequence, k] = {shape} is needed")
+        raise ValueError(f"expert_ids of shape {tuple(expert_ids.shape)}: [L, B, S, k] = {shape} is needed")
     low, high = int(expert_ids.min()), int(expert_ids.max())
     if low < 0 or high >= architecture.num_experts:
         raise ValueError(f"expert ids reach from {low} to {high}: they must lie in 0..{architecture.num_experts - 1}")
@@ -261,7 +262,8 @@ def _load_causal_lm(folder: Path) -> nn.Module:
         local_files_only=True,
         output_loading_info=True,
     )
-    off = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    off = {kind: sorted(map(str, info[kind])) for kind in kinds if info[kind]}
     if off:
         raise ValueError(f"{folder} does not fill Qwen3_5MoeForCausalLM: {off}")
     return model.eval()

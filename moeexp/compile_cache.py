@@ -1,0 +1,201 @@
+"""Compiled methods on disk: compiled once per everything that determines them, found again without exporting.
+
+An exported graph is a function of the sources that build it, the library versions and the `MethodSpec`; their digest is
+the key, so a warm run pays neither for export nor for compilation. The graph's own digest stands in the manifest. Weights
+are never part of it: a method is bound to them after loading.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from moeexp_runner.binding import TensorSpec
+from torch.export import ExportedProgram
+
+from .export import INDUCTOR_CONFIG, compile_method
+
+MANIFEST_VERSION = 1
+# Beside every op: the sources whose text decides what a method's graph is.
+GRAPH_SOURCES = ("architecture.py", "export.py", "model.py")
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """What, beside the code and its libraries, decides a method's graph."""
+
+    method: str
+    architecture: dict[str, Any]
+    ops: dict[str, str]
+    bits: int
+    group_size: int | None
+    skip: tuple[str, ...]
+    dtype: str
+    batch: int
+    max_seq_len: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A package on disk and the constants that it expects, by name in the exported program."""
+
+    key: str
+    package: Path
+    constants: dict[str, TensorSpec]
+    cached: bool
+    compile_s: float
+
+
+def cache_dir() -> Path:
+    """`$MOEEXP_CACHE_DIR`, else `$XDG_CACHE_HOME/moeexp`, else `~/.cache/moeexp`."""
+    own = os.environ.get("MOEEXP_CACHE_DIR")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(own) if own else base / "moeexp"
+
+
+def key_of(spec: MethodSpec) -> str:
+    parts = {
+        "spec": asdict(spec),
+        "sources": _source_digest(),
+        "inductor": INDUCTOR_CONFIG,
+        "toolchain": toolchain(spec.device),
+        "manifest": MANIFEST_VERSION,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def toolchain(device: str) -> dict[str, str | None]:
+    """Versions that compiled code depends on; recorded in the manifest as well."""
+    versions: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "cuda": torch.version.cuda,
+        "cxx": _compiler(),
+        "machine": platform.machine(),
+    }
+    if device == "cuda":
+        versions["gpu_arch"] = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    else:
+        versions["cpu"] = torch.backends.cpu.get_cpu_capability()
+    return versions
+
+
+def get_or_compile(spec: MethodSpec, export: Callable[[], ExportedProgram]) -> Artifact:
+    """The artifact of `spec`, from the cache or made now. Jobs that need the same one wait for the first to make it; an
+    artifact whose files do not fit its manifest is made again."""
+    import time
+
+    folder = cache_dir() / "compiled" / key_of(spec)
+    with _lock(folder):
+        found = _read(folder)
+        if found is not None:
+            return found
+        shutil.rmtree(folder, ignore_errors=True)
+        start = time.perf_counter()
+        program = export()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+            package = Path(scratch) / f"{spec.method}.pt2"
+            compile_method(program, package)
+            manifest = {
+                "version": MANIFEST_VERSION,
+                "spec": asdict(spec),
+                "toolchain": toolchain(spec.device),
+                "graph_sha256": hashlib.sha256(str(program.graph).encode()).hexdigest(),
+                "package_sha256": _file_digest(package),
+                "constants": {name: asdict(constant) for name, constant in _constants(program).items()},
+                "compile_s": time.perf_counter() - start,
+            }
+            (Path(scratch) / "manifest.json").write_text(json.dumps(manifest))
+            final = Path(scratch).with_name(f".{folder.name}.{os.getpid()}.done")
+            shutil.copytree(scratch, final)
+        os.replace(final, folder)
+    made = _read(folder)
+    assert made is not None, f"the artifact just written to {folder} does not fit its manifest"
+    return Artifact(made.key, made.package, made.constants, cached=False, compile_s=made.compile_s)
+
+
+def _read(folder: Path) -> Artifact | None:
+    """None if there is no artifact, or one that is damaged (it is then compiled again)."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        package = folder / f"{manifest['spec']['method']}.pt2"
+        if manifest["package_sha256"] != _file_digest(package):
+            return None
+    except (OSError, json.JSONDecodeError, KeyError):
+        return None
+    constants = {name: TensorSpec.from_json(data) for name, data in manifest["constants"].items()}
+    return Artifact(folder.name, package, constants, cached=True, compile_s=manifest["compile_s"])
+
+
+def _constants(program: ExportedProgram) -> dict[str, TensorSpec]:
+    """Every buffer that the compiled method will ask for. Tensor literals would be anonymous constants: our own bug."""
+    signature = program.graph_signature
+    assert not signature.inputs_to_parameters, "the model has buffers only"
+    assert not signature.inputs_to_lifted_tensor_constants, (
+        f"tensor literals in the graph: {list(signature.inputs_to_lifted_tensor_constants.values())}"
+    )
+    used = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
+    return {
+        target: TensorSpec.of(program.state_dict[target] if target in program.state_dict else program.constants[target])
+        for name, target in signature.inputs_to_buffers.items()
+        if name in used
+    }
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f".{folder.name}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _source_digest() -> str:
+    spec = importlib.util.find_spec("moeexp_kernels")
+    assert spec is not None and spec.submodule_search_locations
+    kernels = Path(next(iter(spec.submodule_search_locations)))
+    files = sorted(kernels.glob("*.py")) + [Path(__file__).with_name(name) for name in GRAPH_SOURCES]
+    total = hashlib.sha256()
+    for path in files:
+        total.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return total.hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _triton_version() -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return None
+
+
+def _compiler() -> str:
+    """First line of what the C++ compiler says of itself. `RuntimeError` where there is none."""
+    command = os.environ.get("CXX", "g++")
+    try:
+        result = subprocess.run([command, "--version"], capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise RuntimeError(f"the C++ compiler {command!r} does not run ({error}); install g++ or set CXX") from error
+    return f"{command}: {result.stdout.splitlines()[0]}"

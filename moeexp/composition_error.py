@@ -1,0 +1,45 @@
+"""Hydra's composition errors in one line each."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+
+from omegaconf.errors import OmegaConfBaseException
+
+from moeexp import schema
+
+HELP = "`python -m moeexp --help` lists groups and fields"
+
+
+def explain(error: BaseException) -> str:
+    """One line out of Hydra's several: what was wrong, what is allowed, what to do."""
+    text = str(error).split("Config search path")[0]
+    missing_group = re.search(r"Could not find '([^']+)'\s+Available options in '([^']+)':((?:\s+\S+)*)", text)
+    if missing_group:
+        choice, group, options = missing_group.groups()
+        value = choice.removeprefix(f"{group}/")
+        return f"{group}={value} is not a choice of {group}; allowed: {', '.join(options.split())}"
+    unknown_key = re.search(r"Could not (?:override|append to config[^']*|append) '?\+?([\w./@]+)", text)
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if unknown_key and "not in" in str(cause):
+        return f"there is no setting {unknown_key[1]}{_suggestion(unknown_key[1])}; {HELP}"
+    value = re.search(r"Value '?(.*?)'? of type '(\w+)' (?:could not be converted to|is not a subclass of) (\w+)", str(cause))
+    if value and getattr(cause, "full_key", None):
+        return f"{cause.full_key}={value[1]} is not of type {value[3]}; {HELP}"
+    if cause is not error:
+        text += f"\n{cause}"
+    lines = [line.strip() for line in text.splitlines()]
+    return "; ".join(line for line in lines if line and not line.startswith(("full_key", "object_type", "reference_type")))
+
+
+def _suggestion(key: str) -> str:
+    close = difflib.get_close_matches(key, _keys(), n=2)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def _keys() -> list[str]:
+    """Every dotted key of the schema."""
+    keys = [field.name for field in dataclasses.fields(schema.Config)]
+    return keys + [f"{name}.{field.name}" for name, group in schema.GROUPS.items() for field in dataclasses.fields(group)]

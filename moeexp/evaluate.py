@@ -1,0 +1,59 @@
+"""Bits per byte of held-out text, through the methods that are timed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from moeexp_runner.session import Session
+from torch import Tensor
+
+# Non-overlapping windows, each from reset state; the first token of a window has no context and is not scored.
+WINDOW = 1024
+# Logits held at once: the prefill of a window is repeated for further slices of its positions.
+SLICE_ELEMENTS = 1 << 28
+
+
+def bits_per_byte(session: Session, tokens: list[int], token_bytes: Callable[[list[int]], int]) -> dict[str, float | int]:
+    """tokens of the text in order; token_bytes(ids) their length as UTF-8. Returns bits_per_byte, scored bytes, windows.
+
+    Rows of a batch take consecutive windows; the last batch may repeat a window, which is not scored twice."""
+    width = min(WINDOW, session.max_seq_len)
+    windows = [tokens[i : i + width] for i in range(0, len(tokens), width)]
+    windows = [window for window in windows if len(window) > 1]
+    if not windows:
+        raise ValueError(f"{len(tokens)} tokens of held-out text are too few to score: raise eval_bytes, or set it to 0")
+    nats, scored = 0.0, 0
+    for rows in _batches(windows, session.batch):
+        padded = rows + [rows[-1]] * (session.batch - len(rows))
+        losses = window_losses(session, torch.tensor(padded, device=session.device))
+        nats += float(losses[: len(rows)].double().sum())
+        scored += sum(token_bytes(row[1:]) for row in rows)
+    return {"bits_per_byte": nats / math.log(2) / scored, "scored_bytes": scored, "windows": len(windows), "window": width}
+
+
+def window_losses(session: Session, window: Tensor) -> Tensor:
+    """Negative log-likelihood in nats of tokens 1.. of window [B, T] int64: [B, T-1] float32."""
+    fed, losses = window[:, :-1].contiguous(), []
+    for positions in position_slices(session, fed.shape[1]):
+        session.reset()
+        logits = session.prefill(fed, positions).float()
+        target = window[:, 1:].index_select(1, positions)
+        losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none"))
+        losses[-1] = losses[-1].view(target.shape)
+    return torch.cat(losses, dim=1)
+
+
+def position_slices(session: Session, count: int) -> list[Tensor]:
+    """Positions 0..count-1 in slices whose logits stay small."""
+    step = max(1, SLICE_ELEMENTS // (session.batch * session.vocab_size))
+    return list(torch.arange(count, device=session.device).split(step))
+
+
+def _batches(windows: list[list[int]], batch: int) -> list[list[list[int]]]:
+    """Groups of at most `batch` windows of one length (only the text's last window may be shorter)."""
+    full = [window for window in windows if len(window) == len(windows[0])]
+    short = windows[len(full) :]
+    groups = [full[i : i + batch] for i in range(0, len(full), batch)]
+    return groups + ([short] if short else [])

@@ -1,0 +1,173 @@
+"""Every limit of the correctness check, in one table, each with its reason, and the result of a part of the check.
+
+Loosening a limit needs numbers before and after.
+
+"RMSE ratio" is rms(error) / rms(reference). "Worst row" is the largest such ratio over the rows of a tensor (a position
+of the logits, a head and position of a cache, a head of a recurrent state), its denominator floored, see FLOOR.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+FLOOR = 0.1  # x the tensor's rms: a row that is nearly zero has no meaningful ratio, yet must not hide a large error
+
+
+@dataclass(frozen=True)
+class Gate:
+    """`value <= limit` passes; a value that is not finite fails."""
+
+    limit: float
+    what: str
+    reason: str
+
+
+GATES: dict[str, Gate] = {
+    "trace.complete": Gate(
+        0.0,
+        "tensors of a trace that are missing, surplus or of a wrong shape",
+        "a tensor that is not compared is not checked",
+    ),
+    "trace.finite": Gate(0.0, "values that are not finite", "one NaN is a bug, and NaN compares false with any limit"),
+    "trace.experts": Gate(
+        0.0,
+        "positions whose expert ids are out of range or repeated",
+        "the reference replays these ids: a broken list would be replayed as if it were a choice",
+    ),
+    "float32.logits": Gate(
+        1e-4,
+        "RMSE ratio of all logits",
+        "two float32 implementations of these layers agree to 1e-6..1e-5; an op off by 1 % shows as 1e-3 or more",
+    ),
+    "float32.position": Gate(
+        1e-3,
+        "worst row of the logits",
+        "one bad row among thousands vanishes in an aggregate (one zeroed row of 32,768: 0.0047)",
+    ),
+    "float32.decode_step": Gate(
+        1e-4,
+        "RMSE ratio of the logits of one decode step, the worst",
+        "decode steps run other kernels than the prompt does and are few beside it, so each answers for itself",
+    ),
+    "float32.state": Gate(
+        1e-4,
+        "RMSE ratio of one state tensor after the last token, the worst",
+        "an error in the state shows in the logits only tokens later, beyond the end of a short check",
+    ),
+    "float32.state_row": Gate(1e-3, "worst row of one state tensor", "as for positions: one head, one cache slot"),
+    "float32.choice": Gate(
+        1e-3,
+        "expert choice that the reference did not make: its router-logit gap / sd of that layer's router logits",
+        "float32 noise of 1e-6..1e-5 flips ties of that size; 1e-3 is the noise that one position may have by the gate "
+        "above; neighbouring experts among 256 lie 0.05 sd apart, so a wrong choice exceeds it",
+    ),
+    "timed.logits": Gate(
+        1.5,
+        "RMSE ratio of all logits / that of transformers in bfloat16",
+        "another order of rounding is as good as transformers' own; half as much again is not rounding",
+    ),
+    "timed.position": Gate(
+        1.5,
+        "worst row of the logits / that of transformers in bfloat16",
+        "as above, for the one bad row that an aggregate hides",
+    ),
+    "timed.choice": Gate(
+        4.0,
+        "expert choice that the reference did not make: its router-logit gap / bfloat16 noise there, which is the rms "
+        "error of that layer's router logits in transformers, of that position where that is larger",
+        "rounding swaps experts whose logits lie within its noise, and no others; noise differs by position (up to 4 x "
+        "the layer's on random weights), so that in units of the layer's alone transformers itself reaches 4 to 17",
+    ),
+    "timed.choice_own": Gate(
+        1.5,
+        "or so many times what the worst choice of transformers in bfloat16 itself reaches in these units",
+        "the largest of 100,000 near-ties: transformers itself reaches 2.1 to 4.3 (12 layers, 160 positions, 8 to 256 "
+        "random experts), another order of rounding the same within 1.4 x",
+    ),
+    "replay.bitwise": Gate(
+        0.0,
+        "elements that a graph replay computes otherwise than the same method run eagerly",
+        "the same kernels on the same inputs at the same addresses: anything else is a missed dependency",
+    ),
+    "generate.tokens": Gate(
+        0.0,
+        "tokens that differ from transformers.generate in float32",
+        "float32 leaves near-ties of 1e-5; a trained model's argmax is seldom that close",
+    ),
+    "tokens.deficit": Gate(
+        1.0,
+        "how far a generated token trails the reference's argmax / what is allowed there",
+        "greedy decoding may only differ from the reference at a near-tie",
+    ),
+    "tokens.noise": Gate(
+        4.0,
+        "allowed deficit / rms error of transformers in bfloat16 at that position (in float32: of the logits gate)",
+        "the difference of two noisy logits has sd 1.4 x that error; the largest of many candidates lies at about 3 sd",
+    ),
+    "tokens.cap": Gate(
+        0.05,
+        "allowed deficit / sd of that position's logits, at most",
+        "where bfloat16 is very noisy a wrong token must not pass as a near-tie",
+    ),
+    "tokens.cap_own": Gate(
+        1.5,
+        "or so many times the largest such deficit of transformers' own bfloat16 argmax over all positions",
+        "random weights: transformers itself trails by 0.06 to 0.66 sd where its noise is 3 to 10 % (1 to 17 of 160 "
+        "positions over 0.05, none over 4 x the noise); trained weights stay below the cap",
+    ),
+}
+
+
+@dataclass
+class Part:
+    """One part of the check. `gates`: {gate, value, limit, passed, where}; a value that is not finite is None."""
+
+    name: str
+    passed: bool
+    gates: list[dict[str, Any]]
+    report: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "passed": self.passed, "gates": self.gates, "report": self.report}
+
+    def failures(self) -> list[str]:
+        """One line for each gate that failed."""
+        lines = []
+        for row in self.gates:
+            if not row["passed"]:
+                value = "not finite" if row["value"] is None else f"{row['value']:.3g}"
+                what = GATES[row["gate"]].what
+                lines.append(f"{row['gate']} at {row['where']}: {value} > {row['limit']:g} ({what})")
+        return lines
+
+
+def worst_rows(name: str, values: Iterable[tuple[float, str]], limit: float | None = None) -> list[dict[str, Any]]:
+    """A row for each value over the limit (32 at most), or one for the largest; none where there are no values."""
+    rows = [gate(name, *value, limit) for value in values]
+    rows.sort(key=lambda row: math.inf if row["value"] is None else row["value"], reverse=True)
+    return [row for row in rows if not row["passed"]][:32] or rows[:1]
+
+
+def gate(name: str, value: float, where: str, limit: float | None = None) -> dict[str, Any]:
+    """`limit` only where the table says that it depends on the run."""
+    limit = GATES[name].limit if limit is None else limit
+    passed = math.isfinite(value) and value <= limit
+    return {"gate": name, "value": json_number(value), "limit": limit, "passed": passed, "where": where}
+
+
+def own_limit(name: str, own: float) -> float:
+    """The limit of a gate that lets pass what transformers itself does (`own`), with the margin of its `_own` row."""
+    limit = GATES[name].limit
+    return max(limit, GATES[f"{name}_own"].limit * own) if math.isfinite(own) else limit
+
+
+def make_part(name: str, gates: list[dict[str, Any]], report: dict[str, Any]) -> Part:
+    return Part(name, all(row["passed"] for row in gates), gates, report)
+
+
+def json_number(value: float) -> float | None:
+    """JSON knows no NaN or infinity."""
+    return float(value) if math.isfinite(value) else None

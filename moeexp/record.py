@@ -1,0 +1,227 @@
+"""`record.json`: what one run was and what it found. The source of truth; trackers and reports read it.
+
+It is written whole (a temporary file, fsync, rename) when the run starts, after each phase and when it ends, so that a
+reader finds either the previous version or the new one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import re
+import statistics
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+SCHEMA = "moeexp.record/1"
+STATUSES = ("running", "ok", "incorrect", "failed", "timeout", "interrupted", "unsupported")
+PACKAGES = ("moeexp", "moeexp_kernels", "moeexp_runner")
+
+# Published only for a run that is ok and whose check passed.
+SPEEDS = ("decode_tok_s", "prefill_tok_s", "ttft_s", "bandwidth_share", "joules_per_token")
+
+MAX_BYTES = 200_000
+# (raw samples, tokens or characters) to keep; the first row that fits MAX_BYTES counts.
+LIMITS = ((4000, 8000), (400, 800), (0, 80))
+MAX_TRACEBACK = 20_000
+
+# Raw newlines are layout only, never inside a JSON string.
+NUMBER_LIST = re.compile(r"\[\n\s*((?:-?[\d.e+-]+,\n\s*)*-?[\d.e+-]+)\n\s*\]")
+
+# In the order in which the file shows them; None until known.
+KEYS = (
+    "id",
+    "config_hash",
+    "code_fingerprint",
+    "status",
+    "started",
+    "finished",
+    "command",
+    "config",
+    "random_weights",
+    "check",
+    "decode_tok_s",
+    "prefill_tok_s",
+    "ttft_s",
+    "token_latencies_ms",
+    "generated_ids",
+    "generated_text",
+    "prompt_text",
+    "bits_per_byte",
+    "bytes_per_token",
+    "bandwidth_share",
+    "kernels_per_token",
+    "joules_per_token",
+    "phases_s",
+    "memory_gib",
+    "quantised_coverage",
+    "ops",
+    "not_applicable",
+    "environment",
+    "tracker",
+    "error",
+    "notes",
+)
+
+
+class Record:
+    """A dict of plain values with its file. `latencies_ms` takes raw per-token samples while the run goes on."""
+
+    def __init__(self, path: Path, *, id: str, config: Any, command: list[str]):
+        self.path = path
+        self.latencies_ms: list[float] = []
+        self.data: dict[str, Any] = {"schema": SCHEMA} | dict.fromkeys(KEYS)
+        self.set(id=id, config=config, command=command, status="running", started=_now(), phases_s={}, notes=[])
+
+    def set(self, **values: Any) -> None:
+        """Set top-level keys. Values may hold dataclasses, paths, tuples and non-finite floats (`nan`, `inf` as text)."""
+        for key, value in values.items():
+            assert key in self.data, f"{key!r} is not a key of a record; add it to record.KEYS"
+            self.data[key] = plain(value)
+
+    def note(self, text: str) -> None:
+        """A line for whoever reads the record: something was shortened, a tracker did not answer."""
+        if text not in self.data["notes"]:
+            self.data["notes"].append(text)
+
+    def finish(self, status: str, *, error: dict[str, Any] | None = None) -> None:
+        """Set the final status, drop speeds that may not be published, and write.
+
+        `error`: {type, message, phase, traceback}."""
+        assert status in STATUSES and status != "running", status
+        if error is not None:
+            text = error.get("traceback") or ""
+            error = error | {"traceback": text if len(text) <= MAX_TRACEBACK else "…" + text[-MAX_TRACEBACK:]}
+        self.set(status=status, error=error, finished=_now())
+        passed = bool((self.data["check"] or {}).get("passed"))
+        if status != "ok" or not passed:
+            self.set(**dict.fromkeys(SPEEDS))
+        if not passed:
+            self.latencies_ms = []
+        self.write()
+
+    def write(self) -> None:
+        """Replace the file by the present state, shortened where that is needed to stay under MAX_BYTES."""
+        self.data["token_latencies_ms"] = latency_summary(self.latencies_ms) if self.latencies_ms else None
+        write_atomically(self.path, _dump(shorten(self.data)))
+
+
+def shorten(data: dict[str, Any]) -> dict[str, Any]:
+    """A copy of `data` whose raw samples, tokens and text are cut until it fits MAX_BYTES; `notes` says what was cut."""
+    for samples, tokens in LIMITS:
+        result = data | {"notes": list(data["notes"])}
+        if data["token_latencies_ms"]:
+            kept, note = _cut(data["token_latencies_ms"]["samples"], samples, "token_latencies_ms.samples")
+            result["token_latencies_ms"] = data["token_latencies_ms"] | {"samples": kept}
+            result["notes"] += note
+        for key in ("generated_ids", "generated_text"):
+            result[key], note = _cut(data[key], tokens, key)
+            result["notes"] += note
+        if len(_dump(result)) < MAX_BYTES:
+            return result
+    raise AssertionError(f"{len(_dump(result))} bytes of record: something large was set that is neither samples nor text")
+
+
+def _cut(value: Any, limit: int, key: str) -> tuple[Any, list[str]]:
+    """The first `limit` entries of a list or text, or of each row of a batch, and the note about it."""
+    if isinstance(value, list) and value and isinstance(value[0], (list, str)):
+        rows = [_cut(row, limit, key) for row in value]
+        return [row for row, _ in rows], [note for _, notes in rows[:1] for note in notes]
+    if value is None or len(value) <= limit:
+        return value, []
+    return value[:limit], [f"{key}: the first {limit} of {len(value)} are kept here; statistics are over all"]
+
+
+def latency_summary(samples_ms: list[float]) -> dict[str, Any]:
+    """{samples, p50, p90, p99, mean, sd, n}; percentiles are nearest-rank, so each is a latency that was measured."""
+    ordered, n = sorted(samples_ms), len(samples_ms)
+    rank = {f"p{p}": round(ordered[math.ceil(p / 100 * n) - 1], 5) for p in (50, 90, 99)}
+    return {
+        "samples": [round(x, 4) for x in samples_ms],
+        **rank,
+        "mean": round(statistics.fmean(samples_ms), 5),
+        "sd": round(statistics.stdev(samples_ms), 5) if n > 1 else 0.0,
+        "n": n,
+    }
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A reader, or a run that is killed at any moment, finds the old file or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def plain(value: Any) -> Any:
+    """JSON types only. Non-finite floats become text, as strict JSON has no NaN. A tensor is our own bug."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Path):
+        return str(value)
+    assert value is None or isinstance(value, (str, int, bool)), f"{type(value).__name__} in a record: {value!r}"
+    return value
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """`ValueError` names a file that is no record, or one of another schema version."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}): remove it, or run again") from error
+    found = data.get("schema") if isinstance(data, dict) else None
+    if found != SCHEMA:
+        raise ValueError(f"{path} has schema={found!r}; this version reads {SCHEMA!r}")
+    return data
+
+
+def config_hash(config: Any, *, device: str, gpu: str | None) -> str:
+    """Digest of a resolved config with the device that it runs on: two runs with the same one measure the same thing.
+
+    The tracker and how a sweep treats failures change nothing that is measured."""
+    settings = {key: value for key, value in plain(config).items() if key not in ("tracker", "launcher")}
+    return _digest([json.dumps({"config": settings, "device": device, "gpu": gpu}, sort_keys=True).encode()])
+
+
+def code_fingerprint() -> str:
+    """Digest of every source file of the packages, by relative path and content."""
+    parts = []
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        if spec is None or not spec.submodule_search_locations:
+            raise RuntimeError(f"package {name} is not installed beside moeexp: reinstall moeexp")
+        for root in map(Path, spec.submodule_search_locations):
+            for path in sorted(root.rglob("*.py")):
+                parts += [f"{name}/{path.relative_to(root).as_posix()}".encode(), path.read_bytes()]
+    return _digest(parts)
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:16]
+
+
+def _dump(data: dict) -> str:
+    """Indented, but a list of numbers on one line: samples one to a line would be thousands of lines."""
+    text = json.dumps(data, indent=1, allow_nan=False)
+    return NUMBER_LIST.sub(lambda match: "[" + " ".join(match[1].split()) + "]", text) + "\n"
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

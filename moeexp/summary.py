@@ -1,0 +1,149 @@
+"""What a run shows at its end: the check, the speeds, the text, and where the record is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from moeexp.report import footnotes, number, table, why
+
+COLOURS = {"ok": "green", "running": "yellow", "unsupported": "yellow", "interrupted": "yellow"}
+MAX_TEXT = 600
+
+
+def print_run(record: dict[str, Any], *, path: Path, console: Console) -> None:
+    """The summary of one run; plain text where the console is no terminal."""
+    rows = _rows(record, path)
+    console.print()
+    if not console.is_terminal:
+        # One line each, whatever the width: a path broken over two lines cannot be copied or searched for.
+        for label, value in rows:
+            console.print(f"{label:<14}  {value}", markup=False, highlight=False, soft_wrap=True)
+        return
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for label, value in rows:
+        grid.add_row(label, value if isinstance(value, Text) else Text(value))
+    console.print(grid)
+
+
+def print_sweep(records: Sequence[dict[str, Any]], *, path: Path, console: Console) -> None:
+    """The combined table of a sweep, and the reason for each run that is not ok."""
+    header, rows = table(records)
+    view = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for index, name in enumerate(header):
+        measured = index >= len(header) - 5
+        view.add_column(name, justify="right" if measured else "left", overflow="fold", min_width=len(name.split()[0]))
+    for row in rows:
+        cells = [Text(cell.replace("\\*", "*")) for cell in row]
+        cells[len(header) - 6].stylize(COLOURS.get(row[len(header) - 6], "red"))
+        view.add_row(*cells)
+    console.print()
+    if console.is_terminal:
+        console.print(view)
+    else:
+        console.print(view, width=10_000, crop=False, no_wrap=True)
+    for note in footnotes(records):
+        console.print(Text(note.replace("\\*", "*"), style="dim"), soft_wrap=True)
+    console.print(Text(f"table  {_short(path)}"), soft_wrap=True)
+
+
+def _rows(record: dict[str, Any], path: Path) -> list[tuple[str, str | Text]]:
+    config, status = record["config"], record["status"]
+    graph = config["cuda_graph"]
+    point = [config["model"]["name"], f"quant {config['quant']['name']}", config["export"], config["dtype"]]
+    point += [f"graph {graph}"] if graph else []
+    gpu = ((record["environment"] or {}).get("gpu") or {}).get("name")
+    head = Text.assemble((status, f"bold {COLOURS.get(status, 'red')}"), "  ", ", ".join([*point, gpu or config["device"]]))
+    rows: list[tuple[str, str | Text]] = [("status", head)]
+    if status != "ok" and why(record):
+        rows.append(("reason", why(record) or ""))
+    rows += _check_rows(record) + _speed_rows(record) + _text_rows(record)
+    rows.append(("record", _short(path)))
+    tracker = record["tracker"] or {}
+    if tracker.get("url"):
+        rows.append(("W&B", tracker["url"]))
+    elif tracker.get("path"):
+        offline = tracker["name"] == "wandb"
+        rows.append(("W&B" if offline else tracker["name"], ("offline; wandb sync " if offline else "") + tracker["path"]))
+    return rows
+
+
+def _check_rows(record: dict[str, Any]) -> list[tuple[str, str | Text]]:
+    check = record["check"]
+    if not check:
+        return []
+    rows: list[tuple[str, str | Text]] = []
+    for part in check.get("parts", []):
+        # Of each part the gate nearest to its limit: the others have more room.
+        worst = max(part["gates"], key=_tightness, default=None)
+        text = Text("passed" if part["passed"] else "FAILED", style="green" if part["passed"] else "bold red")
+        if worst is not None:
+            text.append(f"  {worst['gate']} {_compact(worst['value'])}, limit {_compact(worst['limit'])}", style="not bold default")
+        rows.append((f"check {part['name']}", text))
+    return rows or [("check", "off: no speed is published" if check.get("passed") is None else str(check["passed"]))]
+
+
+def _speed_rows(record: dict[str, Any]) -> list[tuple[str, str | Text]]:
+    rows: list[tuple[str, str | Text]] = []
+    if record["decode_tok_s"] is not None:
+        text = Text(f"{number(record['decode_tok_s'])} tok/s", style="bold")
+        latencies = record["token_latencies_ms"]
+        if latencies:
+            spread = f"p50 {number(latencies['p50'])} ms, p99 {number(latencies['p99'])} ms, n {latencies['n']}"
+            text.append(f"  {spread}", style="not bold")
+        if record["random_weights"]:
+            text.append("  (random weights)", style="yellow not bold")
+        rows.append(("decode", text))
+    if record["prefill_tok_s"] is not None:
+        first = f", first token after {number(1e3 * record['ttft_s'])} ms" if record["ttft_s"] is not None else ""
+        rows.append(("prefill", f"{number(record['prefill_tok_s'])} tok/s{first}"))
+    if record["bandwidth_share"] is not None:
+        rows.append(("bandwidth", f"{record['bandwidth_share']:.1%} of what the GPU can read"))
+    if record["bits_per_byte"] is not None:
+        rows.append(("bits/byte", f"{record['bits_per_byte']:.3f} on the held-out text"))
+    if record["memory_gib"]:
+        memory = ", ".join(f"{key.replace('_', ' ')} {number(value)}" for key, value in record["memory_gib"].items())
+        rows.append(("memory GiB", memory))
+    return rows
+
+
+def _text_rows(record: dict[str, Any]) -> list[tuple[str, str | Text]]:
+    """The prompt dim and what the model made of it bold, line breaks shown as / ; of a batch the first row."""
+    prompt, generated = (_first(record[key]) for key in ("prompt_text", "generated_text"))
+    if not generated:
+        return []
+    cut = generated if len(generated) <= MAX_TEXT else generated[:MAX_TEXT] + "…"
+    return [("text", Text.assemble((_one_line(prompt or "")[-MAX_TEXT:], "dim"), (_one_line(cut), "bold")))]
+
+
+def _first(value: Any) -> Any:
+    return value[0] if isinstance(value, list) and value else value
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", " / ")
+
+
+def _tightness(gate: dict[str, Any]) -> float:
+    value, limit = gate["value"], gate["limit"]
+    if not gate["passed"] or not isinstance(value, (int, float)):
+        return float("inf") if not gate["passed"] else 0.0
+    return value / limit if limit else value
+
+
+def _compact(value: Any) -> str:
+    return f"{value:.2g}" if isinstance(value, (int, float)) else "not finite" if value is None else str(value)
+
+
+def _short(path: Path) -> str:
+    """Relative where that is a path below here."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative

@@ -1,0 +1,166 @@
+"""Hands a finished record to W&B or to a JSON-lines file. The record on disk is whole before and whatever happens here.
+
+W&B runs in a process of its own (`python -m moeexp.tracker RUN_DIR`): that bounds its time also where a server accepts
+connections and never answers, and keeps its hooks and output away from the run.
+"""
+
+from __future__ import annotations
+
+import json
+import netrc
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from moeexp.record import read_record
+
+ANSWER = "moeexp-tracker: "
+SUMMARY_KEYS = ("decode_tok_s", "prefill_tok_s", "ttft_s", "bits_per_byte", "bandwidth_share", "joules_per_token")
+
+
+def track(record: dict[str, Any], *, run_dir: Path, exit_code: int, group: str | None) -> dict[str, Any]:
+    """What becomes `record["tracker"]`: {name, mode, path, url, warning}; `warning` is None or one line to show.
+
+    Raises nothing that concerns the tracker: a measured run is not lost to an unreachable server."""
+    settings = record["config"]["tracker"]
+    if settings["name"] == "jsonl":
+        return _append(record, Path(settings["path"]))
+    return _wandb_process(run_dir, exit_code, group or settings["group"], settings["timeout_s"])
+
+
+def _result(name: str, **known: Any) -> dict[str, Any]:
+    return {"name": name, "mode": None, "path": None, "url": None, "warning": None} | known
+
+
+def _append(record: dict[str, Any], path: Path) -> dict[str, Any]:
+    """One line, in one write, so that concurrent runs do not mix; without raw samples, which the record has."""
+    latencies = record["token_latencies_ms"]
+    if latencies is not None:
+        latencies = {key: value for key, value in latencies.items() if key != "samples"}
+    line = json.dumps(record | {"token_latencies_ms": latencies}, allow_nan=False) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab", buffering=0) as file:
+            file.write(line.encode())
+    except OSError as error:
+        return _result("jsonl", path=str(path), warning=f"tracker=jsonl could not write {path}: {error.strerror}")
+    return _result("jsonl", path=str(path))
+
+
+def _wandb_process(run_dir: Path, exit_code: int, group: str | None, timeout_s: float) -> dict[str, Any]:
+    command = [sys.executable, "-m", "moeexp.tracker", str(run_dir), str(exit_code), group or ""]
+    root = str(Path(__file__).resolve().parents[1])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    # Files, not pipes: W&B's own helper process inherits them, and a pipe stays open until that one ends too.
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, env=environment, start_new_session=True
+        )
+        try:
+            process.wait(timeout_s)
+        except BaseException as error:  # also Ctrl-C, which does not reach a session of its own
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            return _result("wandb", warning=f"W&B did not answer within tracker.timeout_s={timeout_s:g}; the record is whole")
+        output.seek(0), errors.seek(0)
+        answers, complaints = output.read().splitlines(), errors.read().split("\n")
+    for line in answers:
+        if line.startswith(ANSWER):
+            return json.loads(line.removeprefix(ANSWER))
+    reason = next((line for line in reversed(complaints) if line.strip()), f"exit code {process.returncode}")
+    return _result("wandb", warning=f"W&B failed, the record is whole: {reason.strip()}")
+
+
+def wandb_mode(settings: dict[str, Any], environment: dict[str, str] | os._Environ) -> str:
+    """online | offline | disabled. `auto` is WANDB_MODE where that is set, else online when logged in."""
+    if settings["mode"] != "auto":
+        return settings["mode"]
+    if environment.get("WANDB_MODE"):
+        return environment["WANDB_MODE"]
+    return "online" if _logged_in(environment) else "offline"
+
+
+def _logged_in(environment: dict[str, str] | os._Environ) -> bool:
+    """Where `wandb login` leaves a key: the environment or the netrc file."""
+    if environment.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(environment.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    candidates = [environment["NETRC"]] if environment.get("NETRC") else ["~/.netrc", "~/_netrc"]
+    for path in map(os.path.expanduser, candidates):
+        if os.path.isfile(path):
+            try:
+                return netrc.netrc(path).authenticators(host or "") is not None
+            except netrc.NetrcParseError:
+                return False
+    return False
+
+
+def _log_to_wandb(run_dir: Path, exit_code: int, group: str | None) -> dict[str, Any]:
+    """In the process of its own: one W&B run from one record."""
+    import wandb
+
+    record = read_record(run_dir / "record.json")
+    settings = record["config"]["tracker"]
+    mode = wandb_mode(settings, os.environ)
+    if mode == "disabled":
+        return _result("wandb", mode=mode)
+    warning = None
+    try:
+        run = _init(wandb, record, run_dir, mode, group, init_timeout=settings["timeout_s"] / 3)
+    except wandb.errors.Error as error:
+        if mode != "online":
+            raise
+        reason = " ".join(str(error).split())
+        warning = f"W&B could not be reached ({reason[:160]}); logged offline, upload it with: wandb sync"
+        mode = "offline"
+        run = _init(wandb, record, run_dir, mode, group, init_timeout=settings["timeout_s"] / 3)
+    folder = Path(run.dir).parent
+    if warning:
+        warning += f" {os.path.relpath(folder)}"
+    try:
+        latencies = record["token_latencies_ms"] or {}
+        for token, milliseconds in enumerate(latencies.get("samples", [])):
+            run.log({"token_latency_ms": milliseconds}, step=token)
+        run.summary.update(_summary(record))
+        run.save(str(run_dir / "record.json"), base_path=str(run_dir), policy="now")
+    finally:
+        run.finish(exit_code=exit_code)
+    return _result("wandb", mode=mode, path=os.path.relpath(folder), url=run.url if mode == "online" else None, warning=warning)
+
+
+def _init(wandb: Any, record: dict[str, Any], run_dir: Path, mode: str, group: str | None, *, init_timeout: float) -> Any:
+    settings = record["config"]["tracker"]
+    config = {key: value for key, value in record["config"].items() if key != "tracker"}
+    return wandb.init(
+        project=settings["project"],
+        entity=settings["entity"],
+        group=group,
+        tags=[*settings["tags"], record["status"]],
+        name=record["id"],
+        config=config | {"config_hash": record["config_hash"], "environment": record["environment"]},
+        dir=str(run_dir),
+        mode=mode,
+        settings=wandb.Settings(silent=True, console="off", init_timeout=init_timeout, x_disable_stats=True),
+    )
+
+
+def _summary(record: dict[str, Any]) -> dict[str, Any]:
+    summary = {key: record[key] for key in SUMMARY_KEYS if record[key] is not None}
+    latencies = {k: v for k, v in (record["token_latencies_ms"] or {}).items() if k != "samples"}
+    check = {"passed": (record["check"] or {}).get("passed")}
+    for part in (record["check"] or {}).get("parts", []):
+        check[part["name"]] = {gate["gate"]: gate["value"] for gate in part["gates"]}
+    nested = {"check": check, "latency_ms": latencies, "phases_s": record["phases_s"], "memory_gib": record["memory_gib"]}
+    return summary | {"status": record["status"]} | {key: value for key, value in nested.items() if value}
+
+
+if __name__ == "__main__":
+    folder, code, group_name = sys.argv[1:]
+    print(ANSWER + json.dumps(_log_to_wandb(Path(folder), int(code), group_name or None)))

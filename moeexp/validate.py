@@ -1,0 +1,283 @@
+"""Every rule about which configs may run, checked before any work; and what `auto` and null mean.
+
+`validate` refuses with one `ValueError`: the value, why, what is allowed, what to do. `resolve` then returns the config
+that runs, with nothing left to choose; that is the one that is recorded and hashed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields, replace
+from pathlib import Path
+
+from moeexp.architecture import Architecture
+from moeexp.schema import Config, ModelConfig, QuantConfig
+
+DEFAULT_PROMPT = "In the beginning"
+DEFAULT_PROMPT_LEN = 32
+SHIPPED_CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "tiny"
+
+ALLOWED: dict[str, tuple] = {
+    "dispatch": ("dual", "single", "token_by_token", "cond"),
+    "state": ("shared", "explicit"),
+    "cuda_graph": (False, True, "decode", "loop", "all"),
+    "export": ("aoti", "eager", "compile"),
+    "dtype": ("auto", "bfloat16", "float32"),
+    "allocator": ("native", "cuda_malloc_async"),
+    "check": ("inline", "separate", "off"),
+    "device": ("auto", "cpu", "cuda"),
+    "model.tokenizer": ("auto", "bytes", "none"),
+    "quant.bits": (16, 8, 4),
+    "sampler.name": ("greedy", "gumbel"),
+    "tracker.name": ("wandb", "jsonl"),
+    "tracker.mode": ("auto", "online", "offline", "disabled"),
+}
+
+# Values that the design has and the code does not yet. A row goes when its value works.
+NOT_BUILT_YET: dict[str, tuple] = {
+    "dispatch": ("single", "token_by_token", "cond"),
+    "state": ("explicit",),
+    "cuda_graph": ("loop", "all"),
+    "export": ("compile",),
+    "allocator": ("cuda_malloc_async",),
+    "check": ("separate",),
+    "sampler.name": ("gumbel",),
+}
+
+# Field -> the least value that makes sense.
+AT_LEAST = {
+    "batch": 1,
+    "new_tokens": 1,
+    "max_seq_len": 2,
+    "repeats": 1,
+    "eval_bytes": 0,
+    "seed": 0,
+    "model.seed": 0,
+    "sampler.seed": 0,
+    "prompt_len": 1,
+    "tracker.timeout_s": 1,
+}
+
+# Axes with nothing to act on without CUDA: recorded as not applicable, not refused, so that one sweep runs everywhere.
+NEEDS_CUDA_TO_MATTER = ("shared_stream", "skip_output_copy", "allocator")
+
+
+def validate(cfg: Config, *, cuda_available: bool) -> None:
+    """`ValueError` (one line) for a config that cannot run on a machine with or without CUDA."""
+    _check_values(cfg)
+    _check_device(cfg, cuda_available)
+    arch = load_architecture(cfg.model)
+    _check_prompt(cfg, arch)
+    _check_quant(cfg.quant, arch)
+    _check_ops(cfg, _device(cfg, cuda_available))
+
+
+def resolve(cfg: Config, *, cuda_available: bool) -> Config:
+    """The validated config with every `auto` and null that has a meaning replaced by it; `cuda_graph` is then False or
+    a string, and exactly one of prompt, prompt_ids and prompt_len is set."""
+    arch = load_architecture(cfg.model)
+    device = _device(cfg, cuda_available)
+    tokenizer = tokenizer_kind(cfg.model, arch)
+    prompt, prompt_len = cfg.prompt, cfg.prompt_len
+    if prompt is None and prompt_len is None and cfg.prompt_ids is None:
+        prompt, prompt_len = (None, DEFAULT_PROMPT_LEN) if tokenizer == "none" else (DEFAULT_PROMPT, None)
+    group_size = None
+    if cfg.quant.bits != 16:
+        group_size = cfg.quant.group_size or default_group_size(arch, cfg.quant)
+    return replace(
+        cfg,
+        model=replace(cfg.model, architecture=arch.to_hf(), tokenizer=tokenizer),
+        quant=replace(cfg.quant, group_size=group_size),
+        cuda_graph="decode" if cfg.cuda_graph is True else cfg.cuda_graph,
+        device=device,
+        dtype=cfg.dtype if cfg.dtype != "auto" else {"cuda": "bfloat16", "cpu": "float32"}[device],
+        prompt=prompt,
+        prompt_len=prompt_len,
+    )
+
+
+def not_applicable(cfg: Config) -> list[str]:
+    """Axes that a resolved config sets and that have nothing to act on."""
+    return list(NEEDS_CUDA_TO_MATTER) if cfg.device == "cpu" else []
+
+
+def weights_folder(model: ModelConfig) -> Path | None:
+    """The snapshot that holds the weights; None when they are drawn from the seed. `ValueError` if there is no such one."""
+    if model.weights == "random":
+        return None
+    folder = SHIPPED_CHECKPOINT if model.weights == "shipped" else Path(model.weights).expanduser()
+    if not folder.is_dir():
+        raise ValueError(
+            f"model.weights={model.weights!r} is not a folder: give the folder of a Hugging Face snapshot, or random"
+            if model.weights != "shipped"
+            else f"the shipped checkpoint is missing from {folder}: the installation is incomplete, reinstall moeexp"
+        )
+    return folder
+
+
+def heldout_file(model: ModelConfig) -> Path | None:
+    """The text that bits per byte are measured on. `ValueError` if it is named and does not exist."""
+    if model.heldout is None:
+        return None
+    path = SHIPPED_CHECKPOINT / "heldout.txt" if model.heldout == "shipped" else Path(model.heldout).expanduser()
+    if not path.is_file():
+        raise ValueError(f"model.heldout={model.heldout!r} is not a file: give a path to UTF-8 text, or null for none")
+    return path
+
+
+def load_architecture(model: ModelConfig) -> Architecture:
+    """Shapes from the snapshot's config.json where there is one, else from `model.architecture`."""
+    folder = weights_folder(model)
+    if folder is not None:
+        return Architecture.from_folder(folder)
+    if model.architecture is None:
+        raise ValueError(f"model.weights=random and no model.architecture for model={model.name}: give the shapes")
+    for key, value in model.architecture.items():
+        if isinstance(value, str):
+            raise ValueError(f"model.architecture.{key}={value} is text; a number, list or boolean is needed")
+    return Architecture.from_hf(model.architecture)
+
+
+def tokenizer_kind(model: ModelConfig, arch: Architecture) -> str:
+    """`auto` -> the snapshot's own (`auto`) where it has one, `bytes` for a vocabulary of 256, else `none`."""
+    if model.tokenizer != "auto":
+        return model.tokenizer
+    folder = weights_folder(model)
+    if folder is not None and any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return "auto"
+    return "bytes" if arch.vocab_size == 256 else "none"
+
+
+def in_features(arch: Architecture, skip: list[str]) -> dict[str, int]:
+    """The row length that a quantisation group has to divide, for each matrix that is not left out."""
+    attention = arch.num_attention_heads * arch.head_dim
+    kinds = {
+        "head": {"head": arch.hidden_size},
+        "linear_attention": {"linear_attention": arch.hidden_size},
+        "attention": {"attention": arch.hidden_size},
+        "out_proj": {"linear_attention out_proj": arch.value_dim, "attention out_proj": attention},
+        "experts": {"experts gate_up": arch.hidden_size, "experts down": arch.moe_intermediate_size},
+        "shared_expert": {
+            "shared_expert gate_up": arch.hidden_size,
+            "shared_expert down": arch.shared_expert_intermediate_size,
+        },
+    }
+    return {name: size for kind, sizes in kinds.items() if kind not in skip for name, size in sizes.items()}
+
+
+def default_group_size(arch: Architecture, quant: QuantConfig) -> int:
+    """64 below a hidden size of 1024, else 128; halved until it divides every row (32 for nano)."""
+    size = 64 if arch.hidden_size < 1024 else 128
+    common = math.gcd(*in_features(arch, quant.skip).values())
+    while common % size:
+        size //= 2
+    return size
+
+
+def get(cfg: Config, path: str):
+    """The value at a dotted path: `get(cfg, "quant.bits")`."""
+    for name in path.split("."):
+        cfg = getattr(cfg, name)
+    return cfg
+
+
+def _check_values(cfg: Config) -> None:
+    for path, allowed in ALLOWED.items():
+        value, missing = get(cfg, path), NOT_BUILT_YET.get(path, ())
+        # `1 == True` in Python; cuda_graph=1 is not one of the allowed values.
+        if not any(value == known and type(value) is type(known) for known in allowed):
+            raise ValueError(f"{path}={_show(value)} is not a value of {path}; allowed: {_list(allowed)}")
+        if value in missing:
+            available = [known for known in allowed if known not in missing]
+            raise ValueError(f"{path}={_show(value)} is not built yet; available now: {_list(available)}")
+    for path, least in AT_LEAST.items():
+        value = get(cfg, path)
+        if value is not None and not value >= least:
+            raise ValueError(f"{path}={value} is too small; it must be at least {least}")
+
+
+def _check_device(cfg: Config, cuda_available: bool) -> None:
+    if cfg.device == "cuda" and not cuda_available:
+        raise ValueError("device=cuda, and torch finds no CUDA GPU here: use device=cpu, or run where there is one")
+    if _device(cfg, cuda_available) == "cuda":
+        return
+    where = "device=cpu" if cuda_available else "torch finds no CUDA GPU here"
+    for path, off in (("cuda_graph", False), ("allocator", "native")):
+        if get(cfg, path) != off:
+            raise ValueError(
+                f"{path}={_show(get(cfg, path))} needs CUDA, and {where}: use {path}={_show(off)}, "
+                + ("or device=cuda" if cuda_available else "or run where there is one")
+            )
+
+
+def _check_prompt(cfg: Config, arch: Architecture) -> None:
+    given = [name for name in ("prompt", "prompt_ids", "prompt_len") if getattr(cfg, name) is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} are both set: give at most one of prompt, prompt_ids and prompt_len")
+    tokenizer = tokenizer_kind(cfg.model, arch)
+    if tokenizer == "bytes" and arch.vocab_size < 256:
+        raise ValueError(f"model.tokenizer=bytes needs a vocabulary of 256 or more; this model has {arch.vocab_size}")
+    heldout_file(cfg.model)
+    length = cfg.prompt_len
+    if cfg.prompt is not None:
+        if tokenizer == "none":
+            raise ValueError(f"prompt={cfg.prompt!r} and model={cfg.model.name} has no text: use prompt_ids or prompt_len")
+        if not cfg.prompt:
+            raise ValueError("prompt is empty: give at least one character, or leave it out for the default")
+        length = len(cfg.prompt.encode()) if tokenizer == "bytes" else None
+    elif cfg.prompt_ids is not None:
+        if not cfg.prompt_ids:
+            raise ValueError("prompt_ids is empty: give at least one token")
+        for token in cfg.prompt_ids:
+            if not 0 <= token < arch.vocab_size:
+                raise ValueError(f"prompt_ids has {token}; tokens of model={cfg.model.name} are 0..{arch.vocab_size - 1}")
+        length = len(cfg.prompt_ids)
+    elif length is None and tokenizer != "auto":
+        length = DEFAULT_PROMPT_LEN if tokenizer == "none" else len(DEFAULT_PROMPT.encode())
+    if length is not None:
+        check_lengths(prompt=length, new_tokens=cfg.new_tokens, max_seq_len=cfg.max_seq_len)
+
+
+def check_lengths(*, prompt: int, new_tokens: int, max_seq_len: int) -> None:
+    """`ValueError` if a prompt of so many tokens and the new ones do not fit."""
+    if prompt + new_tokens > max_seq_len:
+        raise ValueError(
+            f"prompt of {prompt} tokens + new_tokens={new_tokens} = {prompt + new_tokens} is beyond "
+            f"max_seq_len={max_seq_len}: use max_seq_len={prompt + new_tokens} or more, or fewer tokens"
+        )
+
+
+def _check_quant(quant: QuantConfig, arch: Architecture) -> None:
+    from moeexp.weights import check_skip  # imports torch; `--help` does not need it
+
+    check_skip(tuple(quant.skip))
+    group = quant.group_size
+    if group is None or quant.bits == 16:
+        return
+    if group < 2 or group & (group - 1):
+        raise ValueError(f"quant.group_size={group} is not a power of two of at least 2: use 32, 64 or 128")
+    for name, size in in_features(arch, quant.skip).items():
+        if size % group:
+            raise ValueError(
+                f"quant.group_size={group} does not divide the {size} input features of {name}: "
+                f"use quant.group_size={default_group_size(arch, quant)} or another divisor"
+            )
+
+
+def _check_ops(cfg: Config, device: str) -> None:
+    from moeexp_kernels.registry import resolve as resolve_ops
+
+    chosen = {field.name: getattr(cfg.ops, field.name) for field in fields(cfg.ops) if field.name != "default"}
+    resolve_ops(default=cfg.ops.default, chosen=chosen, device=device)
+
+
+def _device(cfg: Config, cuda_available: bool) -> str:
+    return cfg.device if cfg.device != "auto" else "cuda" if cuda_available else "cpu"
+
+
+def _show(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _list(values) -> str:
+    return ", ".join(map(_show, values))

@@ -1,0 +1,178 @@
+"""Runs the correctness check of one stack: makes traces of the fast path, runs the references, collects the verdict."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .check import Trace, check_float32, check_timed, check_tokens, check_trace
+from .dequantised import DequantisedWeights, as_dtype
+from .evaluate import position_slices
+from .factory import Stack, build_stack
+from .gates import Part, gate, make_part
+from .phases import Phases
+from .reference import ReferenceRun, generate_reference, run_reference
+from .schema import Config
+from .validate import weights_folder
+
+# transformers.generate is compared with only where a float32 copy of the model is small (4 GiB).
+GENERATE_ELEMENTS = 1 << 30
+
+
+def verify(cfg: Config, stack: Stack, prompt: Tensor, phases: Phases) -> dict[str, Any]:
+    """prompt [B, T] int64. The record's `check`: {passed, parts, generated_ids}. Restores nothing: reset follows."""
+    with phases("check: trace"):
+        trace = record_trace(stack, prompt.to(stack.device), cfg.new_tokens)
+    parts = [check_trace(trace, stack.arch)]
+    if stack.session.graph is not None:
+        with phases("check: replay"):
+            parts.append(check_replay(stack, trace))
+    if parts[0].passed:
+        parts += _against_reference(cfg, stack, trace, phases)
+    failures = [f"{part.name}: {line}" for part in parts for line in part.failures()]
+    return {
+        "passed": all(part.passed for part in parts),
+        "parts": [part.to_json() for part in parts],
+        "failures": failures[:50],
+        "tokens": int(trace.token_ids.shape[1]),
+        "generated_ids": generated_ids(trace),
+    }
+
+
+def generated_ids(trace: Trace) -> list[list[int]]:
+    assert trace.next_token is not None
+    new = torch.cat([trace.token_ids[:, trace.prompt_len :], trace.next_token[:, None]], dim=1)
+    return new.tolist()
+
+
+@torch.no_grad()
+def record_trace(stack: Stack, prompt: Tensor, new_tokens: int, *, forced: Tensor | None = None) -> Trace:
+    """Decodes `new_tokens` from prompt [B, T] through the session, keeping every logit and the final state. `forced`
+    [B, >= new_tokens - 1] is fed instead of what the sampler chooses."""
+    session = stack.session
+    logits = []
+    for positions in position_slices(session, prompt.shape[1]):
+        session.reset()
+        logits.append(session.prefill(prompt, positions))
+    fed = [prompt]
+    for step in range(new_tokens - 1):
+        token = session.sample(logits[-1][:, -1:]) if forced is None else forced[:, step : step + 1]
+        fed.append(token)
+        logits.append(session.decode(token).clone())
+    length = prompt.shape[1] + new_tokens - 1
+    state = stack.arena.snapshot()
+    ids = [state.pop(f"layers.{i}.expert_ids")[:, :length] for i in range(stack.arch.num_hidden_layers)]
+    return Trace(
+        token_ids=torch.cat(fed, dim=1),
+        prompt_len=prompt.shape[1],
+        logits=torch.cat(logits, dim=1),
+        expert_ids=torch.stack(ids).long(),
+        states=state,
+        next_token=session.sample(logits[-1][:, -1:])[:, 0] if forced is None else None,
+    )
+
+
+@torch.no_grad()
+def check_replay(stack: Stack, trace: Trace) -> Part:
+    """Two decode steps from the prompt's end, by the method run eagerly and by graph replay: bitwise equal."""
+    session = stack.session
+    graph, runs = session.graph, []
+    assert graph is not None
+    for replay in (False, True):
+        session.reset()
+        session.prefill(trace.token_ids[:, : trace.prompt_len].contiguous())
+        session.graph = graph if replay else None
+        outputs = []
+        try:
+            if trace.prompt_len + 2 <= session.max_seq_len:
+                token = session.sample(trace.logits[:, trace.prompt_len - 1 : trace.prompt_len])
+                outputs.append(session.decode(token).clone())
+                outputs.append(session.decode(session.sample(outputs[-1])).clone())
+        finally:
+            session.graph = graph
+        runs.append((outputs, stack.arena.snapshot()))
+    (eager, eager_state), (replayed, replayed_state) = runs
+    gates = [
+        gate("replay.bitwise", _differing(a, b), f"logits of decode step {i}")
+        for i, (a, b) in enumerate(zip(eager, replayed, strict=True))
+    ]
+    for name, tensor in eager_state.items():
+        differing = _differing(tensor, replayed_state[name])
+        if differing:
+            gates.append(gate("replay.bitwise", differing, name))
+    return make_part("replay", gates, {"steps": len(eager), "state_tensors": len(eager_state)})
+
+
+def _differing(a: Tensor, b: Tensor) -> int:
+    """Elements that are not the same bits."""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return int((a.view(bits) != b.view(bits)).sum())
+
+
+def _against_reference(cfg: Config, stack: Stack, trace: Trace, phases: Phases) -> list[Part]:
+    weights = DequantisedWeights(stack.model)
+
+    def run(name: str, dtype: torch.dtype, expert_ids: Tensor | None) -> ReferenceRun:
+        layers = stack.arch.num_hidden_layers
+        with phases(f"check: {name}"), phases.progress(name, total=layers) as advance:
+            return run_reference(
+                stack.arch, weights, trace.token_ids, trace.prompt_len, dtype=dtype, device=stack.device,
+                expert_ids=expert_ids, on_layer=lambda index, total: advance(1),
+            )  # fmt: skip
+
+    reference = run("reference", torch.float32, trace.expert_ids)
+    if cfg.dtype == "float32":
+        # The timed methods are the float32 methods: part (a) judges them directly, with the stricter limits.
+        parts = [check_float32(trace, reference), check_tokens(trace, reference)]
+        return parts + _against_generate(cfg, stack, trace, phases)
+    parts = [_float32_twin(cfg, stack, trace, weights, phases)]
+    bf16 = run("bf16 baseline", torch.bfloat16, None)
+    reference_on_bf16 = run("bf16 reference", torch.float32, bf16.expert_ids)
+    with phases("check: compare"):
+        parts.append(check_timed(trace, reference, bf16, reference_on_bf16))
+        parts.append(check_tokens(trace, reference, bf16, reference_on_bf16))
+    return parts
+
+
+def _float32_twin(cfg: Config, stack: Stack, trace: Trace, weights: DequantisedWeights, phases: Phases) -> Part:
+    """Part (a) for a run in another dtype: the same ops, weights and tokens with float32 activations."""
+    with phases("check: float32"):
+        twin_cfg = replace(cfg, dtype="float32")
+        twin = build_stack(twin_cfg, as_dtype(stack.model, torch.float32), phases, export="eager", cuda_graph=False)
+        try:
+            fed = trace.token_ids
+            twin_trace = record_trace(
+                twin, fed[:, : trace.prompt_len].contiguous(), fed.shape[1] - trace.prompt_len + 1,
+                forced=fed[:, trace.prompt_len :],
+            )  # fmt: skip
+        finally:
+            twin.close()
+        whole = check_trace(twin_trace, stack.arch)
+        if not whole.passed:
+            return replace(whole, name="float32")
+        reference = run_reference(
+            stack.arch, weights, fed, trace.prompt_len, dtype=torch.float32, device=stack.device,
+            expert_ids=twin_trace.expert_ids,
+        )  # fmt: skip
+        return check_float32(twin_trace, reference)
+
+
+def _against_generate(cfg: Config, stack: Stack, trace: Trace, phases: Phases) -> list[Part]:
+    """Unquantised weights of a snapshot: transformers loads it itself and generates greedily, token for token the same.
+
+    Independent of our loader, which the reference above shares."""
+    folder = weights_folder(cfg.model)
+    size = sum(buffer.numel() for buffer in stack.model.buffers())
+    if folder is None or cfg.quant.bits != 16 or cfg.sampler.name != "greedy" or size > GENERATE_ELEMENTS:
+        return []
+    with phases("check: generate"):
+        expected = generate_reference(folder, trace.token_ids[:, : trace.prompt_len].cpu(), cfg.new_tokens).tolist()
+    rows = []
+    for row, (ours, theirs) in enumerate(zip(generated_ids(trace), expected, strict=True)):
+        differing = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b]
+        where = f"row {row}" + (f", first at new token {differing[0]}" if differing else "")
+        rows.append(gate("generate.tokens", len(differing), where))
+    return [make_part("transformers.generate", rows, {"tokens": cfg.new_tokens})]

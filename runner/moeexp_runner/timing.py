@@ -1,0 +1,111 @@
+"""Wall-clock timing of a session and the read bandwidth that its figures are held against.
+
+A token's latency is what its reader waits for: from the previous token's arrival on the host to its own.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .session import Session
+
+
+@dataclass
+class Samples:
+    """Raw samples of one benchmark, in seconds."""
+
+    ttft_s: list[float] = field(default_factory=list)
+    prefill_s: list[float] = field(default_factory=list)
+    token_s: list[float] = field(default_factory=list)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_generation(
+    session: Session, tokens: Tensor, new_tokens: int, samples: Samples, *, stop_ids: set[int] | None = None
+) -> list[list[int]]:
+    """One generation; appends its time to first token and the latency of each further token, also if it is interrupted.
+    Ends early once every row has produced one of `stop_ids`. Returns the new ids [B][n]."""
+    synchronize(session.device)
+    arrivals: list[float] = []
+    ended = [False] * session.batch
+
+    def on_token(ids: list[int], index: int) -> bool:
+        arrivals.append(time.perf_counter())
+        if stop_ids is None:
+            return False
+        ended[:] = [before or token in stop_ids for before, token in zip(ended, ids, strict=True)]
+        return all(ended)
+
+    start = time.perf_counter()
+    try:
+        return session.generate(tokens, new_tokens, on_token=on_token)
+    finally:
+        samples.ttft_s.extend(arrival - start for arrival in arrivals[:1])
+        samples.token_s.extend(after - before for before, after in zip(arrivals, arrivals[1:], strict=False))
+
+
+def time_prefill(session: Session, tokens: Tensor, samples: Samples) -> None:
+    """One prefill of tokens [B, T] on reset state, logits of the last position only."""
+    session.reset()
+    synchronize(session.device)
+    start = time.perf_counter()
+    session.prefill(tokens)
+    synchronize(session.device)
+    samples.prefill_s.append(time.perf_counter() - start)
+
+
+def kernels_per_step(session: Session, tokens: Tensor) -> int | None:
+    """GPU kernels, copies and fills of one eager decode step, counted by the profiler; None without CUDA."""
+    if session.device.type != "cuda":
+        return None
+    from torch.profiler import ProfilerActivity, profile
+
+    graph, session.graph = session.graph, None
+    try:
+        session.reset()
+        token = session.sample(session.prefill(tokens))
+        synchronize(session.device)
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            session.decode(token)
+            synchronize(session.device)
+    finally:
+        session.graph = graph
+    return sum(1 for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA)
+
+
+def energy_joules(device: torch.device) -> float | None:
+    """The GPU's energy counter; None where there is no GPU or it does not tell."""
+    if device.type != "cuda":
+        return None
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID("GPU-" + str(torch.cuda.get_device_properties(device).uuid))
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
+    except pynvml.NVMLError:
+        return None
+
+
+def read_bandwidth(device: torch.device, *, megabytes: int | None = None, rounds: int = 5) -> float:
+    """Bytes per second of a large streaming read (a sum over random int32), best of `rounds`, beyond any cache."""
+    megabytes = megabytes or (2048 if device.type == "cuda" else 256)
+    data = torch.randint(-(2**31), 2**31 - 1, (megabytes * 2**18,), dtype=torch.int32, device=device)
+    best = float("inf")
+    for _ in range(rounds + 1):
+        synchronize(device)
+        start = time.perf_counter()
+        torch.sum(data, dtype=torch.int64) if device.type == "cpu" else torch.amax(data)
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return data.nbytes / best

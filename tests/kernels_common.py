@@ -1,0 +1,143 @@
+"""What every kernel test shares: where kernels run, how results are compared, and poison for memory nobody wrote.
+
+Import this before anything that imports triton: without a GPU the kernels run in Triton's interpreter, and triton reads
+that switch when its own module is first imported and again at each `@triton.jit`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if "triton" in sys.modules:
+        raise RuntimeError(
+            "triton was imported before tests/kernels_common.py, too late for its interpreter: import kernels_common "
+            "first (tests/conftest.py is the place), or set TRITON_INTERPRET=1 for the whole run"
+        )
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# What an op may deviate from its float32 reference: order of the sums, or rounding of one activation. The interpreter
+# truncates to bfloat16 where a GPU rounds to nearest, which doubles that error.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-3 if DEVICE == "cuda" else 7e-3, torch.float16: 1e-3}
+SENTINEL = {torch.uint8: 0xA5, torch.int32: -987_654_321, torch.int64: -987_654_321}
+GUARD = 64  # elements before and after a guarded tensor; keeps 16-byte alignment for every dtype
+
+
+def generator(seed: int, device: str = DEVICE) -> torch.Generator:
+    return torch.Generator(device=device).manual_seed(seed)
+
+
+def randn(
+    *shape: int, seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, device: str = DEVICE
+) -> Tensor:
+    """Normal values, drawn on the CPU so that every device sees the same ones."""
+    return (torch.randn(*shape, generator=generator(seed, "cpu")) * scale).to(device=device, dtype=dtype)
+
+
+def rmse_ratio(actual: Tensor, reference: Tensor) -> float:
+    """rms(actual - reference) / rms(reference), in float64; 0 for two all-zero tensors."""
+    actual, reference = actual.double(), reference.double()
+    error, scale = (actual - reference).square().mean().sqrt().item(), reference.square().mean().sqrt().item()
+    return error / scale if scale > 0 else (0.0 if error == 0 else float("inf"))
+
+
+def worst_position_ratio(actual: Tensor, reference: Tensor) -> float:
+    """Largest per-row (last dim) rms error over the row's rms, that rms floored at 0.1 x the whole tensor's."""
+    actual, reference = actual.double(), reference.double()
+    error = (actual - reference).square().mean(-1).sqrt()
+    floor = 0.1 * reference.square().mean().sqrt()
+    return (error / reference.square().mean(-1).sqrt().clamp(min=floor).clamp(min=1e-300)).max().item()
+
+
+def assert_close_ratio(
+    actual: Tensor, reference: Tensor, tol: float, name: str = "output", worst_tol: float | None = None
+) -> None:
+    """Same shape, `actual` finite, RMSE ratio <= tol and worst position <= worst_tol (10 x tol unless told)."""
+    assert actual.shape == reference.shape, f"{name}: shape {tuple(actual.shape)}, reference {tuple(reference.shape)}"
+    if actual.numel() == 0:
+        return
+    bad = (~torch.isfinite(actual.double())).sum().item()
+    assert bad == 0, f"{name}: {bad} of {actual.numel()} values are not finite"
+    ratio, worst = rmse_ratio(actual, reference), worst_position_ratio(actual, reference)
+    worst_tol = 10 * tol if worst_tol is None else worst_tol
+    assert ratio <= tol, f"{name}: RMSE ratio {ratio:.3e} > {tol:.1e} (worst position {worst:.3e})"
+    assert worst <= worst_tol, f"{name}: worst position {worst:.3e} > {worst_tol:.1e} (RMSE ratio {ratio:.3e})"
+
+
+def fill_poison(tensor: Tensor) -> Tensor:
+    """Fills in place with NaN (floats), or with a value no test produces (integers)."""
+    if tensor.is_floating_point():
+        return tensor.fill_(float("nan"))
+    return tensor.fill_(SENTINEL.get(tensor.dtype, 1))
+
+
+def poison(*shape: int, dtype: torch.dtype = torch.float32, device: str = DEVICE) -> Tensor:
+    """A tensor as hostile as uninitialised memory can be: NaN, or a sentinel for integers."""
+    return fill_poison(torch.empty(*shape, dtype=dtype, device=device))
+
+
+@contextmanager
+def poisoned_empty() -> Iterator[None]:
+    """Inside, `torch.empty` and `torch.empty_like` return poison, so that a kernel reading unwritten scratch shows."""
+    empty, empty_like = torch.empty, torch.empty_like
+    torch.empty = lambda *args, **kwargs: fill_poison(empty(*args, **kwargs))
+    torch.empty_like = lambda *args, **kwargs: fill_poison(empty_like(*args, **kwargs))
+    try:
+        yield
+    finally:
+        torch.empty, torch.empty_like = empty, empty_like
+
+
+class Guarded:
+    """A contiguous copy of `tensor` with a band of poison on either side; `check()` fails if a band was written.
+
+    `.tensor` is what the op gets. Reads outside it bring NaN, writes outside it are seen."""
+
+    def __init__(self, tensor: Tensor):
+        self._buffer = poison(tensor.numel() + 2 * GUARD, dtype=tensor.dtype, device=tensor.device.type)
+        self.tensor = self._buffer[GUARD : GUARD + tensor.numel()].view(tensor.shape)
+        self.tensor.copy_(tensor)
+        self._before = self._bands()
+
+    def _bands(self) -> Tensor:
+        bands = torch.cat([self._buffer[:GUARD], self._buffer[-GUARD:]])
+        return bands.view(torch.uint8).clone()  # bytes: NaN compares unequal to itself
+
+    def check(self, name: str = "tensor") -> None:
+        assert torch.equal(self._bands(), self._before), f"{name}: memory outside the tensor was written"
+
+
+def assert_bitwise_equal(actual: Tensor, expected: Tensor, name: str = "output") -> None:
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype, f"{name}: shape or dtype differs"
+    same = torch.equal(actual.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
+    assert same, f"{name}: not bitwise equal"
+
+
+def assert_bitwise_stable(call: Callable[[], Tensor | tuple[Tensor, ...]], runs: int, name: str = "output") -> None:
+    """`call()` sets up its own fresh inputs; all `runs` results must agree to the bit."""
+    first = call()
+    first = first if isinstance(first, tuple) else (first,)
+    for run in range(1, runs):
+        again = call()
+        again = again if isinstance(again, tuple) else (again,)
+        for i, (x, y) in enumerate(zip(again, first, strict=True)):
+            assert_bitwise_equal(x, y, f"{name}[{i}], run {run}")
+
+
+def expect_value_error(call: Callable[[], object], *words: str) -> None:
+    """`call()` must raise ValueError whose one line names every word."""
+    try:
+        call()
+    except ValueError as error:
+        missing = [word for word in words if word not in str(error)]
+        assert not missing, f"{missing} not in the message: {error}"
+        return
+    raise AssertionError(f"no ValueError naming {words}")
