@@ -121,7 +121,13 @@ def run_one(cfg: DictConfig, *, run_dir: Path, id: str, session: Session, sweep:
     """Validate, run, record, track and show one config. Returns the exit code; the record holds the status."""
     from moeexp import environment
 
-    record = Record(run_dir / "record.json", id=id, config=OmegaConf.to_container(cfg), command=session.command)
+    record = Record(
+        run_dir / "record.json",
+        id=id,
+        config=OmegaConf.to_container(cfg),
+        command=session.command,
+        overrides=list(HydraConfig.get().overrides.task),
+    )
     record.write()
     phases = Phases(record, Console(stderr=True))
     config, error = None, None

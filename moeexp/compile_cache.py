@@ -150,9 +150,15 @@ def _constants(program: ExportedProgram) -> dict[str, TensorSpec]:
     assert not signature.inputs_to_lifted_tensor_constants, (
         f"tensor literals in the graph: {list(signature.inputs_to_lifted_tensor_constants.values())}"
     )
+    buffers = {
+        name: program.state_dict[name] if name in program.state_dict else program.constants[name]
+        for name in signature.inputs_to_buffers.values()
+    }
+    short = [name for name, buffer in buffers.items() if buffer.ndim == 1 and buffer.numel() <= 8]
+    assert not short, f"Inductor would write the values of {short} into the code; give them a second dimension"
     used = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
     return {
-        target: TensorSpec.of(program.state_dict[target] if target in program.state_dict else program.constants[target])
+        target: TensorSpec.of(buffers[target])
         for name, target in signature.inputs_to_buffers.items()
         if name in used
     }

@@ -25,13 +25,14 @@ def explain(error: BaseException) -> str:
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if unknown_key and "not in" in str(cause):
         return f"there is no setting {unknown_key[1]}{_suggestion(unknown_key[1])}; {HELP}"
-    value = re.search(r"Value '?(.*?)'? of type '(\w+)' (?:could not be converted to|is not a subclass of) (\w+)", str(cause))
+    value = re.search(r"Value '?(.*?)'? of type '\w+' could not be converted to (\w+)", str(cause))
     if value and getattr(cause, "full_key", None):
-        return f"{cause.full_key}={value[1]} is not of type {value[3]}; {HELP}"
+        return f"{cause.full_key}={value[1]} is not of type {value[2]}; {HELP}"
     if cause is not error:
         text += f"\n{cause}"
+    noise = ("full_key", "object_type", "reference_type")
     lines = [line.strip() for line in text.splitlines()]
-    return "; ".join(line for line in lines if line and not line.startswith(("full_key", "object_type", "reference_type")))
+    return "; ".join(line for line in lines if line and not line.startswith(noise))
 
 
 def _suggestion(key: str) -> str:
@@ -42,4 +43,6 @@ def _suggestion(key: str) -> str:
 def _keys() -> list[str]:
     """Every dotted key of the schema."""
     keys = [field.name for field in dataclasses.fields(schema.Config)]
-    return keys + [f"{name}.{field.name}" for name, group in schema.GROUPS.items() for field in dataclasses.fields(group)]
+    for name, group in schema.GROUPS.items():
+        keys += [f"{name}.{field.name}" for field in dataclasses.fields(group)]
+    return keys

@@ -43,7 +43,7 @@ def collect(device: str) -> dict[str, Any]:
 
 
 def gpu_state() -> dict[str, Any]:
-    """Clocks, power and temperature now, of the GPU that torch calls 0; {"error": why} where nvidia-smi does not tell."""
+    """Clocks, power and temperature of the GPU that torch calls 0; {"error": why} where nvidia-smi does not tell."""
     import torch
 
     try:
@@ -129,4 +129,5 @@ def _cores() -> int | None:
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -3,6 +3,9 @@
 Buffers only, no parameters: weights and state are bound into compiled methods by name, and nothing here is trained.
 Fused matrices stack rows in the order that their op documents: linear attention `q | k | v | z | b | a`, full attention
 `(q | gate) per head | k | v`, experts `gate | up`.
+
+No buffer is one-dimensional and short: Inductor writes vectors of up to eight elements into the code as literals, and a
+compiled method would keep the weights of whatever model it was compiled with. Hence a_log, dt_bias, inv_freq [1, n].
 """
 
 from __future__ import annotations
@@ -41,8 +44,8 @@ class LinearAttention(nn.Module):
         self.register_buffer(
             "conv_weight", torch.empty(arch.conv_dim, arch.linear_conv_kernel_dim, dtype=dtype, device=device)
         )
-        self.register_buffer("a_log", torch.empty(arch.linear_num_value_heads, **wide))
-        self.register_buffer("dt_bias", torch.empty(arch.linear_num_value_heads, **wide))
+        self.register_buffer("a_log", torch.empty(1, arch.linear_num_value_heads, **wide))
+        self.register_buffer("dt_bias", torch.empty(1, arch.linear_num_value_heads, **wide))
         self.register_buffer("norm", torch.empty(arch.linear_value_head_dim, **wide))
         self.heads = {
             "num_k_heads": arch.linear_num_key_heads,
@@ -122,14 +125,14 @@ class Qwen35MoE(nn.Module):
             if layer.layer_type == "linear_attention":
                 proj = _linear(ops, x, mixer.in_proj, norm=layer.input_norm, eps=self.arch.rms_norm_eps)
                 out = ops[f"gdn_{phase}"](
-                    proj=proj, conv_weight=mixer.conv_weight, a_log=mixer.a_log, dt_bias=mixer.dt_bias,
+                    proj=proj, conv_weight=mixer.conv_weight, a_log=mixer.a_log[0], dt_bias=mixer.dt_bias[0],
                     norm_weight=mixer.norm, conv_state=layer.conv_state, recurrent_state=layer.recurrent_state,
                     **mixer.heads,
                 )  # fmt: skip
             else:
                 qkv = _linear(ops, x, mixer.qkv_proj, norm=layer.input_norm, eps=self.arch.rms_norm_eps)
                 q = ops["qk_norm_rope"](
-                    qkv=qkv, q_norm=mixer.q_norm, k_norm=mixer.k_norm, inv_freq=self.inv_freq, positions=positions,
+                    qkv=qkv, q_norm=mixer.q_norm, k_norm=mixer.k_norm, inv_freq=self.inv_freq[0], positions=positions,
                     k_cache=layer.k_cache, v_cache=layer.v_cache, num_heads=mixer.num_heads, eps=mixer.eps,
                 )  # fmt: skip
                 out = ops[f"sdpa_{phase}"](
@@ -164,9 +167,9 @@ def _linear(ops: Ops, x: Tensor, linear: Linear, *, norm: Tensor | None = None, 
 
 
 def inverse_frequencies(arch: Architecture) -> Tensor:
-    """RoPE frequencies [R/2] float32, on the CPU: pow differs in the last bit between devices."""
+    """RoPE frequencies [1, R/2] float32, on the CPU: pow differs in the last bit between devices."""
     exponents = torch.arange(0, arch.rotary_dim, 2, dtype=torch.float32) / arch.rotary_dim
-    return 1.0 / arch.rope_theta**exponents
+    return (1.0 / arch.rope_theta**exponents)[None]
 
 
 def state_shapes(arch: Architecture, *, batch: int, max_seq_len: int, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

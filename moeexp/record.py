@@ -15,7 +15,7 @@ import os
 import re
 import statistics
 from collections.abc import Iterable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ KEYS = (
     "started",
     "finished",
     "command",
+    "overrides",
     "config",
     "random_weights",
     "check",
@@ -73,14 +74,15 @@ KEYS = (
 class Record:
     """A dict of plain values with its file. `latencies_ms` takes raw per-token samples while the run goes on."""
 
-    def __init__(self, path: Path, *, id: str, config: Any, command: list[str]):
+    def __init__(self, path: Path, *, id: str, config: Any, command: list[str], overrides: list[str]):
         self.path = path
         self.latencies_ms: list[float] = []
         self.data: dict[str, Any] = {"schema": SCHEMA} | dict.fromkeys(KEYS)
-        self.set(id=id, config=config, command=command, status="running", started=_now(), phases_s={}, notes=[])
+        self.set(id=id, config=config, command=command, overrides=overrides)
+        self.set(status="running", started=_now(), phases_s={}, notes=[])
 
     def set(self, **values: Any) -> None:
-        """Set top-level keys. Values may hold dataclasses, paths, tuples and non-finite floats (`nan`, `inf` as text)."""
+        """Set top-level keys. Dataclasses, paths, tuples and non-finite floats are made plain, see `plain`."""
         for key, value in values.items():
             assert key in self.data, f"{key!r} is not a key of a record; add it to record.KEYS"
             self.data[key] = plain(value)
@@ -113,7 +115,7 @@ class Record:
 
 
 def shorten(data: dict[str, Any]) -> dict[str, Any]:
-    """A copy of `data` whose raw samples, tokens and text are cut until it fits MAX_BYTES; `notes` says what was cut."""
+    """A copy of `data` with raw samples, tokens and text cut until it fits MAX_BYTES; `notes` says what was cut."""
     for samples, tokens in LIMITS:
         result = data | {"notes": list(data["notes"])}
         if data["token_latencies_ms"]:
@@ -125,7 +127,7 @@ def shorten(data: dict[str, Any]) -> dict[str, Any]:
             result["notes"] += note
         if len(_dump(result)) < MAX_BYTES:
             return result
-    raise AssertionError(f"{len(_dump(result))} bytes of record: something large was set that is neither samples nor text")
+    raise AssertionError(f"{len(_dump(result))} bytes: something large was set that is neither samples nor text")
 
 
 def _cut(value: Any, limit: int, key: str) -> tuple[Any, list[str]]:
@@ -224,4 +226,4 @@ def _dump(data: dict) -> str:
 
 
 def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")

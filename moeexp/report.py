@@ -9,12 +9,12 @@ from typing import Any
 
 from moeexp.record import read_record
 
-GROUPS = ("model", "quant", "ops", "sampler")
+MEASURED = ("decode tok/s", "prefill tok/s", "TTFT ms", "bits/byte", "peak GiB")
 RANDOM_WEIGHTS = "random weights: routing is near uniform there and prefill touches every expert"
 
 
 def load_records(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """Every `record.json` under the folders, in the order in which the runs started. `ValueError` where there is none."""
+    """Every `record.json` under the folders, in the order in which the runs started. `ValueError` if there is none."""
     paths: dict[Path, None] = {}
     for folder in folders:
         found = [folder] if folder.is_file() else sorted(folder.rglob("record.json"))
@@ -27,14 +27,15 @@ def load_records(folders: Sequence[Path]) -> list[dict[str, Any]]:
 def table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: what differs between the configs, then what was measured."""
     axes = varying(records)
-    header = [*([axis.removesuffix(".name") for axis in axes] or ["run"]), "status", "decode tok/s", "prefill tok/s", "TTFT ms", "bits/byte", "peak GiB"]
-    return header, [[*_settings(record, axes), *_results(record)] for record in records]
+    header = [*(axes or ["run"]), "status", *MEASURED]
+    settings = [[_setting(record, axis) for axis in axes] or [record["id"]] for record in records]
+    return header, [[*chosen, *_results(record)] for chosen, record in zip(settings, records, strict=True)]
 
 
 def markdown(records: Sequence[dict[str, Any]]) -> str:
     header, rows = table(records)
-    left = len(header) - 5  # settings and status are text; the measured columns are numbers
-    lines = [header, [":--"] * left + ["--:"] * 5, *rows]
+    rule = [":--"] * (len(header) - len(MEASURED)) + ["--:"] * len(MEASURED)
+    lines = [header, rule, *rows]
     text = "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
     notes = footnotes(records)
     return text + ("\n" + "\n".join(f"- {note}" for note in notes) + "\n" if notes else "")
@@ -43,11 +44,11 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
 def footnotes(records: Sequence[dict[str, Any]]) -> list[str]:
     """What the table's marks mean, and why each run that is not ok is not."""
     notes = [f"\\* {RANDOM_WEIGHTS}"] if any(_is_marked(record) for record in records) else []
+    reasons: dict[str, list[str]] = {}
     for record in records:
-        reason = why(record)
-        if record["status"] != "ok" and reason:
-            notes.append(f"{record['id']} {record['status']}: {reason}")
-    return notes
+        if record["status"] != "ok":
+            reasons.setdefault(f"{record['status']}: {why(record) or 'no reason recorded'}", []).append(record["id"])
+    return notes + [f"{', '.join(ids)} {reason}" for reason, ids in reasons.items()]
 
 
 def why(record: dict[str, Any]) -> str | None:
@@ -59,28 +60,27 @@ def why(record: dict[str, Any]) -> str | None:
 
 
 def varying(records: Sequence[dict[str, Any]]) -> list[str]:
-    """Config keys with more than one value; of a group only its name, where that tells the records apart."""
-    flat = [_flatten(record["config"]) for record in records]
-    keys = [key for key in dict.fromkeys(key for config in flat for key in config) if not key.startswith("tracker.")]
-    differ = [key for key in keys if len({str(config.get(key)) for config in flat}) > 1]
-    result = []
-    for key in differ:
-        group = key.split(".")[0]
-        named = f"{group}.name" in differ and key != f"{group}.name"
-        if not (group in GROUPS and named and _follows(flat, f"{group}.name", key)):
-            result.append(key)
-    return result
+    """The groups and fields that some command line or sweep set and that differ between the records."""
+    keys = dict.fromkeys(key for record in records for key in _overrides(record))
+    return [key for key in keys if len({_setting(record, key) for record in records}) > 1]
 
 
-def _follows(flat: list[dict[str, Any]], name: str, key: str) -> bool:
-    """Whether `name` determines `key` in these configs."""
-    pairs = {(str(config.get(name)), str(config.get(key))) for config in flat}
-    return len(pairs) == len({first for first, _ in pairs})
+def _overrides(record: dict[str, Any]) -> dict[str, str]:
+    pairs = (override.partition("=") for override in record["overrides"])
+    return {key.lstrip("+~"): value for key, _, value in pairs if not key.startswith("tracker")}
 
 
-def _settings(record: dict[str, Any], axes: list[str]) -> list[str]:
-    flat = _flatten(record["config"])
-    return [_show(flat.get(axis)) for axis in axes] if axes else [record["id"]]
+def _setting(record: dict[str, Any], key: str) -> str:
+    """What was asked for, as it was written, else what the config has."""
+    value: Any = _overrides(record).get(key)
+    if value is None:
+        value = record["config"]
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        if isinstance(value, dict):
+            value = value.get("name", value.get("default"))  # a group
+    text = str(value)
+    return "–" if value is None else text.lower() if text in ("True", "False") else text
 
 
 def _results(record: dict[str, Any]) -> list[str]:
@@ -105,17 +105,6 @@ def number(value: Any) -> str:
 
 def _is_marked(record: dict[str, Any]) -> bool:
     return bool(record["random_weights"] and record["decode_tok_s"] is not None)
-
-
-def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in config.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _show(value: Any) -> str:
-    return "–" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _numbered(id: str) -> tuple[str, int]:

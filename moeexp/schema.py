@@ -126,7 +126,7 @@ def conf_dir() -> Path:
     for folder in (package / "conf", package.parent / "conf"):
         if (folder / "config.yaml").is_file():
             return folder
-    raise RuntimeError(f"no conf/config.yaml in {package} or beside it: the installation is incomplete, reinstall moeexp")
+    raise RuntimeError(f"no conf/config.yaml in {package} or beside it: reinstall moeexp")
 
 
 def register() -> None:
@@ -154,7 +154,7 @@ def _check_keys(node: DictConfig, schema: type, prefix: str = "") -> None:
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
-    """The config that `python -m moeexp OVERRIDES…` runs, for scripts and tests: `compose(["model=nano", "batch=2"])`."""
+    """What `python -m moeexp OVERRIDES…` composes, for scripts and tests: `compose(["model=nano", "batch=2"])`."""
     register()
     with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
         return to_config(hydra_compose("config", overrides=list(overrides)))

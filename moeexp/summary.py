@@ -11,88 +11,100 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moeexp.report import footnotes, number, table, why
+from moeexp.report import footnotes, markdown, number, table, why
 
 COLOURS = {"ok": "green", "running": "yellow", "unsupported": "yellow", "interrupted": "yellow"}
 MAX_TEXT = 600
+LABEL = 14
+
+Row = tuple[str, str | Text]
 
 
 def print_run(record: dict[str, Any], *, path: Path, console: Console) -> None:
     """The summary of one run; plain text where the console is no terminal."""
-    rows = _rows(record, path)
     console.print()
-    if not console.is_terminal:
-        # One line each, whatever the width: a path broken over two lines cannot be copied or searched for.
-        for label, value in rows:
-            console.print(f"{label:<14}  {value}", markup=False, highlight=False, soft_wrap=True)
-        return
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="dim", no_wrap=True)
-    grid.add_column(overflow="fold")
-    for label, value in rows:
-        grid.add_row(label, value if isinstance(value, Text) else Text(value))
-    console.print(grid)
+    findings, places = _findings(record), _places(record, path)
+    if console.is_terminal:
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="dim", no_wrap=True, width=LABEL)
+        grid.add_column(overflow="fold")
+        for label, value in findings:
+            grid.add_row(label, value if isinstance(value, Text) else Text(value))
+        console.print(grid)
+        findings = []
+    # One line each, whatever the width: a path broken over two lines cannot be copied or searched for.
+    for label, value in findings + places:
+        console.print(Text.assemble((f"{label:<{LABEL}}", "dim"), "  ", value), soft_wrap=True)
 
 
 def print_sweep(records: Sequence[dict[str, Any]], *, path: Path, console: Console) -> None:
     """The combined table of a sweep, and the reason for each run that is not ok."""
+    console.print()
+    if not console.is_terminal:
+        console.print(markdown(records), markup=False, highlight=False, soft_wrap=True)
+    else:
+        console.print(_view(records))
+        for note in footnotes(records):
+            console.print(Text(note.replace("\\*", "*"), style="dim"))
+    console.print(f"table  {_short(path)}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _view(records: Sequence[dict[str, Any]]) -> Table:
     header, rows = table(records)
+    status = header.index("status")
     view = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for index, name in enumerate(header):
-        measured = index >= len(header) - 5
-        view.add_column(name, justify="right" if measured else "left", overflow="fold", min_width=len(name.split()[0]))
+        width = max(len(row[index]) for row in rows)
+        view.add_column(name, justify="right" if index > status else "left", overflow="fold", min_width=min(width, 12))
     for row in rows:
         cells = [Text(cell.replace("\\*", "*")) for cell in row]
-        cells[len(header) - 6].stylize(COLOURS.get(row[len(header) - 6], "red"))
+        cells[status].stylize(COLOURS.get(row[status], "red"))
         view.add_row(*cells)
-    console.print()
-    if console.is_terminal:
-        console.print(view)
-    else:
-        console.print(view, width=10_000, crop=False, no_wrap=True)
-    for note in footnotes(records):
-        console.print(Text(note.replace("\\*", "*"), style="dim"), soft_wrap=True)
-    console.print(Text(f"table  {_short(path)}"), soft_wrap=True)
+    return view
 
 
-def _rows(record: dict[str, Any], path: Path) -> list[tuple[str, str | Text]]:
+def _findings(record: dict[str, Any]) -> list[Row]:
     config, status = record["config"], record["status"]
-    graph = config["cuda_graph"]
     point = [config["model"]["name"], f"quant {config['quant']['name']}", config["export"], config["dtype"]]
-    point += [f"graph {graph}"] if graph else []
+    point += [f"graph {config['cuda_graph']}"] if config["cuda_graph"] else []
     gpu = ((record["environment"] or {}).get("gpu") or {}).get("name")
-    head = Text.assemble((status, f"bold {COLOURS.get(status, 'red')}"), "  ", ", ".join([*point, gpu or config["device"]]))
-    rows: list[tuple[str, str | Text]] = [("status", head)]
-    if status != "ok" and why(record):
-        rows.append(("reason", why(record) or ""))
-    rows += _check_rows(record) + _speed_rows(record) + _text_rows(record)
-    rows.append(("record", _short(path)))
+    point.append(gpu or config["device"])
+    head = Text.assemble((status, f"bold {COLOURS.get(status, 'red')}"), "  ", ", ".join(point))
+    reason = why(record) if status != "ok" else None
+    rows: list[Row] = [("status", head)] + ([("reason", reason)] if reason else [])
+    return rows + _check_rows(record) + _speed_rows(record) + _text_rows(record)
+
+
+def _places(record: dict[str, Any], path: Path) -> list[Row]:
+    rows: list[Row] = [("record", _short(path))]
     tracker = record["tracker"] or {}
     if tracker.get("url"):
         rows.append(("W&B", tracker["url"]))
+    elif tracker.get("path") and tracker["name"] == "wandb":
+        rows.append(("W&B", f"offline; wandb sync {tracker['path']}"))
     elif tracker.get("path"):
-        offline = tracker["name"] == "wandb"
-        rows.append(("W&B" if offline else tracker["name"], ("offline; wandb sync " if offline else "") + tracker["path"]))
+        rows.append((tracker["name"], tracker["path"]))
     return rows
 
 
-def _check_rows(record: dict[str, Any]) -> list[tuple[str, str | Text]]:
+def _check_rows(record: dict[str, Any]) -> list[Row]:
     check = record["check"]
     if not check:
         return []
-    rows: list[tuple[str, str | Text]] = []
+    rows: list[Row] = []
     for part in check.get("parts", []):
         # Of each part the gate nearest to its limit: the others have more room.
         worst = max(part["gates"], key=_tightness, default=None)
         text = Text("passed" if part["passed"] else "FAILED", style="green" if part["passed"] else "bold red")
         if worst is not None:
-            text.append(f"  {worst['gate']} {_compact(worst['value'])}, limit {_compact(worst['limit'])}", style="not bold default")
+            measured = f"  {worst['gate']} {_compact(worst['value'])}, limit {_compact(worst['limit'])}"
+            text.append(measured, style="not bold default")
         rows.append((f"check {part['name']}", text))
     return rows or [("check", "off: no speed is published" if check.get("passed") is None else str(check["passed"]))]
 
 
-def _speed_rows(record: dict[str, Any]) -> list[tuple[str, str | Text]]:
-    rows: list[tuple[str, str | Text]] = []
+def _speed_rows(record: dict[str, Any]) -> list[Row]:
+    rows: list[Row] = []
     if record["decode_tok_s"] is not None:
         text = Text(f"{number(record['decode_tok_s'])} tok/s", style="bold")
         latencies = record["token_latencies_ms"]
@@ -115,7 +127,7 @@ def _speed_rows(record: dict[str, Any]) -> list[tuple[str, str | Text]]:
     return rows
 
 
-def _text_rows(record: dict[str, Any]) -> list[tuple[str, str | Text]]:
+def _text_rows(record: dict[str, Any]) -> list[Row]:
     """The prompt dim and what the model made of it bold, line breaks shown as / ; of a batch the first row."""
     prompt, generated = (_first(record[key]) for key in ("prompt_text", "generated_text"))
     if not generated:

@@ -68,8 +68,10 @@ def _wandb_process(run_dir: Path, exit_code: int, group: str | None, timeout_s: 
             process.wait()
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
-            return _result("wandb", warning=f"W&B did not answer within tracker.timeout_s={timeout_s:g}; the record is whole")
-        output.seek(0), errors.seek(0)
+            late = f"W&B did not answer within tracker.timeout_s={timeout_s:g}; the record is whole"
+            return _result("wandb", warning=late)
+        output.seek(0)
+        errors.seek(0)
         answers, complaints = output.read().splitlines(), errors.read().split("\n")
     for line in answers:
         if line.startswith(ANSWER):
@@ -113,14 +115,14 @@ def _log_to_wandb(run_dir: Path, exit_code: int, group: str | None) -> dict[str,
         return _result("wandb", mode=mode)
     warning = None
     try:
-        run = _init(wandb, record, run_dir, mode, group, init_timeout=settings["timeout_s"] / 3)
+        run = _init(wandb, record, run_dir, mode, group)
     except wandb.errors.Error as error:
         if mode != "online":
             raise
         reason = " ".join(str(error).split())
         warning = f"W&B could not be reached ({reason[:160]}); logged offline, upload it with: wandb sync"
         mode = "offline"
-        run = _init(wandb, record, run_dir, mode, group, init_timeout=settings["timeout_s"] / 3)
+        run = _init(wandb, record, run_dir, mode, group)
     folder = Path(run.dir).parent
     if warning:
         warning += f" {os.path.relpath(folder)}"
@@ -132,10 +134,11 @@ def _log_to_wandb(run_dir: Path, exit_code: int, group: str | None) -> dict[str,
         run.save(str(run_dir / "record.json"), base_path=str(run_dir), policy="now")
     finally:
         run.finish(exit_code=exit_code)
-    return _result("wandb", mode=mode, path=os.path.relpath(folder), url=run.url if mode == "online" else None, warning=warning)
+    url = run.url if mode == "online" else None
+    return _result("wandb", mode=mode, path=os.path.relpath(folder), url=url, warning=warning)
 
 
-def _init(wandb: Any, record: dict[str, Any], run_dir: Path, mode: str, group: str | None, *, init_timeout: float) -> Any:
+def _init(wandb: Any, record: dict[str, Any], run_dir: Path, mode: str, group: str | None) -> Any:
     settings = record["config"]["tracker"]
     config = {key: value for key, value in record["config"].items() if key != "tracker"}
     return wandb.init(
@@ -147,7 +150,10 @@ def _init(wandb: Any, record: dict[str, Any], run_dir: Path, mode: str, group: s
         config=config | {"config_hash": record["config_hash"], "environment": record["environment"]},
         dir=str(run_dir),
         mode=mode,
-        settings=wandb.Settings(silent=True, console="off", init_timeout=init_timeout, x_disable_stats=True),
+        # A third of the time for init leaves time to fall back to offline and to upload.
+        settings=wandb.Settings(
+            silent=True, console="off", init_timeout=settings["timeout_s"] / 3, x_disable_stats=True
+        ),
     )
 
 
@@ -157,7 +163,7 @@ def _summary(record: dict[str, Any]) -> dict[str, Any]:
     check = {"passed": (record["check"] or {}).get("passed")}
     for part in (record["check"] or {}).get("parts", []):
         check[part["name"]] = {gate["gate"]: gate["value"] for gate in part["gates"]}
-    nested = {"check": check, "latency_ms": latencies, "phases_s": record["phases_s"], "memory_gib": record["memory_gib"]}
+    nested = {"check": check, "latency_ms": latencies} | {key: record[key] for key in ("phases_s", "memory_gib")}
     return summary | {"status": record["status"]} | {key: value for key, value in nested.items() if value}
 
 

@@ -102,7 +102,7 @@ def not_applicable(cfg: Config) -> list[str]:
 
 
 def weights_folder(model: ModelConfig) -> Path | None:
-    """The snapshot that holds the weights; None when they are drawn from the seed. `ValueError` if there is no such one."""
+    """The snapshot that holds the weights, None when a seed draws them. `ValueError` for a folder that is not there."""
     if model.weights == "random":
         return None
     folder = SHIPPED_CHECKPOINT if model.weights == "shipped" else Path(model.weights).expanduser()
@@ -221,7 +221,7 @@ def _check_prompt(cfg: Config, arch: Architecture) -> None:
     length = cfg.prompt_len
     if cfg.prompt is not None:
         if tokenizer == "none":
-            raise ValueError(f"prompt={cfg.prompt!r} and model={cfg.model.name} has no text: use prompt_ids or prompt_len")
+            raise ValueError(f"prompt is text, and model={cfg.model.name} has none: use prompt_ids or prompt_len")
         if not cfg.prompt:
             raise ValueError("prompt is empty: give at least one character, or leave it out for the default")
         length = len(cfg.prompt.encode()) if tokenizer == "bytes" else None
@@ -230,7 +230,7 @@ def _check_prompt(cfg: Config, arch: Architecture) -> None:
             raise ValueError("prompt_ids is empty: give at least one token")
         for token in cfg.prompt_ids:
             if not 0 <= token < arch.vocab_size:
-                raise ValueError(f"prompt_ids has {token}; tokens of model={cfg.model.name} are 0..{arch.vocab_size - 1}")
+                raise ValueError(f"prompt_ids has {token}; this model's tokens are 0..{arch.vocab_size - 1}")
         length = len(cfg.prompt_ids)
     elif length is None and tokenizer != "auto":
         length = DEFAULT_PROMPT_LEN if tokenizer == "none" else len(DEFAULT_PROMPT.encode())

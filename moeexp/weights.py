@@ -80,8 +80,8 @@ def pieces(arch: Architecture, *, fused_experts: Callable[[int], bool] = lambda 
     expert weights the checkpoint uses there: 3-D tensors (the hub's) or one matrix per expert (`save_pretrained`'s)."""
     hidden, table = arch.hidden_size, {}
 
-    def vector(name: str, key: str, *shape: int) -> None:
-        table[name] = [Piece(key, shape, 0, shape[0])]
+    def vector(name: str, key: str, *shape: int, rows: int | None = None) -> None:
+        table[name] = [Piece(key, shape, 0, rows or shape[0])]
 
     table["embed_tokens.weight"] = _stack(("embed_tokens.weight", arch.vocab_size), features=hidden)
     for i, kind in enumerate(arch.layer_types):
@@ -98,8 +98,8 @@ def pieces(arch: Architecture, *, fused_experts: Callable[[int], bool] = lambda 
                 (theirs + "linear_attn.out_proj.weight", hidden), features=arch.value_dim
             )
             vector(ours + "mixer.conv_weight", theirs + "linear_attn.conv1d.weight", arch.conv_dim, 1, arch.linear_conv_kernel_dim)
-            vector(ours + "mixer.a_log", theirs + "linear_attn.A_log", arch.linear_num_value_heads)
-            vector(ours + "mixer.dt_bias", theirs + "linear_attn.dt_bias", arch.linear_num_value_heads)
+            vector(ours + "mixer.a_log", theirs + "linear_attn.A_log", arch.linear_num_value_heads, rows=1)
+            vector(ours + "mixer.dt_bias", theirs + "linear_attn.dt_bias", arch.linear_num_value_heads, rows=1)
             vector(ours + "mixer.norm", theirs + "linear_attn.norm.weight", arch.linear_value_head_dim)
         else:
             heads, kv = arch.num_attention_heads * arch.head_dim, arch.num_key_value_heads * arch.head_dim

@@ -1,0 +1,108 @@
+"""Whole runs through the command line's entry, on the CPU, with eager methods."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from moeexp import cli
+from moeexp_kernels import linear, registry
+
+NANO = ["model=nano", "export=eager", "new_tokens=6", "repeats=1", "tracker=jsonl", "prompt_len=21"]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*overrides):
+        code = cli.main([*NANO, *overrides])
+        records = sorted(Path("outputs").rglob("record.json"), key=lambda path: path.stat().st_mtime_ns)
+        return code, json.loads(records[-1].read_text())
+
+    return run
+
+
+def parts(record):
+    return {part["name"]: part for part in record["check"]["parts"]}
+
+
+@pytest.mark.parametrize("quant", ["none", "int8", "int4"])
+def test_float32_run_is_checked_and_published(run, quant):
+    code, record = run(f"quant={quant}")
+    assert (code, record["status"]) == (0, "ok"), record["check"]
+    assert set(parts(record)) == {"trace", "float32", "tokens"}
+    assert record["decode_tok_s"] > 0 and record["prefill_tok_s"] > 0 and record["ttft_s"] > 0
+    assert len(record["generated_ids"][0]) == 6
+    assert record["token_latencies_ms"]["n"] == 5
+    assert record["random_weights"] is True and record["bits_per_byte"] is None
+    assert record["bytes_per_token"]["total"] > 0
+    if quant != "none":
+        assert record["quantised_coverage"] > 0.9
+
+
+def test_bfloat16_run_passes_both_parts(run):
+    code, record = run("dtype=bfloat16")
+    assert (code, record["status"]) == (0, "ok"), record["check"]["failures"]
+    assert {"float32", "timed", "tokens"} <= set(parts(record))
+
+
+def test_batch_of_two(run):
+    code, record = run("batch=2")
+    assert (code, record["status"]) == (0, "ok"), record["check"]
+    assert len(record["generated_ids"]) == 2
+
+
+def test_one_token_prompt_and_one_new_token(run):
+    code, record = run("prompt_len=1", "new_tokens=1")
+    assert (code, record["status"]) == (0, "ok"), record["check"]
+    assert len(record["generated_ids"][0]) == 1 and record["decode_tok_s"] is None
+
+
+OFF = [("linear", "float32"), ("gdn_decode", "float32"), ("sdpa_decode", "float32"), ("gdn_decode", "bfloat16")]
+OFF += [pytest.param(op, "float32", marks=pytest.mark.slow) for op in ("gdn_prefill", "sdpa_prefill", "moe_prefill", "moe_decode")]
+
+
+@pytest.mark.parametrize(("op", "dtype"), OFF)
+def test_an_op_off_by_one_percent_is_incorrect(run, monkeypatch, op, dtype):
+    right = registry.OPS[op]["reference"]
+    monkeypatch.setitem(registry.OPS[op], "reference", lambda **inputs: right(**inputs) * 1.01)
+    code, record = run(f"dtype={dtype}")
+    assert (code, record["status"]) == (1, "incorrect")
+    assert not parts(record)["float32"]["passed"]
+    assert record["decode_tok_s"] is None and record["prefill_tok_s"] is None and record["token_latencies_ms"] is None
+
+
+def test_nan_is_incorrect(run, monkeypatch):
+    right = linear.reference_linear
+
+    def poisoned(**inputs):
+        out = right(**inputs)
+        if out.shape[-1] == 256:  # the head
+            out[..., 7] = float("nan")
+        return out
+
+    monkeypatch.setitem(registry.OPS["linear"], "reference", poisoned)
+    code, record = run()
+    assert (code, record["status"]) == (1, "incorrect")
+
+
+def test_check_off_publishes_no_speed(run):
+    code, record = run("check=off")
+    assert (code, record["status"]) == (0, "ok")
+    assert record["decode_tok_s"] is None and record["check"] is None
+
+
+def test_prompt_beyond_max_seq_len_is_refused_before_work(run, capsys):
+    code = cli.main([*NANO, "prompt_len=60", "max_seq_len=64"])
+    assert code == 2
+    assert "max_seq_len" in capsys.readouterr().err
+
+
+def test_cuda_graph_without_cuda_is_refused(capsys, tmp_path, monkeypatch):
+    if torch.cuda.is_available():
+        return
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*NANO, "cuda_graph=true"]) == 2
+    err = capsys.readouterr().err
+    assert len(err.strip().splitlines()) == 1 and "cuda_graph=false" in err

@@ -1,0 +1,102 @@
+"""The model against transformers' own code, and its two phases against each other."""
+
+import pytest
+import torch
+from moeexp.architecture import Architecture
+from moeexp.dequantised import DequantisedWeights
+from moeexp.model import state_shapes
+from moeexp.pure_torch import pure_torch
+from moeexp.schema import compose
+from moeexp.validate import load_architecture
+from moeexp.weights import NEVER_QUANTISED, Random, load
+from moeexp_kernels import registry
+from moeexp_runner.arena import Arena
+
+
+def build(arch, *, bits=16, batch=1, max_seq_len=128, dtype=torch.float32, seed=0):
+    model = load(
+        arch, Random(arch, seed), dtype=dtype, device=torch.device("cpu"), bits=bits, group_size=16, skip=NEVER_QUANTISED
+    )
+    arena = Arena(state_shapes(arch, batch=batch, max_seq_len=max_seq_len, dtype=dtype), device="cpu")
+    arena.reset()
+    model.attach_state(arena.tensors)
+    names = registry.resolve(default="reference", chosen={}, device="cpu")
+    return model, arena, {op: registry.OPS[op][name] for op, name in names.items()}
+
+
+def transformers_logits(model, tokens):
+    from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+
+    weights = DequantisedWeights(model)
+    state = {"model.embed_tokens.weight": weights.embedding(), "model.norm.weight": weights.final_norm()}
+    state["lm_head.weight"] = weights.head()
+    for i in range(model.arch.num_hidden_layers):
+        state |= {f"model.layers.{i}.{key}": value for key, value in weights.layer(i).items()}
+    config = Qwen3_5MoeTextConfig(**model.arch.to_hf())
+    reference = Qwen3_5MoeForCausalLM._from_config(config, attn_implementation="eager").float().eval()
+    reference.load_state_dict(state, strict=True)
+    with torch.no_grad(), pure_torch():
+        return reference(tokens, use_cache=False).logits
+
+
+NANO = load_architecture(compose(["model=nano"]).model)
+# Sizes in which no two dimensions agree, odd head counts, one key head for three value heads.
+ODD = Architecture.from_hf({
+    "vocab_size": 77, "hidden_size": 48, "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16, "linear_num_key_heads": 1,
+    "linear_num_value_heads": 3, "linear_key_head_dim": 32, "linear_value_head_dim": 16, "num_experts": 5,
+    "num_experts_per_tok": 3, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 80,
+})  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", [NANO, ODD], ids=["nano", "odd"])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_prefill_equals_transformers(arch, bits):
+    model, _, ops = build(arch, bits=bits, batch=2)
+    tokens = torch.randint(0, arch.vocab_size, (2, 70))
+    ours = model(tokens, torch.zeros(2, dtype=torch.int64), None, ops=ops, phase="prefill")
+    torch.testing.assert_close(ours, transformers_logits(model, tokens), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("split", [1, 2, 63, 64, 65])
+def test_decode_continues_prefill(split):
+    model, arena, ops = build(NANO)
+    tokens = torch.randint(0, NANO.vocab_size, (1, 70))
+    whole = model(tokens, torch.zeros(1, dtype=torch.int64), None, ops=ops, phase="prefill")
+    state = arena.snapshot()
+    arena.reset()
+    parts = [model(tokens[:, :split], torch.zeros(1, dtype=torch.int64), None, ops=ops, phase="prefill")]
+    for t in range(split, 70):
+        parts.append(model(tokens[:, t : t + 1], torch.tensor([t]), None, ops=ops, phase="decode"))
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=3e-5)
+    for name, tensor in arena.tensors.items():
+        torch.testing.assert_close(tensor, state[name], rtol=0, atol=3e-5, msg=name)
+
+
+def test_logit_positions_select_rows():
+    model, arena, ops = build(NANO)
+    tokens = torch.randint(0, NANO.vocab_size, (1, 9))
+    zero = torch.zeros(1, dtype=torch.int64)
+    whole = model(tokens, zero, None, ops=ops, phase="prefill")
+    arena.reset()
+    some = model(tokens, zero, torch.tensor([8, 2]), ops=ops, phase="prefill")
+    torch.testing.assert_close(some, whole[:, [8, 2]], rtol=0, atol=1e-6)
+
+
+def test_expert_ids_are_traced_by_position():
+    model, arena, ops = build(NANO)
+    arena.tensors["layers.0.expert_ids"].fill_(-7)
+    tokens = torch.randint(0, NANO.vocab_size, (1, 5))
+    model(tokens, torch.tensor([10]), None, ops=ops, phase="prefill")
+    trace = arena.tensors["layers.0.expert_ids"]
+    assert (trace[:, :10] == -7).all() and (trace[:, 15:] == -7).all()
+    chosen = trace[:, 10:15]
+    assert chosen.min() >= 0 and chosen.max() < NANO.num_experts
+    assert (chosen[..., 0] != chosen[..., 1]).all()
+
+
+def test_no_buffer_that_inductor_would_write_into_the_code():
+    model, _, _ = build(NANO)
+    short = [name for name, buffer in model.named_buffers() if buffer.ndim == 1 and buffer.numel() <= 8]
+    assert not short
