@@ -1,0 +1,124 @@
+"""The compiled methods themselves: two AOTInductor compiles of `nano`, shared by all tests here."""
+
+import math
+
+import pytest
+import torch
+from moeexp.compile_cache import cache_dir
+from moeexp.factory import build_model, build_stack
+from moeexp.phases import Phases
+from moeexp.record import Record
+from moeexp.schema import compose
+from moeexp.validate import resolve
+from moeexp.verification import record_trace
+from rich.console import Console
+
+
+@pytest.fixture(scope="module")
+def cfg():
+    return resolve(compose(["model=nano", "quant=int4", "max_seq_len=160", "export=aoti"]), cuda_available=False)
+
+
+@pytest.fixture(scope="module")
+def phases(tmp_path_factory, cfg):
+    record = Record(tmp_path_factory.mktemp("run") / "record.json", id="t", config=cfg, command=["test"])
+    return Phases(record, Console(quiet=True))
+
+
+@pytest.fixture(scope="module")
+def model(cfg, phases):
+    return build_model(cfg, phases)
+
+
+@pytest.fixture(scope="module")
+def compiled(cfg, model, phases, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOEEXP_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield build_stack(cfg, model, phases)
+
+
+def tokens(n, seed=0):
+    return torch.randint(0, 256, (1, n), generator=torch.Generator().manual_seed(seed))
+
+
+def traces_of_both(cfg, model, phases, compiled, prompt, new_tokens):
+    fast = record_trace(compiled, prompt, new_tokens)
+    # An eager stack attaches its own state to the model; the compiled methods stay bound to theirs.
+    eager = build_stack(cfg, model, phases, export="eager")
+    forced = torch.cat([fast.token_ids[:, prompt.shape[1] :], fast.next_token[:, None]], 1)
+    slow = record_trace(eager, prompt, new_tokens, forced=forced)
+    return fast, slow
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 129])
+def test_compiled_equals_eager_at_any_prompt_length(cfg, model, phases, compiled, length):
+    fast, slow = traces_of_both(cfg, model, phases, compiled, tokens(length, seed=length), 4)
+    torch.testing.assert_close(fast.logits, slow.logits, rtol=0, atol=1e-4)
+    assert torch.equal(fast.expert_ids, slow.expert_ids)
+    for name in slow.states:
+        torch.testing.assert_close(fast.states[name], slow.states[name], rtol=0, atol=1e-4, msg=name)
+
+
+def test_methods_share_weights_and_state_with_the_model(model, compiled):
+    """Seen through the methods, not the bookkeeping: a weight written in place changes both, state goes from one to
+    the other, and no vector was frozen into the code."""
+    prompt = tokens(5)
+    before = compiled.session.prefill(prompt).clone()
+    step_before = compiled.session.decode(prompt[:, :1]).clone()
+    for name in ("layers.0.mixer.a_log", "layers.0.mixer.dt_bias", "layers.3.mixer.q_norm", "inv_freq", "norm"):
+        buffer = model.get_buffer(name)
+        kept = buffer.clone()
+        buffer.mul_(0.5).add_(0.25)
+        compiled.session.reset()
+        prefill_changed = not torch.equal(compiled.session.prefill(prompt), before)
+        decode_changed = not torch.equal(compiled.session.decode(prompt[:, :1]), step_before)
+        buffer.copy_(kept)
+        assert prefill_changed and decode_changed, name
+    compiled.session.reset()
+    assert torch.equal(compiled.session.prefill(prompt), before)
+    assert torch.equal(compiled.session.decode(prompt[:, :1]), step_before)
+
+
+def test_unbound_method_refuses_to_run(compiled):
+    from moeexp_runner.binding import CompiledMethod
+
+    artifact = compiled.artifacts["decode"]
+    method = CompiledMethod(artifact.package, artifact.constants, device=torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="bind"):
+        method(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+
+
+def test_binding_refuses_everything_that_does_not_fit(compiled):
+    from moeexp_runner.binding import CompiledMethod
+
+    artifact = compiled.artifacts["decode"]
+    method = CompiledMethod(artifact.package, artifact.constants, device=torch.device("cpu"))
+    right = {name: compiled.model.get_buffer(name.removeprefix("model.")) for name in artifact.constants}
+    head, norm = "model.head.weight", "model.norm"
+    wrong = {
+        "shape": right | {norm: right[norm][:-1]},
+        "dtype": right | {norm: right[norm].double()},
+        "stride": right | {head: right[head].t().contiguous().t()},
+        "missing": {name: tensor for name, tensor in right.items() if name != norm},
+        "not a constant": right | {"model.extra": right[norm]},
+        "meta": right | {norm: right[norm].to("meta")},
+    }
+    for word, tensors in wrong.items():
+        with pytest.raises(ValueError, match=word):
+            method.bind(tensors)
+        assert not method.bound
+    method.bind(right)
+
+
+def test_second_build_compiles_nothing(cfg, model, phases, compiled, monkeypatch):
+    assert all(not artifact.cached and artifact.compile_s > 0 for artifact in compiled.artifacts.values())
+    folder = compiled.artifacts["decode"].package.parent.parent.parent
+    monkeypatch.setenv("MOEEXP_CACHE_DIR", str(folder))
+    assert cache_dir() == folder
+    monkeypatch.setattr("moeexp.factory.export_method", lambda *a, **k: pytest.fail("exported again"))
+    again = build_stack(cfg, model, phases)
+    assert all(artifact.cached for artifact in again.artifacts.values())
+    prompt = tokens(9)
+    compiled.session.reset()
+    assert torch.equal(again.session.prefill(prompt), compiled.session.prefill(prompt))
+    assert math.isfinite(float(again.session.decode(prompt[:, :1]).sum()))
