@@ -74,28 +74,40 @@ class Architecture:
     @staticmethod
     def from_hf(config: dict[str, Any]) -> Architecture:
         """Reads a flat text config or a multimodal one that nests it as `text_config`. `ValueError` names what is off."""
+        if not isinstance(config, dict):
+            raise ValueError(f"a model config is a JSON object, got {type(config).__name__}")
         outer = config
         config = dict(config.get("text_config") or config)
         model_type = config.get("model_type", outer.get("model_type"))
         if model_type is not None and model_type not in MODEL_TYPES:
-            raise ValueError(f"model_type={model_type!r} is not a Qwen3.5-MoE model; supported: {', '.join(MODEL_TYPES)}")
+            raise ValueError(
+                f"model_type={model_type!r} is not a Qwen3.5-MoE model; supported: {', '.join(MODEL_TYPES)}"
+            )
         missing = [key for key in _REQUIRED if config.get(key) is None]
         if missing:
-            raise ValueError(f"the model config lacks {', '.join(missing)}: it does not describe a Qwen3.5-MoE text model")
+            raise ValueError(
+                f"the model config lacks {', '.join(missing)}: it does not describe a Qwen3.5-MoE text model"
+            )
         for key, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("attn_output_gate", True)):
             if config.get(key, wanted) != wanted:
                 raise ValueError(f"{key}={config[key]!r} in the model config; only {wanted!r} is supported")
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
-            raise ValueError(f"rope_type={rope['rope_type']!r} in the model config; only 'default' is supported")
-        layers = int(config["num_hidden_layers"])
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type not in ("default", "mrope"):
+            raise ValueError(f"rope_type={rope_type!r} in the model config; only 'default' is supported")
+        for key in _REQUIRED:
+            if isinstance(config[key], bool) or not isinstance(config[key], int):
+                raise ValueError(f"{key}={config[key]!r} in the model config must be a whole number")
+        layers = config["num_hidden_layers"]
         types = config.get("layer_types")
         if types is None:
             interval = int(config.get("full_attention_interval", 4))
+            if interval < 1:
+                raise ValueError(f"full_attention_interval={interval} in the model config must be at least 1")
             types = ["full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(layers)]
         eos = config.get("eos_token_id", outer.get("eos_token_id"))
         arch = Architecture(
-            **{key: int(config[key]) for key in _REQUIRED},
+            **{key: config[key] for key in _REQUIRED},
             layer_types=tuple(types),
             partial_rotary_factor=float(rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 0.25))),
             rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
@@ -114,9 +126,10 @@ class Architecture:
         if not path.is_file():
             raise ValueError(f"{folder} has no config.json: give the folder of a Hugging Face snapshot")
         try:
-            return Architecture.from_hf(json.loads(path.read_text()))
-        except json.JSONDecodeError as error:
+            config = json.loads(path.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not valid JSON: {error}") from error
+        return Architecture.from_hf(config)
 
     def to_hf(self) -> dict[str, Any]:
         """A flat dict that `Qwen3_5MoeTextConfig(**d)` accepts."""
@@ -136,6 +149,9 @@ class Architecture:
         }
 
     def _validate(self) -> None:
+        for key in (*_REQUIRED, "linear_conv_kernel_dim"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)} in the model config must be at least 1")
         if len(self.layer_types) != self.num_hidden_layers or set(self.layer_types) - set(LAYER_TYPES):
             raise ValueError(
                 f"layer_types={list(self.layer_types)} must hold num_hidden_layers={self.num_hidden_layers} entries "
@@ -148,7 +164,9 @@ class Architecture:
             if getattr(self, large) % getattr(self, small):
                 raise ValueError(f"{large}={getattr(self, large)} must be a multiple of {small}={getattr(self, small)}")
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
-            raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} must lie in 1..num_experts={self.num_experts}")
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} must lie in 1..num_experts={self.num_experts}"
+            )
         if self.rotary_dim < 2 or self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
             raise ValueError(
                 f"partial_rotary_factor={self.partial_rotary_factor} of head_dim={self.head_dim} gives {self.rotary_dim} "

@@ -18,6 +18,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -49,6 +50,8 @@ class Session:
 def main(arguments: Sequence[str] | None = None, *, experiment: Experiment | None = None) -> int:
     """Runs the command line and returns the exit code. `experiment` replaces `run_experiment`, for tests."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # argparse takes overrides before a flag or after it, not both.
+    arguments.sort(key=lambda argument: argument not in ("-m", "--multirun"))
     session = Session(["python", "-m", "moeexp", *arguments], experiment or _run_experiment)
     schema.register()
     OmegaConf.register_new_resolver("moeexp_id", lambda: session.id, replace=True)
@@ -73,11 +76,16 @@ def _guarded(command: Callable[[], Any], arguments: list[str], session: Session)
         return INTERRUPTED
     except SystemExit as stop:  # argparse, and Hydra after --help
         return stop.code if isinstance(stop.code, int) else OK if stop.code is None else INVALID
-    except OSError as error:
-        return _say(f"error: cannot write the run's folder: {error}", FAILED)
+    except BrokenPipeError:  # the reader of --help or --cfg has seen enough
+        if session.running:
+            raise
+        sys.stdout = open(os.devnull, "w")
     except Exception as error:
         if session.running:
             raise  # a bug in this file; what a run raises is in its record
+        # Hydra's error for a missing config is an OSError too.
+        if isinstance(error, OSError) and not isinstance(error, HydraException):
+            return _say(f"error: cannot write the run's folder: {error}", FAILED)
         if wants_traceback:
             traceback.print_exc()
         return _say(f"error: {explain(error)}", INVALID)

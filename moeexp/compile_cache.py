@@ -15,7 +15,6 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -102,15 +101,18 @@ def get_or_compile(spec: MethodSpec, export: Callable[[], ExportedProgram]) -> A
 
     folder = cache_dir() / "compiled" / key_of(spec)
     with _lock(folder):
-        found = _read(folder)
+        found = _read(folder, spec)
         if found is not None:
             return found
         shutil.rmtree(folder, ignore_errors=True)
         start = time.perf_counter()
         program = export()
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-            package = Path(scratch) / f"{spec.method}.pt2"
+        scratch = folder.with_name(f".{folder.name}.partial")  # the lock is held: nobody else's
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        try:
+            package = scratch / f"{spec.method}.pt2"
             compile_method(program, package)
             manifest = {
                 "version": MANIFEST_VERSION,
@@ -121,26 +123,29 @@ def get_or_compile(spec: MethodSpec, export: Callable[[], ExportedProgram]) -> A
                 "constants": {name: asdict(constant) for name, constant in _constants(program).items()},
                 "compile_s": time.perf_counter() - start,
             }
-            (Path(scratch) / "manifest.json").write_text(json.dumps(manifest))
-            final = Path(scratch).with_name(f".{folder.name}.{os.getpid()}.done")
-            shutil.copytree(scratch, final)
-        os.replace(final, folder)
-    made = _read(folder)
+            (scratch / "manifest.json").write_text(json.dumps(manifest))
+            os.replace(scratch, folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    made = _read(folder, spec)
     assert made is not None, f"the artifact just written to {folder} does not fit its manifest"
     return Artifact(made.key, made.package, made.constants, cached=False, compile_s=made.compile_s)
 
 
-def _read(folder: Path) -> Artifact | None:
-    """None if there is no artifact, or one that is damaged (it is then compiled again)."""
+def _read(folder: Path, spec: MethodSpec) -> Artifact | None:
+    """None if there is no artifact, or one that is damaged or of another method or toolchain (it is then made again)."""
+    package = folder / f"{spec.method}.pt2"
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        package = folder / f"{manifest['spec']['method']}.pt2"
+        wanted = {"version": MANIFEST_VERSION, "spec": asdict(spec), "toolchain": toolchain(spec.device)}
+        if {key: manifest[key] for key in wanted} != json.loads(json.dumps(wanted)):
+            return None
         if manifest["package_sha256"] != _file_digest(package):
             return None
-    except (OSError, json.JSONDecodeError, KeyError):
+        constants = {name: TensorSpec.from_json(data) for name, data in manifest["constants"].items()}
+        return Artifact(folder.name, package, constants, cached=True, compile_s=float(manifest["compile_s"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    constants = {name: TensorSpec.from_json(data) for name, data in manifest["constants"].items()}
-    return Artifact(folder.name, package, constants, cached=True, compile_s=manifest["compile_s"])
 
 
 def _constants(program: ExportedProgram) -> dict[str, TensorSpec]:
@@ -158,9 +163,7 @@ def _constants(program: ExportedProgram) -> dict[str, TensorSpec]:
     assert not short, f"Inductor would write the values of {short} into the code; give them a second dimension"
     used = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
     return {
-        target: TensorSpec.of(buffers[target])
-        for name, target in signature.inputs_to_buffers.items()
-        if name in used
+        target: TensorSpec.of(buffers[target]) for name, target in signature.inputs_to_buffers.items() if name in used
     }
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import re
 
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 from moeexp import schema
@@ -15,6 +16,11 @@ HELP = "`python -m moeexp --help` lists groups and fields"
 
 def explain(error: BaseException) -> str:
     """One line out of Hydra's several: what was wrong, what is allowed, what to do."""
+    if isinstance(error, OverrideParseException):
+        hint = """quote a value with special characters twice, as in 'prompt="1, 2"'"""
+        return f"{error.override!r} is not of the form key=value that Hydra reads; {hint}"
+    if not isinstance(error, (HydraException, OmegaConfBaseException, ValueError)):
+        return f"Hydra cannot read these arguments ({type(error).__name__}: {error}); {HELP}"
     text = str(error).split("Config search path")[0]
     missing_group = re.search(r"Could not find '([^']+)'\s+Available options in '([^']+)':((?:\s+\S+)*)", text)
     if missing_group:

@@ -60,5 +60,3 @@ def as_dtype(model: Qwen35MoE, dtype: torch.dtype) -> Qwen35MoE:
         if isinstance(owner, Linear):
             owner.scales = model.get_submodule(name.rpartition(".")[0]).scales
     return twin
-
-

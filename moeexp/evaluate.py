@@ -15,7 +15,9 @@ WINDOW = 1024
 SLICE_ELEMENTS = 1 << 28
 
 
-def bits_per_byte(session: Session, tokens: list[int], token_bytes: Callable[[list[int]], int]) -> dict[str, float | int]:
+def bits_per_byte(
+    session: Session, tokens: list[int], token_bytes: Callable[[list[int]], int]
+) -> dict[str, float | int]:
     """tokens of the text in order; token_bytes(ids) their length as UTF-8. Returns bits_per_byte, scored bytes, windows.
 
     Rows of a batch take consecutive windows; the last batch may repeat a window, which is not scored twice."""
@@ -23,14 +25,21 @@ def bits_per_byte(session: Session, tokens: list[int], token_bytes: Callable[[li
     windows = [tokens[i : i + width] for i in range(0, len(tokens), width)]
     windows = [window for window in windows if len(window) > 1]
     if not windows:
-        raise ValueError(f"{len(tokens)} tokens of held-out text are too few to score: raise eval_bytes, or set it to 0")
+        raise ValueError(
+            f"{len(tokens)} tokens of held-out text are too few to score: raise eval_bytes, or set it to 0"
+        )
     nats, scored = 0.0, 0
     for rows in _batches(windows, session.batch):
         padded = rows + [rows[-1]] * (session.batch - len(rows))
         losses = window_losses(session, torch.tensor(padded, device=session.device))
         nats += float(losses[: len(rows)].double().sum())
         scored += sum(token_bytes(row[1:]) for row in rows)
-    return {"bits_per_byte": nats / math.log(2) / scored, "scored_bytes": scored, "windows": len(windows), "window": width}
+    return {
+        "bits_per_byte": nats / math.log(2) / scored,
+        "scored_bytes": scored,
+        "windows": len(windows),
+        "window": width,
+    }
 
 
 def window_losses(session: Session, window: Tensor) -> Tensor:

@@ -42,7 +42,9 @@ def run_experiment(cfg: Config, *, run_dir: Path, record: Record, phases: Phases
         record.set(
             quantised_coverage=round(share, 6),
             ops=_ops(stack),
-            prompt_text=[text.decode(row) for row in prompt.tolist()] if text.decode and cfg.prompt is not None else None,
+            prompt_text=[text.decode(row) for row in prompt.tolist()]
+            if text.decode and cfg.prompt is not None
+            else None,
         )
         passed = None
         if cfg.check != "off":
@@ -71,9 +73,11 @@ def _benchmark(cfg: Config, stack: Stack, prompt: Tensor, record: Record, eos: s
         timing.time_prefill(session, prompt, samples)
     joules_before = timing.energy_joules(stack.device)
     ids: list[list[int]] = []
-    for _ in range(cfg.repeats):
-        ids = timing.time_generation(session, prompt, cfg.new_tokens, samples, stop_ids=eos)
-        record.latencies_ms.extend(value * 1e3 for value in samples.token_s[len(record.latencies_ms) :])
+    try:
+        for _ in range(cfg.repeats):
+            ids = timing.time_generation(session, prompt, cfg.new_tokens, samples, stop_ids=eos)
+    finally:  # an interrupted run keeps what it has measured
+        record.latencies_ms.extend(value * 1e3 for value in samples.token_s)
     joules = timing.energy_joules(stack.device)
     tokens = len(samples.ttft_s) + len(samples.token_s)
     bandwidth = timing.read_bandwidth(stack.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,7 +74,9 @@ def compile_method(program: ExportedProgram, path: Path) -> None:
     """Writes an AOTInductor package without weights to `path` (.pt2)."""
     from torch._inductor import aoti_compile_and_package
 
-    with torch.no_grad(), _sizes_may_be_one():
+    with torch.no_grad(), _sizes_may_be_one(), warnings.catch_warnings():
+        # torch's own, about its own pytrees; nothing that a user could act on.
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(INDUCTOR_CONFIG))
 
 

@@ -31,4 +31,9 @@ def bytes_per_step(model: Qwen35MoE, *, batch: int, length: int) -> dict[str, in
             kv += size * (length + 1)
         elif not name.endswith("expert_ids"):
             state += 2 * size
-    return {"weights": weights + batch * row, "state": state, "kv_cache": kv, "total": weights + batch * row + state + kv}
+    return {
+        "weights": weights + batch * row,
+        "state": state,
+        "kv_cache": kv,
+        "total": weights + batch * row + state + kv,
+    }

@@ -107,7 +107,9 @@ class Qwen35MoE(nn.Module):
         )
         self.register_buffer("norm", torch.empty(arch.hidden_size, dtype=torch.float32, device=device))
         # A tied head is the same tensor under a second name, unless quantisation replaces it.
-        self.head = Linear(arch.vocab_size, arch.hidden_size, dtype=dtype, device="meta" if arch.tie_word_embeddings else device)
+        self.head = Linear(
+            arch.vocab_size, arch.hidden_size, dtype=dtype, device="meta" if arch.tie_word_embeddings else device
+        )
         self.register_buffer("inv_freq", inverse_frequencies(arch).to(device))
 
     def attach_state(self, state: dict[str, Tensor]) -> None:
@@ -116,7 +118,9 @@ class Qwen35MoE(nn.Module):
             owner, _, leaf = name.rpartition(".")
             self.get_submodule(owner).register_buffer(leaf, tensor)
 
-    def forward(self, tokens: Tensor, positions: Tensor, logit_positions: Tensor | None, *, ops: Ops, phase: str) -> Tensor:
+    def forward(
+        self, tokens: Tensor, positions: Tensor, logit_positions: Tensor | None, *, ops: Ops, phase: str
+    ) -> Tensor:
         """tokens [B, T] int64, positions [B] int64 of each row's first token, logit_positions [n] int64 in 0..T-1 or None
         for all T. Returns logits [B, n, V] in the weights' dtype; advances the state by T tokens."""
         x = torch.nn.functional.embedding(tokens, self.embed_tokens.weight)
@@ -160,10 +164,10 @@ class Qwen35MoE(nn.Module):
         )  # fmt: skip
 
 
-def _linear(ops: Ops, x: Tensor, linear: Linear, *, norm: Tensor | None = None, eps: float = 0.0, residual=None) -> Tensor:
-    return ops["linear"](
-        x=x, weight=linear.weight, scales=linear.scales, norm_weight=norm, eps=eps, residual=residual
-    )
+def _linear(
+    ops: Ops, x: Tensor, linear: Linear, *, norm: Tensor | None = None, eps: float = 0.0, residual=None
+) -> Tensor:
+    return ops["linear"](x=x, weight=linear.weight, scales=linear.scales, norm_weight=norm, eps=eps, residual=residual)
 
 
 def inverse_frequencies(arch: Architecture) -> Tensor:
@@ -172,7 +176,9 @@ def inverse_frequencies(arch: Architecture) -> Tensor:
     return (1.0 / arch.rope_theta**exponents)[None]
 
 
-def state_shapes(arch: Architecture, *, batch: int, max_seq_len: int, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def state_shapes(
+    arch: Architecture, *, batch: int, max_seq_len: int, dtype: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of every state tensor, by buffer name. Recurrent state is float32 whatever `dtype` is."""
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for i, kind in enumerate(arch.layer_types):

@@ -45,7 +45,7 @@ class Phases:
         seconds = time.perf_counter() - start
         times = self.record.data["phases_s"]
         times[name] = round(times.get(name, 0.0) + seconds, 4)
-        self.console.print(f"{name:<12} {how}{seconds:.2f} s", style="dim", highlight=False)
+        self.console.print(f"{name:<16} {how}{seconds:.2f} s", style="dim", highlight=False)
         if outermost:
             self._spinner = None
 

@@ -6,8 +6,12 @@ import torch
 from moeexp_kernels.linear import MIDDLE_CODE
 from torch import Tensor
 
-# hqq works on float32 copies (about eight of them); this bounds what it needs beside the weights to ~1 GiB.
+# hqq works on float32 copies (about eight of them); this bounds what it needs beside the weights to ~1 GiB. It decides
+# codes as well: hqq stops refining when the mean error over all that it is given stops falling.
 SLICE_ELEMENTS = 1 << 25
+
+# hqq gives a group whose values differ by less than this a scale of 1.
+FLAT = 1e-4
 
 
 def pack(codes: Tensor, *, bits: int, group_size: int) -> Tensor:
@@ -36,7 +40,7 @@ def quantise(weight: Tensor, *, bits: int, group_size: int, name: str = "weight"
     if group_size < 2 or group_size % 2 or features % group_size:
         raise ValueError(
             f"quant.group_size={group_size} does not divide the {features} input features of {name}; "
-            f"an even divisor is needed, e.g. quant.group_size={_largest_group(features)}"
+            f"{_advice(features)}"
         )
     # Imported here: hqq pulls in torchvision-sized dependencies that a run with quant=none need not load.
     from hqq.core.quantize import Quantizer
@@ -45,8 +49,9 @@ def quantise(weight: Tensor, *, bits: int, group_size: int, name: str = "weight"
     step = max(1, SLICE_ELEMENTS // features)
     stored, scales = [], []
     for part in rows.split(step):
+        wide = part.float()
         codes, meta = Quantizer.quantize(
-            part.float(),
+            wide,
             nbits=bits,
             group_size=group_size,
             axis=1,
@@ -56,7 +61,11 @@ def quantise(weight: Tensor, *, bits: int, group_size: int, name: str = "weight"
         )
         stored.append(pack(codes.view(part.shape).to(torch.uint8), bits=bits, group_size=group_size))
         scale, zero = meta["scale"].float(), meta["zero"].float()
-        pair = torch.stack([scale, (MIDDLE_CODE[bits] - zero) * scale], dim=-1)
+        pair = torch.stack([scale, (MIDDLE_CODE[bits] - zero) * scale], dim=-1).view(-1, 2)
+        # A shift near 128 would cost float16 all digits of a flat group's value: such a group is its centre, scale 0.
+        low, high = wide.view(-1, group_size).aminmax(dim=1)
+        centre = torch.stack([torch.zeros_like(low), (low + high) / 2], dim=-1)
+        pair = torch.where((high - low <= FLAT)[:, None], centre, pair)
         scales.append(pair.view(part.shape[0], features // group_size, 2).to(torch.float16))
     stored, scales = torch.cat(stored), torch.cat(scales)
     if not scales.isfinite().all():
@@ -64,5 +73,8 @@ def quantise(weight: Tensor, *, bits: int, group_size: int, name: str = "weight"
     return stored.view(*weight.shape[:-1], -1), scales.view(*weight.shape[:-1], -1, 2)
 
 
-def _largest_group(features: int) -> int:
-    return next((g for g in (128, 64, 32, 16, 8, 4, 2) if features % g == 0), features)
+def _advice(features: int) -> str:
+    works = next((g for g in (128, 64, 32, 16, 8, 4, 2) if features % g == 0), None)
+    return (
+        "leave it out with quant.skip" if works is None else f"an even divisor is needed, e.g. quant.group_size={works}"
+    )

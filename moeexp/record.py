@@ -14,7 +14,7 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -74,11 +74,11 @@ KEYS = (
 class Record:
     """A dict of plain values with its file. `latencies_ms` takes raw per-token samples while the run goes on."""
 
-    def __init__(self, path: Path, *, id: str, config: Any, command: list[str], overrides: list[str]):
+    def __init__(self, path: Path, *, id: str, config: Any, command: list[str], overrides: Sequence[str] = ()):
         self.path = path
         self.latencies_ms: list[float] = []
         self.data: dict[str, Any] = {"schema": SCHEMA} | dict.fromkeys(KEYS)
-        self.set(id=id, config=config, command=command, overrides=overrides)
+        self.set(id=id, config=config, command=command, overrides=list(overrides))
         self.set(status="running", started=_now(), phases_s={}, notes=[])
 
     def set(self, **values: Any) -> None:

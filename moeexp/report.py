@@ -55,8 +55,9 @@ def why(record: dict[str, Any]) -> str | None:
     """One line for a run that is not ok."""
     if record["error"]:
         return " ".join(record["error"]["message"].split())
-    gates = [gate for part in (record["check"] or {}).get("parts", []) for gate in part["gates"] if not gate["passed"]]
-    return ", ".join(f"{gate['gate']} {number(gate['value'])} > {number(gate['limit'])}" for gate in gates[:3]) or None
+    failures = (record["check"] or {}).get("failures", [])
+    more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+    return f"{failures[0]}{more}" if failures else None
 
 
 def varying(records: Sequence[dict[str, Any]]) -> list[str]:
@@ -91,9 +92,14 @@ def _results(record: dict[str, Any]) -> list[str]:
         number(record["decode_tok_s"]) + mark,
         number(record["prefill_tok_s"]),
         number(None if ttft is None else 1e3 * ttft),
-        number(record["bits_per_byte"]),
-        number(memory.get("device_peak", memory.get("allocated_peak"))),
+        number(bits_per_byte(record)),
+        number(memory.get("peak_allocated", memory.get("peak_host"))),
     ]
+
+
+def bits_per_byte(record: dict[str, Any]) -> float | None:
+    """The figure alone; the record keeps it with what it was measured on."""
+    return (record["bits_per_byte"] or {}).get("bits_per_byte")
 
 
 def number(value: Any) -> str:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moeexp.report import footnotes, markdown, number, table, why
+from moeexp.report import bits_per_byte, footnotes, markdown, number, table, why
 
 COLOURS = {"ok": "green", "running": "yellow", "unsupported": "yellow", "interrupted": "yellow"}
 MAX_TEXT = 600
@@ -90,7 +90,8 @@ def _places(record: dict[str, Any], path: Path) -> list[Row]:
 def _check_rows(record: dict[str, Any]) -> list[Row]:
     check = record["check"]
     if not check:
-        return []
+        off = record["config"]["check"] == "off"
+        return [("check", "off: no speed is published")] if off else []
     rows: list[Row] = []
     for part in check.get("parts", []):
         # Of each part the gate nearest to its limit: the others have more room.
@@ -100,7 +101,9 @@ def _check_rows(record: dict[str, Any]) -> list[Row]:
             measured = f"  {worst['gate']} {_compact(worst['value'])}, limit {_compact(worst['limit'])}"
             text.append(measured, style="not bold default")
         rows.append((f"check {part['name']}", text))
-    return rows or [("check", "off: no speed is published" if check.get("passed") is None else str(check["passed"]))]
+    if not rows:
+        rows.append(("check", "passed" if check["passed"] else "FAILED"))
+    return rows
 
 
 def _speed_rows(record: dict[str, Any]) -> list[Row]:
@@ -118,9 +121,9 @@ def _speed_rows(record: dict[str, Any]) -> list[Row]:
         first = f", first token after {number(1e3 * record['ttft_s'])} ms" if record["ttft_s"] is not None else ""
         rows.append(("prefill", f"{number(record['prefill_tok_s'])} tok/s{first}"))
     if record["bandwidth_share"] is not None:
-        rows.append(("bandwidth", f"{record['bandwidth_share']:.1%} of what the GPU can read"))
-    if record["bits_per_byte"] is not None:
-        rows.append(("bits/byte", f"{record['bits_per_byte']:.3f} on the held-out text"))
+        rows.append(("bandwidth", f"{record['bandwidth_share']:.1%} of the measured read bandwidth"))
+    if bits_per_byte(record) is not None:
+        rows.append(("bits/byte", f"{bits_per_byte(record):.3f} on the held-out text"))
     if record["memory_gib"]:
         memory = ", ".join(f"{key.replace('_', ' ')} {number(value)}" for key, value in record["memory_gib"].items())
         rows.append(("memory GiB", memory))

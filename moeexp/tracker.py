@@ -20,7 +20,7 @@ from urllib.parse import urlparse
 from moeexp.record import read_record
 
 ANSWER = "moeexp-tracker: "
-SUMMARY_KEYS = ("decode_tok_s", "prefill_tok_s", "ttft_s", "bits_per_byte", "bandwidth_share", "joules_per_token")
+SUMMARY_KEYS = ("decode_tok_s", "prefill_tok_s", "ttft_s", "bandwidth_share", "joules_per_token")
 
 
 def track(record: dict[str, Any], *, run_dir: Path, exit_code: int, group: str | None) -> dict[str, Any]:
@@ -164,7 +164,8 @@ def _summary(record: dict[str, Any]) -> dict[str, Any]:
     for part in (record["check"] or {}).get("parts", []):
         check[part["name"]] = {gate["gate"]: gate["value"] for gate in part["gates"]}
     nested = {"check": check, "latency_ms": latencies} | {key: record[key] for key in ("phases_s", "memory_gib")}
-    return summary | {"status": record["status"]} | {key: value for key, value in nested.items() if value}
+    summary |= {"status": record["status"]} | (record["bits_per_byte"] or {})
+    return summary | {key: value for key, value in nested.items() if value}
 
 
 if __name__ == "__main__":

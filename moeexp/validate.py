@@ -200,6 +200,8 @@ def _check_device(cfg: Config, cuda_available: bool) -> None:
     if cfg.device == "cuda" and not cuda_available:
         raise ValueError("device=cuda, and torch finds no CUDA GPU here: use device=cpu, or run where there is one")
     if _device(cfg, cuda_available) == "cuda":
+        if not cfg.shared_stream:
+            raise ValueError("shared_stream=false is not built yet on CUDA; available now: true")
         return
     where = "device=cpu" if cuda_available else "torch finds no CUDA GPU here"
     for path, off in (("cuda_graph", False), ("allocator", "native")):

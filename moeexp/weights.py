@@ -25,6 +25,7 @@ from .quantise import quantise
 PREFIXES = ("model.language_model.", "model.")
 # Tensors of a multimodal or multi-token-prediction checkpoint that a text decoder has no use for.
 SKIPPED = re.compile(r"^(mtp\.|model\.visual\.|visual\.|model\.mtp\.|model\.language_model\.mtp\.)")
+SHARD = re.compile(r"-\d+-of-\d+\.safetensors$|^model\.safetensors$")
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,13 @@ def pieces(arch: Architecture, *, fused_experts: Callable[[int], bool] = lambda 
             table[ours + "mixer.out_proj.weight"] = _stack(
                 (theirs + "linear_attn.out_proj.weight", hidden), features=arch.value_dim
             )
-            vector(ours + "mixer.conv_weight", theirs + "linear_attn.conv1d.weight", arch.conv_dim, 1, arch.linear_conv_kernel_dim)
+            vector(
+                ours + "mixer.conv_weight",
+                theirs + "linear_attn.conv1d.weight",
+                arch.conv_dim,
+                1,
+                arch.linear_conv_kernel_dim,
+            )
             vector(ours + "mixer.a_log", theirs + "linear_attn.A_log", arch.linear_num_value_heads, rows=1)
             vector(ours + "mixer.dt_bias", theirs + "linear_attn.dt_bias", arch.linear_num_value_heads, rows=1)
             vector(ours + "mixer.norm", theirs + "linear_attn.norm.weight", arch.linear_value_head_dim)
@@ -134,10 +141,14 @@ def _expert_pieces(table: dict[str, list[Piece]], arch: Architecture, ours: str,
         table[ours + "moe.gate_up.weight"] = [
             piece
             for e, name in enumerate(names)
-            for piece in _stack((name + "gate_proj.weight", width), (name + "up_proj.weight", width), features=hidden, expert=e)
+            for piece in _stack(
+                (name + "gate_proj.weight", width), (name + "up_proj.weight", width), features=hidden, expert=e
+            )
         ]
         table[ours + "moe.down.weight"] = [
-            piece for e, name in enumerate(names) for piece in _stack((name + "down_proj.weight", hidden), features=width, expert=e)
+            piece
+            for e, name in enumerate(names)
+            for piece in _stack((name + "down_proj.weight", hidden), features=width, expert=e)
         ]
     expert = theirs + "mlp.shared_expert."
     table[ours + "moe.shared_gate_up.weight"] = _stack(
@@ -177,7 +188,11 @@ class Snapshot:
         problems = {
             "missing": sorted(set(wanted) - set(found)),
             "unexpected": sorted(set(found) - allowed),
-            "mis-shaped": [f"{k} is {found[k]}, expected {wanted[k]}" for k in sorted(wanted) if found.get(k, wanted[k]) != wanted[k]],
+            "mis-shaped": [
+                f"{k} is {found[k]}, expected {wanted[k]}"
+                for k in sorted(wanted)
+                if found.get(k, wanted[k]) != wanted[k]
+            ],
         }
         if any(problems.values()):
             text = "; ".join(f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in problems.items() if keys)
@@ -196,7 +211,9 @@ class Snapshot:
     def check_tied_head(self, embedding: Tensor) -> None:
         """A tied checkpoint may bring the head as well; then it must be the embedding."""
         if "lm_head.weight" in self._files and not torch.equal(self.read("lm_head.weight").to(embedding), embedding):
-            raise ValueError(f"{self.folder}: tie_word_embeddings is true, yet lm_head.weight differs from the embedding")
+            raise ValueError(
+                f"{self.folder}: tie_word_embeddings is true, yet lm_head.weight differs from the embedding"
+            )
 
     def digest(self) -> str:
         """SHA-256 over the files' names and contents: what a cache of anything made from them is keyed on."""
@@ -208,16 +225,21 @@ class Snapshot:
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The safetensors files of a snapshot: those its index names, or the single file. `ValueError` if any is missing."""
+    """The safetensors files of a snapshot: those its index names, or the single file. `ValueError` if any is missing, or
+    if there are shards that the index does not name: they or the index belong to something else."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} is not a safetensors index: {error!r}") from error
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise ValueError(f"{folder} lacks {len(missing)} of the {len(names)} shards that its index names: {_some(missing)}")
+        problems = {
+            "missing": [name for name in names if not (folder / name).is_file()],
+            "not named by it": sorted(p.name for p in folder.iterdir() if SHARD.search(p.name) and p.name not in names),
+        }
+        if any(problems.values()):
+            text = "; ".join(f"{len(files)} {kind}: {_some(files)}" for kind, files in problems.items() if files)
+            raise ValueError(f"{folder} does not hold the {len(names)} shards of its {index.name}: {text}")
         return [folder / name for name in names]
     if not single.is_file():
         raise ValueError(

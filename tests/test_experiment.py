@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from moeexp import cli
 from moeexp_kernels import linear, registry
+
+from moeexp import cli
 
 NANO = ["model=nano", "export=eager", "new_tokens=6", "repeats=1", "tracker=jsonl", "prompt_len=21"]
 
@@ -60,7 +61,10 @@ def test_one_token_prompt_and_one_new_token(run):
 
 
 OFF = [("linear", "float32"), ("gdn_decode", "float32"), ("sdpa_decode", "float32"), ("gdn_decode", "bfloat16")]
-OFF += [pytest.param(op, "float32", marks=pytest.mark.slow) for op in ("gdn_prefill", "sdpa_prefill", "moe_prefill", "moe_decode")]
+OFF += [
+    pytest.param(op, "float32", marks=pytest.mark.slow)
+    for op in ("gdn_prefill", "sdpa_prefill", "moe_prefill", "moe_decode")
+]
 
 
 @pytest.mark.parametrize(("op", "dtype"), OFF)

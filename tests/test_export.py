@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from rich.console import Console
+
 from moeexp.compile_cache import cache_dir
 from moeexp.factory import build_model, build_stack
 from moeexp.phases import Phases
@@ -11,7 +13,6 @@ from moeexp.record import Record
 from moeexp.schema import compose
 from moeexp.validate import resolve
 from moeexp.verification import record_trace
-from rich.console import Console
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from moeexp_kernels import registry
+from moeexp_runner.arena import Arena
+
 from moeexp.architecture import Architecture
 from moeexp.dequantised import DequantisedWeights
 from moeexp.model import state_shapes
@@ -9,13 +12,17 @@ from moeexp.pure_torch import pure_torch
 from moeexp.schema import compose
 from moeexp.validate import load_architecture
 from moeexp.weights import NEVER_QUANTISED, Random, load
-from moeexp_kernels import registry
-from moeexp_runner.arena import Arena
 
 
 def build(arch, *, bits=16, batch=1, max_seq_len=128, dtype=torch.float32, seed=0):
     model = load(
-        arch, Random(arch, seed), dtype=dtype, device=torch.device("cpu"), bits=bits, group_size=16, skip=NEVER_QUANTISED
+        arch,
+        Random(arch, seed),
+        dtype=dtype,
+        device=torch.device("cpu"),
+        bits=bits,
+        group_size=16,
+        skip=NEVER_QUANTISED,
     )
     arena = Arena(state_shapes(arch, batch=batch, max_seq_len=max_seq_len, dtype=dtype), device="cpu")
     arena.reset()

@@ -10,12 +10,20 @@ of Hkv), Dh head dim, R rotary dims (the first R of Dh, split-half convention).
     k_cache, v_cache  [B, Hkv, S, Dh]    qkv's dtype; updated in place
 
 Slots at or beyond pos + T never contribute, whatever they hold (NaN included).
+
+The kernels keep one tile of query rows in registers, where a row is one (token, query head) pair of one key-value head:
+K and V are read once for all query heads that share them, and T = 1 is not a special case. The softmax runs over blocks
+of slots with a running maximum (Milakov, Gimelshein, arXiv:1805.02867; Dao, arXiv:2307.08691); `splitk` gives each
+program a share of the *live* slots and merges the partial sums exactly in a second kernel.
 """
 
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+from torch.library import triton_op, wrap_triton
 
 from .linear import rms_norm
 
@@ -50,9 +58,9 @@ def reference_qk_norm_rope(
     q = rotate(rms_norm(x=q, weight=q_norm, eps=eps)).to(qkv.dtype)
     k = rotate(rms_norm(x=k, weight=k_norm, eps=eps)).to(qkv.dtype)
     rows = torch.arange(batch, device=qkv.device)[:, None]
-    # Advanced indices on dims 0 and 2 put [B, T] first, which is the layout that k and v have.
-    k_cache[rows, :, slots] = k
-    v_cache[rows, :, slots] = v
+    # index_put_, not `cache[...] = k`: the latter strips leading ones from the value, which forbids exporting T = 1.
+    k_cache.transpose(1, 2).index_put_((rows, slots), k)
+    v_cache.transpose(1, 2).index_put_((rows, slots), v)
     return q
 
 
@@ -73,3 +81,370 @@ def reference_sdpa(*, q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, 
     out = (scores.softmax(-1) @ values).flatten(1, 2).transpose(1, 2)  # [B, T, H, Dh]
     gate = qkv[..., : 2 * heads * head_dim].unflatten(-1, (heads, 2, head_dim))[..., 1, :]
     return (out * gate.float().sigmoid()).flatten(-2).to(q.dtype)
+
+
+@torch.library.custom_op("moeexp::reference_sdpa_prefill", mutates_args=())
+def reference_sdpa_prefill(q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor) -> Tensor:
+    """`reference_sdpa` for any T >= 1. Opaque to export, whose shape guards on the products would forbid T = 1."""
+    return reference_sdpa(q=q, qkv=qkv, k_cache=k_cache, v_cache=v_cache, positions=positions)
+
+
+@reference_sdpa_prefill.register_fake
+def _(q, qkv, k_cache, v_cache, positions):
+    return q.new_empty(q.shape[0], q.shape[1], q.shape[2] * q.shape[3])
+
+
+# Per kernel and shape class (head dim rounded up to a power of two, "half" for 2-byte activations, "single" for float32).
+# `splitk_programs`: programs to aim at over batch, key-value heads and splits; `splits` is a power of two below that.
+TUNED = {
+    ("prefill", "half", 256): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+    ("prefill", "half", 128): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
+    ("prefill", "half", None): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+    ("prefill", "single", None): {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
+    ("decode", "half", 256): {"BLOCK_N": 32, "num_warps": 4, "num_stages": 3},
+    ("decode", "half", None): {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+    ("decode", "single", None): {"BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
+    "splitk_programs": 256,
+    "merge": {"BLOCK_D": 64, "num_warps": 4},
+    "qk_norm_rope": {"num_warps": 1},
+}
+MAX_HEAD_DIM, MAX_GROUP = 256, 64
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _norm_rotate_store(
+    source, norm, target, inv_freq, slot, stored,
+    DH: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
+    """RMSNorm of one head, then rotation of its first 2 * HALF dims; only dims below `stored` (DH or 0) are stored.
+
+    The two rotary halves and the rest are separate loads: no element is gathered from its partner's place."""
+    half = tl.arange(0, BLOCK_HALF)
+    rest = 2 * HALF + tl.arange(0, BLOCK_REST)
+    in_half, in_rest = half < HALF, rest < DH
+    first = tl.load(source + half, mask=in_half, other=0.0).to(tl.float32)
+    second = tl.load(source + HALF + half, mask=in_half, other=0.0).to(tl.float32)
+    tail = tl.load(source + rest, mask=in_rest, other=0.0).to(tl.float32)
+    square = tl.sum(first * first) + tl.sum(second * second) + tl.sum(tail * tail)
+    scale = tl.rsqrt(square / DH + EPS)
+    first *= scale * (1.0 + tl.load(norm + half, mask=in_half, other=0.0).to(tl.float32))
+    second *= scale * (1.0 + tl.load(norm + HALF + half, mask=in_half, other=0.0).to(tl.float32))
+    tail *= scale * (1.0 + tl.load(norm + rest, mask=in_rest, other=0.0).to(tl.float32))
+    angle = slot.to(tl.float32) * tl.load(inv_freq + half, mask=in_half, other=0.0)
+    cos, sin = tl.cos(angle), tl.sin(angle)
+    tl.store(target + half, (first * cos - second * sin).to(target.dtype.element_ty), mask=in_half & (half < stored))
+    tl.store(target + HALF + half, (second * cos + first * sin).to(target.dtype.element_ty), mask=in_half & (half < stored))
+    tl.store(target + rest, tail.to(target.dtype.element_ty), mask=rest < stored)
+
+
+@triton.jit
+def _qk_norm_rope_kernel(
+    qkv, q_norm, k_norm, inv_freq, positions, k_cache, v_cache, out, tokens, slots,
+    qkv_stride_b, qkv_stride_t, cache_stride_b, cache_stride_h,
+    H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Grid (T, H + Hkv, B): one query head, or one key head with its value head."""
+    t, head, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row = qkv + b * qkv_stride_b + t * qkv_stride_t
+    slot = tl.load(positions + b) + t
+    if head < H:
+        source = row + head * 2 * DH
+        target = out + ((b * tokens + t) * H + head) * DH
+        _norm_rotate_store(
+            source, q_norm, target, inv_freq, slot, DH, DH, HALF, EPS, BLOCK_HALF, BLOCK_REST
+        )  # fmt: skip
+    else:
+        kv_head = head - H
+        # A slot outside the cache is refused before launch; should one get here, no other memory is harmed.
+        stored = tl.where((slot >= 0) & (slot < slots), DH, 0)
+        cell = b * cache_stride_b + kv_head.to(tl.int64) * cache_stride_h + slot * DH
+        source = row + 2 * H * DH + kv_head * DH
+        _norm_rotate_store(
+            source, k_norm, k_cache + cell, inv_freq, slot, stored, DH, HALF, EPS, BLOCK_HALF, BLOCK_REST
+        )  # fmt: skip
+        d = tl.arange(0, BLOCK_D)
+        value = tl.load(source + HKV * DH + d, mask=d < DH, other=0.0)
+        tl.store(v_cache + cell + d, value, mask=d < stored)
+
+
+@triton.jit
+def _live_share(live, split, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr):
+    """Slots [begin, end) of this split: whole blocks, spread evenly; empty for the splits that are not needed."""
+    blocks = (live + BLOCK_N - 1) // BLOCK_N
+    share = (blocks + SPLITS - 1) // SPLITS * BLOCK_N
+    return tl.minimum(split * share, live), tl.minimum((split + 1) * share, live)
+
+
+@triton.jit
+def _attend_block(
+    q_tile, keys, values, n, last, live, acc, largest, total, CAUSAL: tl.constexpr,
+    DH: tl.constexpr, SCALE: tl.constexpr, WIDEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One step of the running softmax (base 2) over slots [n, n + BLOCK_N), where `keys` and `values` point at slot n.
+
+    Slots at or beyond `live` are never loaded."""
+    column, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    cells = column[:, None] * DH + d[None, :]
+    inside = (n + column < live)[:, None] & (d < DH)[None, :]
+    key = tl.load(keys + cells, mask=inside, other=0.0)
+    value = tl.load(values + cells, mask=inside, other=0.0)
+    if WIDEN:
+        key, value = key.to(tl.float32), value.to(tl.float32)
+    score = tl.dot(q_tile, tl.trans(key), input_precision="ieee") * SCALE
+    if CAUSAL:
+        score = tl.where((n + column)[None, :] <= last[:, None], score, float("-inf"))
+    new_largest = tl.maximum(largest, tl.max(score, 1))
+    # A row that has seen nothing yet has no finite maximum, and -inf - -inf is NaN.
+    pivot = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+    weight = tl.exp2(score - pivot[:, None])
+    decay = tl.exp2(largest - pivot)
+    total = total * decay + tl.sum(weight, 1)
+    acc = tl.dot(weight.to(value.dtype), value, acc * decay[:, None], input_precision="ieee")
+    return acc, new_largest, total
+
+
+@triton.jit
+def _attend_kernel(
+    q, qkv, k_cache, v_cache, positions, out, partial_sums, partial_stats, tokens, slots,
+    q_stride_b, q_stride_t, qkv_stride_b, qkv_stride_t, cache_stride_b, cache_stride_h,
+    HKV: tl.constexpr, GROUP: tl.constexpr, DH: tl.constexpr, SCALE: tl.constexpr, SPLITS: tl.constexpr,
+    WIDEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Grid (Hkv, tiles * SPLITS, B). Row r of a key-value head is token r // GROUP, query head r % GROUP of its group.
+
+    WIDEN: float32 products, because Triton's interpreter has no bfloat16 dot (it multiplies the bit patterns)."""
+    kv_head, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    split = tl.program_id(1) % SPLITS
+    # Late tokens see the most slots: start them first, so that the last programs to run are short ones.
+    tile = tl.num_programs(1) // SPLITS - 1 - tl.program_id(1) // SPLITS
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    t, head = row // GROUP, kv_head * GROUP + row % GROUP
+    d = tl.arange(0, BLOCK_D)
+    used = (t < tokens)[:, None] & (d < DH)[None, :]
+    position = tl.load(positions + b).to(tl.int32)
+    last = tl.where(t < tokens, position + t, -1)
+    first_t = tile * BLOCK_M // GROUP
+    last_t = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, tokens - 1)
+    live = tl.maximum(tl.minimum(position + last_t + 1, slots), 0)
+    # Below `plain` every row of the tile sees every slot, so the causal comparison is left out.
+    plain = tl.maximum(tl.minimum(position + first_t + 1, live), 0) // BLOCK_N * BLOCK_N
+    begin, end = _live_share(live, split, BLOCK_N, SPLITS)
+
+    t_wide = t.to(tl.int64)
+    q_cells = b * q_stride_b + t_wide[:, None] * q_stride_t + (head * DH)[:, None] + d[None, :]
+    q_tile = tl.load(q + q_cells, mask=used, other=0.0)
+    if WIDEN:
+        q_tile = q_tile.to(tl.float32)
+    cache = b * cache_stride_b + kv_head.to(tl.int64) * cache_stride_h + begin.to(tl.int64) * DH
+    keys, values = k_cache + cache, v_cache + cache
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for n in range(begin, tl.minimum(plain, end), BLOCK_N):
+        acc, largest, total = _attend_block(
+            q_tile, keys, values, n, last, live, acc, largest, total, False, DH, SCALE, WIDEN, BLOCK_N, BLOCK_D
+        )  # fmt: skip
+        keys += BLOCK_N * DH
+        values += BLOCK_N * DH
+    for n in range(tl.maximum(plain, begin), end, BLOCK_N):
+        acc, largest, total = _attend_block(
+            q_tile, keys, values, n, last, live, acc, largest, total, True, DH, SCALE, WIDEN, BLOCK_N, BLOCK_D
+        )  # fmt: skip
+        keys += BLOCK_N * DH
+        values += BLOCK_N * DH
+
+    if SPLITS == 1:
+        result = tl.where(total[:, None] > 0.0, acc / tl.where(total > 0.0, total, 1.0)[:, None], 0.0)
+        gate_cells = b * qkv_stride_b + t_wide[:, None] * qkv_stride_t + (head * (2 * DH) + DH)[:, None] + d[None, :]
+        gate = tl.load(qkv + gate_cells, mask=used, other=0.0).to(tl.float32)
+        out_cells = ((b * tokens + t_wide) * (HKV * GROUP) + head)[:, None] * DH + d[None, :]
+        tl.store(out + out_cells, (result * tl.sigmoid(gate)).to(out.dtype.element_ty), mask=used)
+    else:
+        # One token: row r is query head r. Splits beyond the live length write nothing, and the merge reads nothing there.
+        cell = ((b * SPLITS + split) * HKV + kv_head) * GROUP + row
+        written = row < tl.where(begin < end, GROUP, 0)
+        tl.store(partial_sums + cell[:, None] * DH + d[None, :], acc, mask=written[:, None] & (d < DH)[None, :])
+        tl.store(partial_stats + cell * 2, largest, mask=written)
+        tl.store(partial_stats + cell * 2 + 1, total, mask=written)
+
+
+@triton.jit
+def _merge_kernel(
+    partial_sums, partial_stats, qkv, positions, out, slots, qkv_stride_b,
+    H: tl.constexpr, DH: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Grid (H, blocks of Dh, B): exact sum of the splits' partial softmaxes, in split order, times sigmoid(gate)."""
+    head, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = d < DH
+    split = tl.arange(0, SPLITS)
+    live = tl.maximum(tl.minimum(tl.load(positions + b).to(tl.int32) + 1, slots), 0)
+    begin, end = _live_share(live, split, BLOCK_N, SPLITS)
+    written = begin < end
+    cell = (b * SPLITS + split) * H + head
+    largest = tl.load(partial_stats + cell * 2, mask=written, other=float("-inf"))
+    total = tl.load(partial_stats + cell * 2 + 1, mask=written, other=0.0)
+    sums = tl.load(partial_sums + cell[:, None] * DH + d[None, :], mask=written[:, None] & inside[None, :], other=0.0)
+    gate = tl.load(qkv + b * qkv_stride_b + head * 2 * DH + DH + d, mask=inside, other=0.0).to(tl.float32)
+    pivot = tl.max(largest, 0)
+    share = tl.exp2(largest - tl.where(pivot == float("-inf"), 0.0, pivot))
+    whole = tl.sum(total * share, 0)
+    result = tl.sum(sums * share[:, None], 0) / tl.where(whole > 0.0, whole, 1.0)
+    tl.store(out + (b * H + head) * DH + d, (result * tl.sigmoid(gate)).to(out.dtype.element_ty), mask=inside)
+
+
+def _check_cache(k_cache: Tensor, v_cache: Tensor, qkv: Tensor, heads: int) -> None:
+    """`ValueError` for what the kernels cannot do. Only static sizes are looked at, so that T may be symbolic."""
+    kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(f"head dim {head_dim} is not supported: at most {MAX_HEAD_DIM}; choose the `reference` op")
+    if heads % kv_heads or heads // kv_heads > MAX_GROUP:
+        raise ValueError(
+            f"{heads} query heads over {kv_heads} key-value heads are not supported: the first must be 1 to {MAX_GROUP} "
+            "times the second; choose the `reference` op"
+        )
+    if qkv.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"qkv is {qkv.dtype}; supported are float32, bfloat16 and float16")
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.dtype != qkv.dtype:
+            raise ValueError(f"{name} is {cache.dtype} but qkv is {qkv.dtype}; they must agree")
+        if cache.stride(3) != 1 or cache.stride(2) != head_dim or cache.stride() != k_cache.stride():
+            raise ValueError(
+                f"{name} has strides {tuple(cache.stride())}; supported is [B, Hkv, S, Dh] with contiguous [S, Dh] and the "
+                "same strides for both caches"
+            )
+    if qkv.stride(2) != 1 or qkv.shape[2] != 2 * (heads + kv_heads) * head_dim:
+        raise ValueError(
+            f"qkv has shape {tuple(qkv.shape)} and strides {tuple(qkv.stride())}; supported are "
+            f"{2 * (heads + kv_heads) * head_dim} values per token, the last dim contiguous"
+        )
+
+
+def _check_queries(q: Tensor, qkv: Tensor, head_dim: int) -> None:
+    if q.dtype != qkv.dtype or q.shape[3] != head_dim or q.stride(3) != 1 or q.stride(2) != head_dim:
+        raise ValueError(
+            f"q is {q.dtype} {tuple(q.shape)} with strides {tuple(q.stride())}; supported is [B, T, H, {head_dim}] of "
+            f"{qkv.dtype} with contiguous [H, Dh]"
+        )
+
+
+def _block_d(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def tuned(kind: str, dtype: torch.dtype, head_dim: int) -> dict[str, int]:
+    """The row of TUNED for `kind` ("prefill" or "decode"); a head dim without a row of its own takes the general one."""
+    width = "single" if dtype == torch.float32 else "half"
+    return TUNED.get((kind, width, _block_d(head_dim)), TUNED[kind, width, None])
+
+
+@triton_op("moeexp::qk_norm_rope", mutates_args=("k_cache", "v_cache"))
+def qk_norm_rope(
+    qkv: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    inv_freq: Tensor,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    num_heads: int,
+    eps: float,
+) -> Tensor:
+    """`reference_qk_norm_rope` as one kernel, any T. [B, T, H, Dh] in qkv's dtype; writes slots [pos, pos+T) of both caches.
+
+    `ValueError` for layouts other than the file's; T may be symbolic."""
+    _check_cache(k_cache, v_cache, qkv, num_heads)
+    kv_heads, slots, head_dim = k_cache.shape[1:]
+    half = inv_freq.shape[0]
+    if 2 * half > head_dim:
+        raise ValueError(f"inv_freq rotates {2 * half} dims of a head of {head_dim}; at most {head_dim // 2} frequencies")
+    for name, vector, size in (("q_norm", q_norm, head_dim), ("k_norm", k_norm, head_dim), ("inv_freq", inv_freq, half)):
+        if vector.shape != (size,) or vector.stride(0) != 1:
+            raise ValueError(f"{name} has shape {tuple(vector.shape)}, strides {vector.stride()}; supported: [{size}] contiguous")
+    batch, tokens = qkv.shape[0], qkv.shape[1]
+    out = torch.empty((batch, tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    wrap_triton(_qk_norm_rope_kernel)[(tokens, num_heads + kv_heads, batch)](
+        qkv, q_norm, k_norm, inv_freq, positions, k_cache, v_cache, out, tokens, slots,
+        qkv.stride(0), qkv.stride(1), k_cache.stride(0), k_cache.stride(1),
+        H=num_heads, HKV=kv_heads, DH=head_dim, HALF=half, EPS=eps, BLOCK_HALF=triton.next_power_of_2(half),
+        BLOCK_REST=triton.next_power_of_2(max(head_dim - 2 * half, 1)), BLOCK_D=_block_d(head_dim),
+        num_warps=TUNED["qk_norm_rope"]["num_warps"],
+    )  # fmt: skip
+    return out
+
+
+def _attend(q, qkv, k_cache, v_cache, positions, out, sums, stats, *, splits, tiles, config) -> None:
+    """`out` is written if splits is 1, else `sums` and `stats`; callers pass `q` for what is neither read nor written."""
+    batch, tokens, heads, head_dim = q.shape
+    kv_heads, slots = k_cache.shape[1], k_cache.shape[2]
+    wrap_triton(_attend_kernel)[(kv_heads, tiles * splits, batch)](
+        q, qkv, k_cache, v_cache, positions, out, sums, stats, tokens, slots,
+        q.stride(0), q.stride(1), qkv.stride(0), qkv.stride(1), k_cache.stride(0), k_cache.stride(1),
+        HKV=kv_heads, GROUP=heads // kv_heads, DH=head_dim, SCALE=head_dim**-0.5 * LOG2_E, SPLITS=splits,
+        WIDEN=q.dtype == torch.bfloat16 and triton.knobs.runtime.interpret, BLOCK_D=_block_d(head_dim), **config,
+    )  # fmt: skip
+
+
+def _unsplit(q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, config: dict[str, int]) -> Tensor:
+    batch, tokens, heads, head_dim = q.shape
+    _check_cache(k_cache, v_cache, qkv, heads)
+    _check_queries(q, qkv, k_cache.shape[3])
+    out = torch.empty((batch, tokens, heads * head_dim), dtype=q.dtype, device=q.device)
+    tiles = (tokens * (heads // k_cache.shape[1]) + config["BLOCK_M"] - 1) // config["BLOCK_M"]
+    _attend(q, qkv, k_cache, v_cache, positions, out, q, q, splits=1, tiles=tiles, config=config)
+    return out
+
+
+@triton_op("moeexp::sdpa_prefill", mutates_args=())
+def sdpa_prefill(q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor) -> Tensor:
+    """`reference_sdpa` for any T (symbolic too) and any position, on tensor cores for 2-byte dtypes. [B, T, H*Dh]."""
+    return _unsplit(q, qkv, k_cache, v_cache, positions, tuned("prefill", q.dtype, q.shape[3]))
+
+
+@triton_op("moeexp::sdpa_decode_tiled", mutates_args=())
+def sdpa_decode_tiled(q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor) -> Tensor:
+    """`reference_sdpa` at T = 1, one program per key-value head over all live slots: one kernel, best for short contexts."""
+    return _unsplit(q, qkv, k_cache, v_cache, positions, _decode_config(q, k_cache))
+
+
+@triton_op("moeexp::sdpa_decode_splitk", mutates_args=())
+def sdpa_decode_splitk(q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor) -> Tensor:
+    """`reference_sdpa` at T = 1, the live slots of each key-value head split over programs. [B, 1, H*Dh].
+
+    The grid is fixed by S, the work by `positions`: a short context in a large cache reads only its live slots."""
+    batch, tokens, heads, head_dim = q.shape
+    if tokens != 1:
+        raise ValueError(f"sdpa_decode splitk takes one token a call, not {tokens}; choose `tiled`, or prefill them")
+    _check_cache(k_cache, v_cache, qkv, heads)
+    _check_queries(q, qkv, k_cache.shape[3])
+    kv_heads, slots = k_cache.shape[1], k_cache.shape[2]
+    config = _decode_config(q, k_cache)
+    splits = splitk_splits(batch=batch, kv_heads=kv_heads, slots=slots, block_n=config["BLOCK_N"])
+    out = torch.empty((batch, 1, heads * head_dim), dtype=q.dtype, device=q.device)
+    if splits == 1:
+        _attend(q, qkv, k_cache, v_cache, positions, out, q, q, splits=1, tiles=1, config=config)
+        return out
+    sums = torch.empty((batch, splits, heads, head_dim), dtype=torch.float32, device=q.device)
+    stats = torch.empty((batch, splits, heads, 2), dtype=torch.float32, device=q.device)
+    _attend(q, qkv, k_cache, v_cache, positions, q, sums, stats, splits=splits, tiles=1, config=config)
+    merge = TUNED["merge"]
+    wrap_triton(_merge_kernel)[(heads, triton.cdiv(head_dim, merge["BLOCK_D"]), batch)](
+        sums, stats, qkv, positions, out, slots, qkv.stride(0),
+        H=heads, DH=head_dim, SPLITS=splits, BLOCK_N=config["BLOCK_N"], BLOCK_D=merge["BLOCK_D"],
+        num_warps=merge["num_warps"],
+    )  # fmt: skip
+    return out
+
+
+def _decode_config(q: Tensor, k_cache: Tensor) -> dict[str, int]:
+    """Tile rows for one token: all query heads of a key-value head, at least the 16 that tensor cores take."""
+    group = q.shape[2] // k_cache.shape[1]
+    return {"BLOCK_M": max(16, triton.next_power_of_2(group)), **tuned("decode", q.dtype, q.shape[3])}
+
+
+def splitk_splits(*, batch: int, kv_heads: int, slots: int, block_n: int) -> int:
+    """Number of splits (a power of two) of a key-value head: enough to fill the GPU, never more than blocks of slots."""
+    wanted = max(1, min(TUNED["splitk_programs"] // (batch * kv_heads), triton.cdiv(slots, block_n)))
+    return 1 << (wanted.bit_length() - 1)

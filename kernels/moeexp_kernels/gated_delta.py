@@ -14,12 +14,16 @@ C = 2*Hk*Dk + Hv*Dv conv channels, W conv width.
 Per value head, with q and k l2-normalised, q scaled by Dk^-0.5, decay a_t = exp(-exp(a_log) * softplus(a + dt_bias)) and
 beta_t = sigmoid(b):   S_t = a_t S_{t-1} + k_t (beta_t (v_t - (a_t S_{t-1})^T k_t))^T,   o_t = S_t^T q_t.
 Source: Yang, Kautz, Hatamizadeh, "Gated Delta Networks" (arXiv:2412.06464), and its chunked form in section 3.3.
+
+Here are the references of both ops and the kernel of `gdn_decode`; that of `gdn_prefill` is in gated_delta_prefill.py.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
 CHUNK = 64
@@ -145,3 +149,268 @@ def _(
     num_k_heads, num_v_heads, head_k_dim, head_v_dim, eps,
 ):  # fmt: skip
     return proj.new_empty(proj.shape[0], proj.shape[1], num_v_heads * head_v_dim)
+
+
+# Launch shapes of `gdn_decode` by (padded Dk, padded Dv, are there few programs?). `split` 0: one program per (batch, key
+# head) does everything for its Hv/Hk value heads, `step` of them at a time. `split` n: one program per (value head, n-th
+# of Dv), and a second small kernel for the norm and the conv state: more CTAs, one more launch.
+TUNED = {
+    (128, 128, True): {"split": 0, "step": 2, "num_warps": 16},
+    (128, 128, False): {"split": 0, "step": 1, "num_warps": 8},
+}
+TUNED_DEFAULT = {"split": 0, "step": 1, "num_warps": 4}
+FEW_PROGRAMS = 64  # batch * Hk up to which an H100 is far from full
+MAX_HEAD_DIM = 128  # a whole [Dk, Dv] float32 state tile stays in registers
+MAX_TILE = 2 * 128 * 128  # elements of state held at once: 64 registers per thread at 16 warps
+
+
+def check_gdn(
+    *, proj: Tensor, conv_weight: Tensor, a_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, conv_state: Tensor,
+    recurrent_state: Tensor, num_k_heads: int, num_v_heads: int, head_k_dim: int, head_v_dim: int,
+) -> None:  # fmt: skip
+    """`ValueError` unless shapes, dtypes and strides are what the kernels address. Never looks at T, which may be symbolic."""
+    if num_k_heads < 1 or num_v_heads % num_k_heads:
+        raise ValueError(f"{num_v_heads} value heads are no multiple of {num_k_heads} key heads")
+    if not (0 < head_k_dim <= MAX_HEAD_DIM and 0 < head_v_dim <= MAX_HEAD_DIM):
+        raise ValueError(f"head dims {head_k_dim} and {head_v_dim}: the Triton kernels do 1..{MAX_HEAD_DIM}; use ops=reference")
+    if proj.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"proj is {proj.dtype}; float32 and bfloat16 are supported")
+    if conv_weight.shape[-1] < 2:
+        raise ValueError(f"conv width {conv_weight.shape[-1]} is not supported; it must be at least 2")
+    batch, width = proj.shape[0], conv_weight.shape[-1]
+    channels = 2 * num_k_heads * head_k_dim + num_v_heads * head_v_dim
+    row = channels + num_v_heads * head_v_dim + 2 * num_v_heads
+    shapes = {
+        "conv_weight": (conv_weight, (channels, width), None),
+        "a_log": (a_log, (num_v_heads,), torch.float32),
+        "dt_bias": (dt_bias, (num_v_heads,), torch.float32),
+        "norm_weight": (norm_weight, (head_v_dim,), None),
+        "conv_state": (conv_state, (batch, channels, width - 1), proj.dtype),
+        "recurrent_state": (recurrent_state, (batch, num_v_heads, head_k_dim, head_v_dim), torch.float32),
+    }
+    for name, (tensor, shape, dtype) in shapes.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}; these heads, batch and conv width need {shape}")
+        if dtype is not None and tensor.dtype != dtype:
+            raise ValueError(f"{name} is {tensor.dtype}; it must be {dtype}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}; only a contiguous {name} is supported")
+    if proj.dim() != 3 or proj.shape[2] != row:
+        raise ValueError(f"proj is {tuple(proj.shape)}; these heads need [B, T, {row}]")
+    if proj.stride(2) != 1:
+        raise ValueError(f"proj has strides {proj.stride()}; its last dim must have stride 1")
+
+
+@triton.jit
+def _gates(a, b, a_log, dt_bias):
+    """Log-decay -exp(a_log) * softplus(a + dt_bias), and beta = sigmoid(b); all float32."""
+    x = a + dt_bias
+    e = tl.exp(tl.minimum(x, 20.0))
+    u = 1.0 + e
+    # log1p(e) without losing a small e to the rounding of 1 + e: the error of log(u) and that of u - 1 cancel.
+    log1p = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
+    return -tl.exp(a_log) * tl.where(x > 20.0, x, log1p), tl.sigmoid(b)
+
+
+@triton.jit
+def _next_conv_state(
+    proj, conv_state, first, count, T, stride_t, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The conv state that T tokens leave behind, the last WIDTH - 1 of old state | tokens, for channels first .. first +
+    count - 1, flat as it lies in memory: [BLOCK], count * (WIDTH - 1) of it live, in the storage dtype.
+    `proj`, `conv_state`: pointers to one sequence's rows and state."""
+    flat = tl.arange(0, BLOCK)
+    source = (flat % (WIDTH - 1)).to(tl.int64) + T  # position in old state | tokens
+    live = flat < count * (WIDTH - 1)
+    old = live & (source < WIDTH - 1)
+    new = live & (source >= WIDTH - 1)
+    kept = tl.load(conv_state + first * (WIDTH - 1) + flat + T, mask=old, other=0.0)
+    at = (source - (WIDTH - 1)) * stride_t + first + flat // (WIDTH - 1)
+    return tl.where(old, kept, tl.load(proj + at, mask=new, other=0.0))
+
+
+@triton.jit
+def _store_conv_state(conv_state, first, count, values, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    flat = tl.arange(0, BLOCK)
+    tl.store(conv_state + first * (WIDTH - 1) + flat, values, mask=flat < count * (WIDTH - 1))
+
+
+@triton.jit
+def _conv_one(proj, conv_state, conv_weight, channels, live, WIDTH: tl.constexpr):
+    """SiLU of the causal conv of one token, for `channels` [...] of one sequence; float32."""
+    newest = tl.load(conv_weight + channels * WIDTH + WIDTH - 1, mask=live, other=0.0).to(tl.float32)
+    mixed = tl.load(proj + channels, mask=live, other=0.0).to(tl.float32) * newest
+    for tap in tl.static_range(WIDTH - 1):
+        weight = tl.load(conv_weight + channels * WIDTH + tap, mask=live, other=0.0).to(tl.float32)
+        mixed += tl.load(conv_state + channels * (WIDTH - 1) + tap, mask=live, other=0.0).to(tl.float32) * weight
+    return mixed * tl.sigmoid(mixed)
+
+
+@triton.jit
+def _decode_kernel(
+    proj, conv_weight, a_log, dt_bias, norm_weight, conv_state, state, out, raw, stride_b,
+    EPS: tl.constexpr, L2_EPS: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    WIDTH: tl.constexpr, SPLIT: tl.constexpr, STEP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    FLAT_K: tl.constexpr, FLAT_V: tl.constexpr,
+):  # fmt: skip
+    """Grid (Hk, B), or with SPLIT (Hv * SPLIT, B): then `raw` [B, Hv, Dv] float32 takes S^T q and the conv state is left
+    alone. Vectors of the value side are [STEP, BV], the state tile is [STEP, BK, BV]; FLAT_K, FLAT_V: conv state blocks.
+
+    The conv state of a key head's q and k is read by all its value heads, so without SPLIT one program does all of these,
+    and is the only one that reads or writes any of its channels. Within the program a barrier stands between the loads and
+    the stores of state: where a tile has fewer elements than the CTA has threads, several warps load the same element."""
+    RATIO: tl.constexpr = HV // HK
+    HEADS: tl.constexpr = RATIO if SPLIT == 0 else 1
+    CHANNELS: tl.constexpr = 2 * HK * DK + HV * DV
+    batch = tl.program_id(1).to(tl.int64)
+    if SPLIT == 0:
+        first = tl.program_id(0) * RATIO
+        cols = tl.arange(0, BV)
+    else:
+        first = tl.program_id(0) // SPLIT
+        cols = tl.program_id(0) % SPLIT * BV + tl.arange(0, BV)
+    proj += batch * stride_b
+    conv_state += batch * CHANNELS * (WIDTH - 1)
+    state += batch * HV * DK * DV
+    rows = tl.arange(0, BK)
+    lanes = tl.arange(0, STEP)
+    in_k = rows < DK
+    in_v = cols < DV
+    in_tile = in_k[:, None] & in_v[None, :]
+    tile = rows[:, None] * DV + cols[None, :]
+
+    # All loads go out before the first reduction waits, the state's first: it is most of the bytes.
+    at = (first + lanes)[:, None, None] * (DK * DV) + tile[None, :, :]
+    coming = tl.load(state + at, mask=(lanes < HEADS)[:, None, None] & in_tile[None, :, :], other=0.0)
+    q_first = first // RATIO * DK
+    k_first = HK * DK + q_first
+    q = _conv_one(proj, conv_state, conv_weight, q_first + rows, in_k, WIDTH)
+    k = _conv_one(proj, conv_state, conv_weight, k_first + rows, in_k, WIDTH)
+    if SPLIT == 0:
+        q_kept = _next_conv_state(proj, conv_state, q_first, DK, 1, 0, WIDTH, FLAT_K)
+        k_kept = _next_conv_state(proj, conv_state, k_first, DK, 1, 0, WIDTH, FLAT_K)
+
+    for step in tl.static_range(0, HEADS, STEP):
+        old = coming
+        at_old = at
+        count = min(STEP, HEADS - step)
+        in_head = lanes < count
+        head = first + step + lanes
+        live = in_head[:, None] & in_v[None, :]
+        value = head[:, None] * DV + cols[None, :]
+        v_first = 2 * HK * DK + (first + step) * DV
+        v = _conv_one(proj, conv_state, conv_weight, 2 * HK * DK + value, live, WIDTH)
+        b = tl.load(proj + CHANNELS + HV * DV + head, mask=in_head, other=0.0).to(tl.float32)
+        a = tl.load(proj + CHANNELS + HV * DV + HV + head, mask=in_head, other=0.0).to(tl.float32)
+        a_log_h = tl.load(a_log + head, mask=in_head, other=0.0)
+        dt_bias_h = tl.load(dt_bias + head, mask=in_head, other=0.0)
+        if SPLIT == 0:
+            v_kept = _next_conv_state(proj, conv_state, v_first, count * DV, 1, 0, WIDTH, FLAT_V)
+            z = tl.load(proj + CHANNELS + value, mask=live, other=0.0).to(tl.float32)
+            gate = tl.load(norm_weight + cols, mask=in_v, other=0.0).to(tl.float32)[None, :] * z * tl.sigmoid(z)
+        if step + STEP < HEADS:  # the next heads' state, before these heads' arithmetic
+            more = (step + STEP + lanes < HEADS)[:, None, None] & in_tile[None, :, :]
+            at = (head + STEP)[:, None, None] * (DK * DV) + tile[None, :, :]
+            coming = tl.load(state + at, mask=more, other=0.0)
+        if step == 0:
+            q_norm = tl.rsqrt(tl.sum(q * q, axis=0) + L2_EPS) * DK**-0.5
+            k_norm = tl.rsqrt(tl.sum(k * k, axis=0) + L2_EPS)
+            qk = tl.sum(q * k, axis=0) * q_norm * k_norm
+
+        log_decay, beta = _gates(a, b, a_log_h, dt_bias_h)
+        decay = tl.exp(log_decay)[:, None]
+        # S_new^T q = decay S^T q + (k.q) delta: both reductions run over the old tile, with one wait instead of two; and the
+        # l2 norms are applied to their results, so that the tile waits for no other reduction.
+        seen = tl.sum(old * k[None, :, None], axis=1) * k_norm
+        asked = tl.sum(old * q[None, :, None], axis=1) * q_norm
+        delta = beta[:, None] * (v - decay * seen)
+        o = decay * asked + qk * delta
+        new = old * decay[:, :, None] + k[None, :, None] * (k_norm * delta)[:, None, :]
+        tl.debug_barrier()
+        tl.store(state + at_old, new, mask=in_head[:, None, None] & in_tile[None, :, :])
+        if SPLIT == 0:
+            if step == 0:
+                _store_conv_state(conv_state, q_first, DK, q_kept, WIDTH, FLAT_K)
+                _store_conv_state(conv_state, k_first, DK, k_kept, WIDTH, FLAT_K)
+            _store_conv_state(conv_state, v_first, count * DV, v_kept, WIDTH, FLAT_V)
+            y = o * tl.rsqrt(tl.sum(o * o, axis=1) / DV + EPS)[:, None] * gate
+            tl.store(out + batch * HV * DV + value, y.to(out.dtype.element_ty), mask=live)
+        else:
+            tl.store(raw + batch * HV * DV + value, o, mask=live)
+
+
+@triton.jit
+def _finish_kernel(
+    proj, norm_weight, conv_state, raw, out, stride_b,
+    EPS: tl.constexpr, HV: tl.constexpr, DV: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
+    SLICE: tl.constexpr, BV: tl.constexpr, FLAT: tl.constexpr,
+):  # fmt: skip
+    """After a split `_decode_kernel`, grid (Hv, B): gated norm of one head, conv state of SLICE channels."""
+    head = tl.program_id(0)
+    batch = tl.program_id(1).to(tl.int64)
+    proj += batch * stride_b
+    conv_state += batch * CHANNELS * (WIDTH - 1)
+    cols = tl.arange(0, BV)
+    in_v = cols < DV
+    first = head * SLICE
+    count = tl.minimum(SLICE, CHANNELS - first)
+    kept = _next_conv_state(proj, conv_state, first, count, 1, 0, WIDTH, FLAT)
+    o = tl.load(raw + (batch * HV + head) * DV + cols, mask=in_v, other=0.0)
+    z = tl.load(proj + CHANNELS + head * DV + cols, mask=in_v, other=0.0).to(tl.float32)
+    gate = tl.load(norm_weight + cols, mask=in_v, other=0.0).to(tl.float32) * z * tl.sigmoid(z)
+    y = o * tl.rsqrt(tl.sum(o * o, axis=0) / DV + EPS) * gate
+    tl.store(out + (batch * HV + head) * DV + cols, y.to(out.dtype.element_ty), mask=in_v)
+    tl.debug_barrier()
+    _store_conv_state(conv_state, first, count, kept, WIDTH, FLAT)
+
+
+@torch.library.triton_op("moeexp::gdn_decode", mutates_args=("conv_state", "recurrent_state"))
+def gdn_decode(
+    proj: Tensor,
+    conv_weight: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    conv_state: Tensor,
+    recurrent_state: Tensor,
+    num_k_heads: int,
+    num_v_heads: int,
+    head_k_dim: int,
+    head_v_dim: int,
+    eps: float,
+) -> Tensor:
+    """T = 1, `reference_gdn_decode` in one kernel ("recurrent"): the state is read once and written once, in place.
+
+    Shapes as in the module's docstring; conv_state and recurrent_state are mutated. `ValueError` for head dims over 128, a
+    conv width below 2, a dtype other than float32 or bfloat16, or strides that `check_gdn` names."""
+    check_gdn(
+        proj=proj, conv_weight=conv_weight, a_log=a_log, dt_bias=dt_bias, norm_weight=norm_weight, conv_state=conv_state,
+        recurrent_state=recurrent_state, num_k_heads=num_k_heads, num_v_heads=num_v_heads, head_k_dim=head_k_dim,
+        head_v_dim=head_v_dim,
+    )  # fmt: skip
+    if proj.shape[1] != 1:
+        raise ValueError(f"gdn_decode takes one token per call, got {proj.shape[1]}; use gdn_prefill")
+    batch, width, ratio = proj.shape[0], conv_weight.shape[-1], num_v_heads // num_k_heads
+    pad_k, pad_v = triton.next_power_of_2(head_k_dim), triton.next_power_of_2(head_v_dim)
+    tuned = TUNED.get((pad_k, pad_v, batch * num_k_heads <= FEW_PROGRAMS), TUNED_DEFAULT)
+    split = min(tuned["split"], pad_v)
+    step = 1 if split else min(tuned["step"], triton.next_power_of_2(ratio), MAX_TILE // (pad_k * pad_v))
+    out = torch.empty(batch, 1, num_v_heads * head_v_dim, dtype=proj.dtype, device=proj.device)
+    raw = torch.empty(batch, num_v_heads, head_v_dim, dtype=torch.float32, device=proj.device) if split else out
+    grid = (num_v_heads * split if split else num_k_heads, batch, 1)
+    torch.library.wrap_triton(_decode_kernel)[grid](
+        proj, conv_weight, a_log, dt_bias, norm_weight, conv_state, recurrent_state, out, raw, proj.stride(0),
+        EPS=eps, L2_EPS=L2_EPS, HK=num_k_heads, HV=num_v_heads, DK=head_k_dim, DV=head_v_dim, WIDTH=width, SPLIT=split,
+        STEP=step, BK=pad_k, BV=pad_v // split if split else pad_v,
+        FLAT_K=triton.next_power_of_2(head_k_dim * (width - 1)),
+        FLAT_V=triton.next_power_of_2(step * head_v_dim * (width - 1)), num_warps=tuned["num_warps"],
+    )  # fmt: skip
+    if split:
+        channels = conv_weight.shape[0]
+        per_program = triton.cdiv(channels, num_v_heads)
+        torch.library.wrap_triton(_finish_kernel)[(num_v_heads, batch, 1)](
+            proj, norm_weight, conv_state, raw, out, proj.stride(0),
+            EPS=eps, HV=num_v_heads, DV=head_v_dim, CHANNELS=channels, WIDTH=width, SLICE=per_program, BV=pad_v,
+            FLAT=triton.next_power_of_2(per_program * (width - 1)), num_warps=4,
+        )  # fmt: skip
+    return out

@@ -11,12 +11,23 @@ Within a group of an int4 row, byte j holds element j in its low and element j +
 brings two runs of 16 *consecutive* inputs, so that activations are read with vector loads and no shuffle.
 `scales[..., 0]` is the scale s, `scales[..., 1]` the shift c; with the code q in 0..2^bits-1 and the middle code
 m = 2^(bits-1), the weight is (q - m) * s + c. Centring keeps c small, so float16 holds it without loss that matters.
+
+Two kernels serve the op. Up to GEMV_ROWS rows: a GEMV on int32 *words* of weights, four of which (a *chunk* of 16
+bytes, where the group allows) a thread loads at once. A chunk lies in one group, so that it costs one scale:
+sum_k x_k w_k = s * sum_k x_k (q_k - m) + c * sum_k x_k, and the last sum is shared by all rows. More rows: `gemm.py`.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from .gemm import launch_gemm, launch_rms_norm, unpack_scales
 
 MIDDLE_CODE = {4: 8, 8: 128}
 
@@ -75,3 +86,332 @@ def reference_linear(
     if residual is not None:
         y = y + residual.float()
     return y.to(x.dtype)
+
+
+# --- device functions, shared with the experts' kernels ---
+
+
+@triton.jit
+def code_float(word, MASK: tl.constexpr, EXPONENT: tl.constexpr, FAST: tl.constexpr):
+    """(word & MASK) | EXPONENT as float32. FAST: in one instruction, where ptxas would otherwise spend two."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0xEA;",
+            "=r,r,r,r",
+            args=[word, MASK, EXPONENT],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    return ((word & MASK) | EXPONENT).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def word_features(word, BITS: tl.constexpr, HALF: tl.constexpr, FAST: tl.constexpr):
+    """Weights of an int32 word as eight float32 tensors, exact and less the middle code; unused ones repeat the first.
+
+    A code is left where it lies in the word, made the low end of a mantissa whose exponent gives that bit the value 1
+    (2^23 + q, or 2^19 + q for a nibble four bits up, ...), and the offset subtracted: no conversion instruction, one
+    shift a word. Order: int4 bytes' low nibbles, then high ones; else as stored. HALF: 16-bit words are float16."""
+    if BITS == 4:
+        up = word >> 12
+        f0 = code_float(word, 0x0000F, 0x4B000000, FAST) - 8388616.0
+        f1 = code_float(word, 0x00F00, 0x47000000, FAST) - 32776.0
+        f2 = code_float(word, 0xF0000, 0x43000000, FAST) - 136.0
+        f3 = code_float(up, 0x0F000, 0x45000000, FAST) - 2056.0
+        f4 = code_float(word, 0x000F0, 0x49000000, FAST) - 524296.0
+        f5 = code_float(word, 0x0F000, 0x45000000, FAST) - 2056.0
+        f6 = code_float(up, 0x00F00, 0x47000000, FAST) - 32776.0
+        f7 = code_float(up, 0xF0000, 0x43000000, FAST) - 136.0
+        return f0, f1, f2, f3, f4, f5, f6, f7
+    elif BITS == 8:
+        up = word >> 16
+        f0 = code_float(word, 0x00FF, 0x4B000000, FAST) - 8388736.0
+        f1 = code_float(word, 0xFF00, 0x47000000, FAST) - 32896.0
+        f2 = code_float(up, 0x00FF, 0x4B000000, FAST) - 8388736.0
+        f3 = code_float(up, 0xFF00, 0x47000000, FAST) - 32896.0
+        return f0, f1, f2, f3, f0, f0, f0, f0
+    elif BITS == 16:
+        if HALF:
+            f0 = (word & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            f1 = (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        else:
+            f0 = (word << 16).to(tl.float32, bitcast=True)
+            f1 = ((word >> 16) << 16).to(tl.float32, bitcast=True)
+        return f0, f1, f0, f0, f0, f0, f0, f0
+    else:
+        f0 = word.to(tl.float32, bitcast=True)
+        return f0, f0, f0, f0, f0, f0, f0, f0
+
+
+@triton.jit
+def split_words(x, BITS: tl.constexpr, WORDS: tl.constexpr):
+    """[WORDS x features in a word], of any shape -> one [WORDS] tensor for each place in the word, up to four."""
+    if BITS <= 8:
+        even, odd = tl.split(tl.reshape(x, [WORDS, 2, 2]))  # places 0 and 2, 1 and 3
+        x0, x2 = tl.split(even)
+        x1, x3 = tl.split(odd)
+        return x0, x1, x2, x3
+    elif BITS == 16:
+        x0, x1 = tl.split(tl.reshape(x, [WORDS, 2]))
+        return x0, x1, x0, x0
+    else:
+        x = tl.reshape(x, [WORDS])
+        return x, x, x, x
+
+
+@triton.jit
+def load_row_features(
+    x_ptr, norm_ptr, eps, HAS_NORM: tl.constexpr,
+    K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """One row x [K] in the order of the weights' words: (8 tensors [WORDS], total [WORDS], r).
+
+    The normed row is r * x: the factor r = 1 / rms need not be known before the products. total sums a word's features,
+    for the shifts."""
+    i = tl.arange(0, WORDS * (4 if BITS <= 8 else 32 // BITS))  # int4: stored bytes, each two features
+    half: tl.constexpr = GROUP // 2
+    k = (i // half) * GROUP + i % half if BITS == 4 else i
+    mask = k < K
+    low = tl.load(x_ptr + k, mask=mask, other=0.0).to(tl.float32)
+    high = low
+    if BITS == 4:
+        high = tl.load(x_ptr + k + half, mask=mask, other=0.0).to(tl.float32)
+    r = 1.0
+    if HAS_NORM:
+        squares = low * low + high * high if BITS == 4 else low * low
+        r = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / K + eps)
+        low *= 1.0 + tl.load(norm_ptr + k, mask=mask, other=0.0).to(tl.float32)
+        if BITS == 4:
+            high *= 1.0 + tl.load(norm_ptr + k + half, mask=mask, other=0.0).to(tl.float32)
+    x0, x1, x2, x3 = split_words(low, BITS, WORDS)
+    total = (x0 + x1) + (x2 + x3)
+    x4, x5, x6, x7 = x0, x1, x2, x3
+    if BITS == 4:
+        x4, x5, x6, x7 = split_words(high, BITS, WORDS)
+        total += (x4 + x5) + (x6 + x7)
+    return x0, x1, x2, x3, x4, x5, x6, x7, total, r
+
+
+@triton.jit
+def load_rows(
+    w_ptr, s_ptr, row, row_mask,
+    K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, CHUNK: tl.constexpr,
+    CACHE: tl.constexpr,
+):  # fmt: skip
+    """Rows of the matrix at w_ptr: words int32 [rows, WORDS] and their scale pairs int32 [rows, WORDS / CHUNK].
+
+    Offsets must fit the type of `row`. 16 bytes a thread where CHUNK, the words under one scale, is 4."""
+    width: tl.constexpr = K * BITS // 32
+    column = tl.arange(0, WORDS)
+    mask = row_mask[:, None] & (column < width)[None, :]
+    words = tl.load(
+        w_ptr.to(tl.pointer_type(tl.int32)) + (row * width)[:, None] + column[None, :],
+        mask=mask, other=0, cache_modifier=CACHE,
+    )  # fmt: skip
+    pair = row
+    if BITS <= 8:
+        group = (tl.arange(0, WORDS // CHUNK) * CHUNK) // (GROUP * BITS // 32)
+        # Chunks first, then transposed: of two dimensions without contiguous addresses the first is spread over lanes.
+        mask = (group < K // GROUP)[:, None] & row_mask[None, :]
+        offsets = group[:, None] + (row * (K // GROUP))[None, :]
+        pair = tl.trans(tl.load(s_ptr.to(tl.pointer_type(tl.int32)) + offsets, mask=mask, other=0))
+    return words, pair
+
+
+@triton.jit
+def word_products(
+    words, x0, x1, x2, x3, x4, x5, x6, x7, BITS: tl.constexpr, HALF: tl.constexpr, FAST: tl.constexpr
+):  # fmt: skip
+    """Each word's weights times its features, summed within the word; the features broadcast against the words."""
+    f0, f1, f2, f3, f4, f5, f6, f7 = word_features(words, BITS, HALF, FAST)
+    part = f0 * x0
+    if BITS <= 16:
+        part += f1 * x1
+    if BITS <= 8:
+        part += f2 * x2
+        part += f3 * x3
+    if BITS == 4:
+        part += f4 * x4
+        part += f5 * x5
+        part += f6 * x6
+        part += f7 * x7
+    return part
+
+
+@triton.jit
+def dot_rows(
+    words, pair, x0, x1, x2, x3, x4, x5, x6, x7, total,
+    BITS: tl.constexpr, HALF: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Weights [ROWS, WORDS] times features [WORDS]: float32 [ROWS], every sum in float32 and in a fixed order."""
+    part = word_products(
+        words, x0[None, :], x1[None, :], x2[None, :], x3[None, :], x4[None, :], x5[None, :], x6[None, :], x7[None, :],
+        BITS, HALF, FAST,
+    )  # fmt: skip
+    if BITS <= 8:
+        part = tl.sum(tl.reshape(part, [ROWS, WORDS // CHUNK, CHUNK]), axis=2)
+        scale, shift = unpack_scales(pair)
+        part = part * scale + shift * tl.sum(tl.reshape(total, [WORDS // CHUNK, CHUNK]), axis=1)[None, :]
+    return tl.sum(part, axis=1)
+
+
+# --- up to GEMV_ROWS rows ---
+
+
+@triton.jit
+def gemv_kernel(
+    x_ptr, w_ptr, s_ptr, norm_ptr, res_ptr, y_ptr, x_stride, res_stride, eps,
+    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr,
+    WORDS: tl.constexpr, CHUNK: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    FAST: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, CACHE: tl.constexpr,
+):  # fmt: skip
+    """y[m, n] for one m and TILES x BLOCK_N outputs n. Grid (M, blocks): programs that share weights start together.
+
+    BITS is 32 for float32 weights; WORDS = words of a row, rounded up to a power of 2."""
+    m = tl.program_id(0).to(tl.int64)
+    start = tl.program_id(1).to(tl.int64) * (BLOCK_N * TILES)
+    # From here offsets are relative to the program's first row: int32 is enough within it.
+    w_ptr += start * (K // 2 if BITS == 4 else K)
+    if BITS <= 8:
+        s_ptr += start * (2 * (K // GROUP))
+    rows_left = tl.minimum(N - start, BLOCK_N * TILES).to(tl.int32)
+    row = tl.arange(0, BLOCK_N)
+    words, pair = load_rows(w_ptr, s_ptr, row, row < rows_left, K, GROUP, BITS, WORDS, CHUNK, CACHE)
+    x0, x1, x2, x3, x4, x5, x6, x7, total, r = load_row_features(
+        x_ptr + m * x_stride, norm_ptr, eps, HAS_NORM, K, GROUP, BITS, WORDS
+    )
+    for tile in range(TILES):
+        here = row + tile * BLOCK_N
+        ahead_words, ahead_pair = words, pair
+        if TILES > 1:  # the next rows are on their way while these are summed; beyond the last nothing is read
+            ahead = here + BLOCK_N
+            ahead_words, ahead_pair = load_rows(
+                w_ptr, s_ptr, ahead, ahead < rows_left, K, GROUP, BITS, WORDS, CHUNK, CACHE
+            )
+        y = dot_rows(words, pair, x0, x1, x2, x3, x4, x5, x6, x7, total, BITS, HALF, FAST, BLOCK_N, WORDS, CHUNK)
+        y *= r
+        n = start + here
+        mask = here < rows_left
+        if HAS_RESIDUAL:
+            y += tl.load(res_ptr + m * res_stride + n, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_ptr + m * N + n, y.to(y_ptr.dtype.element_ty), mask=mask)
+        words, pair = ahead_words, ahead_pair
+
+
+# --- launch ---
+
+GEMV_ROWS = 8  # from here on a weight is used often enough for tensor cores
+
+# (bits, N, K) -> how the GEMV splits; 0 bits: any. Shapes are those of Qwen3.5-35B-A3B, for sm_90.
+TUNED_GEMV = {
+    (4, 12352, 2048): {"BLOCK_N": 16, "TILES": 1, "CACHE": ".cg", "num_warps": 4},
+    (4, 9216, 2048): {"BLOCK_N": 16, "TILES": 1, "CACHE": ".cg", "num_warps": 4},
+    (4, 2048, 4096): {"BLOCK_N": 4, "TILES": 1, "CACHE": ".cg", "num_warps": 4},
+    (4, 248320, 2048): {"BLOCK_N": 16, "TILES": 8, "CACHE": ".cg", "num_warps": 4},
+}
+
+
+def word_counts(*, bits: int, in_features: int, group: int) -> tuple[int, int]:
+    """(WORDS, CHUNK) of the GEMV: words of a row, rounded up to a power of 2, and words per scale (<= 4)."""
+    return triton.next_power_of_2(in_features * bits // 32), math.gcd(4, group * bits // 32)
+
+
+def gemv_config(*, bits: int, rows: int, in_features: int) -> dict:
+    """Launch parameters of the GEMV; unlisted shapes get tiles of <= 16 KiB, less where the GPU would idle."""
+    tuned = TUNED_GEMV.get((bits, rows, in_features))
+    if tuned is not None:
+        return tuned
+    block = max(1, min(16, 16384 * 8 // (in_features * bits), max(4, rows // 512)))
+    return {"BLOCK_N": 1 << (block.bit_length() - 1), "TILES": 1, "CACHE": ".cg", "num_warps": 4}
+
+
+def weight_format(*, weight: Tensor, scales: Tensor | None, in_features: int, name: str) -> tuple[int, int]:
+    """(bits, group) of a stored weight that a kernel may read; 32 bits: float32; group = in_features without scales.
+
+    `ValueError` where layout, dtype or device is not what the kernels take."""
+    bits = weight_bits(weight=weight, scales=scales, in_features=in_features)
+    for tensor, what in ((weight, name), (scales, f"scales of {name}")):
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(
+                f"{what} has strides {tensor.stride()}; the kernels take contiguous weights, call .contiguous()"
+            )
+    if scales is None:
+        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"{name} without scales is {weight.dtype}; supported: float32, bfloat16, float16")
+        bits = weight.element_size() * 8
+        if in_features * bits % 32:
+            raise ValueError(f"{name} has rows of {in_features} {weight.dtype} features; supported: even numbers")
+        return bits, in_features
+    group = in_features // scales.shape[-2]
+    if group * bits % 32:
+        raise ValueError(f"{name} has groups of {group} {bits}-bit weights; supported: multiples of {32 // bits}")
+    return bits, group
+
+
+def flat_rows(tensor: Tensor, *, name: str, features: int) -> Tensor:
+    """[..., features] -> [rows, features] without a copy. `ValueError` where only a copy could do that."""
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"{name} is {tensor.dtype}; supported: float32, bfloat16, float16")
+    if tensor.shape[-1] != features:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; its last dimension must be {features}")
+    # With a symbolic number of rows the question itself would specialise the exported graph; view() then decides.
+    if tensor.stride(-1) != 1 or (isinstance(tensor.numel(), int) and not tensor.is_contiguous()):
+        raise ValueError(f"{name} has strides {tensor.stride()}; the kernels take contiguous activations")
+    return tensor.view(-1, features)
+
+
+def few_rows(rows: int | torch.SymInt) -> bool:
+    """Whether the GEMV serves: a fixed row count up to GEMV_ROWS. A symbolic one never does, nor is it guarded on."""
+    return isinstance(rows, int) and rows <= GEMV_ROWS
+
+
+def launch_gemv(
+    *, x: Tensor, weight: Tensor, scales: Tensor | None, norm_weight: Tensor | None, eps: float,
+    residual: Tensor | None, out: Tensor, bits: int, group: int, config: dict | None = None,
+) -> None:  # fmt: skip
+    """out [M, N] = residual + norm(x [M, K]) @ weight.T; all flat, checked, and out contiguous."""
+    rows, features = weight.shape[0], x.shape[1]
+    words, chunk = word_counts(bits=bits, in_features=features, group=group)
+    config = config or gemv_config(bits=bits, rows=rows, in_features=features)
+    grid = (x.shape[0], triton.cdiv(rows, config["BLOCK_N"] * config["TILES"]))
+    wrap_triton(gemv_kernel)[grid](
+        x, weight, weight if scales is None else scales, x if norm_weight is None else norm_weight,
+        x if residual is None else residual, out, x.stride(0), 0 if residual is None else residual.stride(0), eps,
+        N=rows, K=features, GROUP=group, BITS=bits, HALF=weight.dtype == torch.float16, WORDS=words, CHUNK=chunk,
+        HAS_NORM=norm_weight is not None, HAS_RESIDUAL=residual is not None, FAST=x.is_cuda,
+        **config,
+    )  # fmt: skip
+
+
+@triton_op("moeexp::linear", mutates_args=())
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`reference_linear` on the GPU; the same arguments, by keyword. x, weight, norm_weight and residual contiguous.
+
+    `ValueError` for strides or dtypes that the kernels do not take."""
+    features, out_features = x.shape[-1], weight.shape[0]
+    bits, group = weight_format(weight=weight, scales=scales, in_features=features, name="weight")
+    flat = flat_rows(x, name="x", features=features)
+    extra = None if residual is None else flat_rows(residual, name="residual", features=out_features)
+    y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
+    out = y.view(-1, out_features)
+    rows = flat.shape[0]
+    if few_rows(rows):
+        if rows:
+            launch_gemv(
+                x=flat, weight=weight, scales=scales, norm_weight=norm_weight, eps=eps, residual=extra, out=out,
+                bits=bits, group=group,
+            )  # fmt: skip
+        return y
+    if norm_weight is not None:
+        flat = launch_rms_norm(x=flat, norm_weight=norm_weight, eps=eps, dtype=x.dtype)
+    launch_gemm(x=flat, weight=weight, scales=scales, residual=extra, out=out, bits=bits, group=group)
+    return y

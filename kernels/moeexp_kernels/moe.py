@@ -8,15 +8,37 @@ expert width, S max_seq_len.
     gate_up      [E, 2*I, D], down [E, D, I] in any weight format of `linear` (scales [E, rows, groups, 2] or None);
                  rows of gate_up: I gate rows, then I up rows
     shared_gate_up [2*Is, D], shared_down [D, Is] likewise; shared_gate [1, D] plain
+
+The router is two kernels, logits and choice: one CTA alone would read the router's weights at a hundredth of the
+GPU's bandwidth, and CTAs that wait for each other need a counter that is zero at every start, which costs a kernel too.
+Experts for a few tokens are two kernels as well, each a GEMV per (token, expert) with the shared expert as one more.
+Many tokens: `moe_prefill.py`.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
+from torch.library import triton_op, wrap_triton
 
-from .linear import dequantise, rms_norm
+from .gemm import launch_gemm, launch_rms_norm, unpack_scales
+from .linear import (
+    dequantise,
+    dot_rows,
+    few_rows,
+    flat_rows,
+    launch_gemv,
+    load_row_features,
+    load_rows,
+    rms_norm,
+    split_words,
+    weight_format,
+    word_counts,
+    word_products,
+)
 
 
 def reference_router(
@@ -32,7 +54,8 @@ def reference_router(
     ids = ids.to(torch.int32)
     rows = torch.arange(batch, device=x.device)[:, None]
     slots = positions[:, None] + torch.arange(tokens, device=x.device)
-    expert_ids[rows, slots] = ids
+    # index_put_, not `expert_ids[...] = ids`: the latter strips leading ones, which forbids exporting T = 1.
+    expert_ids.index_put_((rows, slots), ids)
     return ids, weights / weights.sum(-1, keepdim=True)
 
 
@@ -120,3 +143,337 @@ def _(
     shared_gate_up, shared_gate_up_scales, shared_down, shared_down_scales, shared_gate,
 ):  # fmt: skip
     return torch.empty_like(x)
+
+
+# --- router ---
+
+
+@triton.jit
+def choose_experts_kernel(
+    logits_ptr, ids_ptr, weights_ptr, trace_ptr, positions_ptr, T, S, trace_stride_b, trace_stride_s,
+    E: tl.constexpr, E_PADDED: tl.constexpr, TOP_K: tl.constexpr, K_PADDED: tl.constexpr,
+):  # fmt: skip
+    """One token: the TOP_K largest of E logits, largest first, equal ones in the order of their indices.
+
+    A softmax renormalised over the chosen is the softmax of the chosen logits, so that no other exp is needed."""
+    m = tl.program_id(0).to(tl.int64)
+    e = tl.arange(0, E_PADDED)
+    logits = tl.load(logits_ptr + m * E + e, mask=e < E, other=float("-inf"))
+    # The float's order as an integer's, over the reversed index: unique keys, of which the largest is the choice.
+    bits = logits.to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    nothing: tl.constexpr = -(2**63)
+    keys = tl.where(e < E, (ordered.to(tl.int64) << 32) | (E_PADDED - 1 - e).to(tl.int64), nothing)
+    slot = tl.arange(0, K_PADDED)
+    chosen = tl.zeros([K_PADDED], tl.int64)
+    for i in tl.static_range(TOP_K):
+        best = tl.max(keys, axis=0)
+        chosen = tl.where(slot == i, best, chosen)
+        keys = tl.where(keys == best, nothing, keys)
+    ids = E_PADDED - 1 - (chosen & 0xFFFFFFFF).to(tl.int32)
+    ordered = (chosen >> 32).to(tl.int32)
+    values = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    largest = tl.sum(tl.where(slot == 0, values, 0.0), axis=0)
+    shares = tl.where(slot < TOP_K, tl.exp(values - largest), 0.0)
+    tl.store(ids_ptr + m * TOP_K + slot, ids, mask=slot < TOP_K)
+    tl.store(weights_ptr + m * TOP_K + slot, shares / tl.sum(shares, axis=0), mask=slot < TOP_K)
+    b = m // T
+    position = tl.load(positions_ptr + b) + m % T
+    # The session refuses positions outside the trace; here they must not reach other memory.
+    limit = tl.where((position >= 0) & (position < S), TOP_K, 0)
+    tl.store(trace_ptr + b * trace_stride_b + position * trace_stride_s + slot, ids, mask=slot < limit)
+
+
+# The router's matrix is small: few rows a program, so that every SM reads.
+ROUTER_GEMV = {"BLOCK_N": 2, "TILES": 1, "CACHE": "", "num_warps": 4}
+ROUTER_GEMM = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
+
+
+@triton_op("moeexp::router", mutates_args={"expert_ids"})
+def router(
+    x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, top_k: int, positions: Tensor, expert_ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`reference_router` on the GPU; the same arguments, by keyword. Equal logits: the lowest index first.
+
+    `ValueError` for strides or dtypes that the kernels do not take, or top_k beyond E."""
+    batch, tokens, features = x.shape
+    experts = weight.shape[0]
+    if not 1 <= top_k <= experts:
+        raise ValueError(f"top_k={top_k}; supported: 1..{experts}, the number of experts")
+    if expert_ids.dtype != torch.int32 or expert_ids.shape[-1] != top_k or expert_ids.stride(-1) != 1:
+        raise ValueError(
+            f"expert_ids is {expert_ids.dtype} {tuple(expert_ids.shape)} with strides {expert_ids.stride()}; "
+            f"supported: int32 [B, S, {top_k}], last dimension contiguous"
+        )
+    bits, group = weight_format(weight=weight, scales=None, in_features=features, name="router weight")
+    flat = flat_rows(x, name="x", features=features)
+    rows = flat.shape[0]
+    logits = torch.empty((rows, experts), dtype=torch.float32, device=x.device)
+    ids = torch.empty((batch, tokens, top_k), dtype=torch.int32, device=x.device)
+    weights = torch.empty((batch, tokens, top_k), dtype=torch.float32, device=x.device)
+    common = {"weight": weight, "scales": None, "residual": None, "out": logits, "bits": bits, "group": group}
+    if few_rows(rows):
+        launch_gemv(x=flat, norm_weight=norm_weight, eps=eps, config=ROUTER_GEMV, **common)
+    else:
+        h = launch_rms_norm(x=flat, norm_weight=norm_weight, eps=eps, dtype=torch.float32)
+        # Three tf32 products keep float32's bits: a rounded logit would change which experts are chosen.
+        precision = "ieee" if x.dtype == torch.float32 else "tf32x3"
+        launch_gemm(x=h, precision=precision, config=ROUTER_GEMM, **common)
+    wrap_triton(choose_experts_kernel)[(rows,)](
+        logits, ids, weights, expert_ids, positions, tokens, expert_ids.shape[1], expert_ids.stride(0),
+        expert_ids.stride(1), E=experts, E_PADDED=triton.next_power_of_2(experts), TOP_K=top_k,
+        K_PADDED=triton.next_power_of_2(top_k), num_warps=1,
+    )  # fmt: skip
+    return ids, weights
+
+
+# --- experts for a few tokens ---
+
+
+@triton.jit
+def swiglu_rows(
+    x_ptr, norm_ptr, w_ptr, s_ptr, act_ptr, factor, first, eps,
+    WIDTH: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr,
+    WORDS: tl.constexpr, CHUNK: tl.constexpr, FAST: tl.constexpr, BLOCK_I: tl.constexpr, CACHE: tl.constexpr,
+):  # fmt: skip
+    """act[first : first + BLOCK_I] = factor * silu(gate) * up of one expert, whose matrix [2*I, K] starts at w_ptr."""
+    row = first + tl.arange(0, BLOCK_I)
+    mask = row < WIDTH
+    gate_words, gate_pair = load_rows(w_ptr, s_ptr, row, mask, K, GROUP, BITS, WORDS, CHUNK, CACHE)
+    up_words, up_pair = load_rows(w_ptr, s_ptr, row + WIDTH, mask, K, GROUP, BITS, WORDS, CHUNK, CACHE)
+    x0, x1, x2, x3, x4, x5, x6, x7, total, r = load_row_features(x_ptr, norm_ptr, eps, True, K, GROUP, BITS, WORDS)
+    gate = r * dot_rows(
+        gate_words, gate_pair, x0, x1, x2, x3, x4, x5, x6, x7, total, BITS, HALF, FAST, BLOCK_I, WORDS, CHUNK
+    )
+    up = r * dot_rows(up_words, up_pair, x0, x1, x2, x3, x4, x5, x6, x7, total, BITS, HALF, FAST, BLOCK_I, WORDS, CHUNK)
+    tl.store(act_ptr + row, factor * gate * tl.sigmoid(gate) * up, mask=mask)
+
+
+@triton.jit
+def gate_up_kernel(
+    x_ptr, norm_ptr, ids_ptr, weights_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, shared_gate_ptr, act_ptr,
+    x_stride, eps,
+    TOP_K: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr, FAST: tl.constexpr,
+    WIDTH: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, WORDS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SWIDTH: tl.constexpr, SGROUP: tl.constexpr, SBITS: tl.constexpr, SHALF: tl.constexpr, SWORDS: tl.constexpr,
+    SCHUNK: tl.constexpr,
+    BLOCK_I: tl.constexpr, CACHE: tl.constexpr,
+):  # fmt: skip
+    """act [M, TOP_K * I + SI] float32: each chosen expert's activations times its share, then the shared expert's times
+    its gate. Grid (blocks of rows, TOP_K + 1, M)."""
+    first = tl.program_id(0) * BLOCK_I
+    slot = tl.program_id(1)
+    m = tl.program_id(2).to(tl.int64)
+    x_ptr += m * x_stride
+    act_ptr += m * (TOP_K * WIDTH + SWIDTH) + slot * WIDTH
+    if slot < TOP_K:
+        if first < WIDTH:
+            expert = tl.load(ids_ptr + m * TOP_K + slot).to(tl.int64)
+            share = tl.load(weights_ptr + m * TOP_K + slot)
+            w_ptr += expert * (2 * WIDTH * (K // 2 if BITS == 4 else K))
+            if BITS <= 8:
+                s_ptr += expert * (2 * WIDTH * 2 * (K // GROUP))
+            swiglu_rows(
+                x_ptr, norm_ptr, w_ptr, s_ptr, act_ptr, share, first, eps,
+                WIDTH, K, GROUP, BITS, HALF, WORDS, CHUNK, FAST, BLOCK_I, CACHE,
+            )  # fmt: skip
+    elif first < SWIDTH:
+        k = tl.arange(0, K_PADDED)
+        mask = k < K
+        x = tl.load(x_ptr + k, mask=mask, other=0.0).to(tl.float32)
+        r = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / K + eps)
+        x *= 1.0 + tl.load(norm_ptr + k, mask=mask, other=0.0).to(tl.float32)
+        gate = r * tl.sum(x * tl.load(shared_gate_ptr + k, mask=mask, other=0.0).to(tl.float32), axis=0)
+        swiglu_rows(
+            x_ptr, norm_ptr, shared_w_ptr, shared_s_ptr, act_ptr, tl.sigmoid(gate), first, eps,
+            SWIDTH, K, SGROUP, SBITS, SHALF, SWORDS, SCHUNK, FAST, BLOCK_I, CACHE,
+        )  # fmt: skip
+
+
+@triton.jit
+def down_kernel(
+    x_ptr, ids_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, act_ptr, y_ptr, x_stride,
+    D: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, FAST: tl.constexpr,
+    WIDTH: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, WORDS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SWIDTH: tl.constexpr, SGROUP: tl.constexpr, SBITS: tl.constexpr, SHALF: tl.constexpr, SWORDS: tl.constexpr,
+    SCHUNK: tl.constexpr,
+    BLOCK_D: tl.constexpr, CACHE: tl.constexpr,
+):  # fmt: skip
+    """y[m, d] = x[m, d] + sum over experts and i of down[expert, d, i] * act[m, expert's slot, i], shared one last.
+
+    The experts' rows for one d lie side by side as [SLOTS, WORDS], SLOTS = TOP_K rounded up to a power of 2: a thread
+    keeps its slice of the activations and sums it with many rows. Grid (blocks of rows, M)."""
+    m = tl.program_id(1).to(tl.int64)
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    slot = tl.arange(0, SLOTS)
+    expert = tl.load(ids_ptr + m * TOP_K + slot, mask=slot < TOP_K, other=0).to(tl.int64)
+    width: tl.constexpr = WIDTH * BITS // 32
+    column = tl.arange(0, WORDS)
+    # Slots first: of the dimensions without contiguous addresses, the first is spread over lanes and warps.
+    mask = (slot < TOP_K)[:, None, None] & (d < D)[None, :, None] & (column < width)[None, None, :]
+    words = tl.load(
+        w_ptr.to(tl.pointer_type(tl.int32)) + (expert * (D * width))[:, None, None] + (d * width)[None, :, None]
+        + column[None, None, :],
+        mask=mask, other=0, cache_modifier=CACHE,
+    )  # fmt: skip
+    if BITS <= 8:
+        group = (tl.arange(0, WORDS // CHUNK) * CHUNK) // (GROUP * BITS // 32)
+        mask = (group < WIDTH // GROUP)[:, None, None] & (slot < TOP_K)[None, :, None] & (d < D)[None, None, :]
+        offsets = (
+            (expert * (D * (WIDTH // GROUP)))[None, :, None]
+            + (d * (WIDTH // GROUP))[None, None, :]
+            + group[:, None, None]
+        )
+        pair = tl.load(s_ptr.to(tl.pointer_type(tl.int32)) + offsets, mask=mask, other=0)
+        scale, shift = unpack_scales(tl.permute(pair, [1, 2, 0]))
+    shared_words, shared_pair = load_rows(
+        shared_w_ptr, shared_s_ptr, d, d < D, SWIDTH, SGROUP, SBITS, SWORDS, SCHUNK, CACHE
+    )
+    act_ptr += m * (TOP_K * WIDTH + SWIDTH)
+
+    # The activations in the order of the words, as in `load_row_features`. One dimension, although that hides from the
+    # compiler that neighbours are contiguous: from two it would derive a layout to which it then moves the weights.
+    stored: tl.constexpr = WORDS * (4 if BITS <= 8 else 32 // BITS)
+    i = tl.arange(0, SLOTS * stored)
+    half: tl.constexpr = GROUP // 2
+    k = i % stored
+    if BITS == 4:
+        k = (k // half) * GROUP + k % half
+    offsets = (i // stored) * WIDTH + k
+    mask = (k < WIDTH) & (i // stored < TOP_K)
+    low = tl.load(act_ptr + offsets, mask=mask, other=0.0)
+    a0, a1, a2, a3 = split_words(low, BITS, SLOTS * WORDS)
+    a4, a5, a6, a7 = a0, a1, a2, a3
+    total = (a0 + a1) + (a2 + a3)
+    if BITS == 4:
+        high = tl.load(act_ptr + offsets + half, mask=mask, other=0.0)
+        a4, a5, a6, a7 = split_words(high, BITS, SLOTS * WORDS)
+        total += (a4 + a5) + (a6 + a7)
+    part = word_products(
+        words,
+        tl.reshape(a0, [SLOTS, 1, WORDS]), tl.reshape(a1, [SLOTS, 1, WORDS]), tl.reshape(a2, [SLOTS, 1, WORDS]),
+        tl.reshape(a3, [SLOTS, 1, WORDS]), tl.reshape(a4, [SLOTS, 1, WORDS]), tl.reshape(a5, [SLOTS, 1, WORDS]),
+        tl.reshape(a6, [SLOTS, 1, WORDS]), tl.reshape(a7, [SLOTS, 1, WORDS]), BITS, HALF, FAST,
+    )  # fmt: skip
+    if BITS <= 8:
+        part = tl.sum(tl.reshape(part, [SLOTS, BLOCK_D, WORDS // CHUNK, CHUNK]), axis=3)
+        total = tl.sum(tl.reshape(total, [SLOTS, 1, WORDS // CHUNK, CHUNK]), axis=3)
+        part = part * scale + shift * total
+    y = tl.sum(tl.sum(part, axis=2), axis=0)
+
+    x0, x1, x2, x3, x4, x5, x6, x7, total, r = load_row_features(
+        act_ptr + TOP_K * WIDTH, act_ptr, 0.0, False, SWIDTH, SGROUP, SBITS, SWORDS
+    )
+    y += dot_rows(
+        shared_words, shared_pair, x0, x1, x2, x3, x4, x5, x6, x7, total, SBITS, SHALF, FAST, BLOCK_D, SWORDS, SCHUNK
+    )
+    y += tl.load(x_ptr + m * x_stride + d, mask=d < D, other=0.0).to(tl.float32)
+    tl.store(y_ptr + m * D + d, y.to(y_ptr.dtype.element_ty), mask=d < D)
+
+
+# bits of the routed experts -> launch parameters of the two kernels, for sm_90 at D = 2048, WIDTH = 512, 8 + 1 experts.
+TUNED_DECODE = {
+    4: ({"BLOCK_I": 8, "CACHE": ".cg", "num_warps": 4}, {"BLOCK_D": 8, "CACHE": ".cg", "num_warps": 4}),
+    8: ({"BLOCK_I": 4, "CACHE": ".cg", "num_warps": 4}, {"BLOCK_D": 4, "CACHE": ".cg", "num_warps": 4}),
+    16: ({"BLOCK_I": 2, "CACHE": ".cg", "num_warps": 4}, {"BLOCK_D": 4, "CACHE": ".cg", "num_warps": 8}),
+    32: ({"BLOCK_I": 2, "CACHE": ".cg", "num_warps": 4}, {"BLOCK_D": 2, "CACHE": ".cg", "num_warps": 8}),
+}
+
+
+def expert_formats(
+    *, gate_up: Tensor, gate_up_scales: Tensor | None, down: Tensor, down_scales: Tensor | None, features: int,
+    name: str,
+) -> tuple[int, tuple[int, int], tuple[int, int]]:  # fmt: skip
+    """(I, (bits, group) of gate_up, (bits, group) of down) of the experts, or of the shared one; checked."""
+    width = gate_up.shape[-2] // 2
+    up = weight_format(weight=gate_up, scales=gate_up_scales, in_features=features, name=f"{name}gate_up")
+    back = weight_format(weight=down, scales=down_scales, in_features=width, name=f"{name}down")
+    if gate_up.shape[-2] % 2 or down.shape[-2] != features:
+        raise ValueError(
+            f"{name}gate_up has {gate_up.shape[-2]} rows and {name}down {down.shape[-2]}; "
+            f"supported: twice the expert's width, and the {features} features of x"
+        )
+    return width, up, back
+
+
+def format_constants(*, weight: Tensor, width: int, features: int, bits: int, group: int, prefix: str = "") -> dict:
+    """The constants of `swiglu_rows` and `down_kernel` that describe one matrix with rows of `features`."""
+    words, chunk = word_counts(bits=bits, in_features=features, group=group)
+    half = weight.dtype == torch.float16
+    values = {"WIDTH": width, "GROUP": group, "BITS": bits, "HALF": half, "WORDS": words, "CHUNK": chunk}
+    return {prefix + key: value for key, value in values.items()}
+
+
+@triton_op("moeexp::moe_decode", mutates_args=())
+def moe_decode(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    gate_up_scales: Tensor | None,
+    down: Tensor,
+    down_scales: Tensor | None,
+    shared_gate_up: Tensor,
+    shared_gate_up_scales: Tensor | None,
+    shared_down: Tensor,
+    shared_down_scales: Tensor | None,
+    shared_gate: Tensor,
+) -> Tensor:
+    """`reference_moe_decode` on the GPU; the same arguments, by keyword. Any number of tokens, made for up to 8: an
+    expert's weights are read once for every token that chose it. `ValueError` for strides or dtypes not taken."""
+    return decode_with(
+        x=x, norm_weight=norm_weight, eps=eps, ids=ids, weights=weights, gate_up=gate_up, gate_up_scales=gate_up_scales,
+        down=down, down_scales=down_scales, shared_gate_up=shared_gate_up, shared_gate_up_scales=shared_gate_up_scales,
+        shared_down=shared_down, shared_down_scales=shared_down_scales, shared_gate=shared_gate, configs=None,
+    )  # fmt: skip
+
+
+def decode_with(
+    *, x, norm_weight, eps, ids, weights, gate_up, gate_up_scales, down, down_scales,
+    shared_gate_up, shared_gate_up_scales, shared_down, shared_down_scales, shared_gate, configs,
+) -> Tensor:  # fmt: skip
+    """The body of `moe_decode`, with launch parameters to choose (None: the table's)."""
+    features, top_k = x.shape[-1], ids.shape[-1]
+    width, up, back = expert_formats(
+        gate_up=gate_up, gate_up_scales=gate_up_scales, down=down, down_scales=down_scales, features=features, name=""
+    )
+    shared_width, shared_up, shared_back = expert_formats(
+        gate_up=shared_gate_up, gate_up_scales=shared_gate_up_scales, down=shared_down,
+        down_scales=shared_down_scales, features=features, name="shared_",
+    )  # fmt: skip
+    flat = flat_rows(x, name="x", features=features)
+    rows = flat.shape[0]
+    first, second = configs or (TUNED_DECODE[up[0]][0], TUNED_DECODE[back[0]][1])
+    act = torch.empty((rows, top_k * width + shared_width), dtype=torch.float32, device=x.device)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+    def stored(scales: Tensor | None, weight: Tensor) -> Tensor:
+        return weight if scales is None else scales
+
+    grid = (triton.cdiv(max(width, shared_width), first["BLOCK_I"]), top_k + 1, rows)
+    wrap_triton(gate_up_kernel)[grid](
+        flat, norm_weight, ids, weights, gate_up, stored(gate_up_scales, gate_up),
+        shared_gate_up, stored(shared_gate_up_scales, shared_gate_up), shared_gate, act, flat.stride(0), eps,
+        TOP_K=top_k, K=features, K_PADDED=triton.next_power_of_2(features), FAST=x.is_cuda,
+        **format_constants(weight=gate_up, width=width, features=features, bits=up[0], group=up[1]),
+        **format_constants(
+            weight=shared_gate_up, width=shared_width, features=features, bits=shared_up[0], group=shared_up[1],
+            prefix="S",
+        ),
+        **first,
+    )  # fmt: skip
+    wrap_triton(down_kernel)[(triton.cdiv(features, second["BLOCK_D"]), rows)](
+        flat, ids, down, stored(down_scales, down), shared_down, stored(shared_down_scales, shared_down), act, y,
+        flat.stride(0), D=features, TOP_K=top_k, SLOTS=triton.next_power_of_2(top_k), FAST=x.is_cuda,
+        **format_constants(weight=down, width=width, features=width, bits=back[0], group=back[1]),
+        **format_constants(
+            weight=shared_down, width=shared_width, features=shared_width, bits=shared_back[0], group=shared_back[1],
+            prefix="S",
+        ),
+        **second,
+    )  # fmt: skip
+    return y

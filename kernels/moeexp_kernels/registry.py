@@ -2,43 +2,65 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
-from . import attention, gated_delta, linear, moe, sample
+from . import attention, gated_delta, gated_delta_prefill, linear, moe, moe_prefill, sample
 
 OPS: dict[str, dict[str, Callable]] = {
-    "linear": {"reference": linear.reference_linear},
-    "gdn_prefill": {"reference": gated_delta.reference_gdn_prefill},
-    "gdn_decode": {"reference": gated_delta.reference_gdn_decode},
-    "qk_norm_rope": {"reference": attention.reference_qk_norm_rope},
-    "sdpa_prefill": {"reference": attention.reference_sdpa},
-    "sdpa_decode": {"reference": attention.reference_sdpa},
-    "router": {"reference": moe.reference_router},
-    "moe_prefill": {"reference": moe.reference_moe_prefill},
-    "moe_decode": {"reference": moe.reference_moe_decode},
-    "sample": {"reference": sample.reference_greedy},
+    "linear": {"reference": linear.reference_linear, "triton": linear.linear},
+    "gdn_prefill": {"reference": gated_delta.reference_gdn_prefill, "triton": gated_delta_prefill.gdn_prefill},
+    "gdn_decode": {
+        "reference": gated_delta.reference_gdn_decode,
+        "triton": gated_delta.gdn_decode,
+        # The published ladder's names: one fused recurrent kernel, the traced definition, the prefill kernels at T = 1.
+        "recurrent": gated_delta.gdn_decode,
+        "einsum": gated_delta.reference_gdn_decode,
+        "chunked": gated_delta_prefill.gdn_prefill,
+    },
+    "qk_norm_rope": {"reference": attention.reference_qk_norm_rope, "triton": attention.qk_norm_rope},
+    "sdpa_prefill": {"reference": attention.reference_sdpa_prefill, "triton": attention.sdpa_prefill},
+    "sdpa_decode": {
+        "reference": attention.reference_sdpa,
+        "triton": attention.sdpa_decode_splitk,
+        "splitk": attention.sdpa_decode_splitk,
+        "tiled": attention.sdpa_decode_tiled,
+    },
+    "router": {"reference": moe.reference_router, "triton": moe.router},
+    "moe_prefill": {"reference": moe.reference_moe_prefill, "triton": moe_prefill.moe_prefill},
+    "moe_decode": {"reference": moe.reference_moe_decode, "triton": moe.moe_decode},
+    "sample": {"reference": sample.reference_greedy, "triton": sample.greedy},
 }
 
-# What `auto` and `triton` mean where an op has no entry of that name yet is said here, op by op, and in the record.
-AUTO = {"cpu": ("reference",), "cuda": ("triton", "reference")}
+# What `auto` means.
+AUTO = {"cpu": "reference", "cuda": "triton"}
+
+# Implementations that run without Triton: traced torch ops, or a callback into Python.
+PORTABLE = ("reference", "einsum")
 
 # Implementations that call back into Python at run time, also from a compiled method; the record lists them.
-OPAQUE = {("gdn_prefill", "reference"), ("moe_prefill", "reference")}
+OPAQUE = {("gdn_prefill", "reference"), ("sdpa_prefill", "reference"), ("moe_prefill", "reference")}
 
 
 def resolve(*, default: str, chosen: dict[str, str | None], device: str) -> dict[str, str]:
     """The implementation's name for each op: `chosen[op]` where given, else `default` (`auto` picks by device).
 
-    `ValueError` for an unknown op, or a name that the op does not have."""
+    `ValueError` for an unknown op, a name that the op does not have, or a Triton kernel on a CPU (there only Triton's
+    interpreter can run it)."""
     unknown = sorted(set(chosen) - set(OPS))
     if unknown:
         raise ValueError(f"ops.{unknown[0]} is not an op; the ops are {', '.join(OPS)}")
     names = {}
     for op, implementations in OPS.items():
         wanted = chosen.get(op) or default
-        candidates = AUTO[device] if wanted == "auto" else (wanted,)
-        found = next((name for name in candidates if name in implementations), None)
-        if found is None:
-            raise ValueError(f"ops.{op}={wanted!r} does not exist; implementations of {op}: auto, {', '.join(implementations)}")
-        names[op] = found
+        name = AUTO[device] if wanted == "auto" else wanted
+        if name not in implementations:
+            allowed = ", ".join(("auto", *implementations))
+            raise ValueError(f"ops.{op}={wanted!r} does not exist; implementations of {op}: {allowed}")
+        if device == "cpu" and name not in PORTABLE and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(
+                f"ops.{op}={name} is a Triton kernel and device is cpu: use ops=auto or ops=reference, or set "
+                "TRITON_INTERPRET=1 to run it (very slowly) in Triton's interpreter"
+            )
+        names[op] = name
     return names

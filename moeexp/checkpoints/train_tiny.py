@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+
 from moeexp.checkpoints.card_tiny import model_card, plot
 from moeexp.checkpoints.text_tiny import (
     HELD_OUT,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import is_
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ class Arena:
         self.tensors: dict[str, Tensor] = {
             name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()
         }
+        self._allocated = list(self.tensors.values())
         self._addresses = {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
 
     def reset(self) -> None:
@@ -25,7 +28,14 @@ class Arena:
         """`RuntimeError` if a state tensor was replaced: compiled methods and graphs hold the old address."""
         moved = [name for name, tensor in self.tensors.items() if tensor.data_ptr() != self._addresses[name]]
         if moved:
-            raise RuntimeError(f"state tensors were re-allocated after binding: {', '.join(moved)}; build a new session")
+            raise RuntimeError(
+                f"state tensors were re-allocated after binding: {', '.join(moved)}; build a new session"
+            )
+
+    def check_identity(self) -> None:
+        """The part of `check_addresses` that costs little enough for every decode step."""
+        if not all(map(is_, self.tensors.values(), self._allocated)):
+            self.check_addresses()
 
     def snapshot(self) -> dict[str, Tensor]:
         """Copies of all state tensors."""

@@ -52,7 +52,9 @@ class CompiledMethod:
         """Binds `tensors` by name (a superset is an error too). `ValueError` with every mismatch; nothing bound then."""
         problems = list(mismatches(self.constants, tensors, device=self.device))
         if problems:
-            raise ValueError(f"{len(problems)} constants do not fit the compiled method, nothing bound: " + "; ".join(problems))
+            raise ValueError(
+                f"{len(problems)} constants do not fit the compiled method, nothing bound: " + "; ".join(problems)
+            )
         self._runner.load_constants(dict(tensors), check_full_update=True, user_managed=True)
         self.bound = dict(tensors)
 

@@ -62,6 +62,11 @@ class Session:
         last = tokens.shape[1] - 1
         if logit_positions is None:
             logit_positions = torch.tensor([last], device=self.device)
+        elif logit_positions.dtype != torch.int64 or logit_positions.ndim != 1:
+            found = f"{logit_positions.dtype} {list(logit_positions.shape)}"
+            raise ValueError(f"logit_positions must be int64 [n], got {found}")
+        elif logit_positions.device.type != self.device.type:
+            raise ValueError(f"logit_positions are on {logit_positions.device}, the session is on {self.device}")
         elif logit_positions.numel() == 0 or int(logit_positions.min()) < 0 or int(logit_positions.max()) > last:
             raise ValueError(f"logit_positions must lie in 0..{last} and not be empty, got {logit_positions.tolist()}")
         positions = torch.full((self.batch,), self.length, dtype=torch.int64, device=self.device)
@@ -73,6 +78,9 @@ class Session:
     def decode(self, token: Tensor) -> Tensor:
         """token [B, 1] int64, on the device. Returns logits [B, 1, V]."""
         self._check(token, 1, ids=False)
+        if token.shape[1] != 1:
+            raise ValueError(f"decode takes one token per row, [{self.batch}, 1], got {list(token.shape)}")
+        self.arena.check_identity()
         self._token.copy_(token)
         self._positions.fill_(self.length)
         with torch.no_grad():
@@ -87,7 +95,9 @@ class Session:
             return self._sample(logits=logits)
         return self._sample(logits=logits.to("cpu")).to(self.device)
 
-    def generate(self, tokens: Tensor, new_tokens: int, *, on_token: Callable[[list[int], int], bool | None] | None = None):
+    def generate(
+        self, tokens: Tensor, new_tokens: int, *, on_token: Callable[[list[int], int], bool | None] | None = None
+    ):
         """Resets, prefills tokens [B, T], decodes. `on_token(ids of the batch, index)` is called as soon as the host has
         a token; True from it stops. Returns the new tokens as [B][<= new_tokens] ids."""
         if new_tokens < 1:
@@ -96,6 +106,7 @@ class Session:
             raise ValueError(
                 f"a prompt of {tokens.shape[1]} tokens plus new_tokens={new_tokens} exceeds max_seq_len={self.max_seq_len}"
             )
+        self._check(tokens, 1, start=0)
         self.reset()
         token = self.sample(self.prefill(tokens))
         steps = []
@@ -113,20 +124,23 @@ class Session:
             self.graph.close()
         self.closed = True
 
-    def _check(self, tokens: Tensor, count: int, *, ids: bool = True) -> None:
+    def _check(self, tokens: Tensor, count: int, *, start: int | None = None, ids: bool = True) -> None:
         self._require_open()
+        start = self.length if start is None else start
         if tokens.dtype != torch.int64 or tokens.ndim != 2 or tokens.shape[0] != self.batch or tokens.shape[1] < 1:
             raise ValueError(f"tokens must be int64 [{self.batch}, T >= 1], got {tokens.dtype} {list(tokens.shape)}")
         if tokens.device.type != self.device.type:
             raise ValueError(f"tokens are on {tokens.device}, the session is on {self.device}")
-        if self.length + count > self.max_seq_len:
+        if start + count > self.max_seq_len:
             raise ValueError(
-                f"{self.length} tokens in the session plus {count} exceed max_seq_len={self.max_seq_len}; "
+                f"{start} tokens in the session plus {count} exceed max_seq_len={self.max_seq_len}; "
                 "reset the session or build one with a larger max_seq_len"
             )
         # A wrong id reads beyond the embedding (on a GPU: ends the process). Sampled tokens are right by construction.
         if ids and (int(tokens.min()) < 0 or int(tokens.max()) >= self.vocab_size):
-            raise ValueError(f"token ids must lie in 0..{self.vocab_size - 1}, got {int(tokens.min())}..{int(tokens.max())}")
+            raise ValueError(
+                f"token ids must lie in 0..{self.vocab_size - 1}, got {int(tokens.min())}..{int(tokens.max())}"
+            )
 
     def _require_open(self) -> None:
         if self.closed:

@@ -1,0 +1,39 @@
+# `make run` and `make test` set up everything that they need in .venv. With PYTHON=… the given interpreter is used as
+# it is and nothing is installed.
+.DEFAULT_GOAL := help
+.PHONY: help run test test-all test-gpu lint
+
+BASE_PYTHON ?= python3
+ARGS ?=
+
+ifeq ($(origin PYTHON), undefined)
+PYTHON := .venv/bin/python
+SETUP := .venv/installed
+endif
+# For an interpreter in which the package is not installed.
+export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(CURDIR)/runner$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+help:  ## show this
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
+	@echo 'variables:  ARGS="model=small"  what `make run` passes on;  PYTHON=python3  use this one, install nothing'
+
+run: $(SETUP)  ## decode the shipped model on this machine, check and measure it
+	$(PYTHON) -m moeexp $(ARGS)
+
+test: $(SETUP)  ## the quick tests, on the CPU
+	$(PYTHON) -m pytest -q -m "not slow and not gpu"
+
+test-all: $(SETUP)  ## every test that needs no GPU
+	$(PYTHON) -m pytest -q -m "not gpu"
+
+test-gpu: $(SETUP)  ## the tests that need a GPU
+	$(PYTHON) -m pytest -q -m gpu
+
+lint: $(SETUP)  ## static checks
+	$(PYTHON) -m ruff check .
+
+# hqq comes as source only and would otherwise look for a CUDA toolkit; we use its Python quantiser alone.
+.venv/installed: pyproject.toml constraints.txt
+	test -x .venv/bin/python || $(BASE_PYTHON) -m venv .venv
+	DISABLE_CUDA=1 .venv/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@

@@ -1,0 +1,63 @@
+"""Shared by all tests: no network, nothing skipped unseen, subprocesses find the packages."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SKIPS = Path(__file__).with_name("skips.txt")
+NO_GPU = "no CUDA device"
+
+os.environ["WANDB_MODE"] = "offline"
+PACKAGE_ROOTS = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "runner")]
+os.environ["PYTHONPATH"] = os.pathsep.join([*PACKAGE_ROOTS, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def pytest_collection_modifyitems(items):
+    wants_gpu = []
+    for item in items:
+        if "gpu" in item.path.relative_to(ROOT).parts:
+            item.add_marker(pytest.mark.gpu)
+        if item.get_closest_marker("gpu"):
+            wants_gpu.append(item)
+    if wants_gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in wants_gpu:
+                item.add_marker(pytest.mark.skip(reason=NO_GPU))
+
+
+def listed_skips() -> list[tuple[str, str]]:
+    """(pattern of test ids, text that the reason contains) of each line of skips.txt."""
+    lines = [line.split("#")[0].strip() for line in SKIPS.read_text().splitlines()]
+    pairs = [line.split("|") for line in lines if line]
+    return [(pattern.strip(), reason.strip()) for pattern, reason in pairs]
+
+
+def refuse_unlisted_skip(report):
+    """A test that is skipped tests nothing: one that skips.txt does not list fails."""
+    if not report.skipped or hasattr(report, "wasxfail"):
+        return
+    reason = str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    if not any(fnmatch.fnmatch(report.nodeid, pattern) and text in reason for pattern, text in listed_skips()):
+        report.outcome = "failed"
+        report.longrepr = f"{report.nodeid} was skipped ({reason}) and tests/skips.txt does not list it"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    refuse_unlisted_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    report = yield
+    refuse_unlisted_skip(report)
+    return report

@@ -1,0 +1,150 @@
+"""`linear` on the device at real shapes. The reference is float32 without TF32 on the same device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernels_common import TOLERANCE, Guarded, assert_bitwise_equal, assert_close_ratio, poisoned_empty, randn
+from moeexp_kernels.linear import GEMV_ROWS, launch_gemv, linear, reference_linear
+from test_kernels_linear import quantised
+
+SHAPES = [(12352, 2048), (9216, 2048), (2048, 4096), (2048, 512), (1000, 1536)]
+
+
+@pytest.fixture(autouse=True)
+def exact_reference():
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+# The GEMM rounds normed activations and dequantised weights to bfloat16, 1.7e-3 each; the GEMV keeps float32.
+GEMM_TOLERANCE = {torch.float32: TOLERANCE[torch.float32], torch.bfloat16: 4e-3}
+
+
+def check(*, rows, out, features, bits, dtype, group=128, norm=True, residual=True):
+    seed = torch.randint(0, 2**31, ()).item()
+    x = Guarded(randn(1, rows, features, seed=seed, dtype=dtype))
+    weight, scales = quantised(out, features, bits=bits, group=group, seed=seed + 1, dtype=dtype)
+    norm_weight = randn(features, seed=seed + 2, scale=0.2) if norm else None
+    extra = randn(1, rows, out, seed=seed + 3, dtype=dtype) if residual else None
+    arguments = {"weight": weight, "scales": scales, "norm_weight": norm_weight, "eps": 1e-6}
+    with poisoned_empty():
+        y = linear(x=x.tensor, residual=extra, **arguments)
+    wide = reference_linear(x=x.tensor.float(), residual=None if extra is None else extra.float(), **arguments)
+    assert_close_ratio(y.float(), wide, (TOLERANCE if rows <= GEMV_ROWS else GEMM_TOLERANCE)[dtype], f"seed {seed}")
+    x.check("x")
+    for run in range(20):
+        assert_bitwise_equal(linear(x=x.tensor, residual=extra, **arguments), y, f"run {run}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize(("out", "features"), SHAPES)
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_gemv(rows, out, features, bits, dtype):
+    check(rows=rows, out=out, features=features, bits=bits, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize(("out", "features"), SHAPES)
+@pytest.mark.parametrize("rows", [9, 64, 129, 512])
+def test_gemm(rows, out, features, bits, dtype):
+    check(rows=rows, out=out, features=features, bits=bits, dtype=dtype)
+
+
+@pytest.mark.parametrize("group", [32, 48, 64, 96, 192])
+@pytest.mark.parametrize("rows", [1, 33])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_other_groups(bits, rows, group):
+    check(rows=rows, out=300, features=1152, bits=bits, group=group, dtype=torch.bfloat16)
+
+
+def test_head():
+    check(rows=1, out=248320, features=2048, bits=4, dtype=torch.bfloat16, residual=False)
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_offsets_beyond_2_to_the_31(rows):
+    """The last outputs of a weight of 2.3e9 stored bytes: an int32 offset would have wrapped."""
+    out, features = 1_150_000, 4096
+    weight = torch.zeros(out, features // 2, dtype=torch.uint8, device="cuda")
+    scales = torch.zeros(out, features // 128, 2, dtype=torch.float16, device="cuda")
+    tail, tail_scales = quantised(64, features, bits=4, group=128, seed=1, dtype=torch.bfloat16)
+    weight[-64:], scales[-64:] = tail, tail_scales
+    x = randn(rows, features, seed=2, dtype=torch.bfloat16)
+    y = linear(x=x, weight=weight, scales=scales, norm_weight=None, eps=1e-6, residual=None)
+    reference = reference_linear(x=x.float(), weight=tail, scales=tail_scales)
+    assert_close_ratio(y[:, -64:].float(), reference, 4e-3)
+    assert not y[:, :-64].any()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_fast_conversion_equals_the_interpreted_one_bitwise(bits, monkeypatch):
+    """The PTX path and the one that CI interprets."""
+    from moeexp_kernels import linear as module
+
+    x = randn(1, 2048, seed=1, dtype=torch.bfloat16)
+    weight, scales = quantised(512, 2048, bits=bits, group=128, seed=2, dtype=torch.bfloat16)
+    outputs = []
+    for fast in (True, False):
+        y = torch.full((1, 512), float("nan"), dtype=torch.bfloat16, device="cuda")
+        words, chunk = module.word_counts(bits=bits, in_features=2048, group=128)
+        module.gemv_kernel[(1, 64)](
+            x, weight, scales, x, x, y, x.stride(0), 0, 1e-6, N=512, K=2048, GROUP=128, BITS=bits, HALF=False,
+            WORDS=words, CHUNK=chunk, HAS_NORM=False, HAS_RESIDUAL=False, FAST=fast, BLOCK_N=8, TILES=1, CACHE="",
+        )  # fmt: skip
+        outputs.append(y)
+    assert_bitwise_equal(outputs[0], outputs[1])
+
+
+@pytest.mark.parametrize("tiles", [2, 8])
+def test_tiles_do_not_change_the_result(tiles):
+    x = randn(1, 2048, seed=1, dtype=torch.bfloat16)
+    weight, scales = quantised(1003, 2048, bits=4, group=128, seed=2, dtype=torch.bfloat16)
+    expected = linear(x=x, weight=weight, scales=scales, norm_weight=None, eps=1e-6, residual=None)
+    out = Guarded(torch.full((1, 1003), float("nan"), dtype=torch.bfloat16, device="cuda"))
+    config = {"BLOCK_N": 16, "TILES": tiles, "CACHE": ".cg", "num_warps": 4}
+    launch_gemv(
+        x=x, weight=weight, scales=scales, norm_weight=None, eps=1e-6, residual=None, out=out.tensor, bits=4, group=128,
+        config=config,
+    )  # fmt: skip
+    out.check("y")
+    assert_close_ratio(out.tensor.float(), expected.float(), 3e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_in_a_cuda_graph(rows):
+    x = randn(rows, 2048, seed=1, dtype=torch.bfloat16)
+    weight, scales = quantised(512, 2048, bits=4, group=128, seed=2, dtype=torch.bfloat16)
+    arguments = {"weight": weight, "scales": scales, "norm_weight": randn(2048, seed=3), "eps": 1e-6, "residual": None}
+    eager = linear(x=x, **arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = linear(x=x, **arguments)
+    y.fill_(float("nan"))
+    graph.replay()
+    assert_bitwise_equal(y, eager)
+
+
+def test_export_keeps_the_row_count_symbolic_and_compiles():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            weight, scales = quantised(256, 512, bits=4, group=128, seed=2, dtype=torch.bfloat16)
+            self.register_buffer("weight", weight)
+            self.register_buffer("scales", scales)
+            self.register_buffer("norm", randn(512, seed=3))
+
+        def forward(self, x):
+            return linear(x=x, weight=self.weight, scales=self.scales, norm_weight=self.norm, eps=1e-6, residual=None)
+
+    model = Model()
+    shapes = ({1: torch.export.Dim("T", min=1, max=2048)},)
+    program = torch.export.export(model, (randn(1, 12, 512, seed=1, dtype=torch.bfloat16),), dynamic_shapes=shapes)
+    package = torch._inductor.aoti_load_package(torch._inductor.aoti_compile_and_package(program))
+    for tokens in (1, 7, 300):
+        x = randn(1, tokens, 512, seed=tokens, dtype=torch.bfloat16)
+        assert_close_ratio(package(x).float(), model(x).float(), 4e-3, f"T={tokens}")

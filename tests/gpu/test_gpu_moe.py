@@ -1,0 +1,157 @@
+"""Router and experts on the device at the shapes of Qwen3.5-35B-A3B."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernels_common import TOLERANCE, assert_bitwise_equal, assert_close_ratio, poisoned_empty, randn
+from moeexp_kernels.moe import moe_decode, reference_moe_decode, reference_router, router
+from moeexp_kernels.moe_prefill import moe_prefill, sort_by_expert
+from test_kernels_moe import choices, experts, route
+
+BIG = {"D": 2048, "E": 256, "width": 512, "shared": 512, "group": 128}
+SMALL = {"D": 1152, "E": 12, "width": 192, "shared": 384, "group": 96}
+
+
+@pytest.fixture(autouse=True)
+def exact_reference():
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+# Prefill rounds normed rows, dequantised weights, activations and each expert's output to bfloat16, 1.7e-3 each.
+PREFILL_TOLERANCE = {torch.float32: TOLERANCE[torch.float32], torch.bfloat16: 6e-3}
+
+
+def reference(x, arguments):
+    """`reference_moe_decode` in slices of tokens: it gathers every token's experts in float32."""
+    parts = []
+    for start in range(0, x.shape[1], 4):
+        here = {name: arguments[name][:, start : start + 4] for name in ("ids", "weights")}
+        parts.append(reference_moe_decode(x=x[:, start : start + 4].float(), **(arguments | here)))
+    return torch.cat(parts, dim=1)
+
+
+def check(op, *, tokens, shapes, bits, dtype, k, routing=None, runs=20):
+    seed = torch.randint(0, 2**31, ()).item()
+    x = randn(1, tokens, shapes["D"], seed=seed, dtype=dtype)
+    arguments = experts(**shapes, bits=bits, dtype=dtype)
+    arguments |= choices(1, tokens, k=k, E=shapes["E"], seed=seed) if routing is None else routing
+    with poisoned_empty():
+        y = op(x=x, **arguments)
+    expected = reference(x, arguments)
+    assert_close_ratio(
+        y.float(), expected, (TOLERANCE if op is moe_decode else PREFILL_TOLERANCE)[dtype], f"seed {seed}"
+    )
+    # The residual hides the experts' own error: here without it, where bfloat16 keeps what x's rounding left.
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert_close_ratio(y.float() - x.float(), expected - x.float(), tolerance, f"experts alone, seed {seed}")
+    for run in range(runs):
+        assert_bitwise_equal(op(x=x, **arguments), y, f"run {run}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [4, 8, (4, 8)])
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+def test_decode(tokens, bits, dtype):
+    check(moe_decode, tokens=tokens, shapes=BIG, bits=bits, dtype=dtype, k=8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("op", [moe_decode, moe_prefill])
+@pytest.mark.parametrize("k", [1, 5])
+def test_odd_shapes(k, op, bits, dtype):
+    """E and k no powers of 2, another width for the shared expert."""
+    check(op, tokens=2 if op is moe_decode else 75, shapes=SMALL, bits=bits, dtype=dtype, k=k)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("tokens", [9, 65, 512])
+def test_prefill(tokens, bits, dtype):
+    check(moe_prefill, tokens=tokens, shapes=BIG, bits=bits, dtype=dtype, k=8, runs=20 if tokens < 512 else 3)
+
+
+def test_prefill_plain():
+    check(moe_prefill, tokens=64, shapes=BIG | {"E": 32}, bits=16, dtype=torch.bfloat16, k=8)
+
+
+@pytest.mark.parametrize("expert", [0, 255])
+def test_all_tokens_to_one_expert(expert):
+    ids = torch.full((1, 130, 1), expert, dtype=torch.int32, device="cuda")
+    routing = {"ids": ids, "weights": torch.ones(1, 130, 1, device="cuda")}
+    check(moe_prefill, tokens=130, shapes=BIG, bits=4, dtype=torch.bfloat16, k=1, routing=routing)
+
+
+def test_expert_offsets_beyond_2_to_the_31():
+    """Only the last two of 1,100 plain experts are used: they begin 2.3e9 elements into gate_up."""
+    shapes = BIG | {"E": 2}
+    few = experts(**shapes, bits=16, dtype=torch.bfloat16)
+    big = dict(few)
+    count = 1100  # x 2,097,152 elements of gate_up = 2.3e9
+    for name in ("gate_up", "down"):
+        big[name] = torch.zeros(count, *few[name].shape[1:], dtype=torch.bfloat16, device="cuda")
+        big[name][-2:] = few[name]
+    for op, tokens in ((moe_decode, 1), (moe_prefill, 33)):
+        x = randn(1, tokens, BIG["D"], seed=1, dtype=torch.bfloat16)
+        picked = choices(1, tokens, k=2, E=2)
+        moved = {"ids": picked["ids"] + (count - 2), "weights": picked["weights"]}
+        assert_bitwise_equal(op(x=x, **(big | moved)), op(x=x, **(few | picked)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("E", "k"), [(256, 8), (200, 10), (60, 1), (512, 16)])
+@pytest.mark.parametrize("tokens", [1, 8, 9, 300])
+def test_router(tokens, E, k, dtype):
+    x = randn(1, tokens, 2048, seed=torch.randint(0, 2**31, ()).item(), dtype=dtype)
+    with poisoned_empty():
+        ids, weights, trace = route(router, x, E=E, k=k, S=512)
+    expected_ids, expected_weights, _ = route(reference_router, x.float(), E=E, k=k, S=512, weight=None)
+    if dtype == torch.float32:
+        # A near-tie may fall either way in the last bits: fewer than one choice in a thousand.
+        assert (ids != expected_ids).float().mean() < 1e-3
+        same = (ids == expected_ids).all(-1)
+        assert_close_ratio(weights[same], expected_weights[same], 1e-4, "weights")
+    assert torch.equal(trace[:, :tokens], ids)
+    assert_close_ratio(weights.sum(-1), torch.ones_like(weights[..., 0]), 1e-6)
+    for run in range(20):
+        again = route(router, x, E=E, k=k, S=512)
+        assert_bitwise_equal(again[0], ids, f"run {run}")
+        assert_bitwise_equal(again[1], weights, f"run {run}")
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_router_chooses_as_float32_would_on_the_same_bfloat16_weights(tokens):
+    x = randn(1, tokens, 2048, seed=3, dtype=torch.bfloat16)
+    weight = randn(256, 2048, seed=4, scale=2048**-0.5, dtype=torch.bfloat16)
+    ids, weights, _ = route(router, x, E=256, k=8, S=64, weight=weight)
+    expected, shares, _ = route(reference_router, x, E=256, k=8, S=64, weight=weight)
+    assert (ids != expected).float().mean() < 5e-3
+    same = (ids == expected).all(-1)
+    assert_close_ratio(weights[same], shares[same], 1e-4, "weights")
+
+
+def test_sort_at_size():
+    ids = choices(4, 1024, k=8, E=256)["ids"]
+    order, block_expert = sort_by_expert(ids=ids, experts=256, block_m=32)
+    flat, used = ids.flatten(), block_expert >= 0
+    rows, owner = order.view(-1, 32)[used], block_expert[used]
+    real = rows < flat.numel()
+    assert torch.equal(rows[real].sort().values, torch.arange(flat.numel(), device="cuda", dtype=torch.int32))
+    assert torch.equal(flat[rows[real].long()], owner[:, None].expand_as(rows)[real])
+
+
+def test_in_a_cuda_graph():
+    for op, tokens in ((moe_decode, 1), (moe_prefill, 33)):
+        x = randn(1, tokens, 1152, seed=1, dtype=torch.bfloat16)
+        arguments = experts(**SMALL, bits=4, dtype=torch.bfloat16) | choices(1, tokens, k=3, E=12)
+        eager = op(x=x, **arguments)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = op(x=x, **arguments)
+        y.fill_(float("nan"))
+        graph.replay()
+        assert_bitwise_equal(y, eager)

@@ -1,0 +1,282 @@
+"""Gated delta net kernels against the token-by-token definition: outputs, both states, ragged splits, refusals.
+
+Without a GPU the kernels run in Triton's interpreter, whose float32 -> bfloat16 cast truncates instead of rounding: twice
+the error of a GPU, and biased. Hence the wider bfloat16 tolerances there.
+"""
+
+from __future__ import annotations
+
+import kernels_common as common
+import pytest
+import torch
+from moeexp_kernels import gated_delta, gated_delta_prefill
+from moeexp_kernels.gated_delta import gdn_decode, reference_gdn_decode, reference_gdn_prefill
+from moeexp_kernels.gated_delta_prefill import gdn_prefill
+
+ON_GPU = common.DEVICE == "cuda"
+F32, BF16 = torch.float32, torch.bfloat16
+# bfloat16: one rounding of the output in decode; in prefill also of q, k, v, the chunk's matrices and the state as operand.
+DECODE_TOL = {F32: 1e-5, BF16: 3e-3 if ON_GPU else 8e-3}
+PREFILL_TOL = {F32: 1e-5, BF16: 8e-3 if ON_GPU else 2e-2}
+STATE = ("conv_state", "recurrent_state")
+FAULT_LENGTHS = (1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000)
+
+
+def make_case(batch, tokens, heads, dims, dtype=F32, *, width=4, seed=0):
+    """Keyword arguments of both ops: `heads` (Hk, Hv), `dims` (Dk, Dv). Magnitudes as in a trained layer; decays from
+    nearly 1 to nearly 0 per token."""
+    (hk, hv), (dk, dv) = heads, dims
+    channels = 2 * hk * dk + hv * dv
+    randn = common.randn
+    return {
+        "proj": randn(batch, tokens, channels + hv * dv + 2 * hv, seed=seed, dtype=dtype),
+        "conv_weight": randn(channels, width, seed=seed + 1, dtype=dtype, scale=0.5),
+        "a_log": randn(hv, seed=seed + 2) - 1.0,
+        "dt_bias": randn(hv, seed=seed + 3) - 1.0,
+        "norm_weight": 1 + randn(dv, seed=seed + 4, dtype=dtype, scale=0.1),
+        "conv_state": randn(batch, channels, width - 1, seed=seed + 5, dtype=dtype),
+        "recurrent_state": randn(batch, hv, dk, dv, seed=seed + 6, scale=0.3),
+        "num_k_heads": hk, "num_v_heads": hv, "head_k_dim": dk, "head_v_dim": dv, "eps": 1e-6,
+    }  # fmt: skip
+
+
+def definition(*, proj, conv_weight, norm_weight, a_log, dt_bias, conv_state, recurrent_state, eps, **heads):
+    """The recurrent definition over all T, states updated in place."""
+    q, k, v, z, g, beta, new_conv = gated_delta._inputs(proj, conv_weight, a_log, dt_bias, conv_state, *heads.values())
+    o, state = gated_delta.recurrent_delta_rule(q=q, k=k, v=v, g=g, beta=beta, state=recurrent_state)
+    conv_state.copy_(new_conv)
+    recurrent_state.copy_(state)
+    return gated_delta._gated_norm(o, z, norm_weight, eps).to(proj.dtype)
+
+
+def run(op, case, splits=None):
+    """(output, conv state, recurrent state) of `op` on copies of the states, which carry over from split to split. Scratch
+    holds NaN, the states lie between sentinels."""
+    guards = {name: common.Guarded(case[name]) for name in STATE}
+    states = {name: guard.tensor for name, guard in guards.items()}
+    parts, start = [], 0
+    with common.poisoned_empty():
+        for length in splits or [case["proj"].shape[1]]:
+            parts.append(op(**{**case, **states, "proj": case["proj"][:, start : start + length]}))
+            start += length
+    for name, guard in guards.items():
+        guard.check(name)
+    return torch.cat(parts, dim=1), *states.values()
+
+
+def check(op, case, tol, splits=None, reference=definition):
+    actual, expected = run(op, case, splits), run(reference, case)
+    common.assert_close_ratio(actual[0], expected[0], tol, "output")
+    common.assert_bitwise_equal(actual[1], expected[1], "conv_state")
+    common.assert_close_ratio(actual[2], expected[2], tol, "recurrent_state")
+
+
+def set_tuned(monkeypatch, **values):
+    monkeypatch.setattr(gated_delta, "TUNED", {})
+    monkeypatch.setattr(gated_delta, "TUNED_DEFAULT", {**gated_delta.TUNED_DEFAULT, **values})
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(
+    "batch, heads, dims",
+    [(1, (1, 1), (16, 16)), (2, (2, 4), (16, 8)), (1, (1, 3), (20, 12)), (3, (1, 1), (8, 24)), (1, (1, 2), (128, 128))],
+)
+def test_decode_equals_definition(batch, heads, dims, dtype):
+    check(gdn_decode, make_case(batch, 1, heads, dims, dtype), DECODE_TOL[dtype])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 64), (64, 128), (80, 96), (128, 128)])
+@pytest.mark.parametrize("heads", [(1, 1), (2, 4), (4, 4)])
+def test_decode_equals_definition_slow(batch, heads, dims, dtype):
+    check(gdn_decode, make_case(batch, 1, heads, dims, dtype), DECODE_TOL[dtype])
+
+
+@pytest.mark.parametrize("split, step", [(0, 1), (0, 2), (0, 4), (2, 1), (16, 1)])
+@pytest.mark.parametrize("heads, dims", [((1, 3), (16, 16)), ((1, 2), (20, 12))])
+def test_every_launch_shape_of_decode(monkeypatch, split, step, heads, dims):
+    """Also the tail of heads that no step divides, and columns past Dv."""
+    set_tuned(monkeypatch, split=split, step=step)
+    check(gdn_decode, make_case(1, 1, heads, dims), DECODE_TOL[F32])
+
+
+@pytest.mark.parametrize("split", [0, 2])
+def test_decode_carries_its_state(monkeypatch, split):
+    set_tuned(monkeypatch, split=split)
+    check(gdn_decode, make_case(1, 5, (1, 2), (16, 16)), DECODE_TOL[F32], splits=[1] * 5)
+
+
+@pytest.mark.parametrize("width", [2, 3, 5])
+def test_other_conv_widths(width):
+    case = make_case(1, 3, (1, 2), (16, 8), width=width)
+    check(gdn_prefill, case, PREFILL_TOL[F32])
+    check(gdn_decode, case, DECODE_TOL[F32], splits=[1] * 3)
+
+
+def test_decode_alternatives_agree():
+    """`einsum` (traced reference), `recurrent` and `chunked` are one function."""
+    case = make_case(1, 1, (1, 2), (16, 16))
+    for op in (reference_gdn_decode, gdn_decode, gdn_prefill):
+        check(op, case, DECODE_TOL[F32])
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 63, 64, 65, 129])
+def test_prefill_equals_definition(tokens):
+    check(gdn_prefill, make_case(1, tokens, (1, 1), (16, 16), seed=tokens), PREFILL_TOL[F32])
+
+
+def test_prefill_bfloat16_batch_and_odd_dims():
+    check(gdn_prefill, make_case(2, 65, (1, 2), (20, 12), BF16), PREFILL_TOL[BF16])
+
+
+def test_prefill_ragged_splits():
+    """A split shorter than the conv's window mixes old state and new tokens."""
+    check(gdn_prefill, make_case(1, 67, (1, 1), (16, 16)), PREFILL_TOL[F32], splits=[1, 2, 64])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("tokens", FAULT_LENGTHS)
+def test_prefill_fault_table_lengths(tokens, dtype):
+    check(gdn_prefill, make_case(1, tokens, (1, 2), (16, 16), dtype, seed=tokens), PREFILL_TOL[dtype])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("splits", [[64, 64], [63, 1, 65], [1, 127, 1], [3, 61, 2, 2, 61], [128, 1]])
+def test_prefill_ragged_splits_slow(splits):
+    check(gdn_prefill, make_case(1, sum(splits), (1, 2), (16, 16)), PREFILL_TOL[F32], splits=splits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heads, dims", [((1, 1), (128, 128)), ((2, 4), (64, 128)), ((1, 4), (96, 80)), ((1, 3), (8, 24))])
+def test_prefill_shapes_slow(heads, dims):
+    check(gdn_prefill, make_case(1, 70, heads, dims), PREFILL_TOL[F32])
+
+
+def test_correlated_keys_stay_exact():
+    """Equal keys and beta near 1 make the chunk's matrix all ones below the diagonal: powers of it reach 1e18, its inverse
+    does not. A product of powers passes random inputs and fails here."""
+    case = make_case(1, 64, (1, 1), (16, 16))
+    case["proj"] = case["proj"].clone()
+    case["proj"][:, :, 16:32] = 1.0  # k
+    case["proj"][:, :, -2] = 20.0  # b: beta = 1
+    case["proj"][:, :, -1] = -20.0  # a: no decay
+    check(gdn_prefill, case, PREFILL_TOL[F32])
+
+
+def test_strong_decay_stays_finite():
+    """Decays whose inverse overflows: what lies above the diagonal must never be exponentiated."""
+    case = make_case(1, 66, (1, 1), (16, 16))
+    case["proj"] = case["proj"].clone()
+    case["proj"][:, :, -1] = 60.0
+    case["a_log"] = torch.full_like(case["a_log"], 2.0)
+    check(gdn_prefill, case, PREFILL_TOL[F32])
+
+
+def test_prefill_then_decode_equals_one_run():
+    case = make_case(1, 67, (1, 2), (16, 16))
+
+    def both(proj, **rest):
+        return (gdn_prefill if proj.shape[1] > 1 else gdn_decode)(proj=proj, **rest)
+
+    check(both, case, PREFILL_TOL[F32], splits=[65, 1, 1])
+
+
+def test_rows_with_a_wider_stride():
+    """proj may be a view into a wider buffer; what lies beside it is NaN and must not be read."""
+    case = make_case(2, 3, (1, 2), (16, 8))
+    wide = common.poison(2, 3, case["proj"].shape[-1] + 32)
+    wide[..., 16:-16] = case["proj"]
+    view = {**case, "proj": wide[..., 16:-16]}
+    for op, splits in ((gdn_prefill, None), (gdn_decode, [1] * 3)):
+        for actual, expected in zip(run(op, view, splits), run(op, case, splits), strict=True):
+            common.assert_bitwise_equal(actual, expected)
+
+
+def test_sequences_do_not_see_each_other():
+    """NaN in one sequence's input and state leaves the other bitwise as it is."""
+    case = make_case(2, 3, (1, 1), (16, 8))
+    sick = {name: value.clone() if torch.is_tensor(value) else value for name, value in case.items()}
+    for name in ("proj", *STATE):
+        sick[name][0] = float("nan")
+    for op, splits in ((gdn_prefill, None), (gdn_decode, [1] * 3)):
+        for actual, expected in zip(run(op, sick, splits), run(op, case, splits), strict=True):
+            common.assert_bitwise_equal(actual[1], expected[1])
+
+
+def test_bitwise_stable():
+    for op, tokens in ((gdn_decode, 1), (gdn_prefill, 65)):
+        case = make_case(1, tokens, (1, 2), (16, 16), BF16)
+        common.assert_bitwise_stable(lambda op=op, case=case: run(op, case), 2)
+
+
+@pytest.mark.parametrize("op", [gdn_decode, gdn_prefill])
+def test_refusals(op):
+    case = make_case(1, 1, (1, 2), (16, 16))
+
+    def refused(*words, **changes):
+        common.expect_value_error(lambda: op(**{**case, **changes}), *words)
+
+    refused("256", "128", head_k_dim=256)
+    refused("3 value heads", "2 key heads", num_v_heads=3, num_k_heads=2)
+    refused("float16", "bfloat16", proj=case["proj"].half())
+    refused("recurrent_state", "float32", recurrent_state=case["recurrent_state"].bfloat16())
+    refused("recurrent_state", "strides", recurrent_state=case["recurrent_state"].mT.contiguous().mT)
+    refused("conv_state", "bfloat16", conv_state=case["conv_state"].bfloat16())
+    refused("conv_state", "need", conv_state=case["conv_state"][..., :2].contiguous())
+    refused("proj", "stride", proj=case["proj"].repeat_interleave(2, dim=-1)[..., ::2])
+    refused("conv width 1", conv_weight=case["conv_weight"][:, :1].contiguous())
+    if op is gdn_decode:
+        refused("one token", "gdn_prefill", proj=case["proj"].expand(1, 2, -1))
+
+
+def test_refused_calls_leave_the_state_alone():
+    case = make_case(1, 2, (1, 2), (16, 16))
+    before = [case[name].clone() for name in STATE]
+    common.expect_value_error(lambda: gdn_decode(**case), "one token")
+    for name, expected in zip(STATE, before, strict=True):
+        common.assert_bitwise_equal(case[name], expected, name)
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, op, case):
+        super().__init__()
+        self.op, self.sizes = op, {name: value for name, value in case.items() if not torch.is_tensor(value)}
+        for name, value in case.items():
+            if torch.is_tensor(value) and name != "proj":
+                self.register_buffer(name, value.clone())
+
+    def forward(self, proj):
+        return self.op(proj=proj, **dict(self.named_buffers()), **self.sizes)
+
+
+def test_exports_with_symbolic_length():
+    """One exported prefill serves every T, keeps its state, and contains the op itself."""
+    layer = Layer(gdn_prefill, make_case(1, 5, (1, 1), (16, 16)))
+    tokens = torch.export.Dim("tokens", min=2, max=4096)
+    proj = make_case(1, 66, (1, 1), (16, 16), seed=9)["proj"]
+    program = torch.export.export(layer, (proj[:, :5],), dynamic_shapes=({1: tokens},))
+    assert "moeexp.gdn_prefill" in str(program.graph)
+    expected = layer(proj)
+    exported = program.module()  # its buffers are the state before that call
+    common.assert_bitwise_equal(exported(proj), expected)
+    common.assert_bitwise_equal(exported.recurrent_state, layer.recurrent_state, "recurrent_state")
+
+
+def test_decode_exports():
+    layer = Layer(gdn_decode, make_case(2, 1, (1, 2), (16, 16)))
+    program = torch.export.export(layer, (torch.zeros(2, 1, layer.conv_state.shape[1] + 36),))
+    assert "moeexp.gdn_decode" in str(program.graph)
+
+
+def test_reference_prefill_is_the_same_function():
+    check(reference_gdn_prefill, make_case(1, 67, (1, 2), (16, 16)), 1e-5)
+
+
+def test_tables_name_only_what_the_launch_reads():
+    for entry in (*gated_delta.TUNED.values(), gated_delta.TUNED_DEFAULT):
+        assert set(entry) == {"split", "step", "num_warps"}
+    for entry in gated_delta_prefill.TUNED.values():
+        assert set(entry) == {"precision", "solve", "local", "block_v", "scan", "norm_tokens", "norm"}

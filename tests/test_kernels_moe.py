@@ -1,0 +1,235 @@
+"""Router and experts against their references, interpreted or on the device. Real shapes: gpu/test_gpu_moe.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernels_common import (
+    DEVICE,
+    Guarded,
+    assert_bitwise_equal,
+    assert_close_ratio,
+    expect_value_error,
+    poison,
+    poisoned_empty,
+    randn,
+)
+from moeexp_kernels.moe import moe_decode, reference_moe_decode, reference_router, router
+from moeexp_kernels.moe_prefill import block_bound, moe_prefill, sort_by_expert
+from test_kernels_linear import quantised
+
+# In the interpreter every bfloat16 store cuts instead of rounding; prefill stores three between its kernels.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-3 if DEVICE == "cuda" else 1.4e-2}
+
+
+def experts(*, D, E, width, shared, bits, group, dtype) -> dict:
+    stored = {}
+    for seed, (name, shape) in enumerate(
+        {
+            "gate_up": (E, 2 * width, D),
+            "down": (E, D, width),
+            "shared_gate_up": (2 * shared, D),
+            "shared_down": (D, shared),
+        }.items()
+    ):
+        kind = bits if isinstance(bits, int) else bits[0 if seed < 2 else 1]
+        stored[name], stored[f"{name}_scales"] = quantised(*shape, bits=kind, group=group, seed=seed, dtype=dtype)
+    return stored | {
+        "shared_gate": randn(1, D, seed=9, dtype=dtype),
+        "norm_weight": randn(D, seed=8, scale=0.2),
+        "eps": 1e-6,
+    }
+
+
+def choices(*shape: int, k: int, E: int, seed: int = 0):
+    """Distinct random experts and shares that sum to 1, as a router gives them."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(*shape, E, generator=generator)
+    weights, ids = scores.topk(k, dim=-1)
+    return {
+        "ids": ids.to(device=DEVICE, dtype=torch.int32),
+        "weights": (weights / weights.sum(-1, keepdim=True)).to(DEVICE),
+    }
+
+
+def check_experts(
+    op, *, rows, D=64, E=4, k=2, width=32, shared=32, bits=4, group=32, dtype=torch.float32, routing=None
+):
+    x = Guarded(randn(*rows, D, seed=1, dtype=dtype))
+    arguments = experts(D=D, E=E, width=width, shared=shared, bits=bits, group=group, dtype=dtype)
+    arguments |= choices(*rows, k=k, E=E) if routing is None else routing
+    guarded = Guarded(arguments["down"])
+    with poisoned_empty():
+        y = op(x=x.tensor, **(arguments | {"down": guarded.tensor}))
+    reference = reference_moe_decode(x=x.tensor.float(), **arguments)
+    assert y.dtype == dtype
+    assert_close_ratio(y.float(), reference, TOLERANCE[dtype], "experts")
+    x.check("x")
+    guarded.check("down")
+
+
+# --- router ---
+
+
+def route(op, x, *, E, k, S=12, positions=None, weight=None):
+    D = x.shape[-1]
+    weight = randn(E, D, seed=5, scale=D**-0.5, dtype=x.dtype) if weight is None else weight
+    positions = torch.arange(x.shape[0], device=DEVICE) * 3 if positions is None else positions
+    trace = Guarded(poison(x.shape[0], S, k, dtype=torch.int32))
+    norm = randn(D, seed=6, scale=0.2)
+    ids, weights = op(
+        x=x, norm_weight=norm, weight=weight, eps=1e-6, top_k=k, positions=positions, expert_ids=trace.tensor
+    )
+    trace.check("expert_ids")
+    return ids, weights, trace.tensor
+
+
+@pytest.mark.parametrize(("shape", "E", "k"), [((1, 1), 16, 4), ((2, 3), 5, 3), ((1, 9), 6, 1), ((2, 5), 8, 8)])
+def test_router(shape, E, k):
+    """Ids, shares and the trace; E that is no power of 2, k = 1 and k = E, few tokens and many."""
+    x = randn(*shape, 64, seed=1)
+    with poisoned_empty():
+        ids, weights, trace = route(router, x, E=E, k=k)
+    expected_ids, expected_weights, expected_trace = route(reference_router, x, E=E, k=k)
+    assert torch.equal(ids, expected_ids) and ids.dtype == torch.int32
+    assert torch.equal(trace, expected_trace)
+    assert_close_ratio(weights, expected_weights, 1e-5, "weights")
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_equal_logits_choose_the_lowest_indices(tokens):
+    ids, weights, _ = route(router, randn(1, tokens, 32, seed=1), E=7, k=3, weight=torch.zeros(7, 32, device=DEVICE))
+    assert torch.equal(ids, torch.arange(3, dtype=torch.int32, device=DEVICE).expand(1, tokens, 3))
+    assert_close_ratio(weights, torch.full_like(weights, 1 / 3), 1e-6, "weights")
+
+
+def test_large_logits_do_not_overflow_and_a_nan_stays_seen():
+    x = randn(1, 1, 32, seed=1)
+    weight = randn(6, 32, seed=2) * 1e4
+    ids, weights, _ = route(router, x, E=6, k=2, weight=weight)
+    expected, shares, _ = route(reference_router, x, E=6, k=2, weight=weight)
+    assert torch.equal(ids, expected) and torch.allclose(weights, shares, atol=1e-5)
+    weight[3, 0] = float("nan")
+    ids, weights, _ = route(router, x, E=6, k=2, weight=weight)
+    assert weights.isnan().any() and bool(((ids >= 0) & (ids < 6)).all())
+
+
+def test_positions_outside_the_trace_write_nothing():
+    for position in (-1, 12, 2**40):
+        _, _, trace = route(
+            router, randn(1, 1, 32, seed=1), E=4, k=2, positions=torch.tensor([position], device=DEVICE)
+        )
+        assert torch.equal(trace, poison(1, 12, 2, dtype=torch.int32))
+
+
+def test_router_refusals():
+    x = randn(1, 1, 32, seed=1)
+    expect_value_error(lambda: route(router, x, E=4, k=5), "top_k=5", "1..4")
+    trace = torch.zeros(1, 12, 2, dtype=torch.int64, device=DEVICE)
+    arguments = {"x": x, "norm_weight": randn(32, seed=6), "weight": randn(4, 32, seed=5), "eps": 1e-6, "top_k": 2}
+    expect_value_error(
+        lambda: router(**arguments, positions=torch.zeros(1, dtype=torch.int64, device=DEVICE), expert_ids=trace),
+        "int32",
+    )
+
+
+# --- experts ---
+
+
+@pytest.mark.parametrize("bits", [4, pytest.param(16, marks=pytest.mark.slow)])
+def test_decode(bits):
+    check_experts(moe_decode, rows=(1, 1), bits=bits)
+
+
+def test_decode_shared_expert_of_another_width():
+    check_experts(moe_decode, rows=(1, 1), D=32, k=3, E=5, width=32, shared=16, group=16)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_prefill(bits):
+    check_experts(moe_prefill, rows=(2, 5), bits=bits)
+
+
+def test_prefill_bfloat16_and_odd_sizes():
+    check_experts(moe_prefill, rows=(1, 11), D=48, E=5, k=3, width=24, shared=16, group=8, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("op", [moe_decode, moe_prefill])
+def test_all_tokens_to_one_expert(op):
+    rows = (1, 1) if op is moe_decode else (1, 40)
+    ids = torch.full((*rows, 1), 2, dtype=torch.int32, device=DEVICE)
+    check_experts(op, rows=rows, k=1, routing={"ids": ids, "weights": torch.ones(*rows, 1, device=DEVICE)})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [4, 8, 16, (4, 8), (8, 16), (16, 4)])
+@pytest.mark.parametrize(("op", "rows"), [(moe_decode, (2, 2)), (moe_prefill, (1, 17))])
+def test_formats_of_routed_and_shared_may_differ(op, rows, bits, dtype):
+    check_experts(op, rows=rows, D=48, E=5, k=3, width=32, shared=16, bits=bits, group=16, dtype=dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [1, 4])
+def test_decode_one_and_all_experts(k):
+    check_experts(moe_decode, rows=(1, 3), k=k, D=32, width=16, shared=32, group=16)
+
+
+def test_an_overflowing_expert_that_nobody_chose_has_no_effect():
+    arguments = experts(D=32, E=3, width=16, shared=16, bits=16, group=16, dtype=torch.float32)
+    arguments["gate_up"][1] = float("inf")
+    ids = torch.tensor([0, 2], dtype=torch.int32, device=DEVICE).expand(1, 9, 2).contiguous()
+    weights = torch.full((1, 9, 2), 0.5, device=DEVICE)
+    x = randn(1, 9, 32, seed=1)
+    prefill = moe_prefill(x=x, ids=ids, weights=weights, **arguments)
+    few = {"x": x[:, :1].contiguous(), "ids": ids[:, :1].contiguous(), "weights": weights[:, :1].contiguous()}
+    assert prefill.isfinite().all()
+    assert_close_ratio(moe_decode(**few, **arguments), prefill[:, :1], 1e-5, "decode against prefill")
+
+
+def test_experts_refusals():
+    arguments = experts(D=32, E=3, width=16, shared=16, bits=16, group=16, dtype=torch.float32) | choices(
+        1, 1, k=2, E=3
+    )
+    x = randn(1, 1, 32, seed=1)
+    narrow = arguments | {"down": arguments["down"][:, :16].contiguous()}
+    strided = arguments | {"down": arguments["down"].transpose(0, 1).contiguous().transpose(0, 1)}
+    for op in (moe_decode, moe_prefill):
+        expect_value_error(lambda op=op: op(x=x, **narrow), "down", "16", "32")
+        expect_value_error(lambda op=op: op(x=x, **strided), "down", "contiguous")
+
+
+@pytest.mark.slow
+def test_decode_repeats_bitwise():
+    arguments = experts(D=32, E=3, width=16, shared=16, bits=4, group=16, dtype=torch.float32) | choices(1, 1, k=2, E=3)
+    x = randn(1, 1, 32, seed=1)
+    assert_bitwise_equal(moe_decode(x=x, **arguments), moe_decode(x=x, **arguments))
+
+
+# --- the sort by expert ---
+
+
+@pytest.mark.parametrize("case", ["random", "one expert", "last expert", "each once", "none of most"])
+def test_sort_by_expert(case):
+    """Every assignment once, in its expert's blocks and in token order; padding marked; unused blocks marked."""
+    E, block_m = 6, 4
+    ids = {
+        "random": torch.randint(0, E, (17, 2), generator=torch.Generator().manual_seed(1)),
+        "one expert": torch.zeros(33, 1),
+        "last expert": torch.full((8, 1), E - 1),
+        "each once": torch.arange(E).view(-1, 1),
+        "none of most": torch.tensor([[3], [1], [3], [3], [3], [3]]),
+    }[case].to(device=DEVICE, dtype=torch.int32)
+    total = ids.numel()
+    with poisoned_empty():
+        order, block_expert = sort_by_expert(ids=ids, experts=E, block_m=block_m)
+    bound = block_bound(assignments=total, experts=E, block_m=block_m)
+    assert block_expert.shape == (bound,) and order.shape == (bound * block_m,)
+    flat, blocks = ids.flatten().cpu(), order.view(bound, block_m).cpu()
+    expected = []
+    for e in range(E):
+        mine = (flat == e).nonzero().flatten().tolist()
+        mine += [total] * (-len(mine) % block_m)
+        expected += [(e, mine[i : i + block_m]) for i in range(0, len(mine), block_m)]
+    assert block_expert.tolist() == [e for e, _ in expected] + [-1] * (bound - len(expected))
+    assert [row.tolist() for row in blocks[: len(expected)]] == [rows for _, rows in expected]

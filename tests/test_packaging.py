@@ -1,0 +1,60 @@
+"""The wheel: what is in it, and that it works away from the checkout."""
+
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(out)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (path,) = out.glob("*.whl")
+    return path
+
+
+def test_wheel_holds_the_packages_the_configs_and_the_checkpoint(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    expected = {f"moeexp/conf/{path.relative_to(ROOT / 'conf')}" for path in (ROOT / "conf").rglob("*.yaml")}
+    for package in (ROOT / "moeexp", ROOT / "kernels" / "moeexp_kernels", ROOT / "runner" / "moeexp_runner"):
+        expected |= {str(path.relative_to(package.parent)) for path in package.rglob("*.py")}
+    checkpoint = ROOT / "moeexp" / "checkpoints" / "tiny"
+    files = [path for path in checkpoint.rglob("*") if path.suffix in (".safetensors", ".json", ".txt")]
+    expected |= {str(path.relative_to(ROOT)) for path in files}
+    assert expected <= names
+
+
+def test_wheel_has_no_top_level_but_ours(wheel):
+    tops = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"moeexp", "moeexp_kernels", "moeexp_runner"}
+
+
+def test_unpacked_wheel_finds_its_configs(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = "from moeexp.schema import compose, conf_dir; print(conf_dir()); print(compose(['model=nano']).model.name)"
+    environment = {"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == [str(tmp_path / "site" / "moeexp" / "conf"), "nano"]
+
+
+def test_constraints_pin_every_dependency():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+    names = {requirement.split(";")[0].split("=")[0].split(">")[0].strip().lower() for requirement in wanted}
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {line.split("==")[0].lower() for line in lines if "==" in line}
+    assert names <= pinned
+    assert not [line for line in lines if "+" in line], "a local version exists on one index only"
+
+
+def test_license_is_apache_2():
+    assert "Apache License" in (ROOT / "LICENSE").read_text()[:200]

@@ -1,0 +1,133 @@
+"""Tables and summaries of records."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from moeexp import record, report, summary
+from moeexp.record import Record, plain, read_record
+from moeexp.schema import compose
+from moeexp.validate import resolve
+
+
+def make(folder, *overrides, id="ab.0", status="ok", **values):
+    folder.mkdir(parents=True)
+    config = plain(resolve(compose(["model=nano", *overrides]), cuda_available=False))
+    run = Record(folder / "record.json", id=id, config=config, command=["python"], overrides=list(overrides))
+    passed = status != "incorrect"
+    gate = {"gate": "float32.logits", "value": 2e-6, "limit": 1e-4, "passed": passed, "where": "all"}
+    failures = [] if passed else ["float32: float32.logits at all: 2 > 1e-4", "another"]
+    check = {"passed": passed, "parts": [{"name": "float32", "passed": passed, "gates": [gate]}], "failures": failures}
+    run.set(check=check, random_weights=True, environment={"gpu": None}, **values)
+    run.latencies_ms += [1.0, 2.0]
+    run.finish(status, error=values.get("error"))
+    return run
+
+
+def printed(print_it, *arguments, terminal=False, **keywords):
+    file = io.StringIO()
+    print_it(*arguments, console=Console(file=file, force_terminal=terminal, width=80, color_system=None), **keywords)
+    return file.getvalue()
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "_now", lambda: "2026-01-01T00:00:00+00:00")
+    make(tmp_path / "0", "quant=none", "seed=0", decode_tok_s=1234.5, memory_gib={"peak_host": 0.5})
+    make(tmp_path / "1", "quant=int4", "seed=0", id="ab.1", status="incorrect", decode_tok_s=9.0)
+    error = {"type": "ValueError", "message": "a | b\nc", "phase": None, "traceback": ""}
+    make(tmp_path / "10", "quant=int8", "seed=0", id="ab.10", status="unsupported", error=error)
+    make(tmp_path / "2", "quant=int8", "seed=0", id="ab.2", status="unsupported", error=error)
+    return tmp_path
+
+
+def test_markdown_shows_what_differs_and_what_was_measured(sweep):
+    lines = report.markdown(report.load_records([sweep])).splitlines()
+    assert lines[0] == "| quant | status | decode tok/s | prefill tok/s | TTFT ms | bits/byte | peak GiB |"
+    assert lines[2] == r"| none | ok | 1,234\* | – | – | – | 0.5 |"
+    assert lines[3] == "| int4 | incorrect | – | – | – | – | – |"
+    assert lines[7].startswith(r"- \* random weights")
+    assert lines[8] == "- ab.1 incorrect: float32: float32.logits at all: 2 > 1e-4 (and 1 more)"
+    assert lines[9] == "- ab.2, ab.10 unsupported: a | b c"
+
+
+def test_records_are_found_once_and_in_order(sweep):
+    records = report.load_records([sweep, sweep / "0", sweep / "1" / "record.json"])
+    assert [one["id"] for one in records] == ["ab.0", "ab.1", "ab.2", "ab.10"]
+
+
+def test_a_default_is_compared_with_what_another_run_set(tmp_path):
+    make(tmp_path / "0", decode_tok_s=1.0)
+    make(tmp_path / "1", "quant=int8", "batch=2", id="x.1")
+    header, rows = report.table(report.load_records([tmp_path]))
+    assert header[:2] == ["quant", "batch"] and [row[:2] for row in rows] == [["int4", "1"], ["int8", "2"]]
+
+
+def test_runs_that_differ_in_nothing_are_told_apart_by_id(tmp_path):
+    make(tmp_path / "0")
+    make(tmp_path / "1", id="cd")
+    header, rows = report.table(report.load_records([tmp_path]))
+    assert header[0] == "run" and {row[0] for row in rows} == {"ab.0", "cd"}
+
+
+@pytest.mark.parametrize("text", ["a|b", "a\nb"])
+def test_a_cell_cannot_break_the_table(tmp_path, text):
+    make(tmp_path / "0", f"prompt={text}" if "\n" not in text else "seed=0")
+    make(tmp_path / "1", "prompt=c", id="x.1")
+    table = report.markdown(report.load_records([tmp_path])).split("\n\n")[0].splitlines()
+    assert len(table) == 4
+    assert len({line.replace("\\|", "").count("|") for line in table}) == 1
+
+
+def test_main_prints_the_table_or_one_line(sweep, capsys, tmp_path):
+    assert report.main([str(sweep)]) == 0
+    assert capsys.readouterr().out.startswith("| quant |")
+    assert report.main([str(tmp_path / "none")]) == 2
+    assert "holds no record.json" in capsys.readouterr().err
+    assert report.main([]) == 2
+
+
+def test_summary_in_a_pipe_is_one_item_a_line(tmp_path, monkeypatch):
+    run = make(
+        tmp_path / ("long-" * 30),
+        decode_tok_s=512.3,
+        prefill_tok_s=12345.0,
+        ttft_s=0.0123,
+        prompt_text=["In the [bold]beginning"],
+        generated_text=[" God\ncreated"],
+        bits_per_byte={"bits_per_byte": 1.9},
+        memory_gib={"peak_host": 0.5},
+        tracker={"name": "wandb", "path": "wandb/offline-run-1", "url": None},
+    )
+    text = printed(summary.print_run, read_record(run.path), path=run.path)
+    lines = {line[:14].strip(): line[16:] for line in text.splitlines() if line}
+    assert lines["status"].startswith("ok") and "nano" in lines["status"] and "float32" in lines["status"]
+    assert lines["check float32"] == "passed  float32.logits 2e-06, limit 0.0001"
+    assert lines["decode"] == "512.3 tok/s  p50 1 ms, p99 2 ms, n 2  (random weights)"
+    assert lines["prefill"] == "12,345 tok/s, first token after 12.3 ms"
+    assert lines["bits/byte"].startswith("1.900") and lines["memory GiB"] == "peak host 0.5"
+    assert lines["text"] == "In the [bold]beginning God / created"
+    assert lines["record"].endswith("/record.json") and lines["W&B"] == "offline; wandb sync wandb/offline-run-1"
+    assert "\x1b" not in text
+
+
+def test_summary_of_a_failed_run_says_why(tmp_path):
+    error = {"type": "RuntimeError", "message": "boom\nbang", "phase": "export", "traceback": ""}
+    run = make(tmp_path / "0", status="failed", error=error, decode_tok_s=3.0)
+    text = printed(summary.print_run, read_record(run.path), path=run.path)
+    assert "boom bang" in text and "tok/s" not in text
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_summary_and_table_fit_a_terminal(sweep, width):
+    records = report.load_records([sweep])
+    text = printed(summary.print_sweep, records, path=sweep / "table.md", terminal=True)
+    rows = text.split("table  ")[0].splitlines()
+    assert max(map(len, rows)) <= 80
+    assert "unsupported" in text and "1,234*" in text
+
+
+def test_sweep_in_a_pipe_is_the_markdown_table(sweep):
+    records = report.load_records([sweep])
+    assert report.markdown(records) in printed(summary.print_sweep, records, path=sweep / "table.md")
