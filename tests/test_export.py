@@ -64,6 +64,7 @@ def test_methods_share_weights_and_state_with_the_model(model, compiled):
     """Seen through the methods, not the bookkeeping: a weight written in place changes both, state goes from one to
     the other, and no vector was frozen into the code."""
     prompt = tokens(5)
+    compiled.session.reset()
     before = compiled.session.prefill(prompt).clone()
     step_before = compiled.session.decode(prompt[:, :1]).clone()
     for name in ("layers.0.mixer.a_log", "layers.0.mixer.dt_bias", "layers.3.mixer.q_norm", "inv_freq", "norm"):

@@ -263,15 +263,16 @@ def dot_rows(
 @triton.jit
 def gemv_kernel(
     x_ptr, w_ptr, s_ptr, norm_ptr, res_ptr, y_ptr, x_stride, res_stride, eps,
-    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr,
     WORDS: tl.constexpr, CHUNK: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     FAST: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
-    """y[m, n] for one m and TILES x BLOCK_N outputs n. Grid (M, blocks): programs that share weights start together.
+    """y[m, n] for one m and TILES x BLOCK_N outputs n. Grid (blocks * M), m fastest: programs that share weights start
+    together. One dimension, because only the first may exceed 65,535.
 
     BITS is 32 for float32 weights; WORDS = words of a row, rounded up to a power of 2."""
-    m = tl.program_id(0).to(tl.int64)
-    start = tl.program_id(1).to(tl.int64) * (BLOCK_N * TILES)
+    program = tl.program_id(0).to(tl.int64)
+    m, start = program % M, program // M * (BLOCK_N * TILES)
     # From here offsets are relative to the program's first row: int32 is enough within it.
     w_ptr += start * (K // 2 if BITS == 4 else K)
     if BITS <= 8:
@@ -375,11 +376,11 @@ def launch_gemv(
     rows, features = weight.shape[0], x.shape[1]
     words, chunk = word_counts(bits=bits, in_features=features, group=group)
     config = config or gemv_config(bits=bits, rows=rows, in_features=features)
-    grid = (x.shape[0], triton.cdiv(rows, config["BLOCK_N"] * config["TILES"]))
+    grid = (x.shape[0] * triton.cdiv(rows, config["BLOCK_N"] * config["TILES"]),)
     wrap_triton(gemv_kernel)[grid](
         x, weight, weight if scales is None else scales, x if norm_weight is None else norm_weight,
         x if residual is None else residual, out, x.stride(0), 0 if residual is None else residual.stride(0), eps,
-        N=rows, K=features, GROUP=group, BITS=bits, HALF=weight.dtype == torch.float16, WORDS=words, CHUNK=chunk,
+        M=x.shape[0], N=rows, K=features, GROUP=group, BITS=bits, HALF=weight.dtype == torch.float16, WORDS=words, CHUNK=chunk,
         HAS_NORM=norm_weight is not None, HAS_RESIDUAL=residual is not None, FAST=x.is_cuda,
         **config,
     )  # fmt: skip

@@ -73,7 +73,7 @@ def kernels_per_step(session: Session, tokens: Tensor) -> int | None:
         session.reset()
         token = session.sample(session.prefill(tokens))
         synchronize(session.device)
-        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
             session.decode(token)
             synchronize(session.device)
     finally:

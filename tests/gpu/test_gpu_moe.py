@@ -45,8 +45,9 @@ def check(op, *, tokens, shapes, bits, dtype, k, routing=None, runs=20):
     assert_close_ratio(
         y.float(), expected, (TOLERANCE if op is moe_decode else PREFILL_TOLERANCE)[dtype], f"seed {seed}"
     )
-    # The residual hides the experts' own error: here without it, where bfloat16 keeps what x's rounding left.
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    # The residual hides the experts' own error: here without it. Rounding x + experts to bfloat16 costs up to 2^-8 of x,
+    # which is ten times the experts' output: 4 % of it.
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-2
     assert_close_ratio(y.float() - x.float(), expected - x.float(), tolerance, f"experts alone, seed {seed}")
     for run in range(runs):
         assert_bitwise_equal(op(x=x, **arguments), y, f"run {run}")
