@@ -57,7 +57,8 @@ def run_experiment(cfg: Config, *, run_dir: Path, record: Record, phases: Phases
         heldout = heldout_file(cfg.model)
         if cfg.eval_bytes and heldout is not None and cfg.model.weights != "random" and passed is not False:
             with phases("bits per byte"):
-                record.set(bits_per_byte=_quality(cfg, stack, heldout, text))
+                quality = _quality(cfg, stack, heldout, text)
+                record.set(bits_per_byte=quality["bits_per_byte"], evaluation=quality)
         record.set(memory_gib=_memory(stack))
     finally:
         stack.close()
@@ -110,7 +111,7 @@ def _compare_ids(record: Record, ids: list[list[int]], *, stopped_early: bool) -
         check["failures"].append("benchmark: the timed generation chose other tokens than the checked one")
 
 
-def _quality(cfg: Config, stack: Stack, heldout: Path, text: Text) -> dict[str, float | int]:
+def _quality(cfg: Config, stack: Stack, heldout: Path, text: Text) -> dict[str, Any]:
     assert text.encode is not None and text.decode is not None, "held-out text needs a model with text"
     decode, piece = text.decode, heldout.read_bytes()[: cfg.eval_bytes].decode(errors="ignore")
     count = len if cfg.model.tokenizer == "bytes" else lambda ids: len(decode(ids).encode())

@@ -55,6 +55,7 @@ KEYS = (
     "generated_text",
     "prompt_text",
     "bits_per_byte",
+    "evaluation",
     "bytes_per_token",
     "bandwidth_share",
     "kernels_per_token",

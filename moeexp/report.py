@@ -92,14 +92,9 @@ def _results(record: dict[str, Any]) -> list[str]:
         number(record["decode_tok_s"]) + mark,
         number(record["prefill_tok_s"]),
         number(None if ttft is None else 1e3 * ttft),
-        number(bits_per_byte(record)),
+        number(record["bits_per_byte"]),
         number(memory.get("peak_allocated", memory.get("peak_host"))),
     ]
-
-
-def bits_per_byte(record: dict[str, Any]) -> float | None:
-    """The figure alone; the record keeps it with what it was measured on."""
-    return (record["bits_per_byte"] or {}).get("bits_per_byte")
 
 
 def number(value: Any) -> str:

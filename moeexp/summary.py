@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moeexp.report import bits_per_byte, footnotes, markdown, number, table, why
+from moeexp.report import footnotes, markdown, number, table, why
 
 COLOURS = {"ok": "green", "running": "yellow", "unsupported": "yellow", "interrupted": "yellow"}
 MAX_TEXT = 600
@@ -122,8 +122,8 @@ def _speed_rows(record: dict[str, Any]) -> list[Row]:
         rows.append(("prefill", f"{number(record['prefill_tok_s'])} tok/s{first}"))
     if record["bandwidth_share"] is not None:
         rows.append(("bandwidth", f"{record['bandwidth_share']:.1%} of the measured read bandwidth"))
-    if bits_per_byte(record) is not None:
-        rows.append(("bits/byte", f"{bits_per_byte(record):.3f} on the held-out text"))
+    if record["bits_per_byte"] is not None:
+        rows.append(("bits/byte", f"{record['bits_per_byte']:.3f} on the held-out text"))
     if record["memory_gib"]:
         memory = ", ".join(f"{key.replace('_', ' ')} {number(value)}" for key, value in record["memory_gib"].items())
         rows.append(("memory GiB", memory))

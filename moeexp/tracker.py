@@ -164,7 +164,7 @@ def _summary(record: dict[str, Any]) -> dict[str, Any]:
     for part in (record["check"] or {}).get("parts", []):
         check[part["name"]] = {gate["gate"]: gate["value"] for gate in part["gates"]}
     nested = {"check": check, "latency_ms": latencies} | {key: record[key] for key in ("phases_s", "memory_gib")}
-    summary |= {"status": record["status"]} | (record["bits_per_byte"] or {})
+    summary |= {"status": record["status"]} | {"bits_per_byte": record["bits_per_byte"]}
     return summary | {key: value for key, value in nested.items() if value}
 
 

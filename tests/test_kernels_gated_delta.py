@@ -6,6 +6,10 @@ the error of a GPU, and biased. Hence the wider bfloat16 tolerances there.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import kernels_common as common
 import pytest
 import torch
@@ -17,7 +21,7 @@ ON_GPU = common.DEVICE == "cuda"
 F32, BF16 = torch.float32, torch.bfloat16
 # bfloat16: one rounding of the output in decode; in prefill also of q, k, v, the chunk's matrices and the state as operand.
 DECODE_TOL = {F32: 1e-5, BF16: 3e-3 if ON_GPU else 8e-3}
-PREFILL_TOL = {F32: 1e-5, BF16: 8e-3 if ON_GPU else 2e-2}
+PREFILL_TOL = {F32: 1e-5, BF16: 6e-3 if ON_GPU else 2e-2}
 STATE = ("conv_state", "recurrent_state")
 FAULT_LENGTHS = (1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000)
 
@@ -76,6 +80,11 @@ def set_tuned(monkeypatch, **values):
     monkeypatch.setattr(gated_delta, "TUNED_DEFAULT", {**gated_delta.TUNED_DEFAULT, **values})
 
 
+def set_chunk(monkeypatch, tokens):
+    """Chunks of `tokens` for float32 too, so that the structure of the bfloat16 path is seen at float32 accuracy."""
+    monkeypatch.setitem(gated_delta_prefill.TUNED, F32, {**gated_delta_prefill.TUNED[F32], "chunk": tokens})
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize(
     "batch, heads, dims",
@@ -94,8 +103,13 @@ def test_decode_equals_definition_slow(batch, heads, dims, dtype):
     check(gdn_decode, make_case(batch, 1, heads, dims, dtype), DECODE_TOL[dtype])
 
 
-@pytest.mark.parametrize("split, step", [(0, 1), (0, 2), (0, 4), (2, 1), (16, 1)])
-@pytest.mark.parametrize("heads, dims", [((1, 3), (16, 16)), ((1, 2), (20, 12))])
+@pytest.mark.parametrize(
+    "split, step, heads, dims",
+    [
+        (0, 1, (1, 3), (16, 16)), (0, 2, (1, 3), (16, 16)), (0, 4, (1, 3), (16, 16)), (2, 1, (1, 2), (20, 12)),
+        pytest.param(16, 1, (1, 3), (20, 12), marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_every_launch_shape_of_decode(monkeypatch, split, step, heads, dims):
     """Also the tail of heads that no step divides, and columns past Dv."""
     set_tuned(monkeypatch, split=split, step=step)
@@ -105,7 +119,7 @@ def test_every_launch_shape_of_decode(monkeypatch, split, step, heads, dims):
 @pytest.mark.parametrize("split", [0, 2])
 def test_decode_carries_its_state(monkeypatch, split):
     set_tuned(monkeypatch, split=split)
-    check(gdn_decode, make_case(1, 5, (1, 2), (16, 16)), DECODE_TOL[F32], splits=[1] * 5)
+    check(gdn_decode, make_case(1, 4, (1, 2), (16, 16)), DECODE_TOL[F32], splits=[1] * 4)
 
 
 @pytest.mark.parametrize("width", [2, 3, 5])
@@ -122,30 +136,38 @@ def test_decode_alternatives_agree():
         check(op, case, DECODE_TOL[F32])
 
 
-@pytest.mark.parametrize("tokens", [2, 3, 63, 64, 65, 129])
-def test_prefill_equals_definition(tokens):
+@pytest.mark.parametrize("chunk, tokens", [(16, 2), (16, 15), (16, 16), (16, 17), (64, 63), (64, 65), (64, 129)])
+def test_prefill_equals_definition(monkeypatch, chunk, tokens):
+    set_chunk(monkeypatch, chunk)
     check(gdn_prefill, make_case(1, tokens, (1, 1), (16, 16), seed=tokens), PREFILL_TOL[F32])
 
 
-def test_prefill_bfloat16_batch_and_odd_dims():
-    check(gdn_prefill, make_case(2, 65, (1, 2), (20, 12), BF16), PREFILL_TOL[BF16])
+def test_prefill_bfloat16_and_odd_dims():
+    check(gdn_prefill, make_case(1, 65, (1, 2), (20, 12), BF16), PREFILL_TOL[BF16])
+
+
+def test_prefill_batch():
+    check(gdn_prefill, make_case(3, 5, (2, 2), (16, 8)), PREFILL_TOL[F32])
 
 
 def test_prefill_ragged_splits():
     """A split shorter than the conv's window mixes old state and new tokens."""
-    check(gdn_prefill, make_case(1, 67, (1, 1), (16, 16)), PREFILL_TOL[F32], splits=[1, 2, 64])
+    check(gdn_prefill, make_case(1, 20, (1, 1), (16, 16)), PREFILL_TOL[F32], splits=[1, 2, 17])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("dtype, chunk", [(F32, 16), (F32, 64), (BF16, 64)])
 @pytest.mark.parametrize("tokens", FAULT_LENGTHS)
-def test_prefill_fault_table_lengths(tokens, dtype):
+def test_prefill_fault_table_lengths(monkeypatch, tokens, dtype, chunk):
+    if dtype is F32:
+        set_chunk(monkeypatch, chunk)
     check(gdn_prefill, make_case(1, tokens, (1, 2), (16, 16), dtype, seed=tokens), PREFILL_TOL[dtype])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("splits", [[64, 64], [63, 1, 65], [1, 127, 1], [3, 61, 2, 2, 61], [128, 1]])
-def test_prefill_ragged_splits_slow(splits):
+def test_prefill_ragged_splits_slow(monkeypatch, splits):
+    set_chunk(monkeypatch, 64)
     check(gdn_prefill, make_case(1, sum(splits), (1, 2), (16, 16)), PREFILL_TOL[F32], splits=splits)
 
 
@@ -155,11 +177,11 @@ def test_prefill_shapes_slow(heads, dims):
     check(gdn_prefill, make_case(1, 70, heads, dims), PREFILL_TOL[F32])
 
 
-def test_correlated_keys_stay_exact():
+def test_correlated_keys_stay_exact(monkeypatch):
     """Equal keys and beta near 1 make the chunk's matrix all ones below the diagonal: powers of it reach 1e18, its inverse
     does not. A product of powers passes random inputs and fails here."""
+    set_chunk(monkeypatch, 64)
     case = make_case(1, 64, (1, 1), (16, 16))
-    case["proj"] = case["proj"].clone()
     case["proj"][:, :, 16:32] = 1.0  # k
     case["proj"][:, :, -2] = 20.0  # b: beta = 1
     case["proj"][:, :, -1] = -20.0  # a: no decay
@@ -168,47 +190,46 @@ def test_correlated_keys_stay_exact():
 
 def test_strong_decay_stays_finite():
     """Decays whose inverse overflows: what lies above the diagonal must never be exponentiated."""
-    case = make_case(1, 66, (1, 1), (16, 16))
-    case["proj"] = case["proj"].clone()
+    case = make_case(1, 18, (1, 1), (16, 16))
     case["proj"][:, :, -1] = 60.0
     case["a_log"] = torch.full_like(case["a_log"], 2.0)
     check(gdn_prefill, case, PREFILL_TOL[F32])
 
 
 def test_prefill_then_decode_equals_one_run():
-    case = make_case(1, 67, (1, 2), (16, 16))
+    case = make_case(1, 19, (1, 2), (16, 16))
 
     def both(proj, **rest):
         return (gdn_prefill if proj.shape[1] > 1 else gdn_decode)(proj=proj, **rest)
 
-    check(both, case, PREFILL_TOL[F32], splits=[65, 1, 1])
+    check(both, case, PREFILL_TOL[F32], splits=[17, 1, 1])
 
 
 def test_rows_with_a_wider_stride():
     """proj may be a view into a wider buffer; what lies beside it is NaN and must not be read."""
-    case = make_case(2, 3, (1, 2), (16, 8))
-    wide = common.poison(2, 3, case["proj"].shape[-1] + 32)
+    case = make_case(2, 2, (1, 1), (16, 8))
+    wide = common.poison(2, 2, case["proj"].shape[-1] + 32)
     wide[..., 16:-16] = case["proj"]
     view = {**case, "proj": wide[..., 16:-16]}
-    for op, splits in ((gdn_prefill, None), (gdn_decode, [1] * 3)):
+    for op, splits in ((gdn_prefill, None), (gdn_decode, [1, 1])):
         for actual, expected in zip(run(op, view, splits), run(op, case, splits), strict=True):
             common.assert_bitwise_equal(actual, expected)
 
 
 def test_sequences_do_not_see_each_other():
     """NaN in one sequence's input and state leaves the other bitwise as it is."""
-    case = make_case(2, 3, (1, 1), (16, 8))
+    case = make_case(2, 2, (1, 1), (16, 8))
     sick = {name: value.clone() if torch.is_tensor(value) else value for name, value in case.items()}
     for name in ("proj", *STATE):
         sick[name][0] = float("nan")
-    for op, splits in ((gdn_prefill, None), (gdn_decode, [1] * 3)):
+    for op, splits in ((gdn_prefill, None), (gdn_decode, [1, 1])):
         for actual, expected in zip(run(op, sick, splits), run(op, case, splits), strict=True):
             common.assert_bitwise_equal(actual[1], expected[1])
 
 
 def test_bitwise_stable():
-    for op, tokens in ((gdn_decode, 1), (gdn_prefill, 65)):
-        case = make_case(1, tokens, (1, 2), (16, 16), BF16)
+    for op, tokens in ((gdn_decode, 1), (gdn_prefill, 17)):
+        case = make_case(1, tokens, (1, 1), (16, 16))
         common.assert_bitwise_stable(lambda op=op, case=case: run(op, case), 2)
 
 
@@ -228,7 +249,10 @@ def test_refusals(op):
     refused("conv_state", "need", conv_state=case["conv_state"][..., :2].contiguous())
     refused("proj", "stride", proj=case["proj"].repeat_interleave(2, dim=-1)[..., ::2])
     refused("conv width 1", conv_weight=case["conv_weight"][:, :1].contiguous())
-    if op is gdn_decode:
+    if op is gdn_prefill:
+        far = case["proj"].as_strided(case["proj"].shape, (0, 1 << 25, 1))
+        refused("row stride", str(1 << 25), proj=far)
+    else:
         refused("one token", "gdn_prefill", proj=case["proj"].expand(1, 2, -1))
 
 
@@ -240,43 +264,48 @@ def test_refused_calls_leave_the_state_alone():
         common.assert_bitwise_equal(case[name], expected, name)
 
 
+EXPORT = """
+import torch
+from moeexp_kernels.gated_delta import gdn_decode
+from moeexp_kernels.gated_delta_prefill import gdn_prefill
+
+SIZES = dict(num_k_heads=1, num_v_heads=2, head_k_dim=16, head_v_dim=16, eps=1e-6)
+TENSORS = dict(conv_weight=(64, 4), a_log=(2,), dt_bias=(2,), norm_weight=(16,), conv_state=(2, 64, 3),
+               recurrent_state=(2, 2, 16, 16))
+
 class Layer(torch.nn.Module):
-    def __init__(self, op, case):
+    def __init__(self, op):
         super().__init__()
-        self.op, self.sizes = op, {name: value for name, value in case.items() if not torch.is_tensor(value)}
-        for name, value in case.items():
-            if torch.is_tensor(value) and name != "proj":
-                self.register_buffer(name, value.clone())
+        self.op = op
+        for name, shape in TENSORS.items():
+            self.register_buffer(name, torch.zeros(shape))
 
     def forward(self, proj):
-        return self.op(proj=proj, **dict(self.named_buffers()), **self.sizes)
+        return self.op(proj=proj, **dict(self.named_buffers()), **SIZES)
+
+any_length = ({1: torch.export.Dim("tokens", min=1, max=4096)},)
+for op, name, length, shapes in ((gdn_decode, "gdn_decode", 1, None), (gdn_prefill, "gdn_prefill", 5, any_length)):
+    program = torch.export.export(Layer(op), (torch.zeros(2, length, 100),), dynamic_shapes=shapes)
+    calls = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert calls == [f"moeexp.{name}.default"], calls
+    ranges = [(bounds.lower, bounds.upper) for bounds in program.range_constraints.values()]
+    assert ranges == ([(1, 4096)] if shapes else []), ranges
+"""
 
 
-def test_exports_with_symbolic_length():
-    """One exported prefill serves every T, keeps its state, and contains the op itself."""
-    layer = Layer(gdn_prefill, make_case(1, 5, (1, 1), (16, 16)))
-    tokens = torch.export.Dim("tokens", min=2, max=4096)
-    proj = make_case(1, 66, (1, 1), (16, 16), seed=9)["proj"]
-    program = torch.export.export(layer, (proj[:, :5],), dynamic_shapes=({1: tokens},))
-    assert "moeexp.gdn_prefill" in str(program.graph)
-    expected = layer(proj)
-    exported = program.module()  # its buffers are the state before that call
-    common.assert_bitwise_equal(exported(proj), expected)
-    common.assert_bitwise_equal(exported.recurrent_state, layer.recurrent_state, "recurrent_state")
-
-
-def test_decode_exports():
-    layer = Layer(gdn_decode, make_case(2, 1, (1, 2), (16, 16)))
-    program = torch.export.export(layer, (torch.zeros(2, 1, layer.conv_state.shape[1] + 36),))
-    assert "moeexp.gdn_decode" in str(program.graph)
+def test_exports_as_one_node_with_symbolic_length():
+    """One prefill serves every T >= 1. In a process without the interpreter, whose kernels no trace can pass through."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", EXPORT], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_reference_prefill_is_the_same_function():
-    check(reference_gdn_prefill, make_case(1, 67, (1, 2), (16, 16)), 1e-5)
+    check(reference_gdn_prefill, make_case(1, 67, (1, 2), (16, 16)), PREFILL_TOL[F32])
 
 
 def test_tables_name_only_what_the_launch_reads():
     for entry in (*gated_delta.TUNED.values(), gated_delta.TUNED_DEFAULT):
         assert set(entry) == {"split", "step", "num_warps"}
     for entry in gated_delta_prefill.TUNED.values():
-        assert set(entry) == {"precision", "solve", "local", "block_v", "scan", "norm_tokens", "norm"}
+        assert set(entry) == {"chunk", "precision", "solve", "local", "block_v", "scan", "norm_tokens", "norm"}

@@ -96,7 +96,7 @@ def test_summary_in_a_pipe_is_one_item_a_line(tmp_path, monkeypatch):
         ttft_s=0.0123,
         prompt_text=["In the [bold]beginning"],
         generated_text=[" God\ncreated"],
-        bits_per_byte={"bits_per_byte": 1.9},
+        bits_per_byte=1.9,
         memory_gib={"peak_host": 0.5},
         tracker={"name": "wandb", "path": "wandb/offline-run-1", "url": None},
     )

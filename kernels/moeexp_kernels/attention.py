@@ -97,7 +97,7 @@ def _(q, qkv, k_cache, v_cache, positions):
 # Per kernel and shape class (head dim rounded up to a power of two, "half" for 2-byte activations, "single" for float32).
 # `splitk_programs`: programs to aim at over batch, key-value heads and splits; `splits` is a power of two below that.
 TUNED = {
-    ("prefill", "half", 256): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+    ("prefill", "half", 256): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
     ("prefill", "half", 128): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
     ("prefill", "half", None): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
     ("prefill", "single", None): {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
@@ -134,7 +134,8 @@ def _norm_rotate_store(
     angle = slot.to(tl.float32) * tl.load(inv_freq + half, mask=in_half, other=0.0)
     cos, sin = tl.cos(angle), tl.sin(angle)
     tl.store(target + half, (first * cos - second * sin).to(target.dtype.element_ty), mask=in_half & (half < stored))
-    tl.store(target + HALF + half, (second * cos + first * sin).to(target.dtype.element_ty), mask=in_half & (half < stored))
+    rotated = second * cos + first * sin
+    tl.store(target + HALF + half, rotated.to(target.dtype.element_ty), mask=in_half & (half < stored))
     tl.store(target + rest, tail.to(target.dtype.element_ty), mask=rest < stored)
 
 
@@ -196,10 +197,10 @@ def _attend_block(
     if CAUSAL:
         score = tl.where((n + column)[None, :] <= last[:, None], score, float("-inf"))
     new_largest = tl.maximum(largest, tl.max(score, 1))
-    # A row that has seen nothing yet has no finite maximum, and -inf - -inf is NaN.
-    pivot = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-    weight = tl.exp2(score - pivot[:, None])
-    decay = tl.exp2(largest - pivot)
+    # Blocks come in order, so a row sees its first slot in its first block or nothing ever: such a row turns to NaN here
+    # (-inf - -inf), and the epilogue makes it 0.
+    weight = tl.exp2(score - new_largest[:, None])
+    decay = tl.exp2(largest - new_largest)
     total = total * decay + tl.sum(weight, 1)
     acc = tl.dot(weight.to(value.dtype), value, acc * decay[:, None], input_precision="ieee")
     return acc, new_largest, total
@@ -256,6 +257,7 @@ def _attend_kernel(
         values += BLOCK_N * DH
 
     if SPLITS == 1:
+        # NaN > 0 is false as well.
         result = tl.where(total[:, None] > 0.0, acc / tl.where(total > 0.0, total, 1.0)[:, None], 0.0)
         gate_cells = b * qkv_stride_b + t_wide[:, None] * qkv_stride_t + (head * (2 * DH) + DH)[:, None] + d[None, :]
         gate = tl.load(qkv + gate_cells, mask=used, other=0.0).to(tl.float32)

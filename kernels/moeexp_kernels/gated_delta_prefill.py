@@ -16,22 +16,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gated_delta import CHUNK, L2_EPS, _gates, _next_conv_state, _store_conv_state, check_gdn
+from .gated_delta import L2_EPS, _gates, _next_conv_state, _store_conv_state, check_gdn
 
-# Launch shapes by activation dtype. `block_v`: columns of Dv per scan program, the scan's only parallelism beside heads.
-# `solve`: precision of the float32 products of the triangular inverse; with bfloat16 activations X is rounded to
-# bfloat16 anyway, with float32 ones every product is exact float32.
+# Launch shapes by activation dtype. `chunk`: tokens per chunk, a power of two from 16. `block_v`: columns of Dv per scan
+# program, the scan's only parallelism beside heads. `precision` is that of float32 operands of tl.dot, `solve` that of the
+# triangular inverse: with bfloat16 activations the inverse is rounded to bfloat16 anyway. Exact float32 products have no
+# tensor cores; chunks of 64 would unroll into minutes of compilation and spill.
 TUNED = {
     torch.bfloat16: {
-        "precision": "ieee", "solve": "tf32", "local": {"num_warps": 4, "num_stages": 1}, "block_v": 32,
-        "scan": {"num_warps": 4, "num_stages": 2}, "norm_tokens": 16, "norm": {"num_warps": 4},
+        "chunk": 64, "precision": "ieee", "solve": "tf32", "local": {"num_warps": 4, "num_stages": 1}, "block_v": 16,
+        # Two warps, so that the products are mma.sync: as warp-group products (four warps, sm_90a, Triton 3.6) the scan
+        # read beyond its shared memory at head dims of 64, pipelined or not. Sixteen columns, or two warps would spill.
+        "scan": {"num_warps": 2, "num_stages": 1}, "norm_tokens": 16, "norm": {"num_warps": 4},
     },
     torch.float32: {
-        "precision": "ieee", "solve": "ieee", "local": {"num_warps": 8, "num_stages": 1}, "block_v": 16,
+        "chunk": 16, "precision": "ieee", "solve": "ieee", "local": {"num_warps": 8, "num_stages": 1}, "block_v": 16,
         "scan": {"num_warps": 8, "num_stages": 1}, "norm_tokens": 16, "norm": {"num_warps": 4},
     },
 }  # fmt: skip
 MIN_DOT = 16  # tl.dot's smallest side
+MAX_ROW_STRIDE = 1 << 24  # elements; offsets within a chunk are 32 bits
 
 
 @triton.jit
@@ -47,7 +51,7 @@ def _dot(a, b, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 def _conv_chunk(
     proj, conv_state, conv_weight, first, dim, in_dim, start, step, T, stride_t, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """SiLU of the causal conv at tokens start + step [CHUNK], channels first + dim [N]; float32, zero past T and N.
+    """SiLU of the causal conv at tokens start + step [SIZE], channels first + dim [N]; float32, zero past T and N.
     Pointers are to one sequence; within a chunk offsets fit 32 bits."""
     proj += start.to(tl.int64) * stride_t + first
     conv_weight += first * WIDTH
@@ -236,37 +240,40 @@ def gdn_prefill(
 
     Shapes as in gated_delta.py's docstring; conv_state and recurrent_state are mutated. With bfloat16 activations q, k, v
     and the state are rounded to bfloat16 as operands of products, sums and the state itself stay float32. Scratch is about
-    (3 Dk + Dv + 64) * 64 activations per value head and chunk. `ValueError` as `gdn_decode`."""
+    3 Dk + Dv + 64 activations per value head and token. `ValueError` as `gdn_decode`, and for rows too far apart."""
     check_gdn(
         proj=proj, conv_weight=conv_weight, a_log=a_log, dt_bias=dt_bias, norm_weight=norm_weight, conv_state=conv_state,
         recurrent_state=recurrent_state, num_k_heads=num_k_heads, num_v_heads=num_v_heads, head_k_dim=head_k_dim,
         head_v_dim=head_v_dim,
     )  # fmt: skip
+    if proj.stride(1) > MAX_ROW_STRIDE:
+        raise ValueError(f"proj has a row stride of {proj.stride(1)} elements; at most {MAX_ROW_STRIDE} are supported")
     batch, tokens, _ = proj.shape
     channels, width = conv_weight.shape
     tuned = TUNED[proj.dtype]
+    size = tuned["chunk"]
     pad_k, pad_v = (max(MIN_DOT, triton.next_power_of_2(n)) for n in (head_k_dim, head_v_dim))
     block_v = min(tuned["block_v"], pad_v)
-    chunks = (tokens + CHUNK - 1) // CHUNK
+    chunks = (tokens + size - 1) // size
     widen = proj.device.type == "cpu"  # only the interpreter runs there
 
     def scratch(*shape: int, dtype: torch.dtype = proj.dtype) -> Tensor:
         return torch.empty(batch, num_v_heads, chunks, *shape, dtype=dtype, device=proj.device)
 
-    w, q, k = (scratch(CHUNK, pad_k) for _ in range(3))
-    u, pair, decay = scratch(CHUNK, pad_v), scratch(CHUNK, CHUNK), scratch(dtype=torch.float32)
+    w, q, k = (scratch(size, pad_k) for _ in range(3))
+    u, pair, decay = scratch(size, pad_v), scratch(size, size), scratch(dtype=torch.float32)
     out = torch.empty(batch, tokens, num_v_heads * head_v_dim, dtype=proj.dtype, device=proj.device)
     torch.library.wrap_triton(_local_kernel)[(chunks, num_v_heads, batch)](
         proj, conv_weight, a_log, dt_bias, conv_state, w, u, q, k, pair, decay, tokens, proj.stride(0), proj.stride(1),
-        L2_EPS=L2_EPS, HK=num_k_heads, HV=num_v_heads, DK=head_k_dim, DV=head_v_dim, WIDTH=width, SIZE=CHUNK,
-        LEVELS=CHUNK.bit_length() - 1, BK=pad_k, BV=pad_v, PRECISION=tuned["precision"],
+        L2_EPS=L2_EPS, HK=num_k_heads, HV=num_v_heads, DK=head_k_dim, DV=head_v_dim, WIDTH=width, SIZE=size,
+        LEVELS=size.bit_length() - 1, BK=pad_k, BV=pad_v, PRECISION=tuned["precision"],
         SOLVE=tuned["solve"], WIDEN=widen, **tuned["local"],
     )  # fmt: skip
     blocks = pad_v // block_v
     per_program = triton.cdiv(channels, num_v_heads * blocks)
     torch.library.wrap_triton(_scan_kernel)[(blocks, num_v_heads, batch)](
         w, u, q, k, pair, decay, proj, conv_state, recurrent_state, out, tokens, chunks, proj.stride(0), proj.stride(1),
-        HV=num_v_heads, DK=head_k_dim, DV=head_v_dim, CHANNELS=channels, WIDTH=width, SIZE=CHUNK, BK=pad_k, PAD_V=pad_v,
+        HV=num_v_heads, DK=head_k_dim, DV=head_v_dim, CHANNELS=channels, WIDTH=width, SIZE=size, BK=pad_k, PAD_V=pad_v,
         BV=block_v, SLICE=per_program, FLAT=triton.next_power_of_2(per_program * (width - 1)), PRECISION=tuned["precision"],
         WIDEN=widen, **tuned["scan"],
     )  # fmt: skip

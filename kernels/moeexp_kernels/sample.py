@@ -51,8 +51,8 @@ def reference_support(*, logits: Tensor, temperature: float, top_k: int, top_p: 
     return keep
 
 
-def _reference_noise(seed_state: Tensor, rows: int, tokens: int) -> Tensor:
-    """[B, V] float32 Exp(1) from Philox's first word. Products of 32-bit words wrap in int64; their bits are right."""
+def reference_words(seed_state: Tensor, rows: int, tokens: int) -> Tensor:
+    """[B, V] int64, Philox's first 32-bit word of each counter. Products wrap in int64, but their 64 bits are right."""
     low = 0xFFFFFFFF
     device = seed_state.device
     seed, offset = seed_state[0], seed_state[1]
@@ -64,8 +64,14 @@ def _reference_noise(seed_state: Tensor, rows: int, tokens: int) -> Tensor:
         p0, p1 = c0 * PHILOX_ROUND[0], c2 * PHILOX_ROUND[1]
         c0, c1, c2, c3 = ((p1 >> 32) & low) ^ c1 ^ k0, p1 & low, ((p0 >> 32) & low) ^ c3 ^ k1, p0 & low
         k0, k1 = (k0 + PHILOX_KEY[0]) & low, (k1 + PHILOX_KEY[1]) & low
-    u = (c0.float() * 2.0**-32 + 2.0**-33).clamp(max=1 - 2.0**-24)
-    return -torch.log1p(-u)
+    return c0
+
+
+def reference_scores(*, logits: Tensor, seed_state: Tensor, temperature: float) -> Tensor:
+    """[B, V] float32: what each token brings to the race, before filters."""
+    rows, _, tokens = logits.shape
+    uniform = (reference_words(seed_state, rows, tokens).float() * 2.0**-32 + 2.0**-33).clamp(max=1 - 2.0**-24)
+    return logits[:, 0].float() / temperature - (-torch.log1p(-uniform)).log()
 
 
 def reference_sample(*, logits: Tensor, seed_state: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
@@ -73,8 +79,7 @@ def reference_sample(*, logits: Tensor, seed_state: Tensor, temperature: float, 
     _check(logits, seed_state, temperature, top_k, top_p)
     if temperature == 0:
         return reference_greedy(logits=logits)
-    rows, _, tokens = logits.shape
-    score = logits[:, 0].float() / temperature - _reference_noise(seed_state, rows, tokens).log()
+    score = reference_scores(logits=logits, seed_state=seed_state, temperature=temperature)
     keep = reference_support(logits=logits, temperature=temperature, top_k=top_k, top_p=top_p)
     seed_state[1:].add_(1)
     return score.masked_fill(~keep, float("-inf")).argmax(-1, keepdim=True)
@@ -116,7 +121,8 @@ def _exponential(seed_state, token, row):
 @triton.jit
 def _resolve(
     sums, prefixes, cell, first_cell, shift,
-    TOP_K: tl.constexpr, TOP_P: tl.constexpr, BY_MASS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_CHUNKS: tl.constexpr, DIGITS: tl.constexpr,
+    TOP_K: tl.constexpr, TOP_P: tl.constexpr, BY_MASS: tl.constexpr,
+    CHUNKS: tl.constexpr, BLOCK_CHUNKS: tl.constexpr, DIGITS: tl.constexpr,
 ):  # fmt: skip
     """What a search step (row `cell` of sums and prefixes) found: the largest candidate with still enough at or above it.
 
@@ -135,15 +141,16 @@ def _resolve(
 
 @triton.jit
 def _narrow_kernel(
-    logits, peaks, sums, prefixes, floors, vocabulary, stride_b, first, step, shift, previous_shift,
+    logits, peaks, sums, prefixes, vocabulary, stride_b, first, step, shift, previous_shift,
     STEPS: tl.constexpr, INVERSE_T: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BY_MASS: tl.constexpr,
-    OPENING: tl.constexpr, FLOORED: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_CHUNKS: tl.constexpr, DIGITS: tl.constexpr, BLOCK: tl.constexpr,
-    NARROW_STEP: tl.constexpr,
+    OPENING: tl.constexpr, FLOORED: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_CHUNKS: tl.constexpr,
+    DIGITS: tl.constexpr, BLOCK: tl.constexpr, NARROW_STEP: tl.constexpr,
 ):  # fmt: skip
     """Grid (C, B). Per chunk, how many tokens (or what unnormalised probability, BY_MASS) lie at or above each candidate
     prefix + j << shift: sums [B, STEPS, C, DIGITS]. prefixes [B, STEPS] is what each step starts from.
 
-    OPENING: first step of a search. FLOORED: the search by mass, where one by count came before it and limits it."""
+    OPENING: first step of a search. FLOORED: the search by mass, where one by count came before it: its opening weighs
+    only what that kept, which sets the goal. Later steps need no floor: below it there is always enough."""
     chunk, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     cell = b * STEPS + step
     prefix = cell * 0
@@ -153,14 +160,11 @@ def _narrow_kernel(
             floor = _resolve(
                 sums, prefixes, cell - 1, cell, previous_shift, TOP_K, TOP_P, False, CHUNKS, BLOCK_CHUNKS, DIGITS
             )  # fmt: skip
-            tl.store(floors + b, floor, mask=chunk == 0)
     else:
         prefix = _resolve(
             sums, prefixes, cell - 1, b * STEPS + first, previous_shift, TOP_K, TOP_P, BY_MASS,
             CHUNKS, BLOCK_CHUNKS, DIGITS,
         )  # fmt: skip
-        if FLOORED:
-            floor = tl.load(floors + b)
     tl.store(prefixes + cell, prefix, mask=chunk == 0)
 
     digit = tl.arange(0, DIGITS)
@@ -292,8 +296,8 @@ def sample(logits: Tensor, seed_state: Tensor, temperature: float, top_k: int, t
 
     wide = {"dtype": torch.int64, "device": logits.device}
     sums = torch.empty((rows, len(plan), sizes["CHUNKS"], sizes["DIGITS"]), dtype=torch.float32, device=logits.device)
-    prefixes, floors = torch.empty((rows, len(plan)), **wide), torch.empty((rows,), **wide)
-    peaks = floors
+    prefixes = torch.empty((rows, len(plan)), **wide)
+    peaks = prefixes
     if top_p < 1:
         peaks = torch.empty((rows, sizes["CHUNKS"]), **wide)
         wrap_triton(_chunk_best_kernel)[(sizes["CHUNKS"], rows)](
@@ -305,7 +309,7 @@ def sample(logits: Tensor, seed_state: Tensor, temperature: float, top_k: int, t
         opening = shift == shifts[0]
         first = step if opening else first
         wrap_triton(_narrow_kernel)[(sizes["CHUNKS"], rows)](
-            logits, peaks, sums, prefixes, floors, vocabulary, logits.stride(0), first, step, shift,
+            logits, peaks, sums, prefixes, vocabulary, logits.stride(0), first, step, shift,
             shifts[-1] if opening else shift + DIGIT_BITS, **constants, BY_MASS=by_mass, OPENING=opening,
             FLOORED=by_mass and len(kinds) == 2, NARROW_STEP=TUNED["NARROW_STEP"], **sizes,
             num_warps=TUNED["narrow_warps"],
