@@ -55,7 +55,10 @@ def run_experiment(cfg: Config, *, run_dir: Path, record: Record, phases: Phases
         _compare_ids(record, ids, stopped_early=eos is not None)
         record.set(generated_ids=ids, generated_text=[text.decode(row) for row in ids] if text.decode else None)
         heldout = heldout_file(cfg.model)
-        if cfg.eval_bytes and heldout is not None and cfg.model.weights != "random" and passed is not False:
+        wanted = bool(cfg.eval_bytes) and heldout is not None and cfg.model.weights != "random"
+        if wanted and text.encode is None:
+            record.note("no bits per byte: the snapshot brings no tokenizer, so held-out text has no tokens")
+        elif wanted and passed is not False:
             with phases("bits per byte"):
                 quality = _quality(cfg, stack, heldout, text)
                 record.set(bits_per_byte=quality["bits_per_byte"], evaluation=quality)

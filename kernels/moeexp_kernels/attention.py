@@ -197,8 +197,6 @@ def _attend_block(
     if CAUSAL:
         score = tl.where((n + column)[None, :] <= last[:, None], score, float("-inf"))
     new_largest = tl.maximum(largest, tl.max(score, 1))
-    # Blocks come in order, so a row sees its first slot in its first block or nothing ever: such a row turns to NaN here
-    # (-inf - -inf), and the epilogue makes it 0.
     weight = tl.exp2(score - new_largest[:, None])
     decay = tl.exp2(largest - new_largest)
     total = total * decay + tl.sum(weight, 1)
@@ -241,7 +239,8 @@ def _attend_kernel(
     cache = b * cache_stride_b + kv_head.to(tl.int64) * cache_stride_h + begin.to(tl.int64) * DH
     keys, values = k_cache + cache, v_cache + cache
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    # Below every score but finite: for a row that has seen nothing, -inf - -inf would be NaN.
+    largest = tl.full([BLOCK_M], -3e38, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for n in range(begin, tl.minimum(plain, end), BLOCK_N):
         acc, largest, total = _attend_block(
@@ -257,7 +256,6 @@ def _attend_kernel(
         values += BLOCK_N * DH
 
     if SPLITS == 1:
-        # NaN > 0 is false as well.
         result = tl.where(total[:, None] > 0.0, acc / tl.where(total > 0.0, total, 1.0)[:, None], 0.0)
         gate_cells = b * qkv_stride_b + t_wide[:, None] * qkv_stride_t + (head * (2 * DH) + DH)[:, None] + d[None, :]
         gate = tl.load(qkv + gate_cells, mask=used, other=0.0).to(tl.float32)
