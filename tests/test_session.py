@@ -1,0 +1,136 @@
+"""The session on eager reference methods: limits, faults, and no memory of what was before."""
+
+import pytest
+import torch
+from common import build_session, random_tokens, same_state
+
+
+@pytest.fixture
+def session():
+    return build_session(max_seq_len=48)
+
+
+def run(session, tokens, steps=3):
+    session.reset()
+    logits = [session.prefill(tokens, torch.arange(tokens.shape[1]))]
+    for step in range(steps):
+        logits.append(session.decode(tokens[:, step % tokens.shape[1]][:, None].contiguous()).clone())
+    return torch.cat(logits, 1)
+
+
+def test_context_filled_to_the_last_slot_and_not_beyond(session):
+    tokens = random_tokens(1, 40)
+    assert len(session.generate(tokens, 8)[0]) == 8
+    with pytest.raises(ValueError, match="max_seq_len=48"):
+        session.generate(tokens, 9)
+    session.reset()
+    session.prefill(random_tokens(1, 48))
+    before = session.arena.snapshot()
+    with pytest.raises(ValueError, match="max_seq_len=48"):
+        session.decode(tokens[:, :1].contiguous())
+    assert same_state(before, session.arena.snapshot()) and session.length == 48
+
+
+@pytest.mark.parametrize(
+    "tokens, word",
+    [
+        (torch.zeros(1, 3, dtype=torch.int32), "int64"),
+        (torch.zeros(2, 3, dtype=torch.int64), r"\[1, T >= 1\]"),
+        (torch.zeros(1, 0, dtype=torch.int64), "T >= 1"),
+        (torch.full((1, 3), 99), "token ids"),
+        (torch.full((1, 3), -1), "token ids"),
+        (torch.zeros(1, 3, dtype=torch.int64, device="meta"), "meta"),
+    ],
+)
+def test_wrong_tokens_are_refused_before_anything_runs(session, tokens, word):
+    session.prefill(random_tokens(1, 5))
+    before = session.arena.snapshot()
+    with pytest.raises(ValueError, match=word):
+        session.prefill(tokens)
+    assert same_state(before, session.arena.snapshot()) and session.length == 5
+
+
+def test_a_prompt_after_another_is_as_if_it_were_the_first(session):
+    a, b = random_tokens(1, 20, seed=1), random_tokens(1, 33, seed=2)
+    first = run(session, a)
+    run(session, b)
+    assert torch.equal(run(session, a), first)
+
+
+def test_interleaved_sessions_do_not_bleed():
+    one, two = build_session(seed=0, max_seq_len=48), build_session(seed=0, max_seq_len=48)
+    a, b = random_tokens(1, 20, seed=1), random_tokens(1, 20, seed=2)
+    alone_a, alone_b = run(one, a), run(two, b)
+    one.reset(), two.reset()
+    mixed_a = [one.prefill(a, torch.arange(20))]
+    mixed_b = [two.prefill(b, torch.arange(20))]
+    for step in range(3):
+        mixed_a.append(one.decode(a[:, step][:, None].contiguous()).clone())
+        mixed_b.append(two.decode(b[:, step][:, None].contiguous()).clone())
+    assert torch.equal(torch.cat(mixed_a, 1), alone_a) and torch.equal(torch.cat(mixed_b, 1), alone_b)
+
+
+def test_nan_left_in_the_state_is_gone_after_reset(session):
+    tokens = random_tokens(1, 20)
+    clean = run(session, tokens)
+    for tensor in session.arena.tensors.values():
+        if tensor.is_floating_point():
+            tensor.fill_(float("nan"))
+    assert torch.equal(run(session, tokens), clean)
+
+
+def test_nan_beyond_the_position_has_no_effect(session):
+    tokens = random_tokens(1, 20)
+    clean = run(session, tokens)
+    session.reset()
+    for name, tensor in session.arena.tensors.items():
+        if name.endswith("_cache"):
+            tensor.fill_(float("nan"))
+    logits = [session.prefill(tokens, torch.arange(20))]
+    for step in range(3):
+        logits.append(session.decode(tokens[:, step][:, None].contiguous()).clone())
+    assert torch.equal(torch.cat(logits, 1), clean)
+
+
+@pytest.mark.parametrize("splits", [(1, 39), (13, 27), (20, 1, 19)])
+def test_ragged_prefill_equals_one_call(session, splits):
+    tokens = random_tokens(1, 40)
+    whole = session.prefill(tokens, torch.arange(40))
+    state = session.arena.snapshot()
+    session.reset()
+    parts = [session.prefill(part.contiguous(), torch.arange(part.shape[1])) for part in tokens.split(splits, 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-5)
+    for name, tensor in session.arena.tensors.items():
+        torch.testing.assert_close(tensor, state[name], rtol=0, atol=1e-5, msg=name)
+
+
+def test_rows_of_a_batch_are_independent():
+    both = build_session(seed=0, batch=2, max_seq_len=48)
+    alone = build_session(seed=0, max_seq_len=48)
+    tokens = random_tokens(2, 20)
+    together = run(both, tokens)
+    for row in range(2):
+        torch.testing.assert_close(
+            together[row : row + 1], run(alone, tokens[row : row + 1].contiguous()), rtol=0, atol=1e-5
+        )
+
+
+def test_state_that_was_replaced_is_noticed_before_launch(session):
+    session.prefill(random_tokens(1, 5))
+    name = next(iter(session.arena.tensors))
+    session.arena.tensors[name] = session.arena.tensors[name].clone()
+    with pytest.raises(RuntimeError, match="re-allocated"):
+        session.decode(random_tokens(1, 1))
+
+
+def test_generation_stops_when_told_and_a_closed_session_refuses(session):
+    seen = []
+
+    def stop(ids, index):
+        seen.append(ids)
+        return index == 2
+
+    assert len(session.generate(random_tokens(1, 5), 10, on_token=stop)[0]) == 3 == len(seen)
+    session.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        session.decode(random_tokens(1, 1))
