@@ -42,7 +42,7 @@ def quantise(weight: Tensor, *, bits: int, group_size: int, name: str = "weight"
             f"quant.group_size={group_size} does not divide the {features} input features of {name}; "
             f"{_advice(features)}"
         )
-    # Imported here: hqq pulls in torchvision-sized dependencies that a run with quant=none need not load.
+    # Imported here: it takes seconds, which a run with quant=none need not spend.
     from hqq.core.quantize import Quantizer
 
     rows = weight.reshape(-1, features)
