@@ -85,7 +85,9 @@ def transformers_tensors(model, *, layout: str = "fused", prefix: str = "model."
     return tensors
 
 
-def write_snapshot(folder: Path, arch: Architecture, tensors: dict[str, Tensor], *, shards: int = 0, nested: bool = False):
+def write_snapshot(
+    folder: Path, arch: Architecture, tensors: dict[str, Tensor], *, shards: int = 0, nested: bool = False
+):
     """`config.json` and weights; shards 0 is a single file without an index. nested: a multimodal config."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {"model_type": "qwen3_5_moe_text", **arch.to_hf()}
@@ -105,6 +107,7 @@ def write_snapshot(folder: Path, arch: Architecture, tensors: dict[str, Tensor],
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
+PREFIXES = ("model.", "model.language_model.")
 VISION = {
     "model.visual.patch_embed.proj.weight": torch.zeros(4, 3),
     "mtp.fc.weight": torch.zeros(2, 2),

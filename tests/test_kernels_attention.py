@@ -71,7 +71,9 @@ def check_rope(batch, tokens, heads, kv_heads, head_dim, rotary, dtype, position
         cache.check()
 
 
-def make_attention_case(batch, tokens, heads, kv_heads, head_dim, dtype, positions, slots, scale=1.0) -> dict[str, Tensor]:
+def make_attention_case(
+    batch, tokens, heads, kv_heads, head_dim, dtype, positions, slots, scale=1.0
+) -> dict[str, Tensor]:
     live = [min(max(position + tokens, 0), slots) for position in positions]
     k_cache, v_cache = make_cache(batch, kv_heads, slots, head_dim, dtype, live=live)
     return {

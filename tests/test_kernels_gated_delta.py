@@ -172,7 +172,9 @@ def test_prefill_ragged_splits_slow(monkeypatch, splits):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("heads, dims", [((1, 1), (128, 128)), ((2, 4), (64, 128)), ((1, 4), (96, 80)), ((1, 3), (8, 24))])
+@pytest.mark.parametrize(
+    "heads, dims", [((1, 1), (128, 128)), ((2, 4), (64, 128)), ((1, 4), (96, 80)), ((1, 3), (8, 24))]
+)
 def test_prefill_shapes_slow(heads, dims):
     check(gdn_prefill, make_case(1, 70, heads, dims), PREFILL_TOL[F32])
 

@@ -92,10 +92,10 @@ def test_nan_beyond_the_position_has_no_effect(session):
     assert torch.equal(torch.cat(logits, 1), clean)
 
 
-@pytest.mark.parametrize("splits", [(1, 39), (13, 27), (20, 1, 19)])
-def test_ragged_prefill_equals_one_call(session, splits):
-    tokens = random_tokens(1, 40)
-    whole = session.prefill(tokens, torch.arange(40))
+@pytest.mark.parametrize("splits", [(37, 33), (1, 69), (64, 6), (63, 7), (65, 1, 4), (3, 17, 50)])
+def test_ragged_prefill_equals_one_call(splits):
+    session, tokens = build_session(max_seq_len=70), random_tokens(1, 70)
+    whole = session.prefill(tokens, torch.arange(70))
     state = session.arena.snapshot()
     session.reset()
     parts = [session.prefill(part.contiguous(), torch.arange(part.shape[1])) for part in tokens.split(splits, 1)]
@@ -134,3 +134,126 @@ def test_generation_stops_when_told_and_a_closed_session_refuses(session):
     session.close()
     with pytest.raises(RuntimeError, match="closed"):
         session.decode(random_tokens(1, 1))
+
+
+def unchanged(session, call, message):
+    """`call` must raise ValueError and leave session and state as they were."""
+    before, length = session.arena.snapshot(), session.length
+    with pytest.raises(ValueError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    assert same_state(before, session.arena.snapshot()) and session.length == length
+
+
+@pytest.mark.parametrize(
+    "positions, message",
+    [
+        (torch.tensor([], dtype=torch.int64), "not be empty"),
+        (torch.tensor([-1]), r"0\.\.3"),
+        (torch.tensor([0, 4]), r"0\.\.3"),
+        (torch.tensor([1.0]), "int64"),
+        (torch.tensor([True, False]), "int64"),
+        (torch.tensor(1), r"int64 \[n\]"),
+        (torch.zeros(1, dtype=torch.int64, device="meta"), "meta"),
+    ],
+)
+def test_wrong_logit_positions_are_refused_before_anything_runs(session, positions, message):
+    session.prefill(random_tokens(1, 5))
+    unchanged(session, lambda: session.prefill(random_tokens(1, 4), positions), message)
+
+
+@pytest.mark.parametrize(
+    "token, message",
+    [
+        (torch.zeros(1, 2, dtype=torch.int64), r"\[1, 1\], got \[1, 2\]"),
+        (torch.zeros(1, dtype=torch.int64), "int64"),
+        (torch.zeros(2, 1, dtype=torch.int64), "int64"),
+        (torch.zeros(1, 1), "int64"),
+        (torch.zeros(1, 1, dtype=torch.int64, device="meta"), "meta"),
+    ],
+)
+def test_wrong_decode_tokens_are_refused_before_anything_runs(session, token, message):
+    session.prefill(random_tokens(1, 5))
+    unchanged(session, lambda: session.decode(token), message)
+
+
+@pytest.mark.parametrize(
+    "tokens, new_tokens, message",
+    [
+        (torch.full((1, 3), 99), 2, "token ids"),
+        (torch.zeros(1, 3), 2, "int64"),
+        (torch.zeros(3, dtype=torch.int64), 2, "int64"),
+        (torch.zeros(1, 3, dtype=torch.int64), 0, "new_tokens=0"),
+        (torch.zeros(1, 47, dtype=torch.int64), 2, "47 tokens plus new_tokens=2"),
+    ],
+)
+def test_a_refused_generation_does_not_even_reset(session, tokens, new_tokens, message):
+    session.prefill(random_tokens(1, 5))
+    unchanged(session, lambda: session.generate(tokens, new_tokens), message)
+
+
+def test_prefill_to_the_last_slot_in_pieces_and_not_beyond(session):
+    session.prefill(random_tokens(1, 30))
+    unchanged(session, lambda: session.prefill(random_tokens(1, 19)), "30 tokens in the session plus 19")
+    session.prefill(random_tokens(1, 18))
+    assert session.length == 48
+
+
+def test_by_default_the_last_position_has_logits(session):
+    tokens = random_tokens(1, 9)
+    last = session.prefill(tokens)
+    session.reset()
+    assert last.shape == (1, 1, 64)
+    torch.testing.assert_close(last, session.prefill(tokens, torch.arange(9))[:, 8:], rtol=0, atol=1e-6)
+
+
+def test_a_prompt_of_one_token_is_a_prompt(session):
+    """Also after another prompt, and equal to the same token through decode on reset state."""
+    token = random_tokens(1, 1)
+    first = session.prefill(token).clone()
+    state = session.arena.snapshot()
+    session.prefill(random_tokens(1, 20))
+    session.reset()
+    assert torch.equal(session.prefill(token), first) and same_state(session.arena.snapshot(), state)
+    session.reset()
+    torch.testing.assert_close(session.decode(token), first, rtol=0, atol=1e-5)
+    assert len(session.generate(token, 3)[0]) == 3
+
+
+def test_generate_is_prefill_sample_decode():
+    session, tokens = build_session(batch=2, max_seq_len=24), random_tokens(2, 7)
+    token, expected = session.sample(session.prefill(tokens)), []
+    for _ in range(5):
+        expected.append(token[:, 0].tolist())
+        token = session.sample(session.decode(token))
+    seen = []
+    rows = session.generate(tokens, 5, on_token=lambda ids, index: seen.append((index, ids)))
+    assert seen == list(enumerate(expected)) and rows == [list(row) for row in zip(*expected, strict=True)]
+    assert session.length == 7 + 4, "the last token is not fed"
+
+
+def test_copied_outputs_are_sampled_alike():
+    tokens = random_tokens(1, 7)
+    session = build_session(max_seq_len=24, copy_outputs=True)
+    assert session.generate(tokens, 5) == build_session(max_seq_len=24).generate(tokens, 5)
+
+
+def test_every_call_on_a_closed_session_is_refused(session):
+    token = random_tokens(1, 1)
+    session.close()
+    session.close()
+    for call in (session.reset, lambda: session.prefill(token), lambda: session.decode(token)):
+        with pytest.raises(RuntimeError, match="closed"):
+            call()
+    with pytest.raises(RuntimeError, match="closed"):
+        session.generate(token, 2)
+
+
+def test_positions_of_the_next_call_follow_what_was_seen(session):
+    """Position-indexed state: slots that were fed are written, the ones after them are not."""
+    session.prefill(random_tokens(1, 5))
+    session.decode(random_tokens(1, 1))
+    for name, tensor in session.arena.tensors.items():
+        if name.endswith("_cache"):
+            written = tensor.abs().sum((0, 1, 3)) > 0
+            assert written[:6].all() and not written[6:].any(), name

@@ -359,10 +359,18 @@ def qk_norm_rope(
     kv_heads, slots, head_dim = k_cache.shape[1:]
     half = inv_freq.shape[0]
     if 2 * half > head_dim:
-        raise ValueError(f"inv_freq rotates {2 * half} dims of a head of {head_dim}; at most {head_dim // 2} frequencies")
-    for name, vector, size in (("q_norm", q_norm, head_dim), ("k_norm", k_norm, head_dim), ("inv_freq", inv_freq, half)):
+        raise ValueError(
+            f"inv_freq rotates {2 * half} dims of a head of {head_dim}; at most {head_dim // 2} frequencies"
+        )
+    for name, vector, size in (
+        ("q_norm", q_norm, head_dim),
+        ("k_norm", k_norm, head_dim),
+        ("inv_freq", inv_freq, half),
+    ):
         if vector.shape != (size,) or vector.stride(0) != 1:
-            raise ValueError(f"{name} has shape {tuple(vector.shape)}, strides {vector.stride()}; supported: [{size}] contiguous")
+            raise ValueError(
+                f"{name} has shape {tuple(vector.shape)}, strides {vector.stride()}; supported: [{size}] contiguous"
+            )
     batch, tokens = qkv.shape[0], qkv.shape[1]
     out = torch.empty((batch, tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     wrap_triton(_qk_norm_rope_kernel)[(tokens, num_heads + kv_heads, batch)](
@@ -387,7 +395,9 @@ def _attend(q, qkv, k_cache, v_cache, positions, out, sums, stats, *, splits, ti
     )  # fmt: skip
 
 
-def _unsplit(q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, config: dict[str, int]) -> Tensor:
+def _unsplit(
+    q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, config: dict[str, int]
+) -> Tensor:
     batch, tokens, heads, head_dim = q.shape
     _check_cache(k_cache, v_cache, qkv, heads)
     _check_queries(q, qkv, k_cache.shape[3])

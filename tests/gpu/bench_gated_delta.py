@@ -38,7 +38,8 @@ SCAN_CANDIDATES = [  # pipelined ones last: an illegal access would end the swee
     ]
 ]  # fmt: skip
 NORM_CANDIDATES = [
-    {"norm_tokens": tokens, "norm": {"num_warps": warps}} for tokens, warps in [(4, 4), (8, 4), (16, 4), (32, 4), (32, 8)]
+    {"norm_tokens": tokens, "norm": {"num_warps": warps}}
+    for tokens, warps in [(4, 4), (8, 4), (16, 4), (32, 4), (32, 8)]
 ]
 
 

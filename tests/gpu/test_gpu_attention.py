@@ -24,7 +24,9 @@ def exact_reference():
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("tokens, positions", [(1, [0]), (1, [4095, 17, 2000]), (7, [100, 0]), (512, [0]), (2048, [2047])])
+@pytest.mark.parametrize(
+    "tokens, positions", [(1, [0]), (1, [4095, 17, 2000]), (7, [100, 0]), (512, [0]), (2048, [2047])]
+)
 def test_qk_norm_rope(dtype, tokens, positions):
     cases.check_rope(
         len(positions), tokens, HEADS, KV_HEADS, HEAD_DIM, ROTARY, dtype, positions, max(positions) + tokens + 1
@@ -79,7 +81,9 @@ def test_pieces_equal_the_whole(pieces):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("op, tokens", [(ops.sdpa_decode_splitk, 1), (ops.sdpa_decode_tiled, 1), (ops.sdpa_prefill, 200)])
+@pytest.mark.parametrize(
+    "op, tokens", [(ops.sdpa_decode_splitk, 1), (ops.sdpa_decode_tiled, 1), (ops.sdpa_prefill, 200)]
+)
 def test_bitwise_stable(op, tokens, dtype):
     case = cases.make_attention_case(2, tokens, HEADS, KV_HEADS, HEAD_DIM, dtype, [3000, 77], 4096)
     common.assert_bitwise_stable(lambda: op(**case), runs=20)
@@ -107,7 +111,10 @@ def test_slots_beyond_2_to_the_31_elements():
     caches[1][0, 0, -tail:] = common.randn(tail, HEAD_DIM, seed=3, dtype=BF16)
     shared = {"q": q, "qkv": cases.make_qkv(1, 1, 4, 1, HEAD_DIM, BF16)}
     expected = ops.reference_sdpa(
-        **shared, k_cache=caches[0][:, :, -tail:], v_cache=caches[1][:, :, -tail:], positions=cases.positions_of(tail - 1)
+        **shared,
+        k_cache=caches[0][:, :, -tail:],
+        v_cache=caches[1][:, :, -tail:],
+        positions=cases.positions_of(tail - 1),
     )
     last = cases.positions_of(slots - 1)
     for op in (ops.sdpa_decode_splitk, ops.sdpa_prefill):

@@ -42,7 +42,9 @@ def fresh(batch, tokens, heads, dims, dtype, **options):
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("batch", [1, 2, 3, 9])
-@pytest.mark.parametrize("heads, dims", [REAL, ((4, 4), (64, 128)), ((2, 4), (128, 64)), ((1, 3), (80, 96)), ((1, 1), (16, 8))])
+@pytest.mark.parametrize(
+    "heads, dims", [REAL, ((4, 4), (64, 128)), ((2, 4), (128, 64)), ((1, 3), (80, 96)), ((1, 1), (16, 8))]
+)
 def test_decode(heads, dims, batch, dtype):
     case = fresh(batch, 1, heads, dims, dtype)
     check(gdn_decode, case, DECODE_TOL[dtype])
@@ -90,7 +92,9 @@ def test_prefill_real_heads(batch, tokens, dtype):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("heads, dims", [((1, 1), (64, 64)), ((4, 4), (64, 128)), ((2, 4), (128, 64)), ((1, 3), (80, 96))])
+@pytest.mark.parametrize(
+    "heads, dims", [((1, 1), (64, 64)), ((4, 4), (64, 128)), ((2, 4), (128, 64)), ((1, 3), (80, 96))]
+)
 def test_prefill_shapes(heads, dims, dtype):
     check(gdn_prefill, fresh(3, 130, heads, dims, dtype), PREFILL_TOL[dtype])
 

@@ -1,0 +1,299 @@
+"""The cache of compiled methods, with a compiler that writes a few bytes and counts how often it ran."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+import time
+import types
+
+import pytest
+import torch
+from common import ODD
+from moeexp_runner.binding import TensorSpec
+
+from moeexp import compile_cache
+from moeexp.compile_cache import MethodSpec, cache_dir, get_or_compile, key_of
+
+SPEC = MethodSpec(
+    method="decode",
+    architecture=ODD.to_hf(),
+    ops={"linear": "reference", "sample": "reference"},
+    bits=4,
+    group_size=16,
+    skip=("embedding", "router"),
+    dtype="float32",
+    batch=1,
+    max_seq_len=32,
+    device="cpu",
+)
+CHANGES = {
+    "method": "prefill",
+    "architecture": ODD.to_hf() | {"rms_norm_eps": 1e-6},
+    "ops": {"linear": "triton", "sample": "reference"},
+    "bits": 8,
+    "group_size": 32,
+    "skip": ("embedding",),
+    "dtype": "bfloat16",
+    "batch": 2,
+    "max_seq_len": 33,
+    "device": "cuda",
+}
+
+
+class Small(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weight", torch.ones(3, 4))
+        self.register_buffer("state", torch.zeros(2, 4), persistent=False)
+        self.register_buffer("unused", torch.zeros(5, 5))
+
+    def forward(self, x):
+        self.state.add_(1)
+        return x @ self.weight + self.state[0]
+
+
+@pytest.fixture(scope="module")
+def program():
+    return torch.export.export(Small(), (torch.zeros(2, 3),), strict=False)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch, program):
+    """Counts exports and compilations in files, so that other processes count as well."""
+    monkeypatch.setenv("MOEEXP_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(compile_cache, "_compiler", lambda: "g++: 1.0")
+
+    class Counter:
+        folder = tmp_path / "cache" / "compiled"
+
+        def log(self, what):
+            with (tmp_path / "log").open("a") as file:
+                file.write(what + "\n")
+
+        def count(self, what):
+            path = tmp_path / "log"
+            return path.read_text().split().count(what) if path.exists() else 0
+
+        def export(self):
+            self.log("export")
+            return program
+
+        def get(self, **changes):
+            return get_or_compile(dataclasses.replace(SPEC, **changes), self.export)
+
+        def listing(self):
+            return sorted(path.name for path in self.folder.iterdir() if not path.name.endswith(".lock"))
+
+    counter = Counter()
+
+    def compile_method(program, path):
+        counter.log("compile")
+        path.write_bytes(b"compiled " + path.name.encode())
+
+    monkeypatch.setattr(compile_cache, "compile_method", compile_method)
+    return counter
+
+
+def test_a_second_call_neither_exports_nor_compiles(cache):
+    first, second = cache.get(), cache.get()
+    assert (first.cached, second.cached) == (False, True)
+    assert dataclasses.replace(second, cached=False) == first and first.key == key_of(SPEC)
+    assert first.package.read_bytes() == b"compiled decode.pt2" and first.package.parent == cache.folder / first.key
+    assert cache.count("export") == cache.count("compile") == 1
+    assert cache.listing() == [first.key]
+    assert first.constants == {
+        "weight": TensorSpec((3, 4), "torch.float32", (4, 1)),
+        "state": TensorSpec((2, 4), "torch.float32", (4, 1)),
+    }, "a buffer that nothing uses is not in the package"
+
+
+def test_manifest_says_what_was_compiled(cache):
+    manifest = json.loads((cache.get().package.parent / "manifest.json").read_text())
+    assert manifest["spec"]["method"] == "decode" and manifest["spec"]["architecture"]["hidden_size"] == 48
+    assert manifest["toolchain"]["torch"] == torch.__version__ and manifest["toolchain"]["cxx"] == "g++: 1.0"
+    assert len(manifest["graph_sha256"]) == len(manifest["package_sha256"]) == 64
+
+
+def test_every_field_of_the_spec_is_in_the_key(monkeypatch):
+    monkeypatch.setattr(compile_cache, "toolchain", lambda device: {"torch": "2"})
+    assert CHANGES.keys() == {field.name for field in dataclasses.fields(MethodSpec)}
+    keys = [key_of(SPEC)] + [key_of(dataclasses.replace(SPEC, **{name: value})) for name, value in CHANGES.items()]
+    assert len(set(keys)) == len(keys)
+    assert key_of(dataclasses.replace(SPEC)) == keys[0]
+
+
+def test_code_and_toolchain_are_in_the_key(monkeypatch):
+    keys = {key_of(SPEC)}
+    versions = compile_cache.toolchain("cpu")
+    assert {"python", "torch", "triton", "cuda", "cxx", "machine", "cpu"} == versions.keys()
+    for name in versions:
+        with monkeypatch.context() as patch:
+            patch.setattr(compile_cache, "toolchain", lambda device, name=name: versions | {name: "other"})
+            keys.add(key_of(SPEC))
+    for name, value in [
+        ("_source_digest", lambda: "other"),
+        ("INDUCTOR_CONFIG", {"a": 1}),
+        ("MANIFEST_VERSION", -1),
+    ]:
+        with monkeypatch.context() as patch:
+            patch.setattr(compile_cache, name, value)
+            keys.add(key_of(SPEC))
+    assert len(keys) == 1 + len(versions) + 3
+
+
+def test_source_digest_sees_every_op_and_the_model(tmp_path, monkeypatch):
+    """One comment more in any of the files that make the graph is another digest."""
+    kernels = tmp_path / "moeexp_kernels"
+    kernels.mkdir()
+    (kernels / "__init__.py").write_text("")
+    (kernels / "op.py").write_text("a = 1\n")
+    own = tmp_path / "own"
+    own.mkdir()
+    for name in compile_cache.GRAPH_SOURCES:
+        (own / name).write_text("b = 1\n")
+    (own / "report.py").write_text("")
+    spec = types.SimpleNamespace(submodule_search_locations=[str(kernels)])
+    monkeypatch.setattr(compile_cache.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(compile_cache, "__file__", str(own / "compile_cache.py"))
+    digests = [compile_cache._source_digest()]
+    for path in [kernels / "op.py", *(own / name for name in ("model.py", "export.py", "architecture.py"))]:
+        path.write_text(path.read_text() + "# more\n")
+        digests.append(compile_cache._source_digest())
+    (kernels / "new.py").write_text("")
+    digests.append(compile_cache._source_digest())
+    assert len(set(digests)) == len(digests)
+    (own / "report.py").write_text("# no part of a graph\n")
+    assert compile_cache._source_digest() == digests[-1]
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+
+
+def rewrite(path, change):
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+DAMAGE = {
+    "flipped package": lambda folder: flip(folder / "decode.pt2"),
+    "truncated package": lambda folder: (folder / "decode.pt2").write_bytes(b"comp"),
+    "no package": lambda folder: (folder / "decode.pt2").unlink(),
+    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "truncated manifest": lambda folder: (folder / "manifest.json").write_text('{"version": 1, '),
+    "manifest not text": lambda folder: (folder / "manifest.json").write_bytes(b"\xff\xfe{"),
+    "manifest null": lambda folder: (folder / "manifest.json").write_text("null"),
+    "manifest a list": lambda folder: (folder / "manifest.json").write_text("[]"),
+    "no constants": lambda folder: rewrite(folder / "manifest.json", lambda m: m.pop("constants")),
+    "garbled constants": lambda folder: rewrite(folder / "manifest.json", lambda m: m.update(constants={"w": {}})),
+    "other version": lambda folder: rewrite(folder / "manifest.json", lambda m: m.update(version=0)),
+    "other architecture": lambda folder: rewrite(folder / "manifest.json", lambda m: m["spec"].update(batch=9)),
+    "other GPU": lambda folder: rewrite(folder / "manifest.json", lambda m: m["toolchain"].update(gpu_arch="sm_1")),
+    "other torch": lambda folder: rewrite(folder / "manifest.json", lambda m: m["toolchain"].update(torch="1.0")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_or_foreign_artifact_is_compiled_again(cache, damage):
+    first = cache.get()
+    damage(first.package.parent)
+    again = cache.get()
+    assert not again.cached and cache.count("compile") == 2
+    assert again.package.read_bytes() == b"compiled decode.pt2" and again.constants == first.constants
+    assert cache.get().cached and cache.listing() == [first.key]
+
+
+def test_a_failed_compilation_leaves_nothing_and_can_be_repeated(cache, monkeypatch):
+    works = compile_cache.compile_method
+
+    def fails(program, path):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(compile_cache, "compile_method", fails)
+    with pytest.raises(OSError, match="disk full"):
+        cache.get()
+    assert cache.listing() == []
+    monkeypatch.setattr(compile_cache, "compile_method", works)
+    assert not cache.get().cached and cache.get().cached
+
+
+def in_child(function):
+    """Starts a forked process, which inherits the fake compiler."""
+    process = multiprocessing.get_context("fork").Process(target=function)
+    process.start()
+    return process
+
+
+def test_two_processes_at_once_compile_once(cache, monkeypatch):
+    quick = compile_cache.compile_method
+
+    def slow(program, path):
+        time.sleep(0.5)
+        quick(program, path)
+
+    monkeypatch.setattr(compile_cache, "compile_method", slow)
+    processes = [in_child(lambda: cache.log(f"cached={cache.get().cached}")) for _ in range(3)]
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert cache.count("compile") == cache.count("export") == 1
+    assert cache.count("cached=False") == 1 and cache.count("cached=True") == 2
+
+
+@pytest.mark.parametrize("moment", ["while compiling", "before the rename"])
+def test_a_killed_process_leaves_nothing_under_the_final_name(cache, monkeypatch, moment):
+    def die(*args):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def half_written(program, path):
+        path.write_bytes(b"half")
+        die()
+
+    with monkeypatch.context() as patch:
+        if moment == "while compiling":
+            patch.setattr(compile_cache, "compile_method", half_written)
+        else:
+            patch.setattr(compile_cache.os, "replace", die)
+        process = in_child(cache.get)
+        process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert cache.listing() == [f".{key_of(SPEC)}.partial"], "nothing under the final name"
+    assert not cache.get().cached and cache.get().cached
+    assert cache.listing() == [key_of(SPEC)], "what the killed process left is gone"
+
+
+def test_where_the_cache_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("MOEEXP_CACHE_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_dir() == tmp_path / ".cache" / "moeexp"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert str(cache_dir()) == "/x/moeexp"
+    monkeypatch.setenv("MOEEXP_CACHE_DIR", "/own")
+    assert str(cache_dir()) == "/own"
+
+
+@pytest.mark.parametrize("command", ["no-such-compiler", "false"])
+def test_a_missing_compiler_is_named(monkeypatch, command):
+    monkeypatch.setenv("CXX", command)
+    with pytest.raises(RuntimeError, match=f"{command}.*set CXX"):
+        compile_cache._compiler()
+
+
+def test_buffers_that_inductor_would_freeze_are_refused():
+    class Short(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("bias", torch.ones(3))
+
+        def forward(self, x):
+            return x + self.bias
+
+    with pytest.raises(AssertionError, match="bias"):
+        compile_cache._constants(torch.export.export(Short(), (torch.zeros(2, 3),)))
