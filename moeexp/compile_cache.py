@@ -25,11 +25,11 @@ import torch
 from moeexp_runner.binding import TensorSpec
 from torch.export import ExportedProgram
 
-from .export import INDUCTOR_CONFIG, compile_method
+from .methods import INDUCTOR_CONFIG, compile_method
 
 MANIFEST_VERSION = 1
 # Beside every op: the sources whose text decides what a method's graph is.
-GRAPH_SOURCES = ("architecture.py", "export.py", "model.py")
+GRAPH_SOURCES = ("architecture.py", "methods.py", "model.py")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .architecture import Architecture
 from .compile_cache import Artifact, MethodSpec, get_or_compile
-from .export import METHODS, MODULES, export_method
+from .methods import METHODS, MODULES, export_method
 from .model import Qwen35MoE, state_shapes
 from .phases import Phases
 from .schema import Config

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moeexp.architecture import Architecture
-from moeexp.export import MODULES
+from moeexp.methods import MODULES
 from moeexp.model import Qwen35MoE, state_shapes
 from moeexp.weights import NEVER_QUANTISED, Random, Source, load
 
