@@ -179,7 +179,9 @@ def _source_digest() -> str:
     spec = importlib.util.find_spec("moeexp_kernels")
     assert spec is not None and spec.submodule_search_locations
     kernels = Path(next(iter(spec.submodule_search_locations)))
-    files = sorted(kernels.glob("*.py")) + [Path(__file__).with_name(name) for name in GRAPH_SOURCES]
+    # A launch parameter is compiled into the package as much as a line of source is.
+    files = sorted([*kernels.glob("*.py"), *kernels.glob("tuned/*.json")])
+    files += [Path(__file__).with_name(name) for name in GRAPH_SOURCES]
     total = hashlib.sha256()
     for path in files:
         total.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())

@@ -201,14 +201,14 @@ def config_hash(config: Any, *, device: str, gpu: str | None) -> str:
 
 
 def code_fingerprint() -> str:
-    """Digest of every source file of the packages, by relative path and content."""
+    """Digest of every source file and tuning table of the packages, by relative path and content."""
     parts = []
     for name in PACKAGES:
         spec = importlib.util.find_spec(name)
         if spec is None or not spec.submodule_search_locations:
             raise RuntimeError(f"package {name} is not installed beside moeexp: reinstall moeexp")
         for root in map(Path, spec.submodule_search_locations):
-            for path in sorted(root.rglob("*.py")):
+            for path in sorted([*root.rglob("*.py"), *root.glob("tuned/*.json")]):
                 parts += [f"{name}/{path.relative_to(root).as_posix()}".encode(), path.read_bytes()]
     return _digest(parts)
 

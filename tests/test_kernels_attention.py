@@ -196,7 +196,7 @@ def test_decode_reads_the_live_slots_only():
 
 def test_number_of_splits():
     def splits(**changed):
-        return ops.splitk_splits(**{"batch": 1, "kv_heads": 2, "slots": 65_536, "block_n": 32, **changed})
+        return ops.splitk_splits(**{"batch": 1, "kv_heads": 2, "slots": 65_536, "block_n": 32, "programs": 256, **changed})
 
     assert splits() == 128 and splits(batch=8) == 16 and splits(batch=1000) == 1
     assert splits(slots=32) == 1 and splits(slots=65) == 2 and splits(slots=129) == 4

@@ -13,7 +13,7 @@ import sys
 import kernels_common as common
 import pytest
 import torch
-from moeexp_kernels import gated_delta, gated_delta_prefill
+from moeexp_kernels import gated_delta, tuning
 from moeexp_kernels.gated_delta import gdn_decode, reference_gdn_decode, reference_gdn_prefill
 from moeexp_kernels.gated_delta_prefill import gdn_prefill
 
@@ -76,13 +76,14 @@ def check(op, case, tol, splits=None, reference=definition):
 
 
 def set_tuned(monkeypatch, **values):
-    monkeypatch.setattr(gated_delta, "TUNED", {})
-    monkeypatch.setattr(gated_delta, "TUNED_DEFAULT", {**gated_delta.TUNED_DEFAULT, **values})
+    row = tuning.table("default")["gdn_decode"][""]
+    monkeypatch.setitem(tuning.OVERRIDES, ("gdn_decode", ""), {**row, **values})
 
 
 def set_chunk(monkeypatch, tokens):
     """Chunks of `tokens` for float32 too, so that the structure of the bfloat16 path is seen at float32 accuracy."""
-    monkeypatch.setitem(gated_delta_prefill.TUNED, F32, {**gated_delta_prefill.TUNED[F32], "chunk": tokens})
+    row = tuning.table("default")["gdn_prefill"]["single"]
+    monkeypatch.setitem(tuning.OVERRIDES, ("gdn_prefill", "single"), {**row, "chunk": tokens})
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -307,7 +308,8 @@ def test_reference_prefill_is_the_same_function():
 
 
 def test_tables_name_only_what_the_launch_reads():
-    for entry in (*gated_delta.TUNED.values(), gated_delta.TUNED_DEFAULT):
-        assert set(entry) == {"split", "step", "num_warps"}
-    for entry in gated_delta_prefill.TUNED.values():
-        assert set(entry) == {"chunk", "precision", "solve", "local", "block_v", "scan", "norm_tokens", "norm"}
+    for name in ("default", "sm_90"):
+        for row in tuning.table(name)["gdn_decode"].values():
+            assert set(row) == {"split", "step", "num_warps"}
+        for row in tuning.table(name)["gdn_prefill"].values():
+            assert set(row) == {"chunk", "precision", "solve", "local", "block_v", "scan", "norm_tokens", "norm"}

@@ -6,6 +6,7 @@ import kernels_common as common
 import pytest
 import torch
 from moeexp_kernels import sample as ops
+from moeexp_kernels import tuning
 from torch import Tensor
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -15,8 +16,8 @@ NO_FILTER = {"top_k": 0, "top_p": 1.0}
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Several chunks also at a vocabulary that the interpreter can afford."""
-    monkeypatch.setitem(ops.TUNED, "BLOCK", 32)
-    monkeypatch.setitem(ops.TUNED, "NARROW_STEP", 16)
+    row = tuning.lookup("sample", "", "cpu")
+    monkeypatch.setitem(tuning.OVERRIDES, ("sample", ""), {**row, "BLOCK": 32, "NARROW_STEP": 16})
 
 
 def seeds(seed: int = 1234, offset: int = 0) -> Tensor:

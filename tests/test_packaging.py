@@ -25,6 +25,9 @@ def test_wheel_holds_the_packages_the_configs_and_the_checkpoint(wheel):
     expected = {f"moeexp/conf/{path.relative_to(ROOT / 'conf')}" for path in (ROOT / "conf").rglob("*.yaml")}
     for package in (ROOT / "moeexp", ROOT / "kernels" / "moeexp_kernels", ROOT / "runner" / "moeexp_runner"):
         expected |= {str(path.relative_to(package.parent)) for path in package.rglob("*.py")}
+    tables = list((ROOT / "kernels" / "moeexp_kernels" / "tuned").glob("*.json"))
+    assert tables
+    expected |= {f"moeexp_kernels/tuned/{path.name}" for path in tables}
     checkpoint = ROOT / "moeexp" / "checkpoints" / "tiny"
     files = [path for path in checkpoint.rglob("*") if path.suffix in (".safetensors", ".json", ".txt")]
     expected |= {str(path.relative_to(ROOT)) for path in files}

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from . import tuning
 from .linear import rms_norm
 
 
@@ -94,20 +95,6 @@ def _(q, qkv, k_cache, v_cache, positions):
     return q.new_empty(q.shape[0], q.shape[1], q.shape[2] * q.shape[3])
 
 
-# Per kernel and shape class (head dim rounded up to a power of two, "half" for 2-byte activations, "single" for float32).
-# `splitk_programs`: programs to aim at over batch, key-value heads and splits; `splits` is a power of two below that.
-TUNED = {
-    ("prefill", "half", 256): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
-    ("prefill", "half", 128): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
-    ("prefill", "half", None): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
-    ("prefill", "single", None): {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1},
-    ("decode", "half", 256): {"BLOCK_N": 32, "num_warps": 4, "num_stages": 3},
-    ("decode", "half", None): {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
-    ("decode", "single", None): {"BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
-    "splitk_programs": 256,
-    "merge": {"BLOCK_D": 64, "num_warps": 4},
-    "qk_norm_rope": {"num_warps": 1},
-}
 MAX_HEAD_DIM, MAX_GROUP = 256, 64
 LOG2_E = 1.4426950408889634
 
@@ -334,10 +321,10 @@ def _block_d(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def tuned(kind: str, dtype: torch.dtype, head_dim: int) -> dict[str, int]:
-    """The row of TUNED for `kind` ("prefill" or "decode"); a head dim without a row of its own takes the general one."""
-    width = "single" if dtype == torch.float32 else "half"
-    return TUNED.get((kind, width, _block_d(head_dim)), TUNED[kind, width, None])
+def tuned(op: str, q: Tensor) -> dict[str, int]:
+    """The table's row for queries [B, T, H, Dh] of this dtype and head dim."""
+    key = f"{tuning.activation_class(q.dtype)}/{_block_d(q.shape[3])}"
+    return tuning.lookup(op, key, tuning.architecture(q.device))
 
 
 @triton_op("moeexp::qk_norm_rope", mutates_args=("k_cache", "v_cache"))
@@ -378,7 +365,7 @@ def qk_norm_rope(
         qkv.stride(0), qkv.stride(1), k_cache.stride(0), k_cache.stride(1),
         H=num_heads, HKV=kv_heads, DH=head_dim, HALF=half, EPS=eps, BLOCK_HALF=triton.next_power_of_2(half),
         BLOCK_REST=triton.next_power_of_2(max(head_dim - 2 * half, 1)), BLOCK_D=_block_d(head_dim),
-        num_warps=TUNED["qk_norm_rope"]["num_warps"],
+        num_warps=tuned("qk_norm_rope", out)["num_warps"],
     )  # fmt: skip
     return out
 
@@ -410,7 +397,7 @@ def _unsplit(
 @triton_op("moeexp::sdpa_prefill", mutates_args=())
 def sdpa_prefill(q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor) -> Tensor:
     """`reference_sdpa` for any T (symbolic too) and any position, on tensor cores for 2-byte dtypes. [B, T, H*Dh]."""
-    return _unsplit(q, qkv, k_cache, v_cache, positions, tuned("prefill", q.dtype, q.shape[3]))
+    return _unsplit(q, qkv, k_cache, v_cache, positions, tuned("attention_prefill", q))
 
 
 @triton_op("moeexp::sdpa_decode_tiled", mutates_args=())
@@ -431,7 +418,10 @@ def sdpa_decode_splitk(q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor,
     _check_queries(q, qkv, k_cache.shape[3])
     kv_heads, slots = k_cache.shape[1], k_cache.shape[2]
     config = _decode_config(q, k_cache)
-    splits = splitk_splits(batch=batch, kv_heads=kv_heads, slots=slots, block_n=config["BLOCK_N"])
+    programs = tuned("attention_splits", q)["programs"]
+    splits = splitk_splits(
+        batch=batch, kv_heads=kv_heads, slots=slots, block_n=config["BLOCK_N"], programs=programs
+    )  # fmt: skip
     out = torch.empty((batch, 1, heads * head_dim), dtype=q.dtype, device=q.device)
     if splits == 1:
         _attend(q, qkv, k_cache, v_cache, positions, out, q, q, splits=1, tiles=1, config=config)
@@ -439,7 +429,7 @@ def sdpa_decode_splitk(q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor,
     sums = torch.empty((batch, splits, heads, head_dim), dtype=torch.float32, device=q.device)
     stats = torch.empty((batch, splits, heads, 2), dtype=torch.float32, device=q.device)
     _attend(q, qkv, k_cache, v_cache, positions, q, sums, stats, splits=splits, tiles=1, config=config)
-    merge = TUNED["merge"]
+    merge = tuned("attention_merge", q)
     wrap_triton(_merge_kernel)[(heads, triton.cdiv(head_dim, merge["BLOCK_D"]), batch)](
         sums, stats, qkv, positions, out, slots, qkv.stride(0),
         H=heads, DH=head_dim, SPLITS=splits, BLOCK_N=config["BLOCK_N"], BLOCK_D=merge["BLOCK_D"],
@@ -451,10 +441,11 @@ def sdpa_decode_splitk(q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor,
 def _decode_config(q: Tensor, k_cache: Tensor) -> dict[str, int]:
     """Tile rows for one token: all query heads of a key-value head, at least the 16 that tensor cores take."""
     group = q.shape[2] // k_cache.shape[1]
-    return {"BLOCK_M": max(16, triton.next_power_of_2(group)), **tuned("decode", q.dtype, q.shape[3])}
+    return {"BLOCK_M": max(16, triton.next_power_of_2(group)), **tuned("attention_decode", q)}
 
 
-def splitk_splits(*, batch: int, kv_heads: int, slots: int, block_n: int) -> int:
-    """Number of splits (a power of two) of a key-value head: enough to fill the GPU, never more than blocks of slots."""
-    wanted = max(1, min(TUNED["splitk_programs"] // (batch * kv_heads), triton.cdiv(slots, block_n)))
+def splitk_splits(*, batch: int, kv_heads: int, slots: int, block_n: int, programs: int) -> int:
+    """Number of splits (a power of two) of a key-value head: enough to fill the GPU with about `programs` programs over
+    batch, key-value heads and splits, never more than blocks of slots."""
+    wanted = max(1, min(programs // (batch * kv_heads), triton.cdiv(slots, block_n)))
     return 1 << (wanted.bit_length() - 1)

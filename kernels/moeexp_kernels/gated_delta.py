@@ -26,6 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tuning
+
 CHUNK = 64
 L2_EPS = 1e-6
 
@@ -151,15 +153,7 @@ def _(
     return proj.new_empty(proj.shape[0], proj.shape[1], num_v_heads * head_v_dim)
 
 
-# Launch shapes of `gdn_decode` by (padded Dk, padded Dv, are there few programs?). `split` 0: one program per (batch, key
-# head) does everything for its Hv/Hk value heads, `step` of them at a time. `split` n: one program per (value head, n-th
-# of Dv), and a second small kernel for the norm and the conv state: more CTAs, one more launch.
-TUNED = {
-    (128, 128, True): {"split": 0, "step": 2, "num_warps": 16},
-    (128, 128, False): {"split": 0, "step": 1, "num_warps": 8},
-}
-TUNED_DEFAULT = {"split": 0, "step": 1, "num_warps": 4}
-FEW_PROGRAMS = 64  # batch * Hk up to which an H100 is far from full
+FEW_PROGRAMS = 64  # batch * Hk up to which an H100 is far from full: the table's key says `few`, else `many`
 MAX_HEAD_DIM = 128  # a whole [Dk, Dv] float32 state tile stays in registers
 MAX_TILE = 2 * 128 * 128  # elements of state held at once: 64 registers per thread at 16 warps
 
@@ -394,7 +388,11 @@ def gdn_decode(
         raise ValueError(f"gdn_decode takes one token per call, got {proj.shape[1]}; use gdn_prefill")
     batch, width, ratio = proj.shape[0], conv_weight.shape[-1], num_v_heads // num_k_heads
     pad_k, pad_v = triton.next_power_of_2(head_k_dim), triton.next_power_of_2(head_v_dim)
-    tuned = TUNED.get((pad_k, pad_v, batch * num_k_heads <= FEW_PROGRAMS), TUNED_DEFAULT)
+    # `split` 0: one program per (batch, key head) does everything for its Hv/Hk value heads, `step` of them at a time.
+    # `split` n: one program per (value head, n-th of Dv), and a second small kernel for the norm and the conv state: more
+    # CTAs, one more launch.
+    key = f"{pad_k}x{pad_v}/{'few' if batch * num_k_heads <= FEW_PROGRAMS else 'many'}"
+    tuned = tuning.lookup("gdn_decode", key, tuning.architecture(proj.device))
     split = min(tuned["split"], pad_v)
     step = 1 if split else min(tuned["step"], triton.next_power_of_2(ratio), MAX_TILE // (pad_k * pad_v))
     out = torch.empty(batch, 1, num_v_heads * head_v_dim, dtype=proj.dtype, device=proj.device)

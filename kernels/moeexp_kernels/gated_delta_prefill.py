@@ -16,24 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tuning
 from .gated_delta import L2_EPS, _gates, _next_conv_state, _store_conv_state, check_gdn
 
-# Launch shapes by activation dtype. `chunk`: tokens per chunk, a power of two from 16. `block_v`: columns of Dv per scan
-# program, the scan's only parallelism beside heads. `precision` is that of float32 operands of tl.dot, `solve` that of the
-# triangular inverse: with bfloat16 activations the inverse is rounded to bfloat16 anyway. Exact float32 products have no
-# tensor cores; chunks of 64 would unroll into minutes of compilation and spill.
-TUNED = {
-    torch.bfloat16: {
-        "chunk": 64, "precision": "ieee", "solve": "tf32", "local": {"num_warps": 4, "num_stages": 1}, "block_v": 16,
-        # Two warps, so that the products are mma.sync: as warp-group products (four warps, sm_90a, Triton 3.6) the scan
-        # read beyond its shared memory at head dims of 64, pipelined or not. Sixteen columns, or two warps would spill.
-        "scan": {"num_warps": 2, "num_stages": 1}, "norm_tokens": 16, "norm": {"num_warps": 4},
-    },
-    torch.float32: {
-        "chunk": 16, "precision": "ieee", "solve": "ieee", "local": {"num_warps": 8, "num_stages": 1}, "block_v": 16,
-        "scan": {"num_warps": 8, "num_stages": 1}, "norm_tokens": 16, "norm": {"num_warps": 4},
-    },
-}  # fmt: skip
+# The table's rows, by activation class and head dims. `chunk`: tokens per chunk, a power of two from 16. `block_v`: columns
+# of Dv per scan program, the scan's only parallelism beside heads. `precision` is that of float32 operands of tl.dot, `solve`
+# that of the triangular inverse: with bfloat16 activations the inverse is rounded to bfloat16 anyway. Exact float32 products
+# have no tensor cores; chunks of 64 would unroll into minutes of compilation and spill.
+# The scan gets two warps, so that its products are mma.sync: as warp-group products (four warps, sm_90a, Triton 3.6) it read
+# beyond its shared memory at head dims of 64, pipelined or not. Sixteen columns, or two warps would spill.
 MIN_DOT = 16  # tl.dot's smallest side
 MAX_ROW_STRIDE = 1 << 24  # elements; offsets within a chunk are 32 bits
 
@@ -250,9 +241,10 @@ def gdn_prefill(
         raise ValueError(f"proj has a row stride of {proj.stride(1)} elements; at most {MAX_ROW_STRIDE} are supported")
     batch, tokens, _ = proj.shape
     channels, width = conv_weight.shape
-    tuned = TUNED[proj.dtype]
-    size = tuned["chunk"]
     pad_k, pad_v = (max(MIN_DOT, triton.next_power_of_2(n)) for n in (head_k_dim, head_v_dim))
+    key = f"{tuning.activation_class(proj.dtype)}/{pad_k}x{pad_v}"
+    tuned = tuning.lookup("gdn_prefill", key, tuning.architecture(proj.device))
+    size = tuned["chunk"]
     block_v = min(tuned["block_v"], pad_v)
     chunks = (tokens + size - 1) // size
     widen = proj.device.type == "cpu"  # only the interpreter runs there

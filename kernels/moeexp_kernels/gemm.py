@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from . import tuning
+
 
 @triton.jit
 def unpack_scales(pair):
@@ -169,17 +171,6 @@ def gemm_kernel(
     tl.store(y_ptr + (m * N)[None, :] + n[:, None], acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-# (bits, activation bytes) -> how the GEMM splits; BLOCK_K in stored columns.
-TUNED_GEMM = {
-    (4, 2): {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
-    (8, 2): {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
-    (16, 2): {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
-    (4, 4): {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
-    (8, 4): {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
-    (16, 4): {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
-}
-
-
 def dot_precision(dtype: torch.dtype) -> str:
     """float32 products must not lose bits to tf32; half-width types are multiplied exactly whatever is said here."""
     return "ieee" if dtype == torch.float32 else "tf32"
@@ -200,7 +191,9 @@ def launch_gemm(
 ) -> None:  # fmt: skip
     """out [M, N] = residual + x [M, K] @ weight.T; all flat, checked, and out contiguous."""
     rows, out_features = x.shape[0], weight.shape[0]
-    config = config or TUNED_GEMM[min(bits, 16), x.element_size()]
+    # In the table BLOCK_K counts stored columns.
+    key = f"{tuning.weight_class(bits)}/{tuning.activation_class(x.dtype)}/{out_features}x{x.shape[1]}"
+    config = config or tuning.lookup("gemm", key, tuning.architecture(x.device))
     grid = (triton.cdiv(rows, config["BLOCK_M"]), triton.cdiv(out_features, config["BLOCK_N"]))
     wrap_triton(gemm_kernel)[grid](
         x, weight, weight if scales is None else scales, x if residual is None else residual, out, rows,

@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from . import tuning
 from .gemm import launch_gemm, launch_rms_norm, unpack_scales
 
 MIDDLE_CODE = {4: 8, 8: 128}
@@ -305,27 +306,17 @@ def gemv_kernel(
 
 GEMV_ROWS = 8  # from here on a weight is used often enough for tensor cores
 
-# (bits, N, K) -> how the GEMV splits; 0 bits: any. Shapes are those of Qwen3.5-35B-A3B, for sm_90.
-TUNED_GEMV = {
-    (4, 12352, 2048): {"BLOCK_N": 16, "TILES": 1, "CACHE": ".cg", "num_warps": 4},
-    (4, 9216, 2048): {"BLOCK_N": 16, "TILES": 1, "CACHE": ".cg", "num_warps": 4},
-    (4, 2048, 4096): {"BLOCK_N": 4, "TILES": 1, "CACHE": ".cg", "num_warps": 4},
-    (4, 248320, 2048): {"BLOCK_N": 16, "TILES": 8, "CACHE": ".cg", "num_warps": 4},
-}
-
 
 def word_counts(*, bits: int, in_features: int, group: int) -> tuple[int, int]:
     """(WORDS, CHUNK) of the GEMV: words of a row, rounded up to a power of 2, and words per scale (<= 4)."""
     return triton.next_power_of_2(in_features * bits // 32), math.gcd(4, group * bits // 32)
 
 
-def gemv_config(*, bits: int, rows: int, in_features: int) -> dict:
+def gemv_config(*, bits: int, rows: int, in_features: int, arch: str | None = None) -> dict:
     """Launch parameters of the GEMV; unlisted shapes get tiles of <= 16 KiB, less where the GPU would idle."""
-    tuned = TUNED_GEMV.get((bits, rows, in_features))
-    if tuned is not None:
-        return tuned
     block = max(1, min(16, 16384 * 8 // (in_features * bits), max(4, rows // 512)))
-    return {"BLOCK_N": 1 << (block.bit_length() - 1), "TILES": 1, "CACHE": ".cg", "num_warps": 4}
+    rule = {"BLOCK_N": 1 << (block.bit_length() - 1), "TILES": 1, "CACHE": ".cg", "num_warps": 4}
+    return tuning.lookup("gemv", f"{tuning.weight_class(bits)}/{rows}x{in_features}", arch, rule=rule)
 
 
 def weight_format(*, weight: Tensor, scales: Tensor | None, in_features: int, name: str) -> tuple[int, int]:
@@ -375,7 +366,9 @@ def launch_gemv(
     """out [M, N] = residual + norm(x [M, K]) @ weight.T; all flat, checked, and out contiguous."""
     rows, features = weight.shape[0], x.shape[1]
     words, chunk = word_counts(bits=bits, in_features=features, group=group)
-    config = config or gemv_config(bits=bits, rows=rows, in_features=features)
+    config = config or gemv_config(
+        bits=bits, rows=rows, in_features=features, arch=tuning.architecture(x.device)
+    )
     grid = (x.shape[0] * triton.cdiv(rows, config["BLOCK_N"] * config["TILES"]),)
     wrap_triton(gemv_kernel)[grid](
         x, weight, weight if scales is None else scales, x if norm_weight is None else norm_weight,

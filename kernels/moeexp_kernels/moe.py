@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from . import tuning
 from .gemm import launch_gemm, launch_rms_norm, unpack_scales
 from .linear import (
     dequantise,
@@ -184,11 +185,6 @@ def choose_experts_kernel(
     tl.store(trace_ptr + b * trace_stride_b + position * trace_stride_s + slot, ids, mask=slot < limit)
 
 
-# The router's matrix is small: few rows a program, so that every SM reads.
-ROUTER_GEMV = {"BLOCK_N": 2, "TILES": 1, "CACHE": "", "num_warps": 4}
-ROUTER_GEMM = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
-
-
 @triton_op("moeexp::router", mutates_args={"expert_ids"})
 def router(
     x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, top_k: int, positions: Tensor, expert_ids: Tensor
@@ -212,13 +208,16 @@ def router(
     ids = torch.empty((batch, tokens, top_k), dtype=torch.int32, device=x.device)
     weights = torch.empty((batch, tokens, top_k), dtype=torch.float32, device=x.device)
     common = {"weight": weight, "scales": None, "residual": None, "out": logits, "bits": bits, "group": group}
+    arch, key = tuning.architecture(x.device), f"{tuning.weight_class(bits)}/{experts}x{features}"
     if few_rows(rows):
-        launch_gemv(x=flat, norm_weight=norm_weight, eps=eps, config=ROUTER_GEMV, **common)
+        # The router's matrix is small: its row splits it so that every SM reads.
+        config = tuning.lookup("router_gemv", key, arch)
+        launch_gemv(x=flat, norm_weight=norm_weight, eps=eps, config=config, **common)
     else:
         h = launch_rms_norm(x=flat, norm_weight=norm_weight, eps=eps, dtype=torch.float32)
         # Three tf32 products keep float32's bits: a rounded logit would change which experts are chosen.
         precision = "ieee" if x.dtype == torch.float32 else "tf32x3"
-        launch_gemm(x=h, precision=precision, config=ROUTER_GEMM, **common)
+        launch_gemm(x=h, precision=precision, config=tuning.lookup("router_gemm", key, arch), **common)
     wrap_triton(choose_experts_kernel)[(rows,)](
         logits, ids, weights, expert_ids, positions, tokens, expert_ids.shape[1], expert_ids.stride(0),
         expert_ids.stride(1), E=experts, E_PADDED=triton.next_power_of_2(experts), TOP_K=top_k,
@@ -373,15 +372,6 @@ def down_kernel(
     tl.store(y_ptr + m * D + d, y.to(y_ptr.dtype.element_ty), mask=d < D)
 
 
-# bits of the routed experts -> launch parameters of the two kernels, for sm_90 at D = 2048, WIDTH = 512, 8 + 1 experts.
-TUNED_DECODE = {
-    4: ({"BLOCK_I": 8, "CACHE": ".cg", "num_warps": 4}, {"BLOCK_D": 8, "CACHE": ".cg", "num_warps": 4}),
-    8: ({"BLOCK_I": 4, "CACHE": ".cg", "num_warps": 4}, {"BLOCK_D": 4, "CACHE": ".cg", "num_warps": 4}),
-    16: ({"BLOCK_I": 2, "CACHE": ".cg", "num_warps": 4}, {"BLOCK_D": 4, "CACHE": ".cg", "num_warps": 8}),
-    32: ({"BLOCK_I": 2, "CACHE": ".cg", "num_warps": 4}, {"BLOCK_D": 2, "CACHE": ".cg", "num_warps": 8}),
-}
-
-
 def expert_formats(
     *, gate_up: Tensor, gate_up_scales: Tensor | None, down: Tensor, down_scales: Tensor | None, features: int,
     name: str,
@@ -447,7 +437,11 @@ def decode_with(
     )  # fmt: skip
     flat = flat_rows(x, name="x", features=features)
     rows = flat.shape[0]
-    first, second = configs or (TUNED_DECODE[up[0]][0], TUNED_DECODE[back[0]][1])
+    arch, shape = tuning.architecture(x.device), f"{features}x{width}"
+    first, second = configs or (
+        tuning.lookup("moe_gate_up", f"{tuning.weight_class(up[0])}/{shape}", arch),
+        tuning.lookup("moe_down", f"{tuning.weight_class(back[0])}/{shape}", arch),
+    )
     act = torch.empty((rows, top_k * width + shared_width), dtype=torch.float32, device=x.device)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
 

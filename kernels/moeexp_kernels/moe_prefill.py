@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from . import tuning
 from .gemm import dot_precision, features_of, launch_rms_norm, weight_tile
 from .linear import flat_rows
 from .moe import expert_formats
@@ -193,24 +194,6 @@ def combine_kernel(
     tl.store(y_ptr + m * D + d, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-# activation bytes -> launch parameters; BLOCK_M is one for both routed kernels, BLOCK_K in stored columns. For sm_90 at
-# 512 tokens of Qwen3.5-35B-A3B, where an expert sees 16 assignments on average.
-TUNED_PREFILL = {
-    2: {
-        "block_m": 32,
-        "gate_up": {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
-        "down": {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
-        "shared_m": 64,
-    },
-    4: {
-        "block_m": 16,
-        "gate_up": {"BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
-        "down": {"BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
-        "shared_m": 32,
-    },
-}
-
-
 def block_bound(*, assignments, experts: int, block_m: int):
     """Blocks that any routing fits into; `assignments` may be symbolic."""
     return (assignments + experts * (block_m - 1)) // block_m
@@ -278,7 +261,7 @@ def moe_prefill(
         x=x, norm_weight=norm_weight, eps=eps, ids=ids, weights=weights, gate_up=gate_up, gate_up_scales=gate_up_scales,
         down=down, down_scales=down_scales, shared_gate_up=shared_gate_up, shared_gate_up_scales=shared_gate_up_scales,
         shared_down=shared_down, shared_down_scales=shared_down_scales, shared_gate=shared_gate,
-        config=TUNED_PREFILL[x.element_size()],
+        config=None,
     )  # fmt: skip
 
 
@@ -286,7 +269,9 @@ def prefill_with(
     *, x, norm_weight, eps, ids, weights, gate_up, gate_up_scales, down, down_scales,
     shared_gate_up, shared_gate_up_scales, shared_down, shared_down_scales, shared_gate, config,
 ) -> Tensor:  # fmt: skip
-    """The body of `moe_prefill`, with launch parameters to choose."""
+    """The body of `moe_prefill`, with launch parameters to choose (None: the table's).
+
+    There block_m is one for both routed kernels, and BLOCK_K counts stored columns."""
     features, top_k = x.shape[-1], ids.shape[-1]
     width, up, back = expert_formats(
         gate_up=gate_up, gate_up_scales=gate_up_scales, down=down, down_scales=down_scales, features=features, name=""
@@ -302,6 +287,8 @@ def prefill_with(
     wrap_triton(shared_gate_kernel)[(rows,)](
         h, shared_gate, gate, K=features, K_PADDED=triton.next_power_of_2(features)
     )
+    key = f"{tuning.activation_class(x.dtype)}/{tuning.weight_class(up[0])}/{features}x{width}"
+    config = config or tuning.lookup("moe_prefill", key, tuning.architecture(x.device))
     experts, block_m = gate_up.shape[0], config["block_m"]
     order, block_expert = sort_by_expert(ids=ids, experts=experts, block_m=block_m)
     pairs = launch_experts(

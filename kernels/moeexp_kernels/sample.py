@@ -26,6 +26,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from . import tuning
+
 MIN_TEMPERATURE = 1e-6
 PHILOX_ROUND, PHILOX_KEY = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
 
@@ -85,7 +87,6 @@ def reference_sample(*, logits: Tensor, seed_state: Tensor, temperature: float, 
     return score.masked_fill(~keep, float("-inf")).argmax(-1, keepdim=True)
 
 
-TUNED = {"BLOCK": 2048, "num_warps": 8, "narrow_warps": 4, "NARROW_STEP": 256}
 DIGIT_BITS = 4
 
 
@@ -245,10 +246,16 @@ def _check(logits: Tensor, seed_state: Tensor | None, temperature: float, top_k:
         )
 
 
-def _sizes(vocabulary: int) -> dict[str, int]:
-    chunks = triton.cdiv(vocabulary, TUNED["BLOCK"])
+def _tuned(logits: Tensor) -> dict[str, int]:
+    key = f"{tuning.activation_class(logits.dtype)}/{logits.shape[2]}"
+    return tuning.lookup("sample", key, tuning.architecture(logits.device))
+
+
+def _sizes(logits: Tensor) -> dict[str, int]:
+    block = _tuned(logits)["BLOCK"]
+    chunks = triton.cdiv(logits.shape[2], block)
     return {
-        "CHUNKS": chunks, "BLOCK_CHUNKS": triton.next_power_of_2(chunks), "BLOCK": TUNED["BLOCK"], "DIGITS": 1 << DIGIT_BITS
+        "CHUNKS": chunks, "BLOCK_CHUNKS": triton.next_power_of_2(chunks), "BLOCK": block, "DIGITS": 1 << DIGIT_BITS
     }  # fmt: skip
 
 
@@ -256,12 +263,12 @@ def _pick(logits: Tensor, seed_state: Tensor, searches: tuple[Tensor, Tensor, in
     """Winner per chunk, then per row. `searches`: sums, prefixes, first step and shift of the last search."""
     rows, _, vocabulary = logits.shape
     sums, prefixes, first, shift = searches
-    sizes = _sizes(vocabulary)
+    sizes = _sizes(logits)
     best = torch.empty((rows, sizes["CHUNKS"]), dtype=torch.int64, device=logits.device)
     out = torch.empty((rows, 1), dtype=torch.int64, device=logits.device)
     wrap_triton(_chunk_best_kernel)[(sizes["CHUNKS"], rows)](
         logits, seed_state, sums, prefixes, best, vocabulary, logits.stride(0), first, shift, **constants, **sizes,
-        num_warps=TUNED["num_warps"],
+        num_warps=_tuned(logits)["num_warps"],
     )  # fmt: skip
     wrap_triton(_best_kernel)[(rows,)](
         best, out, seed_state, NOISE=constants["NOISE"], CHUNKS=sizes["CHUNKS"], BLOCK_CHUNKS=sizes["BLOCK_CHUNKS"],
@@ -291,7 +298,7 @@ def sample(logits: Tensor, seed_state: Tensor, temperature: float, top_k: int, t
     if temperature == 0:
         return _greedy(logits)
     rows, _, vocabulary = logits.shape
-    sizes = _sizes(vocabulary)
+    sizes, tuned = _sizes(logits), _tuned(logits)
     # bfloat16 as float32 has its low 16 bits all equal, so no candidate needs them; float16 has more exponents than that.
     shifts = range(28, 12 if logits.dtype == torch.bfloat16 else -1, -DIGIT_BITS)
     kinds = [False] * (0 < top_k < vocabulary) + [True] * (top_p < 1)
@@ -308,7 +315,7 @@ def sample(logits: Tensor, seed_state: Tensor, temperature: float, top_k: int, t
         peaks = torch.empty((rows, sizes["CHUNKS"]), **wide)
         wrap_triton(_chunk_best_kernel)[(sizes["CHUNKS"], rows)](
             logits, logits, logits, logits, peaks, vocabulary, logits.stride(0), 0, 0,
-            STEPS=0, INVERSE_T=1.0, TOP_K=0, TOP_P=1.0, BY_MASS=False, NOISE=False, **sizes, num_warps=TUNED["num_warps"],
+            STEPS=0, INVERSE_T=1.0, TOP_K=0, TOP_P=1.0, BY_MASS=False, NOISE=False, **sizes, num_warps=tuned["num_warps"],
         )  # fmt: skip
     first = 0
     for step, (by_mass, shift) in enumerate(plan):
@@ -317,8 +324,8 @@ def sample(logits: Tensor, seed_state: Tensor, temperature: float, top_k: int, t
         wrap_triton(_narrow_kernel)[(sizes["CHUNKS"], rows)](
             logits, peaks, sums, prefixes, vocabulary, logits.stride(0), first, step, shift,
             shifts[-1] if opening else shift + DIGIT_BITS, **constants, BY_MASS=by_mass, OPENING=opening,
-            FLOORED=by_mass and len(kinds) == 2, NARROW_STEP=TUNED["NARROW_STEP"], **sizes,
-            num_warps=TUNED["narrow_warps"],
+            FLOORED=by_mass and len(kinds) == 2, NARROW_STEP=tuned["NARROW_STEP"], **sizes,
+            num_warps=tuned["narrow_warps"],
         )  # fmt: skip
     return _pick(
         logits, seed_state, (sums, prefixes, first, shifts[-1]), {**constants, "BY_MASS": by_mass, "NOISE": True}

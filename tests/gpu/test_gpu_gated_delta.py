@@ -5,9 +5,9 @@ from __future__ import annotations
 import kernels_common as common
 import pytest
 import torch
-from moeexp_kernels import gated_delta
+from moeexp_kernels import gated_delta, tuning
 from moeexp_kernels.gated_delta import gdn_decode
-from moeexp_kernels.gated_delta_prefill import TUNED, gdn_prefill
+from moeexp_kernels.gated_delta_prefill import gdn_prefill
 from test_kernels_gated_delta import (
     BF16,
     DECODE_TOL,
@@ -111,7 +111,8 @@ def test_correlated_keys(monkeypatch, solve, dtype):
     """The worst matrix to invert (all ones below the diagonal), at the precisions the table may name."""
     if dtype is F32 and solve == "tf32":
         solve = "ieee"  # plain tf32 is no choice for float32
-    monkeypatch.setitem(TUNED, dtype, {**TUNED[dtype], "solve": solve})
+    key = tuning.activation_class(dtype)
+    monkeypatch.setitem(tuning.OVERRIDES, ("gdn_prefill", key), {**tuning.lookup("gdn_prefill", key), "solve": solve})
     case = fresh(1, 128, (1, 1), (128, 128), dtype)
     case["proj"][:, :, 128:256] = 1.0
     case["proj"][:, :, -2], case["proj"][:, :, -1] = 20.0, -20.0
