@@ -27,6 +27,7 @@ from torch.library import triton_op, wrap_triton
 
 from . import tuning
 from .linear import rms_norm
+from .overlap import can_overlap, wait_for_previous
 
 
 def reference_qk_norm_rope(
@@ -131,9 +132,10 @@ def _qk_norm_rope_kernel(
     qkv, q_norm, k_norm, inv_freq, positions, k_cache, v_cache, out, tokens, slots,
     qkv_stride_b, qkv_stride_t, cache_stride_b, cache_stride_h,
     H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr,
-    BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_D: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (T, H + Hkv, B): one query head, or one key head with its value head."""
+    wait_for_previous(OVERLAP)
     t, head, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = qkv + b * qkv_stride_b + t * qkv_stride_t
     slot = tl.load(positions + b) + t
@@ -196,11 +198,12 @@ def _attend_kernel(
     q, qkv, k_cache, v_cache, positions, out, partial_sums, partial_stats, tokens, slots,
     q_stride_b, q_stride_t, qkv_stride_b, qkv_stride_t, cache_stride_b, cache_stride_h,
     HKV: tl.constexpr, GROUP: tl.constexpr, DH: tl.constexpr, SCALE: tl.constexpr, SPLITS: tl.constexpr,
-    WIDEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    WIDEN: tl.constexpr, OVERLAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Grid (Hkv, tiles * SPLITS, B). Row r of a key-value head is token r // GROUP, query head r % GROUP of its group.
 
     WIDEN: float32 products, because Triton's interpreter has no bfloat16 dot (it multiplies the bit patterns)."""
+    wait_for_previous(OVERLAP)
     kv_head, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     split = tl.program_id(1) % SPLITS
     # Late tokens see the most slots: start them first, so that the last programs to run are short ones.
@@ -260,9 +263,11 @@ def _attend_kernel(
 @triton.jit
 def _merge_kernel(
     partial_sums, partial_stats, qkv, positions, out, slots, qkv_stride_b,
-    H: tl.constexpr, DH: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    H: tl.constexpr, DH: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Grid (H, blocks of Dh, B): exact sum of the splits' partial softmaxes, in split order, times sigmoid(gate)."""
+    wait_for_previous(OVERLAP)
     head, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = d < DH
@@ -365,7 +370,7 @@ def qk_norm_rope(
         qkv.stride(0), qkv.stride(1), k_cache.stride(0), k_cache.stride(1),
         H=num_heads, HKV=kv_heads, DH=head_dim, HALF=half, EPS=eps, BLOCK_HALF=triton.next_power_of_2(half),
         BLOCK_REST=triton.next_power_of_2(max(head_dim - 2 * half, 1)), BLOCK_D=_block_d(head_dim),
-        num_warps=tuned("qk_norm_rope", out)["num_warps"],
+        OVERLAP=can_overlap(qkv), num_warps=tuned("qk_norm_rope", out)["num_warps"],
     )  # fmt: skip
     return out
 
@@ -378,7 +383,8 @@ def _attend(q, qkv, k_cache, v_cache, positions, out, sums, stats, *, splits, ti
         q, qkv, k_cache, v_cache, positions, out, sums, stats, tokens, slots,
         q.stride(0), q.stride(1), qkv.stride(0), qkv.stride(1), k_cache.stride(0), k_cache.stride(1),
         HKV=kv_heads, GROUP=heads // kv_heads, DH=head_dim, SCALE=head_dim**-0.5 * LOG2_E, SPLITS=splits,
-        WIDEN=q.dtype == torch.bfloat16 and triton.knobs.runtime.interpret, BLOCK_D=_block_d(head_dim), **config,
+        WIDEN=q.dtype == torch.bfloat16 and triton.knobs.runtime.interpret, BLOCK_D=_block_d(head_dim),
+        OVERLAP=can_overlap(q), **config,
     )  # fmt: skip
 
 
@@ -433,7 +439,7 @@ def sdpa_decode_splitk(q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor,
     wrap_triton(_merge_kernel)[(heads, triton.cdiv(head_dim, merge["BLOCK_D"]), batch)](
         sums, stats, qkv, positions, out, slots, qkv.stride(0),
         H=heads, DH=head_dim, SPLITS=splits, BLOCK_N=config["BLOCK_N"], BLOCK_D=merge["BLOCK_D"],
-        num_warps=merge["num_warps"],
+        OVERLAP=can_overlap(q), num_warps=merge["num_warps"],
     )  # fmt: skip
     return out
 

@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
+from .overlap import can_overlap, wait_for_previous
 
 CHUNK = 64
 L2_EPS = 1e-6
@@ -232,13 +233,21 @@ def _store_conv_state(conv_state, first, count, values, WIDTH: tl.constexpr, BLO
 
 
 @triton.jit
-def _conv_one(proj, conv_state, conv_weight, channels, live, WIDTH: tl.constexpr):
-    """SiLU of the causal conv of one token, for `channels` [...] of one sequence; float32."""
+def _conv_past(conv_state, conv_weight, channels, live, WIDTH: tl.constexpr):
+    """The causal conv's sum over the inputs before this token, and the newest tap, for `channels` [...] of one sequence;
+    float32. Reads nothing of this token."""
     newest = tl.load(conv_weight + channels * WIDTH + WIDTH - 1, mask=live, other=0.0).to(tl.float32)
-    mixed = tl.load(proj + channels, mask=live, other=0.0).to(tl.float32) * newest
+    mixed = newest * 0.0
     for tap in tl.static_range(WIDTH - 1):
         weight = tl.load(conv_weight + channels * WIDTH + tap, mask=live, other=0.0).to(tl.float32)
         mixed += tl.load(conv_state + channels * (WIDTH - 1) + tap, mask=live, other=0.0).to(tl.float32) * weight
+    return mixed, newest
+
+
+@triton.jit
+def _conv_now(proj, channels, live, past, newest):
+    """SiLU of the conv, with this token's input."""
+    mixed = past + tl.load(proj + channels, mask=live, other=0.0).to(tl.float32) * newest
     return mixed * tl.sigmoid(mixed)
 
 
@@ -247,7 +256,7 @@ def _decode_kernel(
     proj, conv_weight, a_log, dt_bias, norm_weight, conv_state, state, out, raw, stride_b,
     EPS: tl.constexpr, L2_EPS: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     WIDTH: tl.constexpr, SPLIT: tl.constexpr, STEP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    FLAT_K: tl.constexpr, FLAT_V: tl.constexpr,
+    FLAT_K: tl.constexpr, FLAT_V: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (Hk, B), or with SPLIT (Hv * SPLIT, B): then `raw` [B, Hv, Dv] float32 takes S^T q and the conv state is left
     alone. Vectors of the value side are [STEP, BV], the state tile is [STEP, BK, BV]; FLAT_K, FLAT_V: conv state blocks.
@@ -280,8 +289,14 @@ def _decode_kernel(
     coming = tl.load(state + at, mask=(lanes < HEADS)[:, None, None] & in_tile[None, :, :], other=0.0)
     q_first = first // RATIO * DK
     k_first = HK * DK + q_first
-    q = _conv_one(proj, conv_state, conv_weight, q_first + rows, in_k, WIDTH)
-    k = _conv_one(proj, conv_state, conv_weight, k_first + rows, in_k, WIDTH)
+    q_past, q_newest = _conv_past(conv_state, conv_weight, q_first + rows, in_k, WIDTH)
+    k_past, k_newest = _conv_past(conv_state, conv_weight, k_first + rows, in_k, WIDTH)
+    live = (lanes < HEADS)[:, None] & in_v[None, :]
+    value = 2 * HK * DK + (first + lanes)[:, None] * DV + cols[None, :]
+    v_past, v_newest = _conv_past(conv_state, conv_weight, value, live, WIDTH)
+    wait_for_previous(OVERLAP)  # all above was there before this token
+    q = _conv_now(proj, q_first + rows, in_k, q_past, q_newest)
+    k = _conv_now(proj, k_first + rows, in_k, k_past, k_newest)
     if SPLIT == 0:
         q_kept = _next_conv_state(proj, conv_state, q_first, DK, 1, 0, WIDTH, FLAT_K)
         k_kept = _next_conv_state(proj, conv_state, k_first, DK, 1, 0, WIDTH, FLAT_K)
@@ -295,7 +310,9 @@ def _decode_kernel(
         live = in_head[:, None] & in_v[None, :]
         value = head[:, None] * DV + cols[None, :]
         v_first = 2 * HK * DK + (first + step) * DV
-        v = _conv_one(proj, conv_state, conv_weight, 2 * HK * DK + value, live, WIDTH)
+        if step > 0:
+            v_past, v_newest = _conv_past(conv_state, conv_weight, 2 * HK * DK + value, live, WIDTH)
+        v = _conv_now(proj, 2 * HK * DK + value, live, v_past, v_newest)
         b = tl.load(proj + CHANNELS + HV * DV + head, mask=in_head, other=0.0).to(tl.float32)
         a = tl.load(proj + CHANNELS + HV * DV + HV + head, mask=in_head, other=0.0).to(tl.float32)
         a_log_h = tl.load(a_log + head, mask=in_head, other=0.0)
@@ -339,9 +356,10 @@ def _decode_kernel(
 def _finish_kernel(
     proj, norm_weight, conv_state, raw, out, stride_b,
     EPS: tl.constexpr, HV: tl.constexpr, DV: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
-    SLICE: tl.constexpr, BV: tl.constexpr, FLAT: tl.constexpr,
+    SLICE: tl.constexpr, BV: tl.constexpr, FLAT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """After a split `_decode_kernel`, grid (Hv, B): gated norm of one head, conv state of SLICE channels."""
+    wait_for_previous(OVERLAP)
     head = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     proj += batch * stride_b
@@ -403,7 +421,7 @@ def gdn_decode(
         EPS=eps, L2_EPS=L2_EPS, HK=num_k_heads, HV=num_v_heads, DK=head_k_dim, DV=head_v_dim, WIDTH=width, SPLIT=split,
         STEP=step, BK=pad_k, BV=pad_v // split if split else pad_v,
         FLAT_K=triton.next_power_of_2(head_k_dim * (width - 1)),
-        FLAT_V=triton.next_power_of_2(step * head_v_dim * (width - 1)), num_warps=tuned["num_warps"],
+        FLAT_V=triton.next_power_of_2(step * head_v_dim * (width - 1)), OVERLAP=can_overlap(proj), num_warps=tuned["num_warps"],
     )  # fmt: skip
     if split:
         channels = conv_weight.shape[0]
@@ -411,6 +429,6 @@ def gdn_decode(
         torch.library.wrap_triton(_finish_kernel)[(num_v_heads, batch, 1)](
             proj, norm_weight, conv_state, raw, out, proj.stride(0),
             EPS=eps, HV=num_v_heads, DV=head_v_dim, CHANNELS=channels, WIDTH=width, SLICE=per_program, BV=pad_v,
-            FLAT=triton.next_power_of_2(per_program * (width - 1)), num_warps=4,
+            FLAT=triton.next_power_of_2(per_program * (width - 1)), OVERLAP=can_overlap(proj), num_warps=4,
         )  # fmt: skip
     return out

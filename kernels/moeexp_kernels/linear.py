@@ -29,6 +29,7 @@ from torch.library import triton_op, wrap_triton
 
 from . import tuning
 from .gemm import launch_gemm, launch_rms_norm, unpack_scales
+from .overlap import can_overlap, wait_for_previous
 
 MIDDLE_CODE = {4: 8, 8: 128}
 
@@ -266,7 +267,7 @@ def gemv_kernel(
     x_ptr, w_ptr, s_ptr, norm_ptr, res_ptr, y_ptr, x_stride, res_stride, eps,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr,
     WORDS: tl.constexpr, CHUNK: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    FAST: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, CACHE: tl.constexpr,
+    FAST: tl.constexpr, OVERLAP: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] for one m and TILES x BLOCK_N outputs n. Grid (blocks * M), m fastest: programs that share weights start
     together. One dimension, because only the first may exceed 65,535.
@@ -281,6 +282,7 @@ def gemv_kernel(
     rows_left = tl.minimum(N - start, BLOCK_N * TILES).to(tl.int32)
     row = tl.arange(0, BLOCK_N)
     words, pair = load_rows(w_ptr, s_ptr, row, row < rows_left, K, GROUP, BITS, WORDS, CHUNK, CACHE)
+    wait_for_previous(OVERLAP)
     x0, x1, x2, x3, x4, x5, x6, x7, total, r = load_row_features(
         x_ptr + m * x_stride, norm_ptr, eps, HAS_NORM, K, GROUP, BITS, WORDS
     )
@@ -375,6 +377,7 @@ def launch_gemv(
         x if residual is None else residual, out, x.stride(0), 0 if residual is None else residual.stride(0), eps,
         M=x.shape[0], N=rows, K=features, GROUP=group, BITS=bits, HALF=weight.dtype == torch.float16, WORDS=words, CHUNK=chunk,
         HAS_NORM=norm_weight is not None, HAS_RESIDUAL=residual is not None, FAST=x.is_cuda,
+        OVERLAP=can_overlap(x),
         **config,
     )  # fmt: skip
 

@@ -40,6 +40,7 @@ from .linear import (
     word_counts,
     word_products,
 )
+from .overlap import can_overlap, wait_for_previous
 
 
 def reference_router(
@@ -152,11 +153,12 @@ def _(
 @triton.jit
 def choose_experts_kernel(
     logits_ptr, ids_ptr, weights_ptr, trace_ptr, positions_ptr, T, S, trace_stride_b, trace_stride_s,
-    E: tl.constexpr, E_PADDED: tl.constexpr, TOP_K: tl.constexpr, K_PADDED: tl.constexpr,
+    E: tl.constexpr, E_PADDED: tl.constexpr, TOP_K: tl.constexpr, K_PADDED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One token: the TOP_K largest of E logits, largest first, equal ones in the order of their indices.
 
     A softmax renormalised over the chosen is the softmax of the chosen logits, so that no other exp is needed."""
+    wait_for_previous(OVERLAP)
     m = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, E_PADDED)
     logits = tl.load(logits_ptr + m * E + e, mask=e < E, other=float("-inf"))
@@ -221,7 +223,7 @@ def router(
     wrap_triton(choose_experts_kernel)[(rows,)](
         logits, ids, weights, expert_ids, positions, tokens, expert_ids.shape[1], expert_ids.stride(0),
         expert_ids.stride(1), E=experts, E_PADDED=triton.next_power_of_2(experts), TOP_K=top_k,
-        K_PADDED=triton.next_power_of_2(top_k), num_warps=1,
+        K_PADDED=triton.next_power_of_2(top_k), OVERLAP=can_overlap(x), num_warps=1,
     )  # fmt: skip
     return ids, weights
 
@@ -252,7 +254,7 @@ def swiglu_rows(
 def gate_up_kernel(
     x_ptr, norm_ptr, ids_ptr, weights_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, shared_gate_ptr, act_ptr,
     x_stride, eps,
-    TOP_K: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr, FAST: tl.constexpr,
+    TOP_K: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr,
     WIDTH: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, WORDS: tl.constexpr,
     CHUNK: tl.constexpr,
     SWIDTH: tl.constexpr, SGROUP: tl.constexpr, SBITS: tl.constexpr, SHALF: tl.constexpr, SWORDS: tl.constexpr,
@@ -261,6 +263,7 @@ def gate_up_kernel(
 ):  # fmt: skip
     """act [M, TOP_K * I + SI] float32: each chosen expert's activations times its share, then the shared expert's times
     its gate. Grid (blocks of rows, TOP_K + 1, M)."""
+    wait_for_previous(OVERLAP)  # which experts to read is the previous kernel's result
     first = tl.program_id(0) * BLOCK_I
     slot = tl.program_id(1)
     m = tl.program_id(2).to(tl.int64)
@@ -293,7 +296,7 @@ def gate_up_kernel(
 @triton.jit
 def down_kernel(
     x_ptr, ids_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, act_ptr, y_ptr, x_stride,
-    D: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, FAST: tl.constexpr,
+    D: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr,
     WIDTH: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, WORDS: tl.constexpr,
     CHUNK: tl.constexpr,
     SWIDTH: tl.constexpr, SGROUP: tl.constexpr, SBITS: tl.constexpr, SHALF: tl.constexpr, SWORDS: tl.constexpr,
@@ -307,7 +310,8 @@ def down_kernel(
     m = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     slot = tl.arange(0, SLOTS)
-    expert = tl.load(ids_ptr + m * TOP_K + slot, mask=slot < TOP_K, other=0).to(tl.int64)
+    # Not the previous kernel's result but that of one before; past L1, which may hold an older token's.
+    expert = tl.load(ids_ptr + m * TOP_K + slot, mask=slot < TOP_K, other=0, cache_modifier=".cg").to(tl.int64)
     width: tl.constexpr = WIDTH * BITS // 32
     column = tl.arange(0, WORDS)
     # Slots first: of the dimensions without contiguous addresses, the first is spread over lanes and warps.
@@ -330,6 +334,7 @@ def down_kernel(
     shared_words, shared_pair = load_rows(
         shared_w_ptr, shared_s_ptr, d, d < D, SWIDTH, SGROUP, SBITS, SWORDS, SCHUNK, CACHE
     )
+    wait_for_previous(OVERLAP)
     act_ptr += m * (TOP_K * WIDTH + SWIDTH)
 
     # The activations in the order of the words, as in `load_row_features`. One dimension, although that hides from the
@@ -453,6 +458,7 @@ def decode_with(
         flat, norm_weight, ids, weights, gate_up, stored(gate_up_scales, gate_up),
         shared_gate_up, stored(shared_gate_up_scales, shared_gate_up), shared_gate, act, flat.stride(0), eps,
         TOP_K=top_k, K=features, K_PADDED=triton.next_power_of_2(features), FAST=x.is_cuda,
+        OVERLAP=can_overlap(x),
         **format_constants(weight=gate_up, width=width, features=features, bits=up[0], group=up[1]),
         **format_constants(
             weight=shared_gate_up, width=shared_width, features=features, bits=shared_up[0], group=shared_up[1],
@@ -463,6 +469,7 @@ def decode_with(
     wrap_triton(down_kernel)[(triton.cdiv(features, second["BLOCK_D"]), rows)](
         flat, ids, down, stored(down_scales, down), shared_down, stored(shared_down_scales, shared_down), act, y,
         flat.stride(0), D=features, TOP_K=top_k, SLOTS=triton.next_power_of_2(top_k), FAST=x.is_cuda,
+        OVERLAP=can_overlap(x),
         **format_constants(weight=down, width=width, features=width, bits=back[0], group=back[1]),
         **format_constants(
             weight=shared_down, width=shared_width, features=shared_width, bits=shared_back[0], group=shared_back[1],

@@ -1,0 +1,46 @@
+"""Programmatic dependent launch: a kernel may start while the one before it still runs, and fetch its weights meanwhile.
+
+A kernel calls `wait_for_previous` once in every program, and touches before it only what neither the previous kernel nor
+anything still running can write: weights, the state that it alone writes, and results of the kernel before the previous.
+The last is safe because the call waits *first* and lets the next kernel start *then*: when a kernel starts early, all
+programs of the previous one are past their own wait, so that everything before that one is complete and visible.
+
+Without a programmatic edge (an ordinary launch) both instructions do nothing. Edges are made programmatic after capture,
+by `moeexp_runner.overlap`, which takes the names below as the kernels that it may start early.
+Source: CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization".
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tuning import architecture
+
+# Kernels that call `wait_for_previous` on every path; a test compares the list with the sources.
+OVERLAPPING = (
+    "gemv_kernel",
+    "choose_experts_kernel",
+    "gate_up_kernel",
+    "down_kernel",
+    "_decode_kernel",
+    "_finish_kernel",
+    "_qk_norm_rope_kernel",
+    "_attend_kernel",
+    "_merge_kernel",
+)
+
+
+@triton.jit
+def wait_for_previous(OVERLAP: tl.constexpr):
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+def can_overlap(tensor: Tensor) -> bool:
+    """Whether the tensor's GPU knows the instructions (Hopper and later); never asks CUDA about a CPU tensor."""
+    if not tensor.is_cuda:
+        return False
+    return int(architecture(tensor.device).removeprefix("sm_")) >= 90
