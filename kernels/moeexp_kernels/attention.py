@@ -27,7 +27,7 @@ from torch.library import triton_op, wrap_triton
 
 from . import tuning
 from .linear import rms_norm
-from .overlap import can_overlap, wait_for_previous
+from .overlap import after_previous, can_overlap
 
 
 def reference_qk_norm_rope(
@@ -135,7 +135,12 @@ def _qk_norm_rope_kernel(
     BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_D: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (T, H + Hkv, B): one query head, or one key head with its value head."""
-    wait_for_previous(OVERLAP)
+    ready = after_previous(OVERLAP)
+    qkv += ready
+    positions += ready
+    k_cache += ready
+    v_cache += ready
+    out += ready
     t, head, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = qkv + b * qkv_stride_b + t * qkv_stride_t
     slot = tl.load(positions + b) + t
@@ -203,7 +208,15 @@ def _attend_kernel(
     """Grid (Hkv, tiles * SPLITS, B). Row r of a key-value head is token r // GROUP, query head r % GROUP of its group.
 
     WIDEN: float32 products, because Triton's interpreter has no bfloat16 dot (it multiplies the bit patterns)."""
-    wait_for_previous(OVERLAP)
+    ready = after_previous(OVERLAP)
+    q += ready
+    qkv += ready
+    positions += ready
+    k_cache += ready
+    v_cache += ready
+    out += ready
+    partial_sums += ready
+    partial_stats += ready
     kv_head, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     split = tl.program_id(1) % SPLITS
     # Late tokens see the most slots: start them first, so that the last programs to run are short ones.
@@ -267,7 +280,12 @@ def _merge_kernel(
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Grid (H, blocks of Dh, B): exact sum of the splits' partial softmaxes, in split order, times sigmoid(gate)."""
-    wait_for_previous(OVERLAP)
+    ready = after_previous(OVERLAP)
+    partial_sums += ready
+    partial_stats += ready
+    qkv += ready
+    positions += ready
+    out += ready
     head, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = d < DH

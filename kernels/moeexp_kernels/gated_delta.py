@@ -25,9 +25,10 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import triton_op, wrap_triton
 
 from . import tuning
-from .overlap import can_overlap, wait_for_previous
+from .overlap import after_previous, can_overlap
 
 CHUNK = 64
 L2_EPS = 1e-6
@@ -156,7 +157,6 @@ def _(
 
 FEW_PROGRAMS = 64  # batch * Hk up to which an H100 is far from full: the table's key says `few`, else `many`
 MAX_HEAD_DIM = 128  # a whole [Dk, Dv] float32 state tile stays in registers
-MAX_TILE = 2 * 128 * 128  # elements of state held at once: 64 registers per thread at 16 warps
 
 
 def check_gdn(
@@ -253,103 +253,61 @@ def _conv_now(proj, channels, live, past, newest):
 
 @triton.jit
 def _decode_kernel(
-    proj, conv_weight, a_log, dt_bias, norm_weight, conv_state, state, out, raw, stride_b,
-    EPS: tl.constexpr, L2_EPS: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    WIDTH: tl.constexpr, SPLIT: tl.constexpr, STEP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    FLAT_K: tl.constexpr, FLAT_V: tl.constexpr, OVERLAP: tl.constexpr,
+    proj, conv_weight, a_log, dt_bias, conv_state, state, raw, stride_b,
+    L2_EPS: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr,
+    SPLIT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (Hk, B), or with SPLIT (Hv * SPLIT, B): then `raw` [B, Hv, Dv] float32 takes S^T q and the conv state is left
-    alone. Vectors of the value side are [STEP, BV], the state tile is [STEP, BK, BV]; FLAT_K, FLAT_V: conv state blocks.
+    """Grid (Hv * SPLIT, B), SPLIT programs of BV columns for each value head: the state, in place, and S^T q into `raw`
+    [B, Hv, Dv] float32. The conv state is left alone, because several programs read the same channels of it.
 
-    The conv state of a key head's q and k is read by all its value heads, so without SPLIT one program does all of these,
-    and is the only one that reads or writes any of its channels. Within the program a barrier stands between the loads and
-    the stores of state: where a tile has fewer elements than the CTA has threads, several warps load the same element."""
-    RATIO: tl.constexpr = HV // HK
-    HEADS: tl.constexpr = RATIO if SPLIT == 0 else 1
+    A barrier stands between the loads and the stores of state: where a tile has fewer elements than the CTA has threads,
+    several warps load the same element."""
     CHANNELS: tl.constexpr = 2 * HK * DK + HV * DV
+    head = tl.program_id(0) // SPLIT
     batch = tl.program_id(1).to(tl.int64)
-    if SPLIT == 0:
-        first = tl.program_id(0) * RATIO
-        cols = tl.arange(0, BV)
-    else:
-        first = tl.program_id(0) // SPLIT
-        cols = tl.program_id(0) % SPLIT * BV + tl.arange(0, BV)
-    proj += batch * stride_b
-    conv_state += batch * CHANNELS * (WIDTH - 1)
-    state += batch * HV * DK * DV
     rows = tl.arange(0, BK)
-    lanes = tl.arange(0, STEP)
+    cols = tl.program_id(0) % SPLIT * BV + tl.arange(0, BV)
     in_k = rows < DK
     in_v = cols < DV
     in_tile = in_k[:, None] & in_v[None, :]
+    proj += batch * stride_b
+    conv_state += batch * CHANNELS * (WIDTH - 1)
+    state += (batch * HV + head) * (DK * DV)
     tile = rows[:, None] * DV + cols[None, :]
 
-    # All loads go out before the first reduction waits, the state's first: it is most of the bytes.
-    at = (first + lanes)[:, None, None] * (DK * DV) + tile[None, :, :]
-    coming = tl.load(state + at, mask=(lanes < HEADS)[:, None, None] & in_tile[None, :, :], other=0.0)
-    q_first = first // RATIO * DK
-    k_first = HK * DK + q_first
-    q_past, q_newest = _conv_past(conv_state, conv_weight, q_first + rows, in_k, WIDTH)
-    k_past, k_newest = _conv_past(conv_state, conv_weight, k_first + rows, in_k, WIDTH)
-    live = (lanes < HEADS)[:, None] & in_v[None, :]
-    value = 2 * HK * DK + (first + lanes)[:, None] * DV + cols[None, :]
-    v_past, v_newest = _conv_past(conv_state, conv_weight, value, live, WIDTH)
-    wait_for_previous(OVERLAP)  # all above was there before this token
-    q = _conv_now(proj, q_first + rows, in_k, q_past, q_newest)
-    k = _conv_now(proj, k_first + rows, in_k, k_past, k_newest)
-    if SPLIT == 0:
-        q_kept = _next_conv_state(proj, conv_state, q_first, DK, 1, 0, WIDTH, FLAT_K)
-        k_kept = _next_conv_state(proj, conv_state, k_first, DK, 1, 0, WIDTH, FLAT_K)
+    # What was there before this token, the state first: it is most of the bytes.
+    old = tl.load(state + tile, mask=in_tile, other=0.0)
+    q_channel = head // (HV // HK) * DK + rows
+    k_channel = HK * DK + q_channel
+    v_channel = 2 * HK * DK + head * DV + cols
+    q_past, q_newest = _conv_past(conv_state, conv_weight, q_channel, in_k, WIDTH)
+    k_past, k_newest = _conv_past(conv_state, conv_weight, k_channel, in_k, WIDTH)
+    v_past, v_newest = _conv_past(conv_state, conv_weight, v_channel, in_v, WIDTH)
+    a_log_h = tl.load(a_log + head)
+    dt_bias_h = tl.load(dt_bias + head)
 
-    for step in tl.static_range(0, HEADS, STEP):
-        old = coming
-        at_old = at
-        count = min(STEP, HEADS - step)
-        in_head = lanes < count
-        head = first + step + lanes
-        live = in_head[:, None] & in_v[None, :]
-        value = head[:, None] * DV + cols[None, :]
-        v_first = 2 * HK * DK + (first + step) * DV
-        if step > 0:
-            v_past, v_newest = _conv_past(conv_state, conv_weight, 2 * HK * DK + value, live, WIDTH)
-        v = _conv_now(proj, 2 * HK * DK + value, live, v_past, v_newest)
-        b = tl.load(proj + CHANNELS + HV * DV + head, mask=in_head, other=0.0).to(tl.float32)
-        a = tl.load(proj + CHANNELS + HV * DV + HV + head, mask=in_head, other=0.0).to(tl.float32)
-        a_log_h = tl.load(a_log + head, mask=in_head, other=0.0)
-        dt_bias_h = tl.load(dt_bias + head, mask=in_head, other=0.0)
-        if SPLIT == 0:
-            v_kept = _next_conv_state(proj, conv_state, v_first, count * DV, 1, 0, WIDTH, FLAT_V)
-            z = tl.load(proj + CHANNELS + value, mask=live, other=0.0).to(tl.float32)
-            gate = tl.load(norm_weight + cols, mask=in_v, other=0.0).to(tl.float32)[None, :] * z * tl.sigmoid(z)
-        if step + STEP < HEADS:  # the next heads' state, before these heads' arithmetic
-            more = (step + STEP + lanes < HEADS)[:, None, None] & in_tile[None, :, :]
-            at = (head + STEP)[:, None, None] * (DK * DV) + tile[None, :, :]
-            coming = tl.load(state + at, mask=more, other=0.0)
-        if step == 0:
-            q_norm = tl.rsqrt(tl.sum(q * q, axis=0) + L2_EPS) * DK**-0.5
-            k_norm = tl.rsqrt(tl.sum(k * k, axis=0) + L2_EPS)
-            qk = tl.sum(q * k, axis=0) * q_norm * k_norm
-
-        log_decay, beta = _gates(a, b, a_log_h, dt_bias_h)
-        decay = tl.exp(log_decay)[:, None]
-        # S_new^T q = decay S^T q + (k.q) delta: both reductions run over the old tile, with one wait instead of two; and the
-        # l2 norms are applied to their results, so that the tile waits for no other reduction.
-        seen = tl.sum(old * k[None, :, None], axis=1) * k_norm
-        asked = tl.sum(old * q[None, :, None], axis=1) * q_norm
-        delta = beta[:, None] * (v - decay * seen)
-        o = decay * asked + qk * delta
-        new = old * decay[:, :, None] + k[None, :, None] * (k_norm * delta)[:, None, :]
-        tl.debug_barrier()
-        tl.store(state + at_old, new, mask=in_head[:, None, None] & in_tile[None, :, :])
-        if SPLIT == 0:
-            if step == 0:
-                _store_conv_state(conv_state, q_first, DK, q_kept, WIDTH, FLAT_K)
-                _store_conv_state(conv_state, k_first, DK, k_kept, WIDTH, FLAT_K)
-            _store_conv_state(conv_state, v_first, count * DV, v_kept, WIDTH, FLAT_V)
-            y = o * tl.rsqrt(tl.sum(o * o, axis=1) / DV + EPS)[:, None] * gate
-            tl.store(out + batch * HV * DV + value, y.to(out.dtype.element_ty), mask=live)
-        else:
-            tl.store(raw + batch * HV * DV + value, o, mask=live)
+    ready = after_previous(OVERLAP)
+    proj += ready
+    state += ready
+    raw += ready
+    q = _conv_now(proj, q_channel, in_k, q_past, q_newest)
+    k = _conv_now(proj, k_channel, in_k, k_past, k_newest)
+    v = _conv_now(proj, v_channel, in_v, v_past, v_newest)
+    b = tl.load(proj + CHANNELS + HV * DV + head).to(tl.float32)
+    a = tl.load(proj + CHANNELS + HV * DV + HV + head).to(tl.float32)
+    log_decay, beta = _gates(a, b, a_log_h, dt_bias_h)
+    decay = tl.exp(log_decay)
+    q_norm = tl.rsqrt(tl.sum(q * q, axis=0) + L2_EPS) * DK**-0.5
+    k_norm = tl.rsqrt(tl.sum(k * k, axis=0) + L2_EPS)
+    qk = tl.sum(q * k, axis=0) * q_norm * k_norm
+    # S_new^T q = decay S^T q + (k.q) delta: both reductions run over the old tile, with one wait instead of two; and the l2
+    # norms are applied to their results, so that the tile waits for no other reduction.
+    seen = tl.sum(old * k[:, None], axis=0) * k_norm
+    asked = tl.sum(old * q[:, None], axis=0) * q_norm
+    delta = beta * (v - decay * seen)
+    tl.debug_barrier()
+    tl.store(state + tile, old * decay + k[:, None] * (k_norm * delta)[None, :], mask=in_tile)
+    tl.store(raw + (batch * HV + head) * DV + cols, decay * asked + qk * delta, mask=in_v)
 
 
 @triton.jit
@@ -358,8 +316,12 @@ def _finish_kernel(
     EPS: tl.constexpr, HV: tl.constexpr, DV: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
     SLICE: tl.constexpr, BV: tl.constexpr, FLAT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """After a split `_decode_kernel`, grid (Hv, B): gated norm of one head, conv state of SLICE channels."""
-    wait_for_previous(OVERLAP)
+    """After `_decode_kernel`, grid (Hv, B): gated norm of one head, conv state of SLICE channels."""
+    ready = after_previous(OVERLAP)
+    proj += ready
+    conv_state += ready
+    raw += ready
+    out += ready
     head = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     proj += batch * stride_b
@@ -378,7 +340,7 @@ def _finish_kernel(
     _store_conv_state(conv_state, first, count, kept, WIDTH, FLAT)
 
 
-@torch.library.triton_op("moeexp::gdn_decode", mutates_args=("conv_state", "recurrent_state"))
+@triton_op("moeexp::gdn_decode", mutates_args=("conv_state", "recurrent_state"))
 def gdn_decode(
     proj: Tensor,
     conv_weight: Tensor,
@@ -393,7 +355,8 @@ def gdn_decode(
     head_v_dim: int,
     eps: float,
 ) -> Tensor:
-    """T = 1, `reference_gdn_decode` in one kernel ("recurrent"): the state is read once and written once, in place.
+    """T = 1, `reference_gdn_decode` ("recurrent"): the state is read once and written once, in place; a second, small kernel
+    does what needs a whole head (the gated norm) or every program's reads done (the conv state).
 
     Shapes as in the module's docstring; conv_state and recurrent_state are mutated. `ValueError` for head dims over 128, a
     conv width below 2, a dtype other than float32 or bfloat16, or strides that `check_gdn` names."""
@@ -404,31 +367,21 @@ def gdn_decode(
     )  # fmt: skip
     if proj.shape[1] != 1:
         raise ValueError(f"gdn_decode takes one token per call, got {proj.shape[1]}; use gdn_prefill")
-    batch, width, ratio = proj.shape[0], conv_weight.shape[-1], num_v_heads // num_k_heads
+    batch, (channels, width) = proj.shape[0], conv_weight.shape
     pad_k, pad_v = triton.next_power_of_2(head_k_dim), triton.next_power_of_2(head_v_dim)
-    # `split` 0: one program per (batch, key head) does everything for its Hv/Hk value heads, `step` of them at a time.
-    # `split` n: one program per (value head, n-th of Dv), and a second small kernel for the norm and the conv state: more
-    # CTAs, one more launch.
     key = f"{pad_k}x{pad_v}/{'few' if batch * num_k_heads <= FEW_PROGRAMS else 'many'}"
     tuned = tuning.lookup("gdn_decode", key, tuning.architecture(proj.device))
     split = min(tuned["split"], pad_v)
-    step = 1 if split else min(tuned["step"], triton.next_power_of_2(ratio), MAX_TILE // (pad_k * pad_v))
     out = torch.empty(batch, 1, num_v_heads * head_v_dim, dtype=proj.dtype, device=proj.device)
-    raw = torch.empty(batch, num_v_heads, head_v_dim, dtype=torch.float32, device=proj.device) if split else out
-    grid = (num_v_heads * split if split else num_k_heads, batch, 1)
-    torch.library.wrap_triton(_decode_kernel)[grid](
-        proj, conv_weight, a_log, dt_bias, norm_weight, conv_state, recurrent_state, out, raw, proj.stride(0),
-        EPS=eps, L2_EPS=L2_EPS, HK=num_k_heads, HV=num_v_heads, DK=head_k_dim, DV=head_v_dim, WIDTH=width, SPLIT=split,
-        STEP=step, BK=pad_k, BV=pad_v // split if split else pad_v,
-        FLAT_K=triton.next_power_of_2(head_k_dim * (width - 1)),
-        FLAT_V=triton.next_power_of_2(step * head_v_dim * (width - 1)), OVERLAP=can_overlap(proj), num_warps=tuned["num_warps"],
+    raw = torch.empty(batch, num_v_heads, head_v_dim, dtype=torch.float32, device=proj.device)
+    common = {"HV": num_v_heads, "DV": head_v_dim, "WIDTH": width, "OVERLAP": can_overlap(proj)}
+    wrap_triton(_decode_kernel)[(num_v_heads * split, batch, 1)](
+        proj, conv_weight, a_log, dt_bias, conv_state, recurrent_state, raw, proj.stride(0), L2_EPS=L2_EPS, HK=num_k_heads,
+        DK=head_k_dim, SPLIT=split, BK=pad_k, BV=pad_v // split, num_warps=tuned["num_warps"], **common,
     )  # fmt: skip
-    if split:
-        channels = conv_weight.shape[0]
-        per_program = triton.cdiv(channels, num_v_heads)
-        torch.library.wrap_triton(_finish_kernel)[(num_v_heads, batch, 1)](
-            proj, norm_weight, conv_state, raw, out, proj.stride(0),
-            EPS=eps, HV=num_v_heads, DV=head_v_dim, CHANNELS=channels, WIDTH=width, SLICE=per_program, BV=pad_v,
-            FLAT=triton.next_power_of_2(per_program * (width - 1)), OVERLAP=can_overlap(proj), num_warps=4,
-        )  # fmt: skip
+    per_program = triton.cdiv(channels, num_v_heads)
+    wrap_triton(_finish_kernel)[(num_v_heads, batch, 1)](
+        proj, norm_weight, conv_state, raw, out, proj.stride(0), EPS=eps, CHANNELS=channels, SLICE=per_program, BV=pad_v,
+        FLAT=triton.next_power_of_2(per_program * (width - 1)), num_warps=4, **common,
+    )  # fmt: skip
     return out

@@ -29,7 +29,7 @@ from torch.library import triton_op, wrap_triton
 
 from . import tuning
 from .gemm import launch_gemm, launch_rms_norm, unpack_scales
-from .overlap import can_overlap, wait_for_previous
+from .overlap import after_previous, can_overlap
 
 MIDDLE_CODE = {4: 8, 8: 128}
 
@@ -282,7 +282,10 @@ def gemv_kernel(
     rows_left = tl.minimum(N - start, BLOCK_N * TILES).to(tl.int32)
     row = tl.arange(0, BLOCK_N)
     words, pair = load_rows(w_ptr, s_ptr, row, row < rows_left, K, GROUP, BITS, WORDS, CHUNK, CACHE)
-    wait_for_previous(OVERLAP)
+    ready = after_previous(OVERLAP)
+    x_ptr += ready
+    res_ptr += ready
+    y_ptr += ready
     x0, x1, x2, x3, x4, x5, x6, x7, total, r = load_row_features(
         x_ptr + m * x_stride, norm_ptr, eps, HAS_NORM, K, GROUP, BITS, WORDS
     )

@@ -40,7 +40,7 @@ from .linear import (
     word_counts,
     word_products,
 )
-from .overlap import can_overlap, wait_for_previous
+from .overlap import after_previous, can_overlap
 
 
 def reference_router(
@@ -158,7 +158,11 @@ def choose_experts_kernel(
     """One token: the TOP_K largest of E logits, largest first, equal ones in the order of their indices.
 
     A softmax renormalised over the chosen is the softmax of the chosen logits, so that no other exp is needed."""
-    wait_for_previous(OVERLAP)
+    ready = after_previous(OVERLAP)
+    logits_ptr += ready
+    ids_ptr += ready
+    weights_ptr += ready
+    trace_ptr += ready
     m = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, E_PADDED)
     logits = tl.load(logits_ptr + m * E + e, mask=e < E, other=float("-inf"))
@@ -263,7 +267,11 @@ def gate_up_kernel(
 ):  # fmt: skip
     """act [M, TOP_K * I + SI] float32: each chosen expert's activations times its share, then the shared expert's times
     its gate. Grid (blocks of rows, TOP_K + 1, M)."""
-    wait_for_previous(OVERLAP)  # which experts to read is the previous kernel's result
+    ready = after_previous(OVERLAP)  # which experts to read is the previous kernel's result
+    x_ptr += ready
+    ids_ptr += ready
+    weights_ptr += ready
+    act_ptr += ready
     first = tl.program_id(0) * BLOCK_I
     slot = tl.program_id(1)
     m = tl.program_id(2).to(tl.int64)
@@ -334,8 +342,10 @@ def down_kernel(
     shared_words, shared_pair = load_rows(
         shared_w_ptr, shared_s_ptr, d, d < D, SWIDTH, SGROUP, SBITS, SWORDS, SCHUNK, CACHE
     )
-    wait_for_previous(OVERLAP)
-    act_ptr += m * (TOP_K * WIDTH + SWIDTH)
+    ready = after_previous(OVERLAP)
+    x_ptr += ready
+    y_ptr += ready
+    act_ptr += m * (TOP_K * WIDTH + SWIDTH) + ready
 
     # The activations in the order of the words, as in `load_row_features`. One dimension, although that hides from the
     # compiler that neighbours are contiguous: from two it would derive a layout to which it then moves the weights.

@@ -1,9 +1,14 @@
 """Programmatic dependent launch: a kernel may start while the one before it still runs, and fetch its weights meanwhile.
 
-A kernel calls `wait_for_previous` once in every program, and touches before it only what neither the previous kernel nor
-anything still running can write: weights, the state that it alone writes, and results of the kernel before the previous.
-The last is safe because the call waits *first* and lets the next kernel start *then*: when a kernel starts early, all
-programs of the previous one are past their own wait, so that everything before that one is complete and visible.
+A kernel calls `after_previous` once in every program, adds what it returns (0) to the pointers it touches afterwards, and
+touches before it only what neither the previous kernel nor anything still running can write: weights, the state that it
+alone writes, and results of the kernel before the previous. The last is safe because the call waits *first* and lets the
+next kernel start *then*: when a kernel starts early, all programs of the previous one are past their own wait, so that
+everything before that one is complete and visible. A kernel that reads its own state early must not directly follow
+another call on the same state; in a model its layer's other kernels stand between.
+
+The order is kept by the pointers and not by a side effect: torch takes a kernel with an assembly instruction that has side
+effects for one that writes all its arguments.
 
 Without a programmatic edge (an ordinary launch) both instructions do nothing. Edges are made programmatic after capture,
 by `moeexp_runner.overlap`, which takes the names below as the kernels that it may start early.
@@ -18,7 +23,7 @@ from torch import Tensor
 
 from .tuning import architecture
 
-# Kernels that call `wait_for_previous` on every path; a test compares the list with the sources.
+# Kernels that call `after_previous` on every path; a test compares the list with the sources.
 OVERLAPPING = (
     "gemv_kernel",
     "choose_experts_kernel",
@@ -33,10 +38,20 @@ OVERLAPPING = (
 
 
 @triton.jit
-def wait_for_previous(OVERLAP: tl.constexpr):
+def after_previous(OVERLAP: tl.constexpr):
+    """0, known once the previous kernel is complete; a multiple of 16, so that pointers keep their alignment."""
+    zero = 0
     if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        known = tl.inline_asm_elementwise(
+            "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, $1;",
+            "=r,r",
+            args=[tl.program_id(0) * 0],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+        zero = known * 16
+    return zero
 
 
 def can_overlap(tensor: Tensor) -> bool:
