@@ -12,9 +12,7 @@ brings two runs of 16 *consecutive* inputs, so that activations are read with ve
 `scales[..., 0]` is the scale s, `scales[..., 1]` the shift c; with the code q in 0..2^bits-1 and the middle code
 m = 2^(bits-1), the weight is (q - m) * s + c. Centring keeps c small, so float16 holds it without loss that matters.
 
-Two kernels serve the op. Up to GEMV_ROWS rows: a GEMV on int32 *words* of weights, four of which (a *chunk* of 16
-bytes, where the group allows) a thread loads at once. A chunk lies in one group, so that it costs one scale:
-sum_k x_k w_k = s * sum_k x_k (q_k - m) + c * sum_k x_k, and the last sum is shared by all rows. More rows: `gemm.py`.
+Two kernels serve the op. Up to GEMV_ROWS rows: a GEMV on int32 words of weights, see `words.py`. More rows: `gemm.py`.
 """
 
 from __future__ import annotations
@@ -28,8 +26,9 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from . import tuning
-from .gemm import launch_gemm, launch_rms_norm, unpack_scales
+from .gemm import launch_gemm, launch_rms_norm
 from .overlap import after_previous, can_overlap
+from .words import dot_rows, load_row_features, load_rows
 
 MIDDLE_CODE = {4: 8, 8: 128}
 
@@ -90,175 +89,6 @@ def reference_linear(
     return y.to(x.dtype)
 
 
-# --- device functions, shared with the experts' kernels ---
-
-
-@triton.jit
-def code_float(word, MASK: tl.constexpr, EXPONENT: tl.constexpr, FAST: tl.constexpr):
-    """(word & MASK) | EXPONENT as float32. FAST: in one instruction, where ptxas would otherwise spend two."""
-    if FAST:
-        return tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, $2, $3, 0xEA;",
-            "=r,r,r,r",
-            args=[word, MASK, EXPONENT],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
-    return ((word & MASK) | EXPONENT).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def word_features(word, BITS: tl.constexpr, HALF: tl.constexpr, FAST: tl.constexpr):
-    """Weights of an int32 word as eight float32 tensors, exact and less the middle code; unused ones repeat the first.
-
-    A code is left where it lies in the word, made the low end of a mantissa whose exponent gives that bit the value 1
-    (2^23 + q, or 2^19 + q for a nibble four bits up, ...), and the offset subtracted: no conversion instruction, one
-    shift a word. Order: int4 bytes' low nibbles, then high ones; else as stored. HALF: 16-bit words are float16."""
-    if BITS == 4:
-        up = word >> 12
-        f0 = code_float(word, 0x0000F, 0x4B000000, FAST) - 8388616.0
-        f1 = code_float(word, 0x00F00, 0x47000000, FAST) - 32776.0
-        f2 = code_float(word, 0xF0000, 0x43000000, FAST) - 136.0
-        f3 = code_float(up, 0x0F000, 0x45000000, FAST) - 2056.0
-        f4 = code_float(word, 0x000F0, 0x49000000, FAST) - 524296.0
-        f5 = code_float(word, 0x0F000, 0x45000000, FAST) - 2056.0
-        f6 = code_float(up, 0x00F00, 0x47000000, FAST) - 32776.0
-        f7 = code_float(up, 0xF0000, 0x43000000, FAST) - 136.0
-        return f0, f1, f2, f3, f4, f5, f6, f7
-    elif BITS == 8:
-        up = word >> 16
-        f0 = code_float(word, 0x00FF, 0x4B000000, FAST) - 8388736.0
-        f1 = code_float(word, 0xFF00, 0x47000000, FAST) - 32896.0
-        f2 = code_float(up, 0x00FF, 0x4B000000, FAST) - 8388736.0
-        f3 = code_float(up, 0xFF00, 0x47000000, FAST) - 32896.0
-        return f0, f1, f2, f3, f0, f0, f0, f0
-    elif BITS == 16:
-        if HALF:
-            f0 = (word & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-            f1 = (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        else:
-            f0 = (word << 16).to(tl.float32, bitcast=True)
-            f1 = ((word >> 16) << 16).to(tl.float32, bitcast=True)
-        return f0, f1, f0, f0, f0, f0, f0, f0
-    else:
-        f0 = word.to(tl.float32, bitcast=True)
-        return f0, f0, f0, f0, f0, f0, f0, f0
-
-
-@triton.jit
-def split_words(x, BITS: tl.constexpr, WORDS: tl.constexpr):
-    """[WORDS x features in a word], of any shape -> one [WORDS] tensor for each place in the word, up to four."""
-    if BITS <= 8:
-        even, odd = tl.split(tl.reshape(x, [WORDS, 2, 2]))  # places 0 and 2, 1 and 3
-        x0, x2 = tl.split(even)
-        x1, x3 = tl.split(odd)
-        return x0, x1, x2, x3
-    elif BITS == 16:
-        x0, x1 = tl.split(tl.reshape(x, [WORDS, 2]))
-        return x0, x1, x0, x0
-    else:
-        x = tl.reshape(x, [WORDS])
-        return x, x, x, x
-
-
-@triton.jit
-def load_row_features(
-    x_ptr, norm_ptr, eps, HAS_NORM: tl.constexpr,
-    K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr,
-):  # fmt: skip
-    """One row x [K] in the order of the weights' words: (8 tensors [WORDS], total [WORDS], r).
-
-    The normed row is r * x: the factor r = 1 / rms need not be known before the products. total sums a word's features,
-    for the shifts."""
-    i = tl.arange(0, WORDS * (4 if BITS <= 8 else 32 // BITS))  # int4: stored bytes, each two features
-    half: tl.constexpr = GROUP // 2
-    k = (i // half) * GROUP + i % half if BITS == 4 else i
-    mask = k < K
-    low = tl.load(x_ptr + k, mask=mask, other=0.0).to(tl.float32)
-    high = low
-    if BITS == 4:
-        high = tl.load(x_ptr + k + half, mask=mask, other=0.0).to(tl.float32)
-    r = 1.0
-    if HAS_NORM:
-        squares = low * low + high * high if BITS == 4 else low * low
-        r = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / K + eps)
-        low *= 1.0 + tl.load(norm_ptr + k, mask=mask, other=0.0).to(tl.float32)
-        if BITS == 4:
-            high *= 1.0 + tl.load(norm_ptr + k + half, mask=mask, other=0.0).to(tl.float32)
-    x0, x1, x2, x3 = split_words(low, BITS, WORDS)
-    total = (x0 + x1) + (x2 + x3)
-    x4, x5, x6, x7 = x0, x1, x2, x3
-    if BITS == 4:
-        x4, x5, x6, x7 = split_words(high, BITS, WORDS)
-        total += (x4 + x5) + (x6 + x7)
-    return x0, x1, x2, x3, x4, x5, x6, x7, total, r
-
-
-@triton.jit
-def load_rows(
-    w_ptr, s_ptr, row, row_mask,
-    K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, CHUNK: tl.constexpr,
-    CACHE: tl.constexpr,
-):  # fmt: skip
-    """Rows of the matrix at w_ptr: words int32 [rows, WORDS] and their scale pairs int32 [rows, WORDS / CHUNK].
-
-    Offsets must fit the type of `row`. 16 bytes a thread where CHUNK, the words under one scale, is 4."""
-    width: tl.constexpr = K * BITS // 32
-    column = tl.arange(0, WORDS)
-    mask = row_mask[:, None] & (column < width)[None, :]
-    words = tl.load(
-        w_ptr.to(tl.pointer_type(tl.int32)) + (row * width)[:, None] + column[None, :],
-        mask=mask, other=0, cache_modifier=CACHE,
-    )  # fmt: skip
-    pair = row
-    if BITS <= 8:
-        group = (tl.arange(0, WORDS // CHUNK) * CHUNK) // (GROUP * BITS // 32)
-        # Chunks first, then transposed: of two dimensions without contiguous addresses the first is spread over lanes.
-        mask = (group < K // GROUP)[:, None] & row_mask[None, :]
-        offsets = group[:, None] + (row * (K // GROUP))[None, :]
-        pair = tl.trans(tl.load(s_ptr.to(tl.pointer_type(tl.int32)) + offsets, mask=mask, other=0))
-    return words, pair
-
-
-@triton.jit
-def word_products(
-    words, x0, x1, x2, x3, x4, x5, x6, x7, BITS: tl.constexpr, HALF: tl.constexpr, FAST: tl.constexpr
-):  # fmt: skip
-    """Each word's weights times its features, summed within the word; the features broadcast against the words."""
-    f0, f1, f2, f3, f4, f5, f6, f7 = word_features(words, BITS, HALF, FAST)
-    part = f0 * x0
-    if BITS <= 16:
-        part += f1 * x1
-    if BITS <= 8:
-        part += f2 * x2
-        part += f3 * x3
-    if BITS == 4:
-        part += f4 * x4
-        part += f5 * x5
-        part += f6 * x6
-        part += f7 * x7
-    return part
-
-
-@triton.jit
-def dot_rows(
-    words, pair, x0, x1, x2, x3, x4, x5, x6, x7, total,
-    BITS: tl.constexpr, HALF: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Weights [ROWS, WORDS] times features [WORDS]: float32 [ROWS], every sum in float32 and in a fixed order."""
-    part = word_products(
-        words, x0[None, :], x1[None, :], x2[None, :], x3[None, :], x4[None, :], x5[None, :], x6[None, :], x7[None, :],
-        BITS, HALF, FAST,
-    )  # fmt: skip
-    if BITS <= 8:
-        part = tl.sum(tl.reshape(part, [ROWS, WORDS // CHUNK, CHUNK]), axis=2)
-        scale, shift = unpack_scales(pair)
-        part = part * scale + shift * tl.sum(tl.reshape(total, [WORDS // CHUNK, CHUNK]), axis=1)[None, :]
-    return tl.sum(part, axis=1)
-
-
 # --- up to GEMV_ROWS rows ---
 
 
@@ -267,7 +97,8 @@ def gemv_kernel(
     x_ptr, w_ptr, s_ptr, norm_ptr, res_ptr, y_ptr, x_stride, res_stride, eps,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr,
     WORDS: tl.constexpr, CHUNK: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    FAST: tl.constexpr, OVERLAP: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, CACHE: tl.constexpr,
+    PLANES: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+    CACHE: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] for one m and TILES x BLOCK_N outputs n. Grid (blocks * M), m fastest: programs that share weights start
     together. One dimension, because only the first may exceed 65,535.
@@ -286,8 +117,8 @@ def gemv_kernel(
     x_ptr += ready
     res_ptr += ready
     y_ptr += ready
-    x0, x1, x2, x3, x4, x5, x6, x7, total, r = load_row_features(
-        x_ptr + m * x_stride, norm_ptr, eps, HAS_NORM, K, GROUP, BITS, WORDS
+    x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit, r = load_row_features(
+        x_ptr + m * x_stride, norm_ptr, eps, HAS_NORM, K, GROUP, BITS, WORDS, CHUNK, PLANES
     )
     for tile in range(TILES):
         here = row + tile * BLOCK_N
@@ -297,8 +128,9 @@ def gemv_kernel(
             ahead_words, ahead_pair = load_rows(
                 w_ptr, s_ptr, ahead, ahead < rows_left, K, GROUP, BITS, WORDS, CHUNK, CACHE
             )
-        y = dot_rows(words, pair, x0, x1, x2, x3, x4, x5, x6, x7, total, BITS, HALF, FAST, BLOCK_N, WORDS, CHUNK)
-        y *= r
+        y = r * dot_rows(
+            words, pair, x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit, BITS, HALF, FAST, BLOCK_N, WORDS, CHUNK, PLANES
+        )
         n = start + here
         mask = here < rows_left
         if HAS_RESIDUAL:
@@ -315,6 +147,11 @@ GEMV_ROWS = 8  # from here on a weight is used often enough for tensor cores
 def word_counts(*, bits: int, in_features: int, group: int) -> tuple[int, int]:
     """(WORDS, CHUNK) of the GEMV: words of a row, rounded up to a power of 2, and words per scale (<= 4)."""
     return triton.next_power_of_2(in_features * bits // 32), math.gcd(4, group * bits // 32)
+
+
+def planes(dtype: torch.dtype) -> int:
+    """16-bit integers for each activation: one is finer than a 2-byte dtype, float32 takes two."""
+    return 2 if dtype == torch.float32 else 1
 
 
 def gemv_config(*, bits: int, rows: int, in_features: int, arch: str | None = None) -> dict:
@@ -380,7 +217,7 @@ def launch_gemv(
         x if residual is None else residual, out, x.stride(0), 0 if residual is None else residual.stride(0), eps,
         M=x.shape[0], N=rows, K=features, GROUP=group, BITS=bits, HALF=weight.dtype == torch.float16, WORDS=words, CHUNK=chunk,
         HAS_NORM=norm_weight is not None, HAS_RESIDUAL=residual is not None, FAST=x.is_cuda,
-        OVERLAP=can_overlap(x),
+        PLANES=planes(x.dtype), OVERLAP=can_overlap(x),
         **config,
     )  # fmt: skip
 

@@ -25,22 +25,10 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from . import tuning
-from .gemm import launch_gemm, launch_rms_norm, unpack_scales
-from .linear import (
-    dequantise,
-    dot_rows,
-    few_rows,
-    flat_rows,
-    launch_gemv,
-    load_row_features,
-    load_rows,
-    rms_norm,
-    split_words,
-    weight_format,
-    word_counts,
-    word_products,
-)
+from .gemm import launch_gemm, launch_rms_norm
+from .linear import dequantise, few_rows, flat_rows, launch_gemv, planes, rms_norm, weight_format, word_counts
 from .overlap import after_previous, can_overlap
+from .words import dot_rows, dot_words, features_of_words, float_products, load_row_features, load_rows, scaled
 
 
 def reference_router(
@@ -239,18 +227,25 @@ def router(
 def swiglu_rows(
     x_ptr, norm_ptr, w_ptr, s_ptr, act_ptr, factor, first, eps,
     WIDTH: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr,
-    WORDS: tl.constexpr, CHUNK: tl.constexpr, FAST: tl.constexpr, BLOCK_I: tl.constexpr, CACHE: tl.constexpr,
+    WORDS: tl.constexpr, CHUNK: tl.constexpr, PLANES: tl.constexpr, FAST: tl.constexpr, BLOCK_I: tl.constexpr,
+    CACHE: tl.constexpr,
 ):  # fmt: skip
     """act[first : first + BLOCK_I] = factor * silu(gate) * up of one expert, whose matrix [2*I, K] starts at w_ptr."""
     row = first + tl.arange(0, BLOCK_I)
     mask = row < WIDTH
     gate_words, gate_pair = load_rows(w_ptr, s_ptr, row, mask, K, GROUP, BITS, WORDS, CHUNK, CACHE)
     up_words, up_pair = load_rows(w_ptr, s_ptr, row + WIDTH, mask, K, GROUP, BITS, WORDS, CHUNK, CACHE)
-    x0, x1, x2, x3, x4, x5, x6, x7, total, r = load_row_features(x_ptr, norm_ptr, eps, True, K, GROUP, BITS, WORDS)
-    gate = r * dot_rows(
-        gate_words, gate_pair, x0, x1, x2, x3, x4, x5, x6, x7, total, BITS, HALF, FAST, BLOCK_I, WORDS, CHUNK
+    x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit, r = load_row_features(
+        x_ptr, norm_ptr, eps, True, K, GROUP, BITS, WORDS, CHUNK, PLANES
     )
-    up = r * dot_rows(up_words, up_pair, x0, x1, x2, x3, x4, x5, x6, x7, total, BITS, HALF, FAST, BLOCK_I, WORDS, CHUNK)
+    gate = r * dot_rows(
+        gate_words, gate_pair, x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit,
+        BITS, HALF, FAST, BLOCK_I, WORDS, CHUNK, PLANES,
+    )  # fmt: skip
+    up = r * dot_rows(
+        up_words, up_pair, x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit,
+        BITS, HALF, FAST, BLOCK_I, WORDS, CHUNK, PLANES,
+    )  # fmt: skip
     tl.store(act_ptr + row, factor * gate * tl.sigmoid(gate) * up, mask=mask)
 
 
@@ -258,7 +253,8 @@ def swiglu_rows(
 def gate_up_kernel(
     x_ptr, norm_ptr, ids_ptr, weights_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, shared_gate_ptr, act_ptr,
     x_stride, eps,
-    TOP_K: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr,
+    TOP_K: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr, PLANES: tl.constexpr, FAST: tl.constexpr,
+    OVERLAP: tl.constexpr,
     WIDTH: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, WORDS: tl.constexpr,
     CHUNK: tl.constexpr,
     SWIDTH: tl.constexpr, SGROUP: tl.constexpr, SBITS: tl.constexpr, SHALF: tl.constexpr, SWORDS: tl.constexpr,
@@ -286,7 +282,7 @@ def gate_up_kernel(
                 s_ptr += expert * (2 * WIDTH * 2 * (K // GROUP))
             swiglu_rows(
                 x_ptr, norm_ptr, w_ptr, s_ptr, act_ptr, share, first, eps,
-                WIDTH, K, GROUP, BITS, HALF, WORDS, CHUNK, FAST, BLOCK_I, CACHE,
+                WIDTH, K, GROUP, BITS, HALF, WORDS, CHUNK, PLANES, FAST, BLOCK_I, CACHE,
             )  # fmt: skip
     elif first < SWIDTH:
         k = tl.arange(0, K_PADDED)
@@ -297,14 +293,15 @@ def gate_up_kernel(
         gate = r * tl.sum(x * tl.load(shared_gate_ptr + k, mask=mask, other=0.0).to(tl.float32), axis=0)
         swiglu_rows(
             x_ptr, norm_ptr, shared_w_ptr, shared_s_ptr, act_ptr, tl.sigmoid(gate), first, eps,
-            SWIDTH, K, SGROUP, SBITS, SHALF, SWORDS, SCHUNK, FAST, BLOCK_I, CACHE,
+            SWIDTH, K, SGROUP, SBITS, SHALF, SWORDS, SCHUNK, PLANES, FAST, BLOCK_I, CACHE,
         )  # fmt: skip
 
 
 @triton.jit
 def down_kernel(
     x_ptr, ids_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, act_ptr, y_ptr, x_stride,
-    D: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr,
+    D: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, PLANES: tl.constexpr, FAST: tl.constexpr,
+    OVERLAP: tl.constexpr,
     WIDTH: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, WORDS: tl.constexpr,
     CHUNK: tl.constexpr,
     SWIDTH: tl.constexpr, SGROUP: tl.constexpr, SBITS: tl.constexpr, SHALF: tl.constexpr, SWORDS: tl.constexpr,
@@ -338,7 +335,7 @@ def down_kernel(
             + group[:, None, None]
         )
         pair = tl.load(s_ptr.to(tl.pointer_type(tl.int32)) + offsets, mask=mask, other=0)
-        scale, shift = unpack_scales(tl.permute(pair, [1, 2, 0]))
+        pair = tl.permute(pair, [1, 2, 0])
     shared_words, shared_pair = load_rows(
         shared_w_ptr, shared_s_ptr, d, d < D, SWIDTH, SGROUP, SBITS, SWORDS, SCHUNK, CACHE
     )
@@ -358,31 +355,40 @@ def down_kernel(
     offsets = (i // stored) * WIDTH + k
     mask = (k < WIDTH) & (i // stored < TOP_K)
     low = tl.load(act_ptr + offsets, mask=mask, other=0.0)
-    a0, a1, a2, a3 = split_words(low, BITS, SLOTS * WORDS)
-    a4, a5, a6, a7 = a0, a1, a2, a3
-    total = (a0 + a1) + (a2 + a3)
+    high = low
     if BITS == 4:
         high = tl.load(act_ptr + offsets + half, mask=mask, other=0.0)
-        a4, a5, a6, a7 = split_words(high, BITS, SLOTS * WORDS)
-        total += (a4 + a5) + (a6 + a7)
-    part = word_products(
-        words,
-        tl.reshape(a0, [SLOTS, 1, WORDS]), tl.reshape(a1, [SLOTS, 1, WORDS]), tl.reshape(a2, [SLOTS, 1, WORDS]),
-        tl.reshape(a3, [SLOTS, 1, WORDS]), tl.reshape(a4, [SLOTS, 1, WORDS]), tl.reshape(a5, [SLOTS, 1, WORDS]),
-        tl.reshape(a6, [SLOTS, 1, WORDS]), tl.reshape(a7, [SLOTS, 1, WORDS]), BITS, HALF, FAST,
-    )  # fmt: skip
+    x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit = features_of_words(low, high, BITS, SLOTS * WORDS, CHUNK, PLANES)
+    by_word: tl.constexpr = [SLOTS, 1, WORDS]
     if BITS <= 8:
-        part = tl.sum(tl.reshape(part, [SLOTS, BLOCK_D, WORDS // CHUNK, CHUNK]), axis=3)
-        total = tl.sum(tl.reshape(total, [SLOTS, 1, WORDS // CHUNK, CHUNK]), axis=3)
-        part = part * scale + shift * total
+        by_chunk: tl.constexpr = [SLOTS, 1, WORDS // CHUNK]
+        parts: tl.constexpr = [SLOTS, BLOCK_D, WORDS // CHUNK, CHUNK]
+        sums = dot_words(
+            words, tl.reshape(x0, by_word), tl.reshape(x1, by_word), tl.reshape(x2, by_word), tl.reshape(x3, by_word),
+            BITS, FAST,
+        )  # fmt: skip
+        sums = tl.sum(tl.reshape(sums, parts), axis=3)
+        rest = sums
+        if PLANES == 2:
+            rest = dot_words(
+                words, tl.reshape(x4, by_word), tl.reshape(x5, by_word), tl.reshape(x6, by_word),
+                tl.reshape(x7, by_word), BITS, FAST,
+            )  # fmt: skip
+            rest = tl.sum(tl.reshape(rest, parts), axis=3)
+        part = scaled(
+            sums, rest, tl.reshape(t0, by_chunk), tl.reshape(t1, by_chunk), pair, tl.reshape(unit, by_chunk), BITS, PLANES
+        )  # fmt: skip
+    else:
+        part = float_products(words, tl.reshape(x0, by_word), tl.reshape(x1, by_word), BITS, HALF)
     y = tl.sum(tl.sum(part, axis=2), axis=0)
 
-    x0, x1, x2, x3, x4, x5, x6, x7, total, r = load_row_features(
-        act_ptr + TOP_K * WIDTH, act_ptr, 0.0, False, SWIDTH, SGROUP, SBITS, SWORDS
+    x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit, r = load_row_features(
+        act_ptr + TOP_K * WIDTH, act_ptr, 0.0, False, SWIDTH, SGROUP, SBITS, SWORDS, SCHUNK, PLANES
     )
     y += dot_rows(
-        shared_words, shared_pair, x0, x1, x2, x3, x4, x5, x6, x7, total, SBITS, SHALF, FAST, BLOCK_D, SWORDS, SCHUNK
-    )
+        shared_words, shared_pair, x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit,
+        SBITS, SHALF, FAST, BLOCK_D, SWORDS, SCHUNK, PLANES,
+    )  # fmt: skip
     y += tl.load(x_ptr + m * x_stride + d, mask=d < D, other=0.0).to(tl.float32)
     tl.store(y_ptr + m * D + d, y.to(y_ptr.dtype.element_ty), mask=d < D)
 
@@ -468,7 +474,7 @@ def decode_with(
         flat, norm_weight, ids, weights, gate_up, stored(gate_up_scales, gate_up),
         shared_gate_up, stored(shared_gate_up_scales, shared_gate_up), shared_gate, act, flat.stride(0), eps,
         TOP_K=top_k, K=features, K_PADDED=triton.next_power_of_2(features), FAST=x.is_cuda,
-        OVERLAP=can_overlap(x),
+        PLANES=planes(x.dtype), OVERLAP=can_overlap(x),
         **format_constants(weight=gate_up, width=width, features=features, bits=up[0], group=up[1]),
         **format_constants(
             weight=shared_gate_up, width=shared_width, features=features, bits=shared_up[0], group=shared_up[1],
@@ -479,7 +485,7 @@ def decode_with(
     wrap_triton(down_kernel)[(triton.cdiv(features, second["BLOCK_D"]), rows)](
         flat, ids, down, stored(down_scales, down), shared_down, stored(shared_down_scales, shared_down), act, y,
         flat.stride(0), D=features, TOP_K=top_k, SLOTS=triton.next_power_of_2(top_k), FAST=x.is_cuda,
-        OVERLAP=can_overlap(x),
+        PLANES=planes(x.dtype), OVERLAP=can_overlap(x),
         **format_constants(weight=down, width=width, features=width, bits=back[0], group=back[1]),
         **format_constants(
             weight=shared_down, width=shared_width, features=shared_width, bits=shared_back[0], group=shared_back[1],
