@@ -39,8 +39,11 @@ def reference_qk_norm_rope(
     v_cache: Tensor,
     num_heads: int,
     eps: float,
+    live: Tensor | None = None,
 ) -> Tensor:
-    """Writes this call's keys and values into the caches; returns the rotated queries [B, T, H, Dh], qkv's dtype."""
+    """Writes this call's keys and values into the caches; returns the rotated queries [B, T, H, Dh], qkv's dtype.
+
+    live [B] int64 in 1..T: keys and values of only so many tokens of each row are written. None: all T."""
     batch, kv_heads, _, head_dim = k_cache.shape
     tokens = qkv.shape[1]
     q, k, v = qkv.split([2 * num_heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], dim=-1)
@@ -58,19 +61,27 @@ def reference_qk_norm_rope(
     q = rotate(rms_norm(x=q, weight=q_norm, eps=eps)).to(qkv.dtype)
     k = rotate(rms_norm(x=k, weight=k_norm, eps=eps)).to(qkv.dtype)
     rows = torch.arange(batch, device=qkv.device)[:, None]
+    if live is not None:
+        # Tokens that do not count write what the last one that does writes: there is no write to leave out.
+        index = torch.minimum(torch.arange(tokens, device=qkv.device), live[:, None] - 1)
+        slots, k, v = positions[:, None] + index, k[rows, index], v[rows, index]
     # index_put_, not `cache[...] = k`: the latter strips leading ones from the value, which forbids exporting T = 1.
     k_cache.transpose(1, 2).index_put_((rows, slots), k)
     v_cache.transpose(1, 2).index_put_((rows, slots), v)
     return q
 
 
-def reference_sdpa(*, q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor) -> Tensor:
+def reference_sdpa(
+    *, q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, live: Tensor | None = None
+) -> Tensor:
     """Causal attention of q [B, T, H, Dh] over cache slots [0, pos + t], times sigmoid(gate) read from `qkv`.
 
-    float32 softmax, scale Dh^-0.5. Returns [B, T, H*Dh], q's dtype."""
+    float32 softmax, scale Dh^-0.5. Returns [B, T, H*Dh], q's dtype. live [B] int64 in 1..T: slots from pos + live on hold
+    nothing, and the rows of tokens from `live` on mean nothing. None: all T."""
     batch, tokens, heads, head_dim = q.shape
     kv_heads, slots = k_cache.shape[1], k_cache.shape[2]
-    last = positions[:, None] + torch.arange(tokens, device=q.device)  # [B, T]
+    index = torch.arange(tokens, device=q.device)
+    last = positions[:, None] + (index if live is None else torch.minimum(index, live[:, None] - 1))  # [B, T]
     # [B, 1, 1, T, S]. Cached values are masked as well as scores: 0 * NaN is NaN.
     visible = (torch.arange(slots, device=q.device) <= last[..., None])[:, None, None]
     used = visible.any(-2)[..., None]  # [B, 1, 1, S, 1]
@@ -84,13 +95,15 @@ def reference_sdpa(*, q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, 
 
 
 @torch.library.custom_op("moeexp::reference_sdpa_prefill", mutates_args=())
-def reference_sdpa_prefill(q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor) -> Tensor:
+def reference_sdpa_prefill(
+    q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, live: Tensor | None = None
+) -> Tensor:
     """`reference_sdpa` for any T >= 1. Opaque to export, whose shape guards on the products would forbid T = 1."""
-    return reference_sdpa(q=q, qkv=qkv, k_cache=k_cache, v_cache=v_cache, positions=positions)
+    return reference_sdpa(q=q, qkv=qkv, k_cache=k_cache, v_cache=v_cache, positions=positions, live=live)
 
 
 @reference_sdpa_prefill.register_fake
-def _(q, qkv, k_cache, v_cache, positions):
+def _(q, qkv, k_cache, v_cache, positions, live=None):
     return q.new_empty(q.shape[0], q.shape[1], q.shape[2] * q.shape[3])
 
 

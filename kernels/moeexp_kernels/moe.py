@@ -42,20 +42,32 @@ from .linear import (
 
 
 def reference_router(
-    *, x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, top_k: int, positions: Tensor, expert_ids: Tensor
+    *,
+    x: Tensor,
+    norm_weight: Tensor,
+    weight: Tensor,
+    eps: float,
+    top_k: int,
+    positions: Tensor,
+    expert_ids: Tensor,
+    live: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(norm(x) @ weight.T), its k largest, renormalised to sum 1.
 
     weight [E, D] plain; positions [B] int64; expert_ids [B, S, k] int32 is a trace, written in place at slots
-    [pos, pos + T). Returns (ids [B, T, k] int32, weights [B, T, k] float32), largest first."""
+    [pos, pos + T), or [pos, pos + live) where live [B] int64 in 1..T is given. Returns (ids [B, T, k] int32,
+    weights [B, T, k] float32), largest first."""
     batch, tokens = x.shape[:2]
     logits = F.linear(rms_norm(x=x, weight=norm_weight, eps=eps), weight.float())
     weights, ids = logits.softmax(-1).topk(top_k, dim=-1)
     ids = ids.to(torch.int32)
     rows = torch.arange(batch, device=x.device)[:, None]
-    slots = positions[:, None] + torch.arange(tokens, device=x.device)
+    slots, traced = positions[:, None] + torch.arange(tokens, device=x.device), ids
+    if live is not None:  # as in reference_qk_norm_rope
+        index = torch.minimum(torch.arange(tokens, device=x.device), live[:, None] - 1)
+        slots, traced = positions[:, None] + index, ids[rows, index]
     # index_put_, not `expert_ids[...] = ids`: the latter strips leading ones, which forbids exporting T = 1.
-    expert_ids.index_put_((rows, slots), ids)
+    expert_ids.index_put_((rows, slots), traced)
     return ids, weights / weights.sum(-1, keepdim=True)
 
 
