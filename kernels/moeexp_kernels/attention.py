@@ -154,10 +154,10 @@ def _norm_rotate_store(
 
 @triton.jit
 def _qk_norm_rope_kernel(
-    qkv, q_norm, k_norm, inv_freq, positions, k_cache, v_cache, out, tokens, slots,
+    qkv, q_norm, k_norm, inv_freq, positions, lengths, k_cache, v_cache, out, tokens, slots,
     qkv_stride_b, qkv_stride_t, cache_stride_b, cache_stride_h,
     H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr,
-    BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LIVE: tl.constexpr,
 ):  # fmt: skip
     """Grid (T, H + Hkv, B): one query head, or one key head with its value head."""
     t, head, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -172,7 +172,10 @@ def _qk_norm_rope_kernel(
     else:
         kv_head = head - H
         # A slot outside the cache is refused before launch; should one get here, no other memory is harmed.
-        stored = tl.where((slot >= 0) & (slot < slots), DH, 0)
+        counts = (slot >= 0) & (slot < slots)
+        if HAS_LIVE:
+            counts = counts & (t < tl.load(lengths + b))
+        stored = tl.where(counts, DH, 0)
         cell = b * cache_stride_b + kv_head.to(tl.int64) * cache_stride_h + slot * DH
         source = row + 2 * H * DH + kv_head * DH
         _norm_rotate_store(
@@ -219,10 +222,10 @@ def _attend_block(
 
 @triton.jit
 def _attend_kernel(
-    q, qkv, k_cache, v_cache, positions, out, partial_sums, partial_stats, tokens, slots,
+    q, qkv, k_cache, v_cache, positions, lengths, out, partial_sums, partial_stats, tokens, slots,
     q_stride_b, q_stride_t, qkv_stride_b, qkv_stride_t, cache_stride_b, cache_stride_h,
     HKV: tl.constexpr, GROUP: tl.constexpr, DH: tl.constexpr, SCALE: tl.constexpr, SPLITS: tl.constexpr,
-    WIDEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    WIDEN: tl.constexpr, HAS_LIVE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Grid (Hkv, tiles * SPLITS, B). Row r of a key-value head is token r // GROUP, query head r % GROUP of its group.
 
@@ -239,6 +242,8 @@ def _attend_kernel(
     last = tl.where(t < tokens, position + t, -1)
     first_t = tile * BLOCK_M // GROUP
     last_t = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, tokens - 1)
+    if HAS_LIVE:
+        last_t = tl.minimum(last_t, tl.load(lengths + b).to(tl.int32) - 1)
     live = tl.maximum(tl.minimum(position + last_t + 1, slots), 0)
     # Below `plain` every row of the tile sees every slot, so the causal comparison is left out.
     plain = tl.maximum(tl.minimum(position + first_t + 1, live), 0) // BLOCK_N * BLOCK_N
@@ -364,6 +369,7 @@ def qk_norm_rope(
     v_cache: Tensor,
     num_heads: int,
     eps: float,
+    live: Tensor | None = None,
 ) -> Tensor:
     """`reference_qk_norm_rope` as one kernel, any T. [B, T, H, Dh] in qkv's dtype; writes slots [pos, pos+T) of both caches.
 
@@ -387,43 +393,46 @@ def qk_norm_rope(
     batch, tokens = qkv.shape[0], qkv.shape[1]
     out = torch.empty((batch, tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     wrap_triton(_qk_norm_rope_kernel)[(tokens, num_heads + kv_heads, batch)](
-        qkv, q_norm, k_norm, inv_freq, positions, k_cache, v_cache, out, tokens, slots,
+        qkv, q_norm, k_norm, inv_freq, positions, positions if live is None else live, k_cache, v_cache, out, tokens, slots,
         qkv.stride(0), qkv.stride(1), k_cache.stride(0), k_cache.stride(1),
         H=num_heads, HKV=kv_heads, DH=head_dim, HALF=half, EPS=eps, BLOCK_HALF=triton.next_power_of_2(half),
         BLOCK_REST=triton.next_power_of_2(max(head_dim - 2 * half, 1)), BLOCK_D=_block_d(head_dim),
-        num_warps=TUNED["qk_norm_rope"]["num_warps"],
+        HAS_LIVE=live is not None, num_warps=TUNED["qk_norm_rope"]["num_warps"],
     )  # fmt: skip
     return out
 
 
-def _attend(q, qkv, k_cache, v_cache, positions, out, sums, stats, *, splits, tiles, config) -> None:
+def _attend(q, qkv, k_cache, v_cache, positions, out, sums, stats, *, splits, tiles, config, live=None) -> None:
     """`out` is written if splits is 1, else `sums` and `stats`; callers pass `q` for what is neither read nor written."""
     batch, tokens, heads, head_dim = q.shape
     kv_heads, slots = k_cache.shape[1], k_cache.shape[2]
     wrap_triton(_attend_kernel)[(kv_heads, tiles * splits, batch)](
-        q, qkv, k_cache, v_cache, positions, out, sums, stats, tokens, slots,
+        q, qkv, k_cache, v_cache, positions, positions if live is None else live, out, sums, stats, tokens, slots,
         q.stride(0), q.stride(1), qkv.stride(0), qkv.stride(1), k_cache.stride(0), k_cache.stride(1),
         HKV=kv_heads, GROUP=heads // kv_heads, DH=head_dim, SCALE=head_dim**-0.5 * LOG2_E, SPLITS=splits,
-        WIDEN=q.dtype == torch.bfloat16 and triton.knobs.runtime.interpret, BLOCK_D=_block_d(head_dim), **config,
+        WIDEN=q.dtype == torch.bfloat16 and triton.knobs.runtime.interpret, HAS_LIVE=live is not None, BLOCK_D=_block_d(head_dim), **config,
     )  # fmt: skip
 
 
 def _unsplit(
-    q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, config: dict[str, int]
-) -> Tensor:
+    q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, config: dict[str, int],
+    live: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     batch, tokens, heads, head_dim = q.shape
     _check_cache(k_cache, v_cache, qkv, heads)
     _check_queries(q, qkv, k_cache.shape[3])
     out = torch.empty((batch, tokens, heads * head_dim), dtype=q.dtype, device=q.device)
     tiles = (tokens * (heads // k_cache.shape[1]) + config["BLOCK_M"] - 1) // config["BLOCK_M"]
-    _attend(q, qkv, k_cache, v_cache, positions, out, q, q, splits=1, tiles=tiles, config=config)
+    _attend(q, qkv, k_cache, v_cache, positions, out, q, q, splits=1, tiles=tiles, config=config, live=live)
     return out
 
 
 @triton_op("moeexp::sdpa_prefill", mutates_args=())
-def sdpa_prefill(q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor) -> Tensor:
+def sdpa_prefill(
+    q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, live: Tensor | None = None
+) -> Tensor:
     """`reference_sdpa` for any T (symbolic too) and any position, on tensor cores for 2-byte dtypes. [B, T, H*Dh]."""
-    return _unsplit(q, qkv, k_cache, v_cache, positions, tuned("prefill", q.dtype, q.shape[3]))
+    return _unsplit(q, qkv, k_cache, v_cache, positions, tuned("prefill", q.dtype, q.shape[3]), live)
 
 
 @triton_op("moeexp::sdpa_decode_tiled", mutates_args=())

@@ -83,14 +83,8 @@ def recurrent_delta_rule(*, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Te
 
 def chunked_delta_rule(*, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor):
     """Same function, `CHUNK` tokens at a time: within a chunk the updates u solve (I + A) u = beta (v - decayed k S) with
-    A strictly lower triangular, so that one triangular solve replaces the token loop.
-
-    The last chunk is filled up with tokens that change nothing (zeros): products then have the same shapes, and so the
-    same bits, however many such tokens a caller adds itself."""
-    outputs, tokens = [], q.shape[2]
-    missing = -tokens % CHUNK
-    q, k, v = (F.pad(t, (0, 0, 0, missing)) for t in (q, k, v))
-    g, beta = (F.pad(t, (0, missing)) for t in (g, beta))
+    A strictly lower triangular, so that one triangular solve replaces the token loop."""
+    outputs = []
     for start in range(0, q.shape[2], CHUNK):
         part = slice(start, start + CHUNK)
         q_c, k_c, v_c, beta_c = q[:, :, part], k[:, :, part], v[:, :, part], beta[:, :, part, None]
@@ -108,7 +102,7 @@ def chunked_delta_rule(*, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tens
         outputs.append((q_c * from_start) @ state + (q_c @ k_c.transpose(-1, -2) * pair) @ u)
         to_end = (decay[..., -1:] - decay).exp()[..., None]
         state = state * decay[..., -1, None, None].exp() + (k_c * to_end).transpose(-1, -2) @ u
-    return torch.cat(outputs, dim=2)[:, :, :tokens], state
+    return torch.cat(outputs, dim=2), state
 
 
 def reference_gdn_decode(

@@ -162,8 +162,8 @@ def _(
 
 @triton.jit
 def choose_experts_kernel(
-    logits_ptr, ids_ptr, weights_ptr, trace_ptr, positions_ptr, T, S, trace_stride_b, trace_stride_s,
-    E: tl.constexpr, E_PADDED: tl.constexpr, TOP_K: tl.constexpr, K_PADDED: tl.constexpr,
+    logits_ptr, ids_ptr, weights_ptr, trace_ptr, positions_ptr, lengths_ptr, T, S, trace_stride_b, trace_stride_s,
+    E: tl.constexpr, E_PADDED: tl.constexpr, TOP_K: tl.constexpr, K_PADDED: tl.constexpr, HAS_LIVE: tl.constexpr,
 ):  # fmt: skip
     """One token: the TOP_K largest of E logits, largest first, equal ones in the order of their indices.
 
@@ -192,7 +192,10 @@ def choose_experts_kernel(
     b = m // T
     position = tl.load(positions_ptr + b) + m % T
     # The session refuses positions outside the trace; here they must not reach other memory.
-    limit = tl.where((position >= 0) & (position < S), TOP_K, 0)
+    counts = (position >= 0) & (position < S)
+    if HAS_LIVE:
+        counts = counts & (m % T < tl.load(lengths_ptr + b))
+    limit = tl.where(counts, TOP_K, 0)
     tl.store(trace_ptr + b * trace_stride_b + position * trace_stride_s + slot, ids, mask=slot < limit)
 
 
@@ -203,7 +206,14 @@ ROUTER_GEMM = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num
 
 @triton_op("moeexp::router", mutates_args={"expert_ids"})
 def router(
-    x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, top_k: int, positions: Tensor, expert_ids: Tensor
+    x: Tensor,
+    norm_weight: Tensor,
+    weight: Tensor,
+    eps: float,
+    top_k: int,
+    positions: Tensor,
+    expert_ids: Tensor,
+    live: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`reference_router` on the GPU; the same arguments, by keyword. Equal logits: the lowest index first.
 
@@ -232,9 +242,9 @@ def router(
         precision = "ieee" if x.dtype == torch.float32 else "tf32x3"
         launch_gemm(x=h, precision=precision, config=ROUTER_GEMM, **common)
     wrap_triton(choose_experts_kernel)[(rows,)](
-        logits, ids, weights, expert_ids, positions, tokens, expert_ids.shape[1], expert_ids.stride(0),
-        expert_ids.stride(1), E=experts, E_PADDED=triton.next_power_of_2(experts), TOP_K=top_k,
-        K_PADDED=triton.next_power_of_2(top_k), num_warps=1,
+        logits, ids, weights, expert_ids, positions, positions if live is None else live, tokens, expert_ids.shape[1],
+        expert_ids.stride(0), expert_ids.stride(1), E=experts, E_PADDED=triton.next_power_of_2(experts), TOP_K=top_k,
+        HAS_LIVE=live is not None, K_PADDED=triton.next_power_of_2(top_k), num_warps=1,
     )  # fmt: skip
     return ids, weights
 
