@@ -169,10 +169,20 @@ def compile_method(program: ExportedProgram, path: Path) -> None:
         aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(INDUCTOR_CONFIG))
 
 
-def torch_compiled(module: nn.Module) -> Callable:
+def torch_compiled(module: Method) -> Callable:
     """The module under torch.compile, whole (fullgraph). T and n are symbols, apart from 1, which dynamo compiles on its
     own: a method then has one more version for a single token or a single row of logits."""
-    return torch.compile(module, fullgraph=True, dynamic=module.name != "decode")
+    compiled = torch.compile(module, fullgraph=True)
+    if module.name == "decode":
+        return compiled
+
+    def run(tokens: Tensor, positions: Tensor, logit_positions: Tensor, *more: Tensor):
+        # Not `dynamic=True`, which makes symbols of floats as well; those, torch.cond's branches cannot see.
+        torch._dynamo.maybe_mark_dynamic(tokens, 1)
+        torch._dynamo.maybe_mark_dynamic(logit_positions, 0)
+        return compiled(tokens, positions, logit_positions, *more)
+
+    return run
 
 
 @contextlib.contextmanager

@@ -410,7 +410,8 @@ def _attend(q, qkv, k_cache, v_cache, positions, out, sums, stats, *, splits, ti
         q, qkv, k_cache, v_cache, positions, positions if live is None else live, out, sums, stats, tokens, slots,
         q.stride(0), q.stride(1), qkv.stride(0), qkv.stride(1), k_cache.stride(0), k_cache.stride(1),
         HKV=kv_heads, GROUP=heads // kv_heads, DH=head_dim, SCALE=head_dim**-0.5 * LOG2_E, SPLITS=splits,
-        WIDEN=q.dtype == torch.bfloat16 and triton.knobs.runtime.interpret, HAS_LIVE=live is not None, BLOCK_D=_block_d(head_dim), **config,
+        WIDEN=q.dtype == torch.bfloat16 and triton.knobs.runtime.interpret, HAS_LIVE=live is not None,
+        BLOCK_D=_block_d(head_dim), **config,
     )  # fmt: skip
 
 
