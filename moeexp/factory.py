@@ -134,7 +134,7 @@ def build_stack(
         model.detach_state(arena.tensors)
     else:
         model.attach_state(arena.tensors)
-    recipe = Recipe(cfg, model, names, arena.tensors if explicit else {})
+    recipe = Recipe(cfg, model, names, *((arena.tensors, None) if explicit else ({}, arena.tensors)))
     methods, artifacts = MAKERS[cfg.export](recipe, phases)
     prefill, decode = session_methods(cfg.dispatch, methods, takes_live=recipe.takes_live)
     with phases("capture") if cfg.cuda_graph else phases("session"):
@@ -178,12 +178,14 @@ def sampler_of(cfg: SamplerConfig, implementation: str, *, device: torch.device 
 
 @dataclass
 class Recipe:
-    """What the methods of one stack are made from. `state`: the explicit state tensors by name, else empty."""
+    """What the methods of one stack are made from. State tensors by name are `state` where they are explicit, else `held`,
+    and attached to the model for export."""
 
     cfg: Config
     model: Qwen35MoE
     names: dict[str, str]
     state: dict[str, Tensor]
+    held: dict[str, Tensor] | None
 
     @property
     def takes_live(self) -> bool:
@@ -199,7 +201,10 @@ class Recipe:
         return ops | dispatch.ops(self.names) if self.cfg.dispatch == "single" else ops
 
     def module(self, name: str) -> Method:
-        return MODULES[name](self.model, self.ops(), state_names=tuple(self.state), takes_live=self.takes_live).eval()
+        """Runs as it is, on this stack's own state: several stacks may share the model."""
+        return MODULES[name](
+            self.model, self.ops(), state_names=tuple(self.state), held=self.held, takes_live=self.takes_live
+        ).eval()
 
 
 def _eager_methods(recipe: Recipe, phases: Phases):

@@ -40,15 +40,27 @@ INDUCTOR_CONFIG = {
     "aot_inductor.compile_wrapper_opt_level": "O0",
 }
 
+# Dynamo counts the versions of a function's code, which all methods of all stacks of a process share.
+DYNAMO_RECOMPILE_LIMIT = 256
+
 
 class Method(nn.Module):
-    """One method; inputs and outputs as in the module's docstring. `state_names` empty: the attached state is mutated."""
+    """One method; inputs and outputs as in the module's docstring. `state_names` empty: state is mutated in place, that in
+    `held`, or where there is none, that which is attached to the model (for export, to which it must be buffers)."""
 
     def __init__(
-        self, model: Qwen35MoE, ops: Ops, *, name: str, state_names: tuple[str, ...] = (), takes_live: bool = False
+        self,
+        model: Qwen35MoE,
+        ops: Ops,
+        *,
+        name: str,
+        state_names: tuple[str, ...] = (),
+        held: dict[str, Tensor] | None = None,
+        takes_live: bool = False,
     ):
         super().__init__()
-        self.model, self.ops, self.name, self.state_names = model, ops, name, state_names
+        assert not (state_names and held), "state is explicit or held, not both"
+        self.model, self.ops, self.name, self.state_names, self.held = model, ops, name, state_names, held
         self.takes_live = takes_live and name != "decode"
 
     def forward(self, tokens: Tensor, positions: Tensor, *more: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -71,14 +83,15 @@ class Method(nn.Module):
         logit_positions = None if self.name == "decode" else rest.pop(0)
         live = rest.pop(0) if self.takes_live else None
         # Clones: what a method is given stays as it is. In a compiled method they are the buffers that it returns.
-        state = {name: tensor.clone() for name, tensor in zip(self.state_names, rest, strict=True)} or None
+        new = {name: tensor.clone() for name, tensor in zip(self.state_names, rest, strict=True)}
         logits = self.model(
-            tokens, positions, logit_positions, ops=self.ops, phase=phase, state=state, live=None if cut else live
-        )
-        return logits if state is None else (logits, *state.values())
+            tokens, positions, logit_positions, ops=self.ops, phase=phase, state=new or self.held,
+            live=None if cut else live,
+        )  # fmt: skip
+        return (logits, *new.values()) if new else logits
 
 
-# As in the module's docstring: (model, ops, *, state_names=(), takes_live=False).
+# As in the module's docstring: (model, ops, *, state_names=(), held=None, takes_live=False).
 MODULES = {name: partial(Method, name=name) for name in ("prefill", "decode", "forward", "cond")}
 
 
@@ -172,6 +185,7 @@ def compile_method(program: ExportedProgram, path: Path) -> None:
 def torch_compiled(module: Method) -> Callable:
     """The module under torch.compile, whole (fullgraph). T and n are symbols, apart from 1, which dynamo compiles on its
     own: a method then has one more version for a single token or a single row of logits."""
+    torch._dynamo.config.recompile_limit = DYNAMO_RECOMPILE_LIMIT
     compiled = torch.compile(module, fullgraph=True)
     if module.name == "decode":
         return compiled

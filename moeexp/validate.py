@@ -218,7 +218,7 @@ def _check_axes(cfg: Config, device: str) -> None:
     if cfg.dispatch == "cond" and cfg.state == "shared":
         raise ValueError(
             "dispatch=cond with state=shared would mutate the state inside the branches of torch.cond, which cannot be "
-            "exported: use state=explicit, where it is an output of both branches"
+            "compiled: use state=explicit, where it is an output of both branches"
         )
     for length in cfg.prefill_graph_lengths:
         if length < 1:
