@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import requests
+from . import requests, token_by_token
 from .loop import Loop, OnToken
 from .prefill_graphs import PrefillGraphs
 from .step_graph import State, StepGraph
@@ -60,9 +60,8 @@ class Session:
         self.overrun = 0  # steps that ran beyond the last token that was wanted; the state has seen them
         self.closed = False
         self.graph = self.loop = self.prefill_graphs = None
-        inputs = (self._token, self._positions)
         if cuda_graph in (True, "decode"):
-            self.graph = StepGraph(decode, inputs, arena)
+            self.graph = StepGraph(decode, (self._token, self._positions), arena)
         elif cuda_graph:
             self.loop = Loop(
                 decode=decode, sample=sample, state=arena, token=self._token, positions=self._positions,
@@ -99,7 +98,7 @@ class Session:
         requests.check_logit_positions(self, logit_positions, tokens.shape[1])
         with torch.no_grad():
             if self._prefill is None:
-                return self._feed(tokens, logit_positions)
+                return token_by_token.feed(self.decode, tokens, logit_positions)
             with self._on_prefill():
                 logits = self._run_prefill(tokens, logit_positions)
         self.length += tokens.shape[1]
@@ -133,9 +132,14 @@ class Session:
         a token; True from it stops. Returns the new tokens as [B][<= new_tokens] ids."""
         requests.check_generation(self, tokens, new_tokens)
         self.reset()
-        token = self.sample(self.prefill(tokens))
+        return self.decode_tokens(self.sample(self.prefill(tokens)), new_tokens, on_token=on_token)
+
+    def decode_tokens(self, token: Tensor, new_tokens: int, *, on_token: OnToken | None = None) -> list[list[int]]:
+        """The part of `generate` after the prompt: token [B, 1], chosen and not yet fed, is the first of the result."""
+        self._require_ready()
+        requests.check_tokens(self, token, new_tokens - 1, ids=False)
         if self.loop is not None:
-            return self._generate_in_loop(self.loop, token, new_tokens, on_token)
+            return self._decode_in_loop(self.loop, token, new_tokens, on_token)
         steps = []
         for index in range(new_tokens):
             steps.append(token[:, 0].tolist())
@@ -168,18 +172,7 @@ class Session:
         live = (torch.full_like(row, count),) if self.takes_live else ()
         return self.arena.call(self._prefill, tokens, row, logit_positions, *live)
 
-    def _feed(self, tokens: Tensor, logit_positions: Tensor | None) -> Tensor:
-        """A prompt through `decode`; keeps the logits that are asked for."""
-        last = tokens.shape[1] - 1
-        wanted = [last] if logit_positions is None else logit_positions.tolist()
-        kept = {}
-        for index in range(last + 1):
-            logits = self.decode(tokens[:, index : index + 1])
-            if index in wanted:
-                kept[index] = logits.clone()
-        return torch.cat([kept[index] for index in wanted], dim=1)
-
-    def _generate_in_loop(self, loop: Loop, token: Tensor, new_tokens: int, on_token: OnToken | None):
+    def _decode_in_loop(self, loop: Loop, token: Tensor, new_tokens: int, on_token: OnToken | None):
         read = 0
 
         def count(ids: list[int], index: int) -> bool | None:
