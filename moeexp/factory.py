@@ -14,6 +14,7 @@ from moeexp_runner.sampler import Sampler
 from moeexp_runner.session import Session
 from torch import Tensor
 
+from . import allocator
 from .architecture import Architecture
 from .compile_cache import Artifact, MethodSpec, get_or_compile
 from .methods import (
@@ -63,7 +64,9 @@ def source_of(cfg: Config, arch: Architecture) -> Source:
 
 
 def build_model(cfg: Config, phases: Phases) -> Qwen35MoE:
-    """Weights from the config's source, quantised as they come, on the config's device."""
+    """Weights from the config's source, quantised as they come, on the config's device. `RuntimeError` if this process
+    cannot have the config's allocator."""
+    allocator.check(cfg)
     arch = load_architecture(cfg.model)
     source = source_of(cfg, arch)
     total = len(Qwen35MoE(arch, dtype=torch.float32, device="meta").state_dict())
@@ -78,6 +81,8 @@ def build_model(cfg: Config, phases: Phases) -> Qwen35MoE:
             skip=tuple(cfg.quant.skip),
             on_buffer=lambda name, nbytes: advance(1),
         )
+    if cfg.device == "cuda":
+        torch.cuda.empty_cache()  # what quantising needed on the way is not kept
     return model
 
 
@@ -110,6 +115,16 @@ def check_coverage(model: Qwen35MoE, *, bits: int, default_skip: bool) -> float:
 def op_names(cfg: Config) -> dict[str, str]:
     chosen = {f.name: getattr(cfg.ops, f.name) for f in fields(cfg.ops) if f.name != "default"}
     return registry.resolve(default=cfg.ops.default, chosen=chosen, device=cfg.device)
+
+
+def python_callbacks(stack: Stack, dispatch: str) -> dict[str, list[str]]:
+    """Per method, the ops that call back into Python when it runs, compiled or not (a graph replays what they launched)."""
+    opaque = {op for op, name in stack.ops.items() if (op, name) in registry.OPAQUE}
+    if dispatch == "single":
+        opaque |= set(registry.DISPATCHED)
+    decode = sorted(op for op in opaque if not op.endswith("_prefill"))
+    prefill = decode if dispatch == "token_by_token" else sorted(op for op in opaque if not op.endswith("_decode"))
+    return {"prefill": prefill, "decode": decode}
 
 
 def build_stack(

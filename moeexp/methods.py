@@ -167,7 +167,7 @@ def export_method(
     if method != "decode":
         tokens = {1: Dim("T", min=1, max=max_seq_len)}
         more[0] = {0: Dim("n", min=1, max=max_seq_len)}
-    shapes = {"tokens": tokens, "positions": None, "more": tuple(more)}
+    shapes = {"tokens": tokens, "positions": None} | ({"more": tuple(more)} if more else {})
     with torch.no_grad(), _sizes_may_be_one():
         return torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
 

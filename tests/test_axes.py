@@ -15,7 +15,7 @@ from moeexp_runner.arena import Arena
 from moeexp_runner.explicit import ExplicitState
 from rich.console import Console
 
-from moeexp.factory import build_model, build_stack
+from moeexp.factory import build_model, build_stack, python_callbacks, sampler_of
 from moeexp.methods import MODULES, compile_method, export_method, session_methods
 from moeexp.model import state_shapes
 from moeexp.phases import Phases
@@ -296,3 +296,45 @@ def test_the_whole_matrix_is_valid_but_for_what_is_listed():
         lines.append("  ".join(f"{name}={value}" for name, value in point.items()) + f"  {verdict}")
     print("\n".join(lines), f"\n{len(lines)} combinations, {refused} refused")
     assert len(lines) == 4 * 2 * 2 * 2 * 4 * 3
+
+
+def test_the_record_lists_what_calls_back_into_python(stack):
+    built = stack("dispatch=single")
+    assert set(python_callbacks(built, "single")["decode"]) == {"linear", "gdn_decode", "sdpa_decode", "moe_decode"}
+    dual = python_callbacks(stack(), "dual")
+    assert dual == {"prefill": ["gdn_prefill", "moe_prefill", "sdpa_prefill"], "decode": []}
+    assert python_callbacks(stack("dispatch=token_by_token"), "token_by_token")["prefill"] == []
+
+
+# --- samplers ---
+
+GUMBEL = ["sampler=gumbel", "sampler.seed=7"]
+
+
+@pytest.mark.parametrize("filters", [[], ["sampler.top_k=5", "sampler.top_p=0.8"]])
+def test_draws_repeat_with_the_seed_and_are_the_loops(stack, filters):
+    session = stack(*GUMBEL, *filters).session
+    first = session.generate(PROMPT, 12)
+    assert session.generate(PROMPT, 12) == first, "reset starts the draws again"
+    assert stack(*GUMBEL, *filters, cuda_graph="loop").session.generate(PROMPT, 12) == first
+    assert stack(*GUMBEL, *filters, "sampler.seed=8").session.generate(PROMPT, 12) != first
+
+
+def test_drawn_tokens_are_checked_by_their_race(model, phases):
+    cfg = configured(*GUMBEL, "sampler.top_k=40")
+    built = build_stack(cfg, model, phases)
+    verdict = verify(cfg, built, PROMPT, phases)
+    assert verdict["passed"], verdict["failures"]
+    built.session._sample.start[0] += 1  # draws of another seed than the config's
+    verdict = verify(cfg, built, PROMPT, phases)
+    failed = [part["name"] for part in verdict["parts"] if not part["passed"]]
+    assert failed == ["tokens"]
+
+
+def test_a_sampler_that_makes_no_draws_is_refused():
+    cfg = compose(GUMBEL)
+    with pytest.raises(ValueError, match="makes no draws"):
+        sampler_of(cfg.sampler, "mine:greedy", device="cpu")
+    for override, word in (("temperature=0", "1e-6"), ("top_k=0", "at least 1"), ("top_p=1.5", r"\(0, 1\]")):
+        with pytest.raises(ValueError, match=word):
+            validate(compose([*BASE, "sampler=gumbel", f"sampler.{override}"]), cuda_available=False)

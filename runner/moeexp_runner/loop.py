@@ -21,7 +21,7 @@ class Loop:
     a stream of its own, so that the steps follow each other without waiting for a copy.
 
     At most `ahead` steps are enqueued beyond the token that the host reads: when it then stops, so many have run in vain.
-    Their tokens are discarded, but the state has seen them: `fed` counts all steps, and the caller must reset."""
+    Their tokens are discarded, but the state has seen them: of all steps, `fed`, these are `overrun`."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Loop:
         self._host = torch.zeros(rows, dtype=torch.int64, pin_memory=token.is_cuda)
         self._copies = torch.cuda.Stream(token.device) if token.is_cuda else None
         self.graph = StepGraph(decode, (token, positions), state, after=self._feed)
-        self.fed = 0
+        self.fed = self.overrun = 0
 
     def _feed(self, logits: Tensor) -> None:
         """What follows the logits in every step."""
@@ -68,12 +68,13 @@ class Loop:
         self.positions.fill_(position)
         self.index.zero_()
         self.ids[0].copy_(first[:, 0])
-        self.fed = 0
+        self.fed = self.overrun = 0
 
     def step(self) -> Tensor:
         """Enqueues one step; returns its logits [B, 1, V], which hold until the next."""
         logits = self.graph.replay(self.token, self.positions)
         self.fed += 1
+        self.overrun += 1
         return logits
 
     def run(self, first: Tensor, position: int, new_tokens: int, on_token: OnToken | None) -> list[list[int]]:
@@ -86,6 +87,7 @@ class Loop:
                 self.step()
                 arrived.append(self._send(len(arrived)))
             arrived[index]()
+            self.overrun = self.fed - index
             tokens.append(self._host[index].tolist())
             if on_token is not None and on_token(tokens[-1], index):
                 break

@@ -59,7 +59,9 @@ class Session:
         self.length = 0
         self.overrun = 0  # steps that ran beyond the last token that was wanted; the state has seen them
         self.closed = False
-        self.graph = self.loop = self.prefill_graphs = None
+        self.graph: StepGraph | None = None
+        self.loop: Loop | None = None
+        self.prefill_graphs: PrefillGraphs | None = None
         if cuda_graph in (True, "decode"):
             self.graph = StepGraph(decode, (self._token, self._positions), arena)
         elif cuda_graph:
@@ -75,7 +77,7 @@ class Session:
         self.capture()
 
     def capture(self) -> None:
-        """Captures every graph that is not; resets before and after."""
+        """Captures every graph, which must be eager; resets before and after."""
         self.reset()
         with torch.no_grad():
             for graph in self._captured():
@@ -173,20 +175,13 @@ class Session:
         return self.arena.call(self._prefill, tokens, row, logit_positions, *live)
 
     def _decode_in_loop(self, loop: Loop, token: Tensor, new_tokens: int, on_token: OnToken | None):
-        read = 0
-
-        def count(ids: list[int], index: int) -> bool | None:
-            nonlocal read
-            read = index
-            return on_token(ids, index) if on_token is not None else None
-
         self.arena.check_identity()
         try:
             with torch.no_grad(), self._on_decode():
-                steps = loop.run(token, self.length, new_tokens, count)
+                steps = loop.run(token, self.length, new_tokens, on_token)
         finally:
             self.length += loop.fed
-            self.overrun = loop.fed - read
+            self.overrun = loop.overrun
         return [list(row) for row in zip(*steps, strict=True)]
 
     def _require_ready(self) -> None:
