@@ -16,7 +16,7 @@ E experts, k experts per token.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,8 +160,13 @@ def check_tokens(
     reference: ReferenceRun,
     bf16_run: ReferenceRun | None = None,
     reference_on_bf16_choices: ReferenceRun | None = None,
+    *,
+    race: Callable[[Tensor, int], Tensor] | None = None,
 ) -> Part:
-    """Every generated token must be the reference's argmax or a near-tie with it. For greedy decoding.
+    """Every generated token must be the reference's argmax or a near-tie with it.
+
+    For tokens that were drawn, `race(logits [B, n, V], position of the first)` adds the noise that each was drawn with:
+    the token must then win the race that the reference's logits run.
 
     A near-tie is as far as noise reaches at that position, but capped. Without the bf16 pair, for a float32 trace,
     noise is what the float32 logits gate would let pass. A near-tie ends nothing: each later token is judged too.
@@ -188,7 +193,8 @@ def check_tokens(
         logits = reference.logits(first, last)
         here = slice(first - start, last - start)
         token = targets[:, here].to(logits.device)
-        deficits.append((logits.amax(-1) - logits.gather(-1, token[..., None])[..., 0]).double())
+        judged = logits if race is None else race(logits, first)
+        deficits.append((judged.amax(-1) - judged.gather(-1, token[..., None])[..., 0]).double())
         rms = torch.linalg.vector_norm(logits, dim=-1, dtype=torch.float64) / math.sqrt(vocab)
         error = GATES["float32.logits"].limit * rms if noise is None else noise[:, here]
         allowed.append(torch.minimum(GATES["tokens.noise"].limit * error, cap * logits.std(-1)))

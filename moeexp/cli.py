@@ -23,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from moeexp import report, schema, summary, tracker
+from moeexp import allocator, report, schema, summary, tracker
 from moeexp.composition_error import explain
 from moeexp.phases import Phases
 from moeexp.record import Record, code_fingerprint, config_hash, write_atomically
@@ -172,11 +172,12 @@ def _track(record: Record, run_dir: Path, exit_code: int, *, group: str | None) 
 
 def _prepare(cfg: DictConfig, record: Record) -> schema.Config:
     """Validates and resolves; the record then says what runs, and on what."""
+    config = schema.to_config(cfg)
+    allocator.prepare(config)
     import torch
 
     from moeexp import environment, validate
 
-    config = schema.to_config(cfg)
     cuda = torch.cuda.is_available()
     validate.validate(config, cuda_available=cuda)
     config = validate.resolve(config, cuda_available=cuda)

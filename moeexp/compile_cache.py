@@ -46,6 +46,8 @@ class MethodSpec:
     batch: int
     max_seq_len: int
     device: str
+    state: str = "shared"
+    takes_live: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moeexp_kernels import registry
 from moeexp_runner import timing
 from torch import Tensor
 
 from .evaluate import bits_per_byte
-from .factory import Stack, build_model, build_stack, check_coverage
+from .factory import Stack, build_model, build_stack, check_coverage, python_callbacks
 from .floor import bytes_per_step
 from .phases import Phases
 from .prompts import Text, prompt_tokens, text_of
@@ -41,17 +40,19 @@ def run_experiment(cfg: Config, *, run_dir: Path, record: Record, phases: Phases
     try:
         record.set(
             quantised_coverage=round(share, 6),
-            ops=_ops(stack),
+            ops=_ops(stack, cfg.dispatch),
             prompt_text=[text.decode(row) for row in prompt.tolist()]
             if text.decode and cfg.prompt is not None
             else None,
         )
-        passed = None
-        if cfg.check != "off":
+        if cfg.check == "inline":
             record.set(check=verify(cfg, stack, prompt, phases))
-            passed = record.data["check"]["passed"]
         with phases("benchmark"):
             ids = _benchmark(cfg, stack, prompt.to(stack.device), record, eos)
+        record.set(memory_gib=_memory(stack))
+        if cfg.check == "separate":  # afterwards, so that no memory of the check is counted above
+            record.set(check=verify(cfg, stack, prompt, phases))
+        passed = (record.data["check"] or {}).get("passed")
         _compare_ids(record, ids, stopped_early=eos is not None)
         record.set(generated_ids=ids, generated_text=[text.decode(row) for row in ids] if text.decode else None)
         heldout = heldout_file(cfg.model)
@@ -62,7 +63,8 @@ def run_experiment(cfg: Config, *, run_dir: Path, record: Record, phases: Phases
             with phases("bits per byte"):
                 quality = _quality(cfg, stack, heldout, text)
                 record.set(bits_per_byte=quality["bits_per_byte"], evaluation=quality)
-        record.set(memory_gib=_memory(stack))
+        if cfg.check != "separate":
+            record.set(memory_gib=_memory(stack))
     finally:
         stack.close()
 
@@ -122,15 +124,11 @@ def _quality(cfg: Config, stack: Stack, heldout: Path, text: Text) -> dict[str, 
     return result | {"file": heldout.name, "eval_bytes": len(piece.encode())}
 
 
-def _ops(stack: Stack) -> dict[str, Any]:
+def _ops(stack: Stack, dispatch: str) -> dict[str, Any]:
     """Each op's implementation, and those that call back into Python when a method runs."""
-    opaque = {op: name for op, name in stack.ops.items() if (op, name) in registry.OPAQUE}
     return {
         "implementations": stack.ops,
-        "python_callbacks": {
-            "prefill": sorted(op for op in opaque if not op.endswith("_decode")),
-            "decode": sorted(op for op in opaque if not op.endswith("_prefill")),
-        },
+        "python_callbacks": python_callbacks(stack, dispatch),
         "compiled": {
             name: {"key": artifact.key, "cached": artifact.cached, "compile_s": round(artifact.compile_s, 2)}
             for name, artifact in stack.artifacts.items()

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
-from moeexp_kernels import registry
+from moeexp_kernels import dispatch, registry
 from moeexp_runner.arena import Arena
 from moeexp_runner.binding import CompiledMethod, assert_shared
+from moeexp_runner.explicit import ExplicitState
+from moeexp_runner.sampler import Sampler
 from moeexp_runner.session import Session
 from torch import Tensor
 
+from . import allocator
 from .architecture import Architecture
 from .compile_cache import Artifact, MethodSpec, get_or_compile
-from .methods import METHODS, MODULES, export_method
+from .methods import (
+    MODULES,
+    OF_DISPATCH,
+    Method,
+    example_inputs,
+    export_method,
+    session_methods,
+    torch_compiled,
+)
 from .model import Qwen35MoE, state_shapes
 from .phases import Phases
-from .schema import Config
+from .schema import Config, SamplerConfig
 from .validate import load_architecture, weights_folder
 from .weights import Random, Snapshot, Source, kind_of, load
 
@@ -34,7 +45,7 @@ class Stack:
     arch: Architecture
     model: Qwen35MoE
     session: Session
-    arena: Arena
+    arena: Arena | ExplicitState
     ops: dict[str, str]
     device: torch.device
     artifacts: dict[str, Artifact] = field(default_factory=dict)
@@ -53,7 +64,9 @@ def source_of(cfg: Config, arch: Architecture) -> Source:
 
 
 def build_model(cfg: Config, phases: Phases) -> Qwen35MoE:
-    """Weights from the config's source, quantised as they come, on the config's device."""
+    """Weights from the config's source, quantised as they come, on the config's device. `RuntimeError` if this process
+    cannot have the config's allocator."""
+    allocator.check(cfg)
     arch = load_architecture(cfg.model)
     source = source_of(cfg, arch)
     total = len(Qwen35MoE(arch, dtype=torch.float32, device="meta").state_dict())
@@ -68,6 +81,8 @@ def build_model(cfg: Config, phases: Phases) -> Qwen35MoE:
             skip=tuple(cfg.quant.skip),
             on_buffer=lambda name, nbytes: advance(1),
         )
+    if cfg.device == "cuda":
+        torch.cuda.empty_cache()  # what quantising needed on the way is not kept
     return model
 
 
@@ -102,42 +117,136 @@ def op_names(cfg: Config) -> dict[str, str]:
     return registry.resolve(default=cfg.ops.default, chosen=chosen, device=cfg.device)
 
 
+def python_callbacks(stack: Stack, dispatch: str) -> dict[str, list[str]]:
+    """Per method, the ops that call back into Python when it runs, compiled or not (a graph replays what they launched)."""
+    opaque = {op for op, name in stack.ops.items() if (op, name) in registry.OPAQUE}
+    if dispatch == "single":
+        opaque |= set(registry.DISPATCHED)
+    decode = sorted(op for op in opaque if not op.endswith("_prefill"))
+    prefill = decode if dispatch == "token_by_token" else sorted(op for op in opaque if not op.endswith("_decode"))
+    return {"prefill": prefill, "decode": decode}
+
+
 def build_stack(
-    cfg: Config, model: Qwen35MoE, phases: Phases, *, export: str | None = None, cuda_graph: bool | None = None
+    cfg: Config, model: Qwen35MoE, phases: Phases, *, export: str | None = None, cuda_graph: bool | str | None = None
 ) -> Stack:
-    """Arena, methods and session over `model`, whose state buffers are (re)attached. `export` and `cuda_graph` override
-    the config's, for the check's float32 twin."""
+    """State, methods and session over `model`, whose state buffers are (re)attached or, under explicit state, taken off.
+    `export` and `cuda_graph` override the config's, for the check's float32 twin."""
+    if export is not None or cuda_graph is not None:
+        cfg = replace(
+            cfg,
+            export=export or cfg.export,
+            cuda_graph=cfg.cuda_graph if cuda_graph is None else cuda_graph,
+        )
     device, dtype = model.norm.device, model.embed_tokens.weight.dtype
+    copy_outputs = device.type == "cuda" and not cfg.skip_output_copy
     names = op_names(cfg)
-    ops = {op: registry.OPS[op][name] for op, name in names.items()}
+    if copy_outputs:
+        names["sample"] = "reference"  # logits are on the host, where no Triton kernel runs
     arena = Arena(state_shapes(model.arch, batch=cfg.batch, max_seq_len=cfg.max_seq_len, dtype=dtype), device=device)
-    model.attach_state(arena.tensors)
-    artifacts: dict[str, Artifact] = {}
-    if (export or cfg.export) == "eager":
-        methods: dict[str, Callable[..., Tensor]] = {name: MODULES[name](model, ops).eval() for name in METHODS}
+    explicit = cfg.state == "explicit"
+    if explicit:
+        model.detach_state(arena.tensors)
     else:
-        methods, artifacts = _compiled_methods(cfg, model, ops, names, device, phases)
-    graph = cfg.cuda_graph is not False if cuda_graph is None else cuda_graph
-    with phases("capture") if graph else phases("session"):
+        model.attach_state(arena.tensors)
+    recipe = Recipe(cfg, model, names, *((arena.tensors, None) if explicit else ({}, arena.tensors)))
+    methods, artifacts = MAKERS[cfg.export](recipe, phases)
+    prefill, decode = session_methods(cfg.dispatch, methods, takes_live=recipe.takes_live)
+    with phases("capture") if cfg.cuda_graph else phases("session"):
         session = Session(
-            prefill=methods["prefill"],
-            decode=methods["decode"],
-            sample=ops["sample"],
-            arena=arena,
+            prefill=prefill,
+            decode=decode,
+            sample=sampler_of(cfg.sampler, names["sample"], device="cpu" if copy_outputs else device),
+            arena=ExplicitState(arena) if explicit else arena,
             batch=cfg.batch,
             max_seq_len=cfg.max_seq_len,
             vocab_size=model.arch.vocab_size,
             device=device,
-            cuda_graph=graph,
-            copy_outputs=device.type == "cuda" and not cfg.skip_output_copy,
+            cuda_graph=cfg.cuda_graph,
+            copy_outputs=copy_outputs,
+            shared_stream=cfg.shared_stream,
+            takes_live=recipe.takes_live,
+            prefill_graph_lengths=cfg.prefill_graph_lengths,
+            ahead=cfg.loop_ahead,
         )
-    return Stack(model.arch, model, session, arena, names, device, artifacts)
+    return Stack(model.arch, model, session, session.arena, names, device, artifacts)
 
 
-def _compiled_methods(cfg, model, ops, names, device, phases):
+def sampler_of(cfg: SamplerConfig, implementation: str, *, device: torch.device | str) -> Sampler:
+    """The config's choice of the next token, by the named implementation of `sample`."""
+    if cfg.name == "greedy":
+        return Sampler(registry.implementation("sample", implementation))
+    if implementation not in registry.DRAWS:
+        raise ValueError(
+            f"ops.sample={implementation} makes no draws, which sampler={cfg.name} needs; "
+            f"implementations that do: {', '.join(registry.DRAWS)}"
+        )
+    return Sampler(
+        registry.DRAWS[implementation],
+        seed=cfg.seed,
+        device=device,
+        temperature=cfg.temperature,
+        top_k=cfg.top_k or 0,
+        top_p=1.0 if cfg.top_p is None else cfg.top_p,
+    )
+
+
+@dataclass
+class Recipe:
+    """What the methods of one stack are made from. State tensors by name are `state` where they are explicit, else `held`,
+    and attached to the model for export."""
+
+    cfg: Config
+    model: Qwen35MoE
+    names: dict[str, str]
+    state: dict[str, Tensor]
+    held: dict[str, Tensor] | None
+
+    @property
+    def takes_live(self) -> bool:
+        """Prefill is captured at fixed lengths, to which prompts are padded."""
+        return self.cfg.cuda_graph == "all"
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        return OF_DISPATCH[self.cfg.dispatch]
+
+    def ops(self) -> dict[str, Callable]:
+        ops = {op: registry.implementation(op, name) for op, name in self.names.items()}
+        return ops | dispatch.ops(self.names) if self.cfg.dispatch == "single" else ops
+
+    def module(self, name: str) -> Method:
+        """Runs as it is, on this stack's own state: several stacks may share the model."""
+        return MODULES[name](
+            self.model, self.ops(), state_names=tuple(self.state), held=self.held, takes_live=self.takes_live
+        ).eval()
+
+
+def _eager_methods(recipe: Recipe, phases: Phases):
+    return {name: recipe.module(name) for name in recipe.methods}, {}
+
+
+def _torch_compiled_methods(recipe: Recipe, phases: Phases):
+    """Compiled here, for one token and for several, so that no later phase pays for it."""
+    cfg, methods = recipe.cfg, {}
+    for name in recipe.methods:
+        methods[name] = torch_compiled(recipe.module(name))
+        inputs = example_inputs(
+            name, batch=cfg.batch, device=recipe.model.norm.device,
+            takes_live=recipe.takes_live and name != "decode", state=tuple(recipe.state.values()),
+        )  # fmt: skip
+        with phases(f"compile {name}"), torch.no_grad():
+            methods[name](*inputs)
+            if name != "decode":
+                methods[name](*inputs[:2], inputs[2][:1], *inputs[3:])
+    return methods, {}
+
+
+def _packaged_methods(recipe: Recipe, phases: Phases):
     """Exports and compiles each method (or finds it compiled), loads it and binds all of them to the same tensors."""
+    cfg, model, names, device = recipe.cfg, recipe.model, recipe.names, recipe.model.norm.device
     methods, artifacts = {}, {}
-    for name in METHODS:
+    for name in recipe.methods:
         spec = MethodSpec(
             method=name,
             architecture=model.arch.to_hf(),
@@ -149,11 +258,16 @@ def _compiled_methods(cfg, model, ops, names, device, phases):
             batch=cfg.batch,
             max_seq_len=cfg.max_seq_len,
             device=device.type,
+            state=cfg.state,
+            takes_live=recipe.takes_live and name != "decode",
         )
 
-        def export(name=name):
+        def export(name=name, takes_live=spec.takes_live):
             with phases(f"export {name}"):
-                return export_method(name, model, ops, batch=cfg.batch, max_seq_len=cfg.max_seq_len)
+                return export_method(
+                    name, model, recipe.ops(), batch=cfg.batch, max_seq_len=cfg.max_seq_len, takes_live=takes_live,
+                    state=recipe.state,
+                )  # fmt: skip
 
         with phases(f"compile {name}"):
             artifacts[name] = get_or_compile(spec, export)
@@ -163,3 +277,7 @@ def _compiled_methods(cfg, model, ops, names, device, phases):
             methods[name].bind({fqn: model.get_buffer(fqn.removeprefix("model.")) for fqn in artifact.constants})
         assert_shared(methods)
     return methods, artifacts
+
+
+# export -> (recipe, phases) -> (methods by name, artifacts by name)
+MAKERS = {"eager": _eager_methods, "compile": _torch_compiled_methods, "aoti": _packaged_methods}

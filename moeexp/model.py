@@ -10,7 +10,7 @@ compiled method would keep the weights of whatever model it was compiled with. H
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +96,8 @@ class DecoderLayer(nn.Module):
 
 
 class Qwen35MoE(nn.Module):
-    """`forward` serves both methods; `phase` ("prefill" or "decode") picks the implementations of phase-bound ops."""
+    """`forward` serves every method; `phase` ("prefill", "decode" or "single") picks the implementations of phase-bound
+    ops: `gdn_{phase}`, `sdpa_{phase}`, `moe_{phase}`."""
 
     def __init__(self, arch: Architecture, *, dtype: torch.dtype, device: torch.device | str):
         super().__init__()
@@ -118,41 +119,58 @@ class Qwen35MoE(nn.Module):
             owner, _, leaf = name.rpartition(".")
             self.get_submodule(owner).register_buffer(leaf, tensor)
 
+    def detach_state(self, names: Iterable[str]) -> None:
+        """Takes attached state off again: explicit state is no buffer of the model."""
+        for name in names:
+            owner, _, leaf = name.rpartition(".")
+            if hasattr(self.get_submodule(owner), leaf):
+                delattr(self.get_submodule(owner), leaf)
+
     def forward(
-        self, tokens: Tensor, positions: Tensor, logit_positions: Tensor | None, *, ops: Ops, phase: str
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        logit_positions: Tensor | None,
+        *,
+        ops: Ops,
+        phase: str,
+        state: dict[str, Tensor] | None = None,
+        live: Tensor | None = None,
     ) -> Tensor:
         """tokens [B, T] int64, positions [B] int64 of each row's first token, logit_positions [n] int64 in 0..T-1 or None
-        for all T. Returns logits [B, n, V] in the weights' dtype; advances the state by T tokens."""
+        for all T. Returns logits [B, n, V] in the weights' dtype; advances the state by T tokens, that which is attached,
+        or `state` (same names) where it is given. live [B] int64 in 1..T: only so many tokens of each row count."""
         x = torch.nn.functional.embedding(tokens, self.embed_tokens.weight)
-        for layer in self.layers:
-            mixer = layer.mixer
+        counts = {} if live is None else {"live": live}
+        for i, layer in enumerate(self.layers):
+            mixer, held = layer.mixer, _held_state(layer, i, state)
             if layer.layer_type == "linear_attention":
                 proj = _linear(ops, x, mixer.in_proj, norm=layer.input_norm, eps=self.arch.rms_norm_eps)
                 out = ops[f"gdn_{phase}"](
                     proj=proj, conv_weight=mixer.conv_weight, a_log=mixer.a_log[0], dt_bias=mixer.dt_bias[0],
-                    norm_weight=mixer.norm, conv_state=layer.conv_state, recurrent_state=layer.recurrent_state,
-                    **mixer.heads,
+                    norm_weight=mixer.norm, conv_state=held["conv_state"], recurrent_state=held["recurrent_state"],
+                    **mixer.heads, **counts,
                 )  # fmt: skip
             else:
                 qkv = _linear(ops, x, mixer.qkv_proj, norm=layer.input_norm, eps=self.arch.rms_norm_eps)
                 q = ops["qk_norm_rope"](
                     qkv=qkv, q_norm=mixer.q_norm, k_norm=mixer.k_norm, inv_freq=self.inv_freq[0], positions=positions,
-                    k_cache=layer.k_cache, v_cache=layer.v_cache, num_heads=mixer.num_heads, eps=mixer.eps,
+                    k_cache=held["k_cache"], v_cache=held["v_cache"], num_heads=mixer.num_heads, eps=mixer.eps, **counts,
                 )  # fmt: skip
                 out = ops[f"sdpa_{phase}"](
-                    q=q, qkv=qkv, k_cache=layer.k_cache, v_cache=layer.v_cache, positions=positions
+                    q=q, qkv=qkv, k_cache=held["k_cache"], v_cache=held["v_cache"], positions=positions, **counts
                 )
             x = _linear(ops, out, mixer.out_proj, residual=x)
-            x = self._moe(layer, x, positions, ops, phase)
+            x = self._moe(layer, x, ops, phase, positions=positions, expert_ids=held["expert_ids"], **counts)
         if logit_positions is not None:
             x = x.index_select(1, logit_positions)
         return _linear(ops, x, self.head, norm=self.norm, eps=self.arch.rms_norm_eps)
 
-    def _moe(self, layer: DecoderLayer, x: Tensor, positions: Tensor, ops: Ops, phase: str) -> Tensor:
+    def _moe(self, layer: DecoderLayer, x: Tensor, ops: Ops, phase: str, **trace: Tensor) -> Tensor:
         moe, eps = layer.moe, self.arch.rms_norm_eps
         ids, weights = ops["router"](
             x=x, norm_weight=layer.post_norm, weight=moe.router, eps=eps, top_k=self.arch.num_experts_per_tok,
-            positions=positions, expert_ids=layer.expert_ids,
+            **trace,
         )  # fmt: skip
         return ops[f"moe_{phase}"](
             x=x, norm_weight=layer.post_norm, eps=eps, ids=ids, weights=weights,
@@ -162,6 +180,20 @@ class Qwen35MoE(nn.Module):
             shared_down=moe.shared_down.weight, shared_down_scales=moe.shared_down.scales,
             shared_gate=moe.shared_gate,
         )  # fmt: skip
+
+
+STATE = {
+    "linear_attention": ("conv_state", "recurrent_state", "expert_ids"),
+    "full_attention": ("k_cache", "v_cache", "expert_ids"),
+}
+
+
+def _held_state(layer: DecoderLayer, index: int, state: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """The layer's state tensors by kind: its own buffers, or those in `state`."""
+    kinds = STATE[layer.layer_type]
+    if state is None:
+        return {kind: getattr(layer, kind) for kind in kinds}
+    return {kind: state[f"layers.{index}.{kind}"] for kind in kinds}
 
 
 def _linear(

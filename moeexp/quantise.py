@@ -47,8 +47,11 @@ def quantise(weight: Tensor, *, bits: int, group_size: int, name: str = "weight"
 
     rows = weight.reshape(-1, features)
     step = max(1, SLICE_ELEMENTS // features)
-    stored, scales = [], []
-    for part in rows.split(step):
+    # Written slice by slice into their final place: a list to concatenate would hold everything twice.
+    stored = torch.empty(rows.shape[0], features * bits // 8, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(rows.shape[0], features // group_size, 2, dtype=torch.float16, device=weight.device)
+    for start in range(0, rows.shape[0], step):
+        part = rows[start : start + step]
         wide = part.float()
         codes, meta = Quantizer.quantize(
             wide,
@@ -59,15 +62,15 @@ def quantise(weight: Tensor, *, bits: int, group_size: int, name: str = "weight"
             bitpack=False,
             device=str(part.device),
         )
-        stored.append(pack(codes.view(part.shape).to(torch.uint8), bits=bits, group_size=group_size))
+        packed = pack(codes.view(part.shape).to(torch.uint8), bits=bits, group_size=group_size)
+        stored[start : start + step].copy_(packed)
         scale, zero = meta["scale"].float(), meta["zero"].float()
         pair = torch.stack([scale, (MIDDLE_CODE[bits] - zero) * scale], dim=-1).view(-1, 2)
         # A shift near 128 would cost float16 all digits of a flat group's value: such a group is its centre, scale 0.
         low, high = wide.view(-1, group_size).aminmax(dim=1)
         centre = torch.stack([torch.zeros_like(low), (low + high) / 2], dim=-1)
         pair = torch.where((high - low <= FLAT)[:, None], centre, pair)
-        scales.append(pair.view(part.shape[0], features // group_size, 2).to(torch.float16))
-    stored, scales = torch.cat(stored), torch.cat(scales)
+        scales[start : start + step].copy_(pair.view(part.shape[0], features // group_size, 2))
     if not scales.isfinite().all():
         raise ValueError(f"{name} has groups whose scale does not fit float16 (weights not finite, or beyond ±65504)")
     return stored.view(*weight.shape[:-1], -1), scales.view(*weight.shape[:-1], -1, 2)

@@ -93,6 +93,8 @@ class Config:
     skip_output_copy: bool = MISSING
     # A bool or a string. Hydra cannot choose a config group by a boolean, so this is a field.
     cuda_graph: Any = MISSING
+    prefill_graph_lengths: list[int] = MISSING  # of cuda_graph=all
+    loop_ahead: int = MISSING  # of cuda_graph=loop and all: steps enqueued beyond the token that the host reads
     export: str = MISSING
     dtype: str = MISSING
     allocator: str = MISSING

@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from moeexp.architecture import Architecture
-from moeexp.schema import Config, ModelConfig, QuantConfig
+from moeexp.schema import Config, ModelConfig, QuantConfig, SamplerConfig
 
 DEFAULT_PROMPT = "In the beginning"
 DEFAULT_PROMPT_LEN = 32
@@ -33,17 +33,6 @@ ALLOWED: dict[str, tuple] = {
     "tracker.mode": ("auto", "online", "offline", "disabled"),
 }
 
-# Values that the design has and the code does not yet. A row goes when its value works.
-NOT_BUILT_YET: dict[str, tuple] = {
-    "dispatch": ("single", "token_by_token", "cond"),
-    "state": ("explicit",),
-    "cuda_graph": ("loop", "all"),
-    "export": ("compile",),
-    "allocator": ("cuda_malloc_async",),
-    "check": ("separate",),
-    "sampler.name": ("gumbel",),
-}
-
 # Field -> the least value that makes sense.
 AT_LEAST = {
     "batch": 1,
@@ -55,6 +44,7 @@ AT_LEAST = {
     "model.seed": 0,
     "sampler.seed": 0,
     "prompt_len": 1,
+    "loop_ahead": 1,
     "tracker.timeout_s": 1,
 }
 
@@ -66,6 +56,8 @@ def validate(cfg: Config, *, cuda_available: bool) -> None:
     """`ValueError` (one line) for a config that cannot run on a machine with or without CUDA."""
     _check_values(cfg)
     _check_device(cfg, cuda_available)
+    _check_axes(cfg, _device(cfg, cuda_available))
+    _check_sampler(cfg.sampler)
     arch = load_architecture(cfg.model)
     _check_prompt(cfg, arch)
     _check_quant(cfg.quant, arch)
@@ -89,6 +81,7 @@ def resolve(cfg: Config, *, cuda_available: bool) -> Config:
         model=replace(cfg.model, architecture=arch.to_hf(), tokenizer=tokenizer),
         quant=replace(cfg.quant, group_size=group_size),
         cuda_graph="decode" if cfg.cuda_graph is True else cfg.cuda_graph,
+        prefill_graph_lengths=_graph_lengths(cfg),
         device=device,
         dtype=cfg.dtype if cfg.dtype != "auto" else {"cuda": "bfloat16", "cpu": "float32"}[device],
         prompt=prompt,
@@ -96,9 +89,17 @@ def resolve(cfg: Config, *, cuda_available: bool) -> Config:
     )
 
 
+def _graph_lengths(cfg: Config) -> list[int]:
+    """Ascending, and as long as the context at most: beyond it there is no prompt."""
+    return sorted({min(length, cfg.max_seq_len) for length in cfg.prefill_graph_lengths})
+
+
 def not_applicable(cfg: Config) -> list[str]:
     """Axes that a resolved config sets and that have nothing to act on."""
-    return list(NEEDS_CUDA_TO_MATTER) if cfg.device == "cpu" else []
+    nothing = list(NEEDS_CUDA_TO_MATTER) if cfg.device == "cpu" else []
+    if cfg.cuda_graph == "all" and cfg.dispatch == "token_by_token":
+        nothing.append("prefill_graph_lengths")  # there is no prefill to capture
+    return nothing
 
 
 def weights_folder(model: ModelConfig) -> Path | None:
@@ -183,13 +184,10 @@ def get(cfg: Config, path: str):
 
 def _check_values(cfg: Config) -> None:
     for path, allowed in ALLOWED.items():
-        value, missing = get(cfg, path), NOT_BUILT_YET.get(path, ())
+        value = get(cfg, path)
         # `1 == True` in Python; cuda_graph=1 is not one of the allowed values.
         if not any(value == known and type(value) is type(known) for known in allowed):
             raise ValueError(f"{path}={_show(value)} is not a value of {path}; allowed: {_list(allowed)}")
-        if value in missing:
-            available = [known for known in allowed if known not in missing]
-            raise ValueError(f"{path}={_show(value)} is not built yet; available now: {_list(available)}")
     for path, least in AT_LEAST.items():
         value = get(cfg, path)
         if value is not None and not value >= least:
@@ -200,8 +198,6 @@ def _check_device(cfg: Config, cuda_available: bool) -> None:
     if cfg.device == "cuda" and not cuda_available:
         raise ValueError("device=cuda, and torch finds no CUDA GPU here: use device=cpu, or run where there is one")
     if _device(cfg, cuda_available) == "cuda":
-        if not cfg.shared_stream:
-            raise ValueError("shared_stream=false is not built yet on CUDA; available now: true")
         return
     where = "device=cpu" if cuda_available else "torch finds no CUDA GPU here"
     for path, off in (("cuda_graph", False), ("allocator", "native")):
@@ -210,6 +206,40 @@ def _check_device(cfg: Config, cuda_available: bool) -> None:
                 f"{path}={_show(get(cfg, path))} needs CUDA, and {where}: use {path}={_show(off)}, "
                 + ("or device=cuda" if cuda_available else "or run where there is one")
             )
+
+
+def _check_axes(cfg: Config, device: str) -> None:
+    """Combinations that cannot be. Each refusal has a test that shows the failure it spares."""
+    if device == "cuda" and cfg.cuda_graph in ("loop", "all") and not cfg.skip_output_copy:
+        raise ValueError(
+            f"cuda_graph={cfg.cuda_graph} samples inside the graph, so there is no output to copy: use "
+            "skip_output_copy=true, or cuda_graph=decode"
+        )
+    if cfg.dispatch == "cond" and cfg.state == "shared":
+        raise ValueError(
+            "dispatch=cond with state=shared would mutate the state inside the branches of torch.cond, which cannot be "
+            "compiled: use state=explicit, where it is an output of both branches"
+        )
+    for length in cfg.prefill_graph_lengths:
+        if length < 1:
+            raise ValueError(f"prefill_graph_lengths has {length}; a prompt has at least 1 token")
+    if cfg.cuda_graph == "all" and not cfg.prefill_graph_lengths:
+        raise ValueError(
+            "cuda_graph=all needs prefill_graph_lengths, and it is empty: name one, or use cuda_graph=loop"
+        )
+
+
+def _check_sampler(sampler: SamplerConfig) -> None:
+    if sampler.name != "gumbel":
+        return
+    if not 1e-6 <= sampler.temperature < math.inf:
+        raise ValueError(
+            f"sampler.temperature={sampler.temperature} must be at least 1e-6; use sampler=greedy for none"
+        )
+    if sampler.top_k is not None and sampler.top_k < 1:
+        raise ValueError(f"sampler.top_k={sampler.top_k} must be at least 1, or null to keep every token")
+    if sampler.top_p is not None and not 0 < sampler.top_p <= 1:
+        raise ValueError(f"sampler.top_p={sampler.top_p} must lie in (0, 1], or be null to keep every token")
 
 
 def _check_prompt(cfg: Config, arch: Architecture) -> None:

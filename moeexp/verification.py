@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
+from moeexp_kernels.sample import reference_scores, reference_support
 from torch import Tensor
 
 from .check import Trace, check_float32, check_timed, check_tokens, check_trace
@@ -27,7 +29,7 @@ def verify(cfg: Config, stack: Stack, prompt: Tensor, phases: Phases) -> dict[st
     with phases("check: trace"):
         trace = record_trace(stack, prompt.to(stack.device), cfg.new_tokens)
     parts = [check_trace(trace, stack.arch)]
-    if stack.session.graph is not None:
+    if cfg.cuda_graph:
         with phases("check: replay"):
             parts.append(check_replay(stack, trace))
     if parts[0].passed:
@@ -77,33 +79,41 @@ def record_trace(stack: Stack, prompt: Tensor, new_tokens: int, *, forced: Tenso
 
 @torch.no_grad()
 def check_replay(stack: Stack, trace: Trace) -> Part:
-    """Two decode steps from the prompt's end, by the method run eagerly and by graph replay: bitwise equal."""
-    session = stack.session
-    graph, runs = session.graph, []
-    assert graph is not None
-    for replay in (False, True):
-        session.reset()
-        session.prefill(trace.token_ids[:, : trace.prompt_len].contiguous())
-        session.graph = graph if replay else None
-        outputs = []
-        try:
-            if trace.prompt_len + 2 <= session.max_seq_len:
-                token = session.sample(trace.logits[:, trace.prompt_len - 1 : trace.prompt_len])
-                outputs.append(session.decode(token).clone())
-                outputs.append(session.decode(session.sample(outputs[-1])).clone())
-        finally:
-            session.graph = graph
-        runs.append((outputs, stack.arena.snapshot()))
-    (eager, eager_state), (replayed, replayed_state) = runs
-    gates = [
-        gate("replay.bitwise", _differing(a, b), f"logits of decode step {i}")
-        for i, (a, b) in enumerate(zip(eager, replayed, strict=True))
-    ]
+    """The prompt and two decode steps, by the methods run eagerly and by graph replay: bitwise equal."""
+    eager, eager_state = _prompt_and_steps(stack, trace, replay=False)
+    replayed, replayed_state = _prompt_and_steps(stack, trace, replay=True)
+    gates = [gate("replay.bitwise", _differing(eager[name], replayed[name]), name) for name in eager]
     for name, tensor in eager_state.items():
         differing = _differing(tensor, replayed_state[name])
         if differing:
             gates.append(gate("replay.bitwise", differing, name))
-    return make_part("replay", gates, {"steps": len(eager), "state_tensors": len(eager_state)})
+    return make_part("replay", gates, {"outputs": len(eager), "state_tensors": len(eager_state)})
+
+
+def _prompt_and_steps(stack: Stack, trace: Trace, *, replay: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Outputs by name, and the state at the end: of what is captured, or of the same calls made eagerly."""
+    session, prompt = stack.session, trace.token_ids[:, : trace.prompt_len].contiguous()
+    session.reset()
+    last = torch.tensor([trace.prompt_len - 1], device=session.device)
+    logits = session.prefill(prompt, None if replay else last).clone()
+    outputs = {"logits of the prompt": logits}
+    steps = range(min(2, session.max_seq_len - trace.prompt_len))
+    token = session.sample(logits)
+    if replay and session.loop is not None:
+        session.loop.start(token, trace.prompt_len)
+        for step in steps:
+            outputs[f"logits of decode step {step}"] = session.loop.step().clone()
+            outputs[f"token of decode step {step}"] = session.loop.token.clone()
+        return outputs, stack.arena.snapshot()
+    graph = session.graph
+    session.graph = graph if replay else None
+    try:
+        for step in steps:
+            outputs[f"logits of decode step {step}"] = logits = session.decode(token).clone()
+            outputs[f"token of decode step {step}"] = token = session.sample(logits).clone()
+    finally:
+        session.graph = graph
+    return outputs, stack.arena.snapshot()
 
 
 def _differing(a: Tensor, b: Tensor) -> int:
@@ -124,17 +134,44 @@ def _against_reference(cfg: Config, stack: Stack, trace: Trace, phases: Phases) 
             )  # fmt: skip
 
     reference = run("reference", torch.float32, trace.expert_ids)
+    race = race_of(cfg, trace) if cfg.sampler.name == "gumbel" else None
     if cfg.dtype == "float32":
         # The timed methods are the float32 methods: part (a) judges them directly, with the stricter limits.
-        parts = [check_float32(trace, reference), check_tokens(trace, reference)]
+        parts = [check_float32(trace, reference), check_tokens(trace, reference, race=race)]
         return parts + _against_generate(cfg, stack, trace, phases)
     parts = [_float32_twin(cfg, stack, trace, weights, phases)]
     bf16 = run("bf16 baseline", torch.bfloat16, None)
     reference_on_bf16 = run("bf16 reference", torch.float32, bf16.expert_ids)
     with phases("check: compare"):
         parts.append(check_timed(trace, reference, bf16, reference_on_bf16))
-        parts.append(check_tokens(trace, reference, bf16, reference_on_bf16))
+        parts.append(check_tokens(trace, reference, bf16, reference_on_bf16, race=race))
     return parts
+
+
+def race_of(cfg: Config, trace: Trace) -> Callable[[Tensor, int], Tensor]:
+    """How a draw turns logits into a race that the drawn token wins, for `check_tokens`: (logits [B, n, V], position of the
+    first) -> logits plus temperature times the noise of each position's draw, -inf where the trace's filter was.
+
+    Draws are numbered from 0, which is that of the prompt's last position; filters are those of the trace's own logits,
+    because near an edge of theirs the reference's may fall the other way."""
+    sampler = cfg.sampler
+
+    def race(logits: Tensor, first: int) -> Tensor:
+        result = torch.empty_like(logits)
+        for i in range(logits.shape[1]):
+            draw = first + i - (trace.prompt_len - 1)
+            seed_state = torch.tensor([sampler.seed, draw], dtype=torch.int64, device=logits.device)
+            score = reference_scores(
+                logits=logits[:, i : i + 1], seed_state=seed_state, temperature=sampler.temperature
+            )
+            keep = reference_support(
+                logits=trace.logits[:, first + i : first + i + 1].to(logits.device), temperature=sampler.temperature,
+                top_k=sampler.top_k or 0, top_p=1.0 if sampler.top_p is None else sampler.top_p,
+            )  # fmt: skip
+            result[:, i] = (score * sampler.temperature).masked_fill(~keep, float("-inf"))
+        return result
+
+    return race
 
 
 def _float32_twin(cfg: Config, stack: Stack, trace: Trace, weights: DequantisedWeights, phases: Phases) -> Part:

@@ -29,6 +29,8 @@ SPEC = MethodSpec(
     device="cpu",
 )
 CHANGES = {
+    "state": "explicit",
+    "takes_live": True,
     "method": "prefill",
     "architecture": ODD.to_hf() | {"rms_norm_eps": 1e-6},
     "ops": {"linear": "triton", "sample": "reference"},

@@ -98,18 +98,6 @@ def test_refused(override, parts):
         assert part in message
 
 
-@pytest.mark.parametrize("path, value", [(path, v) for path, values in rules.NOT_BUILT_YET.items() for v in values])
-def test_not_built_yet_says_what_is(path, value):
-    message = refusal(f"{path}={value}", cuda=True)
-    available = [v for v in rules.ALLOWED[path] if v not in rules.NOT_BUILT_YET[path]]
-    assert f"{path}={value}" in message and str(available[0]).lower() in message.split("available now")[1]
-
-
-def test_not_built_yet_names_allowed_values_only():
-    for path, values in rules.NOT_BUILT_YET.items():
-        assert set(values) < set(rules.ALLOWED[path])
-
-
 @pytest.mark.parametrize("pair", ["prompt=a prompt_len=3", "prompt=a prompt_ids=[1]", "prompt_ids=[1] prompt_len=2"])
 def test_one_prompt_at_most(pair):
     assert "at most one" in refusal(*pair.split())

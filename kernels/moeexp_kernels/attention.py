@@ -41,8 +41,11 @@ def reference_qk_norm_rope(
     v_cache: Tensor,
     num_heads: int,
     eps: float,
+    live: Tensor | None = None,
 ) -> Tensor:
-    """Writes this call's keys and values into the caches; returns the rotated queries [B, T, H, Dh], qkv's dtype."""
+    """Writes this call's keys and values into the caches; returns the rotated queries [B, T, H, Dh], qkv's dtype.
+
+    live [B] int64 in 1..T: keys and values of only so many tokens of each row are written. None: all T."""
     batch, kv_heads, _, head_dim = k_cache.shape
     tokens = qkv.shape[1]
     q, k, v = qkv.split([2 * num_heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], dim=-1)
@@ -60,19 +63,27 @@ def reference_qk_norm_rope(
     q = rotate(rms_norm(x=q, weight=q_norm, eps=eps)).to(qkv.dtype)
     k = rotate(rms_norm(x=k, weight=k_norm, eps=eps)).to(qkv.dtype)
     rows = torch.arange(batch, device=qkv.device)[:, None]
+    if live is not None:
+        # Tokens that do not count write what the last one that does writes: there is no write to leave out.
+        index = torch.minimum(torch.arange(tokens, device=qkv.device), live[:, None] - 1)
+        slots, k, v = positions[:, None] + index, k[rows, index], v[rows, index]
     # index_put_, not `cache[...] = k`: the latter strips leading ones from the value, which forbids exporting T = 1.
     k_cache.transpose(1, 2).index_put_((rows, slots), k)
     v_cache.transpose(1, 2).index_put_((rows, slots), v)
     return q
 
 
-def reference_sdpa(*, q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor) -> Tensor:
+def reference_sdpa(
+    *, q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, live: Tensor | None = None
+) -> Tensor:
     """Causal attention of q [B, T, H, Dh] over cache slots [0, pos + t], times sigmoid(gate) read from `qkv`.
 
-    float32 softmax, scale Dh^-0.5. Returns [B, T, H*Dh], q's dtype."""
+    float32 softmax, scale Dh^-0.5. Returns [B, T, H*Dh], q's dtype. live [B] int64 in 1..T: slots from pos + live on hold
+    nothing, and the rows of tokens from `live` on mean nothing. None: all T."""
     batch, tokens, heads, head_dim = q.shape
     kv_heads, slots = k_cache.shape[1], k_cache.shape[2]
-    last = positions[:, None] + torch.arange(tokens, device=q.device)  # [B, T]
+    index = torch.arange(tokens, device=q.device)
+    last = positions[:, None] + (index if live is None else torch.minimum(index, live[:, None] - 1))  # [B, T]
     # [B, 1, 1, T, S]. Cached values are masked as well as scores: 0 * NaN is NaN.
     visible = (torch.arange(slots, device=q.device) <= last[..., None])[:, None, None]
     used = visible.any(-2)[..., None]  # [B, 1, 1, S, 1]
@@ -86,13 +97,15 @@ def reference_sdpa(*, q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, 
 
 
 @torch.library.custom_op("moeexp::reference_sdpa_prefill", mutates_args=())
-def reference_sdpa_prefill(q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor) -> Tensor:
+def reference_sdpa_prefill(
+    q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, live: Tensor | None = None
+) -> Tensor:
     """`reference_sdpa` for any T >= 1. Opaque to export, whose shape guards on the products would forbid T = 1."""
-    return reference_sdpa(q=q, qkv=qkv, k_cache=k_cache, v_cache=v_cache, positions=positions)
+    return reference_sdpa(q=q, qkv=qkv, k_cache=k_cache, v_cache=v_cache, positions=positions, live=live)
 
 
 @reference_sdpa_prefill.register_fake
-def _(q, qkv, k_cache, v_cache, positions):
+def _(q, qkv, k_cache, v_cache, positions, live=None):
     return q.new_empty(q.shape[0], q.shape[1], q.shape[2] * q.shape[3])
 
 
@@ -129,10 +142,11 @@ def _norm_rotate_store(
 
 @triton.jit
 def _qk_norm_rope_kernel(
-    qkv, q_norm, k_norm, inv_freq, positions, k_cache, v_cache, out, tokens, slots,
+    qkv, q_norm, k_norm, inv_freq, positions, lengths, k_cache, v_cache, out, tokens, slots,
     qkv_stride_b, qkv_stride_t, cache_stride_b, cache_stride_h,
     H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr,
-    BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_D: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LIVE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (T, H + Hkv, B): one query head, or one key head with its value head."""
     ready = after_previous(OVERLAP)
@@ -153,7 +167,10 @@ def _qk_norm_rope_kernel(
     else:
         kv_head = head - H
         # A slot outside the cache is refused before launch; should one get here, no other memory is harmed.
-        stored = tl.where((slot >= 0) & (slot < slots), DH, 0)
+        counts = (slot >= 0) & (slot < slots)
+        if HAS_LIVE:
+            counts = counts & (t < tl.load(lengths + b))
+        stored = tl.where(counts, DH, 0)
         cell = b * cache_stride_b + kv_head.to(tl.int64) * cache_stride_h + slot * DH
         source = row + 2 * H * DH + kv_head * DH
         _norm_rotate_store(
@@ -200,10 +217,11 @@ def _attend_block(
 
 @triton.jit
 def _attend_kernel(
-    q, qkv, k_cache, v_cache, positions, out, partial_sums, partial_stats, tokens, slots,
+    q, qkv, k_cache, v_cache, positions, lengths, out, partial_sums, partial_stats, tokens, slots,
     q_stride_b, q_stride_t, qkv_stride_b, qkv_stride_t, cache_stride_b, cache_stride_h,
     HKV: tl.constexpr, GROUP: tl.constexpr, DH: tl.constexpr, SCALE: tl.constexpr, SPLITS: tl.constexpr,
-    WIDEN: tl.constexpr, OVERLAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    WIDEN: tl.constexpr, HAS_LIVE: tl.constexpr, OVERLAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Grid (Hkv, tiles * SPLITS, B). Row r of a key-value head is token r // GROUP, query head r % GROUP of its group.
 
@@ -229,6 +247,8 @@ def _attend_kernel(
     last = tl.where(t < tokens, position + t, -1)
     first_t = tile * BLOCK_M // GROUP
     last_t = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, tokens - 1)
+    if HAS_LIVE:
+        last_t = tl.minimum(last_t, tl.load(lengths + b).to(tl.int32) - 1)
     live = tl.maximum(tl.minimum(position + last_t + 1, slots), 0)
     # Below `plain` every row of the tile sees every slot, so the causal comparison is left out.
     plain = tl.maximum(tl.minimum(position + first_t + 1, live), 0) // BLOCK_N * BLOCK_N
@@ -361,6 +381,7 @@ def qk_norm_rope(
     v_cache: Tensor,
     num_heads: int,
     eps: float,
+    live: Tensor | None = None,
 ) -> Tensor:
     """`reference_qk_norm_rope` as one kernel, any T. [B, T, H, Dh] in qkv's dtype; writes slots [pos, pos+T) of both caches.
 
@@ -384,44 +405,47 @@ def qk_norm_rope(
     batch, tokens = qkv.shape[0], qkv.shape[1]
     out = torch.empty((batch, tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     wrap_triton(_qk_norm_rope_kernel)[(tokens, num_heads + kv_heads, batch)](
-        qkv, q_norm, k_norm, inv_freq, positions, k_cache, v_cache, out, tokens, slots,
+        qkv, q_norm, k_norm, inv_freq, positions, positions if live is None else live, k_cache, v_cache, out, tokens, slots,
         qkv.stride(0), qkv.stride(1), k_cache.stride(0), k_cache.stride(1),
         H=num_heads, HKV=kv_heads, DH=head_dim, HALF=half, EPS=eps, BLOCK_HALF=triton.next_power_of_2(half),
         BLOCK_REST=triton.next_power_of_2(max(head_dim - 2 * half, 1)), BLOCK_D=_block_d(head_dim),
-        OVERLAP=can_overlap(qkv), num_warps=tuned("qk_norm_rope", out)["num_warps"],
+        HAS_LIVE=live is not None, OVERLAP=can_overlap(qkv), num_warps=tuned("qk_norm_rope", out)["num_warps"],
     )  # fmt: skip
     return out
 
 
-def _attend(q, qkv, k_cache, v_cache, positions, out, sums, stats, *, splits, tiles, config) -> None:
+def _attend(q, qkv, k_cache, v_cache, positions, out, sums, stats, *, splits, tiles, config, live=None) -> None:
     """`out` is written if splits is 1, else `sums` and `stats`; callers pass `q` for what is neither read nor written."""
     batch, tokens, heads, head_dim = q.shape
     kv_heads, slots = k_cache.shape[1], k_cache.shape[2]
     wrap_triton(_attend_kernel)[(kv_heads, tiles * splits, batch)](
-        q, qkv, k_cache, v_cache, positions, out, sums, stats, tokens, slots,
+        q, qkv, k_cache, v_cache, positions, positions if live is None else live, out, sums, stats, tokens, slots,
         q.stride(0), q.stride(1), qkv.stride(0), qkv.stride(1), k_cache.stride(0), k_cache.stride(1),
         HKV=kv_heads, GROUP=heads // kv_heads, DH=head_dim, SCALE=head_dim**-0.5 * LOG2_E, SPLITS=splits,
-        WIDEN=q.dtype == torch.bfloat16 and triton.knobs.runtime.interpret, BLOCK_D=_block_d(head_dim),
-        OVERLAP=can_overlap(q), **config,
+        WIDEN=q.dtype == torch.bfloat16 and triton.knobs.runtime.interpret, HAS_LIVE=live is not None,
+        OVERLAP=can_overlap(q), BLOCK_D=_block_d(head_dim), **config,
     )  # fmt: skip
 
 
 def _unsplit(
-    q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, config: dict[str, int]
-) -> Tensor:
+    q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, config: dict[str, int],
+    live: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     batch, tokens, heads, head_dim = q.shape
     _check_cache(k_cache, v_cache, qkv, heads)
     _check_queries(q, qkv, k_cache.shape[3])
     out = torch.empty((batch, tokens, heads * head_dim), dtype=q.dtype, device=q.device)
     tiles = (tokens * (heads // k_cache.shape[1]) + config["BLOCK_M"] - 1) // config["BLOCK_M"]
-    _attend(q, qkv, k_cache, v_cache, positions, out, q, q, splits=1, tiles=tiles, config=config)
+    _attend(q, qkv, k_cache, v_cache, positions, out, q, q, splits=1, tiles=tiles, config=config, live=live)
     return out
 
 
 @triton_op("moeexp::sdpa_prefill", mutates_args=())
-def sdpa_prefill(q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor) -> Tensor:
+def sdpa_prefill(
+    q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, live: Tensor | None = None
+) -> Tensor:
     """`reference_sdpa` for any T (symbolic too) and any position, on tensor cores for 2-byte dtypes. [B, T, H*Dh]."""
-    return _unsplit(q, qkv, k_cache, v_cache, positions, tuned("attention_prefill", q))
+    return _unsplit(q, qkv, k_cache, v_cache, positions, tuned("attention_prefill", q), live)
 
 
 @triton_op("moeexp::sdpa_decode_tiled", mutates_args=())

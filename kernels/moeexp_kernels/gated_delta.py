@@ -34,8 +34,12 @@ CHUNK = 64
 L2_EPS = 1e-6
 
 
-def _inputs(proj, conv_weight, a_log, dt_bias, conv_state, num_k_heads, num_v_heads, head_k_dim, head_v_dim):
-    """q, k [B,Hv,T,Dk], v [B,Hv,T,Dv], z [B,T,Hv,Dv], log-decay g and beta [B,Hv,T], all float32; new conv state."""
+def _inputs(
+    proj, conv_weight, a_log, dt_bias, conv_state, num_k_heads, num_v_heads, head_k_dim, head_v_dim, live=None
+):  # fmt: skip
+    """q, k [B,Hv,T,Dk], v [B,Hv,T,Dv], z [B,T,Hv,Dv], log-decay g and beta [B,Hv,T], all float32; new conv state.
+
+    Tokens from `live` [B] on: q = k = v = 0, g = 0 and beta = 0, and the conv state ends before them."""
     key_dim, value_dim = num_k_heads * head_k_dim, num_v_heads * head_v_dim
     channels = 2 * key_dim + value_dim
     mixed, z, b, a = proj.split([channels, value_dim, num_v_heads, num_v_heads], dim=-1)
@@ -50,8 +54,16 @@ def _inputs(proj, conv_weight, a_log, dt_bias, conv_state, num_k_heads, num_v_he
     q, k = (t.repeat_interleave(num_v_heads // num_k_heads, dim=1) for t in (q * head_k_dim**-0.5, k))
     g = -a_log.float().exp() * F.softplus(a.float() + dt_bias.float())
     z = z.float().unflatten(-1, (num_v_heads, head_v_dim))
-    new_conv_state = window[..., window.shape[-1] - (width - 1) :]
-    return q, k, v, z, g.transpose(1, 2), b.float().sigmoid().transpose(1, 2), new_conv_state
+    beta = b.float().sigmoid()
+    if live is None:
+        new_conv_state = window[..., window.shape[-1] - (width - 1) :]
+    else:
+        counts = torch.arange(tokens, device=proj.device) < live[:, None]  # [B, T]
+        q, k, v = (t.masked_fill(~counts[:, None, :, None], 0.0) for t in (q, k, v))
+        g, beta = (t.masked_fill(~counts[..., None], 0.0) for t in (g, beta))
+        ends = live[:, None] + torch.arange(width - 1, device=proj.device)
+        new_conv_state = window.gather(-1, ends[:, None].expand(-1, channels, -1))
+    return q, k, v, z, g.transpose(1, 2), beta.transpose(1, 2), new_conv_state
 
 
 def _gated_norm(o: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -136,10 +148,14 @@ def reference_gdn_prefill(
     head_k_dim: int,
     head_v_dim: int,
     eps: float,
+    live: Tensor | None = None,
 ) -> Tensor:
-    """Any T >= 1. Opaque to export: the number of chunks follows from T, which is symbolic there."""
+    """Any T >= 1. Opaque to export: the number of chunks follows from T, which is symbolic there.
+
+    live [B] int64 in 1..T: only so many tokens of each row count; the rest leave no trace in the state, and their own
+    rows of the result mean nothing. None: all T."""
     q, k, v, z, g, beta, new_conv_state = _inputs(
-        proj, conv_weight, a_log, dt_bias, conv_state, num_k_heads, num_v_heads, head_k_dim, head_v_dim
+        proj, conv_weight, a_log, dt_bias, conv_state, num_k_heads, num_v_heads, head_k_dim, head_v_dim, live
     )
     o, state = chunked_delta_rule(q=q, k=k, v=v, g=g, beta=beta, state=recurrent_state)
     conv_state.copy_(new_conv_state)
@@ -150,7 +166,7 @@ def reference_gdn_prefill(
 @reference_gdn_prefill.register_fake
 def _(
     proj, conv_weight, a_log, dt_bias, norm_weight, conv_state, recurrent_state,
-    num_k_heads, num_v_heads, head_k_dim, head_v_dim, eps,
+    num_k_heads, num_v_heads, head_k_dim, head_v_dim, eps, live=None,
 ):  # fmt: skip
     return proj.new_empty(proj.shape[0], proj.shape[1], num_v_heads * head_v_dim)
 

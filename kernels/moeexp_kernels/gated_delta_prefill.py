@@ -80,17 +80,21 @@ def _inverse(a, row, col, LEVELS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: 
 
 @triton.jit
 def _local_kernel(
-    proj, conv_weight, a_log, dt_bias, conv_state, w_out, u_out, q_out, k_out, pair_out, decay_out, T, stride_b, stride_t,
+    proj, conv_weight, a_log, dt_bias, conv_state, lengths, w_out, u_out, q_out, k_out, pair_out, decay_out, T, stride_b,
+    stride_t,
     L2_EPS: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr,
     SIZE: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
-    WIDEN: tl.constexpr,
+    WIDEN: tl.constexpr, HAS_LIVE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (N, Hv, B). Tokens past T get k = v = 0, beta = 0 and no decay: they leave the state as it is."""
+    """Grid (N, Hv, B). Tokens past T, or past `lengths` [B], get q = k = v = 0, beta = 0 and no decay: they leave the state
+    as it is."""
     CHANNELS: tl.constexpr = 2 * HK * DK + HV * DV
     dtype = w_out.dtype.element_ty
     chunk = tl.program_id(0)
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
+    if HAS_LIVE:
+        T = tl.load(lengths + batch).to(tl.int32)
     proj += batch * stride_b
     conv_state += batch * CHANNELS * (WIDTH - 1)
     slot = (batch * HV + head) * tl.num_programs(0) + chunk
@@ -143,10 +147,10 @@ def _local_kernel(
 
 @triton.jit
 def _scan_kernel(
-    w_in, u_in, q_in, k_in, pair_in, decay_in, proj, conv_state, state, out, T, N, stride_b, stride_t,
+    w_in, u_in, q_in, k_in, pair_in, decay_in, proj, conv_state, lengths, state, out, T, N, stride_b, stride_t,
     HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
     BK: tl.constexpr, PAD_V: tl.constexpr, BV: tl.constexpr, SLICE: tl.constexpr, FLAT: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, HAS_LIVE: tl.constexpr,
 ):  # fmt: skip
     """Grid (PAD_V / BV, Hv, B). Writes S^T q to `out` [B, T, Hv*Dv], the final state, and a slice of the conv state, which
     only the kernel before this one reads. Scratch is read unmasked: it is padded, and written in full."""
@@ -185,6 +189,8 @@ def _scan_kernel(
     conv_state += batch * CHANNELS * (WIDTH - 1)
     first = (head * tl.num_programs(0) + block) * SLICE
     count = tl.minimum(SLICE, CHANNELS - first)
+    if HAS_LIVE:
+        T = tl.load(lengths + batch).to(tl.int32)
     kept = _next_conv_state(proj, conv_state, first, count, T, stride_t, WIDTH, FLAT)
     tl.debug_barrier()  # several warps may have loaded the same element
     tl.store(at_state, s, mask=in_tile)
@@ -226,6 +232,7 @@ def gdn_prefill(
     head_k_dim: int,
     head_v_dim: int,
     eps: float,
+    live: Tensor | None = None,
 ) -> Tensor:
     """Any T >= 1, `reference_gdn_prefill` in three kernels ("chunked"). At T = 1 it is also a (slow) `gdn_decode`.
 
@@ -248,6 +255,7 @@ def gdn_prefill(
     block_v = min(tuned["block_v"], pad_v)
     chunks = (tokens + size - 1) // size
     widen = proj.device.type == "cpu"  # only the interpreter runs there
+    lengths = proj if live is None else live  # not read without `live`
 
     def scratch(*shape: int, dtype: torch.dtype = proj.dtype) -> Tensor:
         return torch.empty(batch, num_v_heads, chunks, *shape, dtype=dtype, device=proj.device)
@@ -256,18 +264,20 @@ def gdn_prefill(
     u, pair, decay = scratch(size, pad_v), scratch(size, size), scratch(dtype=torch.float32)
     out = torch.empty(batch, tokens, num_v_heads * head_v_dim, dtype=proj.dtype, device=proj.device)
     torch.library.wrap_triton(_local_kernel)[(chunks, num_v_heads, batch)](
-        proj, conv_weight, a_log, dt_bias, conv_state, w, u, q, k, pair, decay, tokens, proj.stride(0), proj.stride(1),
+        proj, conv_weight, a_log, dt_bias, conv_state, lengths, w, u, q, k, pair, decay, tokens, proj.stride(0),
+        proj.stride(1),
         L2_EPS=L2_EPS, HK=num_k_heads, HV=num_v_heads, DK=head_k_dim, DV=head_v_dim, WIDTH=width, SIZE=size,
         LEVELS=size.bit_length() - 1, BK=pad_k, BV=pad_v, PRECISION=tuned["precision"],
-        SOLVE=tuned["solve"], WIDEN=widen, **tuned["local"],
+        SOLVE=tuned["solve"], WIDEN=widen, HAS_LIVE=live is not None, **tuned["local"],
     )  # fmt: skip
     blocks = pad_v // block_v
     per_program = triton.cdiv(channels, num_v_heads * blocks)
     torch.library.wrap_triton(_scan_kernel)[(blocks, num_v_heads, batch)](
-        w, u, q, k, pair, decay, proj, conv_state, recurrent_state, out, tokens, chunks, proj.stride(0), proj.stride(1),
+        w, u, q, k, pair, decay, proj, conv_state, lengths, recurrent_state, out, tokens, chunks, proj.stride(0),
+        proj.stride(1),
         HV=num_v_heads, DK=head_k_dim, DV=head_v_dim, CHANNELS=channels, WIDTH=width, SIZE=size, BK=pad_k, PAD_V=pad_v,
         BV=block_v, SLICE=per_program, FLAT=triton.next_power_of_2(per_program * (width - 1)), PRECISION=tuned["precision"],
-        WIDEN=widen, **tuned["scan"],
+        WIDEN=widen, HAS_LIVE=live is not None, **tuned["scan"],
     )  # fmt: skip
     norm_tokens = tuned["norm_tokens"]
     torch.library.wrap_triton(_norm_kernel)[((tokens + norm_tokens - 1) // norm_tokens, num_v_heads, batch)](

@@ -32,20 +32,32 @@ from .words import dot_rows, dot_words, features_of_words, float_products, load_
 
 
 def reference_router(
-    *, x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, top_k: int, positions: Tensor, expert_ids: Tensor
+    *,
+    x: Tensor,
+    norm_weight: Tensor,
+    weight: Tensor,
+    eps: float,
+    top_k: int,
+    positions: Tensor,
+    expert_ids: Tensor,
+    live: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(norm(x) @ weight.T), its k largest, renormalised to sum 1.
 
     weight [E, D] plain; positions [B] int64; expert_ids [B, S, k] int32 is a trace, written in place at slots
-    [pos, pos + T). Returns (ids [B, T, k] int32, weights [B, T, k] float32), largest first."""
+    [pos, pos + T), or [pos, pos + live) where live [B] int64 in 1..T is given. Returns (ids [B, T, k] int32,
+    weights [B, T, k] float32), largest first."""
     batch, tokens = x.shape[:2]
     logits = F.linear(rms_norm(x=x, weight=norm_weight, eps=eps), weight.float())
     weights, ids = logits.softmax(-1).topk(top_k, dim=-1)
     ids = ids.to(torch.int32)
     rows = torch.arange(batch, device=x.device)[:, None]
-    slots = positions[:, None] + torch.arange(tokens, device=x.device)
+    slots, traced = positions[:, None] + torch.arange(tokens, device=x.device), ids
+    if live is not None:  # as in reference_qk_norm_rope
+        index = torch.minimum(torch.arange(tokens, device=x.device), live[:, None] - 1)
+        slots, traced = positions[:, None] + index, ids[rows, index]
     # index_put_, not `expert_ids[...] = ids`: the latter strips leading ones, which forbids exporting T = 1.
-    expert_ids.index_put_((rows, slots), ids)
+    expert_ids.index_put_((rows, slots), traced)
     return ids, weights / weights.sum(-1, keepdim=True)
 
 
@@ -140,8 +152,9 @@ def _(
 
 @triton.jit
 def choose_experts_kernel(
-    logits_ptr, ids_ptr, weights_ptr, trace_ptr, positions_ptr, T, S, trace_stride_b, trace_stride_s,
-    E: tl.constexpr, E_PADDED: tl.constexpr, TOP_K: tl.constexpr, K_PADDED: tl.constexpr, OVERLAP: tl.constexpr,
+    logits_ptr, ids_ptr, weights_ptr, trace_ptr, positions_ptr, lengths_ptr, T, S, trace_stride_b, trace_stride_s,
+    E: tl.constexpr, E_PADDED: tl.constexpr, TOP_K: tl.constexpr, K_PADDED: tl.constexpr, HAS_LIVE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One token: the TOP_K largest of E logits, largest first, equal ones in the order of their indices.
 
@@ -175,13 +188,23 @@ def choose_experts_kernel(
     b = m // T
     position = tl.load(positions_ptr + b) + m % T
     # The session refuses positions outside the trace; here they must not reach other memory.
-    limit = tl.where((position >= 0) & (position < S), TOP_K, 0)
+    counts = (position >= 0) & (position < S)
+    if HAS_LIVE:
+        counts = counts & (m % T < tl.load(lengths_ptr + b))
+    limit = tl.where(counts, TOP_K, 0)
     tl.store(trace_ptr + b * trace_stride_b + position * trace_stride_s + slot, ids, mask=slot < limit)
 
 
 @triton_op("moeexp::router", mutates_args={"expert_ids"})
 def router(
-    x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, top_k: int, positions: Tensor, expert_ids: Tensor
+    x: Tensor,
+    norm_weight: Tensor,
+    weight: Tensor,
+    eps: float,
+    top_k: int,
+    positions: Tensor,
+    expert_ids: Tensor,
+    live: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`reference_router` on the GPU; the same arguments, by keyword. Equal logits: the lowest index first.
 
@@ -213,9 +236,9 @@ def router(
         precision = "ieee" if x.dtype == torch.float32 else "tf32x3"
         launch_gemm(x=h, precision=precision, config=tuning.lookup("router_gemm", key, arch), **common)
     wrap_triton(choose_experts_kernel)[(rows,)](
-        logits, ids, weights, expert_ids, positions, tokens, expert_ids.shape[1], expert_ids.stride(0),
-        expert_ids.stride(1), E=experts, E_PADDED=triton.next_power_of_2(experts), TOP_K=top_k,
-        K_PADDED=triton.next_power_of_2(top_k), OVERLAP=can_overlap(x), num_warps=1,
+        logits, ids, weights, expert_ids, positions, positions if live is None else live, tokens, expert_ids.shape[1],
+        expert_ids.stride(0), expert_ids.stride(1), E=experts, E_PADDED=triton.next_power_of_2(experts), TOP_K=top_k,
+        HAS_LIVE=live is not None, K_PADDED=triton.next_power_of_2(top_k), OVERLAP=can_overlap(x), num_warps=1,
     )  # fmt: skip
     return ids, weights
 

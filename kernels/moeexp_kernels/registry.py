@@ -32,6 +32,9 @@ OPS: dict[str, dict[str, Callable]] = {
     "sample": {"reference": sample.reference_greedy, "triton": sample.greedy},
 }
 
+# A draw from the softmax by the implementation of `sample` that is chosen; `OPS["sample"]` is the greedy choice.
+DRAWS: dict[str, Callable] = {"reference": sample.reference_sample, "triton": sample.sample}
+
 # What `auto` means.
 AUTO = {"cpu": "reference", "cuda": "triton"}
 
@@ -40,6 +43,15 @@ PORTABLE = ("reference", "einsum")
 
 # Implementations that call back into Python at run time, also from a compiled method; the record lists them.
 OPAQUE = {("gdn_prefill", "reference"), ("sdpa_prefill", "reference"), ("moe_prefill", "reference")}
+
+
+# Ops that `dispatch=single` replaces by one that chooses when it runs, which is such a callback in both phases.
+DISPATCHED = ("linear", "gdn_prefill", "gdn_decode", "sdpa_prefill", "sdpa_decode", "moe_prefill", "moe_decode")
+
+
+def implementation(op: str, name: str) -> Callable:
+    """What `resolve` called by this name."""
+    return OPS[op][name]
 
 
 def resolve(*, default: str, chosen: dict[str, str | None], device: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import is_
 
 import torch
@@ -17,6 +18,10 @@ class Arena:
         }
         self._allocated = list(self.tensors.values())
         self._addresses = {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
+
+    def call(self, method: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """Runs a method that mutates these tensors in place. Returns its logits."""
+        return method(*inputs)
 
     def reset(self) -> None:
         """Overwrites all state with zeros (a multiplication would keep NaN)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +17,19 @@ WARM_UPS = 3
 
 
 class GraphedMethod:
-    """`inputs` are the static tensors that the graph will read; the caller copies values into them before `replay`."""
+    """`inputs` are the static tensors that the graph will read; the caller copies values into them before `replay`.
 
-    def __init__(self, method: Callable[..., Tensor], inputs: tuple[Tensor, ...]):
-        self.method, self.inputs, self.state = method, inputs, "eager"
+    `pool`: a `torch.cuda.graph_pool_handle()` that graphs which never run at the same time may share."""
+
+    def __init__(self, method: Callable[..., Any], inputs: tuple[Tensor, ...], *, pool: tuple[int, int] | None = None):
+        self.method, self.inputs, self.state, self.pool = method, inputs, "eager", pool
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._output: Tensor | None = None
+        self._output: Any = None
+
+    @property
+    def output(self) -> Any:
+        """What the method returned while it was captured; None before."""
+        return self._output
 
     def warm(self) -> None:
         """Runs the method eagerly, on the inputs as they are, so that kernels are loaded and workspaces allocated: a
@@ -41,7 +49,7 @@ class GraphedMethod:
         self._require("warm")
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, **({} if self.pool is None else {"pool": self.pool})):
                 output = self.method(*self.inputs)
         except Exception as error:
             del graph
@@ -49,7 +57,7 @@ class GraphedMethod:
             raise RuntimeError(f"CUDA-graph capture failed, the method is eager again: {error}") from error
         self._graph, self._output, self.state = graph, output, "captured"
 
-    def replay(self, *inputs: Tensor) -> Tensor:
+    def replay(self, *inputs: Tensor) -> Any:
         """Replays on the static inputs, which must be handed in again: `ValueError` for any other tensor, before launch."""
         self._require("captured")
         for index, (given, static) in enumerate(zip(inputs, self.inputs, strict=True)):

@@ -1,91 +1,125 @@
-"""One model being decoded: two methods over one set of weights and one set of state buffers.
+"""One model being decoded: its methods over one set of weights and one set of state tensors.
 
 Shape letters: B batch, T tokens of a prompt, n positions whose logits are wanted, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .arena import Arena
-from .graph import GraphedMethod
+from . import requests, token_by_token
+from .loop import Loop, OnToken
+from .prefill_graphs import PrefillGraphs
+from .step_graph import State, StepGraph
+from .streams import MethodStream
 
 Method = Callable[..., Tensor]
 
 
 class Session:
-    """Methods, arena and sampler are handed in and stay the caller's. Inputs are checked before any launch: `ValueError`
-    leaves the state unchanged. Logits returned by `decode` are overwritten by the next call when a graph is used."""
+    """Methods, state and sampler are handed in and stay the caller's. Inputs are checked before any launch: `ValueError`
+    leaves the state unchanged. Logits of a graph (`decode`, and `prefill` with `cuda_graph="all"`) hold until its next call.
+
+    prefill     (tokens, positions, logit_positions) -> logits; None: prompts go through `decode`, token by token
+    decode      (token, positions) -> logits
+    arena       an `Arena`, or an `ExplicitState`: then both methods take and return the state tensors as well
+    cuda_graph  False, "decode" (or True), "loop" (sampling and feedback inside), "all" (and prefill, at given lengths)
+    takes_live  prefill has one more input, live [B]: how many of its tokens count
+    ahead       steps that "loop" runs beyond the token that the host has read
+    """
 
     def __init__(
         self,
         *,
-        prefill: Method,
+        prefill: Method | None,
         decode: Method,
         sample: Callable[..., Tensor],
-        arena: Arena,
+        arena: State,
         batch: int,
         max_seq_len: int,
         vocab_size: int,
         device: torch.device,
-        cuda_graph: bool = False,
+        cuda_graph: bool | str = False,
         copy_outputs: bool = False,
+        shared_stream: bool = True,
+        takes_live: bool = False,
+        prefill_graph_lengths: Sequence[int] = (),
+        ahead: int = 8,
     ):
+        assert not (copy_outputs and cuda_graph in ("loop", "all")), "sampling inside a graph reads no host copy"
         self.arena, self.batch, self.max_seq_len, self.vocab_size = arena, batch, max_seq_len, vocab_size
-        self.device, self.copy_outputs = device, copy_outputs
+        self.device, self.copy_outputs, self.takes_live = device, copy_outputs, takes_live
         self._prefill, self._decode, self._sample = prefill, decode, sample
+        self._on_prefill, self._on_decode = (MethodStream(device, own=not shared_stream) for _ in range(2))
         self._token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self._positions = torch.zeros(batch, dtype=torch.int64, device=device)
         self.length = 0
+        self.overrun = 0  # steps that ran beyond the last token that was wanted; the state has seen them
         self.closed = False
-        self.graph = GraphedMethod(decode, (self._token, self._positions)) if cuda_graph else None
+        self.graph: StepGraph | None = None
+        self.loop: Loop | None = None
+        self.prefill_graphs: PrefillGraphs | None = None
+        if cuda_graph in (True, "decode"):
+            self.graph = StepGraph(decode, (self._token, self._positions), arena)
+        elif cuda_graph:
+            self.loop = Loop(
+                decode=decode, sample=sample, state=arena, token=self._token, positions=self._positions,
+                max_seq_len=max_seq_len, ahead=ahead,
+            )  # fmt: skip
+        if cuda_graph == "all" and prefill is not None:
+            self.prefill_graphs = PrefillGraphs(
+                prefill, arena, lengths=prefill_graph_lengths, batch=batch, device=device
+            )
         self.reset()
-        if self.graph is not None:
-            self.graph.warm()
-            self.graph.capture()
-            self.reset()
+        self.capture()
+
+    def capture(self) -> None:
+        """Captures every graph, which must be eager; resets before and after."""
+        self.reset()
+        with torch.no_grad():
+            for graph in self._captured():
+                graph.capture()
+        self.reset()
 
     def reset(self) -> None:
-        """Forgets everything: the next prompt starts at position 0 on zeroed state."""
+        """Forgets everything: the next prompt starts at position 0 on zeroed state, the sampler with its first draw."""
         self._require_open()
         self.arena.reset()
-        self.length = 0
+        getattr(self._sample, "reset", lambda: None)()
+        self.length = self.overrun = 0
 
     def prefill(self, tokens: Tensor, logit_positions: Tensor | None = None) -> Tensor:
         """tokens [B, T] int64 continue what the session has seen; logit_positions [n] int64 within 0..T-1, by default
         the last. Returns logits [B, n, V]."""
-        self._check(tokens, tokens.shape[-1] if tokens.ndim == 2 else 1)
+        self._require_ready()
+        requests.check_tokens(self, tokens, tokens.shape[-1] if tokens.ndim == 2 else 1)
         self.arena.check_addresses()
-        last = tokens.shape[1] - 1
-        if logit_positions is None:
-            logit_positions = torch.tensor([last], device=self.device)
-        elif logit_positions.dtype != torch.int64 or logit_positions.ndim != 1:
-            found = f"{logit_positions.dtype} {list(logit_positions.shape)}"
-            raise ValueError(f"logit_positions must be int64 [n], got {found}")
-        elif logit_positions.device.type != self.device.type:
-            raise ValueError(f"logit_positions are on {logit_positions.device}, the session is on {self.device}")
-        elif logit_positions.numel() == 0 or int(logit_positions.min()) < 0 or int(logit_positions.max()) > last:
-            raise ValueError(f"logit_positions must lie in 0..{last} and not be empty, got {logit_positions.tolist()}")
-        positions = torch.full((self.batch,), self.length, dtype=torch.int64, device=self.device)
+        requests.check_logit_positions(self, logit_positions, tokens.shape[1])
         with torch.no_grad():
-            logits = self._prefill(tokens, positions, logit_positions)
+            if self._prefill is None:
+                return token_by_token.feed(self.decode, tokens, logit_positions)
+            with self._on_prefill():
+                logits = self._run_prefill(tokens, logit_positions)
         self.length += tokens.shape[1]
         return logits
 
     def decode(self, token: Tensor) -> Tensor:
         """token [B, 1] int64, on the device. Returns logits [B, 1, V]."""
-        self._check(token, 1, ids=False)
+        self._require_ready()
+        requests.check_tokens(self, token, 1, ids=False)
         if token.shape[1] != 1:
             raise ValueError(f"decode takes one token per row, [{self.batch}, 1], got {list(token.shape)}")
         self.arena.check_identity()
-        self._token.copy_(token)
-        self._positions.fill_(self.length)
-        with torch.no_grad():
-            run = self._decode if self.graph is None else self.graph.replay
-            logits = run(self._token, self._positions)
+        with torch.no_grad(), self._on_decode():
+            self._token.copy_(token)
+            self._positions.fill_(self.length)
+            if self.graph is None:
+                logits = self.arena.call(self._decode, self._token, self._positions)
+            else:
+                logits = self.graph.replay(self._token, self._positions)
         self.length += 1
         return logits
 
@@ -95,51 +129,67 @@ class Session:
             return self._sample(logits=logits)
         return self._sample(logits=logits.to("cpu")).to(self.device)
 
-    def generate(
-        self, tokens: Tensor, new_tokens: int, *, on_token: Callable[[list[int], int], bool | None] | None = None
-    ):
+    def generate(self, tokens: Tensor, new_tokens: int, *, on_token: OnToken | None = None) -> list[list[int]]:
         """Resets, prefills tokens [B, T], decodes. `on_token(ids of the batch, index)` is called as soon as the host has
         a token; True from it stops. Returns the new tokens as [B][<= new_tokens] ids."""
-        if new_tokens < 1:
-            raise ValueError(f"new_tokens={new_tokens} must be at least 1")
-        if tokens.ndim == 2 and tokens.shape[1] + new_tokens > self.max_seq_len:
-            raise ValueError(
-                f"a prompt of {tokens.shape[1]} tokens plus new_tokens={new_tokens} exceeds max_seq_len={self.max_seq_len}"
-            )
-        self._check(tokens, 1, start=0)
+        requests.check_generation(self, tokens, new_tokens)
         self.reset()
-        token = self.sample(self.prefill(tokens))
+        return self.decode_tokens(self.sample(self.prefill(tokens)), new_tokens, on_token=on_token)
+
+    def decode_tokens(self, token: Tensor, new_tokens: int, *, on_token: OnToken | None = None) -> list[list[int]]:
+        """The part of `generate` after the prompt: token [B, 1], chosen and not yet fed, is the first of the result."""
+        self._require_ready()
+        requests.check_tokens(self, token, new_tokens - 1, ids=False)
+        if self.loop is not None:
+            return self._decode_in_loop(self.loop, token, new_tokens, on_token)
         steps = []
         for index in range(new_tokens):
-            ids = token[:, 0].tolist()
-            steps.append(ids)
-            if (on_token is not None and on_token(ids, index)) or index + 1 == new_tokens:
+            steps.append(token[:, 0].tolist())
+            if (on_token is not None and on_token(steps[-1], index)) or index + 1 == new_tokens:
                 break
             token = self.sample(self.decode(token))
         return [list(row) for row in zip(*steps, strict=True)]
 
     def close(self) -> None:
-        """Frees the graph; the session cannot be used afterwards."""
-        if self.graph is not None:
-            self.graph.close()
+        """Frees the graphs; the session cannot be used afterwards."""
+        for graph in self._captured():
+            graph.close()
         self.closed = True
 
-    def _check(self, tokens: Tensor, count: int, *, start: int | None = None, ids: bool = True) -> None:
+    def _captured(self) -> list[StepGraph | Loop | PrefillGraphs]:
+        return [graph for graph in (self.prefill_graphs, self.graph, self.loop) if graph is not None]
+
+    def _run_prefill(self, tokens: Tensor, logit_positions: Tensor | None) -> Tensor:
+        """A prompt that a graph holds is padded, whether the graph runs or, for other logits than the last, the method."""
+        assert self._prefill is not None
+        graphs, count = self.prefill_graphs, tokens.shape[1]
+        if graphs is not None and graphs.fitting(count) is not None:
+            inputs = graphs.load(tokens, self.length)
+            if logit_positions is None:
+                return graphs.replay(*inputs)
+            return self.arena.call(self._prefill, *inputs[:2], logit_positions, *inputs[3:])
+        if logit_positions is None:
+            logit_positions = torch.tensor([count - 1], device=self.device)
+        row = torch.full((self.batch,), self.length, dtype=torch.int64, device=self.device)
+        live = (torch.full_like(row, count),) if self.takes_live else ()
+        return self.arena.call(self._prefill, tokens, row, logit_positions, *live)
+
+    def _decode_in_loop(self, loop: Loop, token: Tensor, new_tokens: int, on_token: OnToken | None):
+        self.arena.check_identity()
+        try:
+            with torch.no_grad(), self._on_decode():
+                steps = loop.run(token, self.length, new_tokens, on_token)
+        finally:
+            self.length += loop.fed
+            self.overrun = loop.overrun
+        return [list(row) for row in zip(*steps, strict=True)]
+
+    def _require_ready(self) -> None:
         self._require_open()
-        start = self.length if start is None else start
-        if tokens.dtype != torch.int64 or tokens.ndim != 2 or tokens.shape[0] != self.batch or tokens.shape[1] < 1:
-            raise ValueError(f"tokens must be int64 [{self.batch}, T >= 1], got {tokens.dtype} {list(tokens.shape)}")
-        if tokens.device.type != self.device.type:
-            raise ValueError(f"tokens are on {tokens.device}, the session is on {self.device}")
-        if start + count > self.max_seq_len:
-            raise ValueError(
-                f"{start} tokens in the session plus {count} exceed max_seq_len={self.max_seq_len}; "
-                "reset the session or build one with a larger max_seq_len"
-            )
-        # A wrong id reads beyond the embedding (on a GPU: ends the process). Sampled tokens are right by construction.
-        if ids and (int(tokens.min()) < 0 or int(tokens.max()) >= self.vocab_size):
-            raise ValueError(
-                f"token ids must lie in 0..{self.vocab_size - 1}, got {int(tokens.min())}..{int(tokens.max())}"
+        if self.overrun:
+            raise RuntimeError(
+                f"the state holds {self.overrun} tokens beyond the one that the last generation stopped at, and "
+                "recurrent state cannot be rolled back: call reset() first"
             )
 
     def _require_open(self) -> None:

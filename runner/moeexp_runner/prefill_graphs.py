@@ -1,0 +1,66 @@
+"""Prefill as CUDA graphs, one per length; a shorter prompt is padded on the right and its live length goes in.
+
+Shape letters: B batch, T tokens of a prompt, L a captured length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from .step_graph import State, StepGraph
+
+PADDING = 0  # any token will do: nothing reads what it leads to
+
+
+class PrefillGraphs:
+    """`method(tokens [B, L], positions [B], logit_positions [1], live [B])` -> logits [B, 1, V], with ops that leave every
+    state as if only the first `live` tokens had been there. A prompt takes the shortest length that holds it."""
+
+    def __init__(
+        self, method: Callable[..., Tensor], state: State, *, lengths: Iterable[int], batch: int, device: torch.device
+    ):
+        def static(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=device)
+
+        self.lengths = sorted(set(lengths))
+        self.positions, self.last, self.live = static(batch), static(1), static(batch)
+        self.tokens = {length: static(batch, length) for length in self.lengths}
+        pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # the graphs run one at a time
+        self.graphs = {
+            length: StepGraph(method, (tokens, self.positions, self.last, self.live), state, alternate=False, pool=pool)
+            for length, tokens in self.tokens.items()
+        }
+
+    def capture(self) -> None:
+        """As `StepGraph.capture`. Longest first: the others then find room in its memory."""
+        self.live.fill_(1)
+        for length in reversed(self.lengths):
+            self.graphs[length].capture()
+
+    def fitting(self, count: int) -> int | None:
+        """The shortest captured length for a prompt of `count` tokens; None if it is longer than all."""
+        return next((length for length in self.lengths if length >= count), None)
+
+    def load(self, tokens: Tensor, position: int) -> tuple[Tensor, ...]:
+        """The static inputs, filled with tokens [B, T], T at most the longest length, the first at `position`."""
+        count = tokens.shape[1]
+        length = self.fitting(count)
+        assert length is not None, f"no graph holds {count} tokens"
+        static = self.tokens[length]
+        static[:, :count].copy_(tokens)
+        static[:, count:].fill_(PADDING)
+        self.positions.fill_(position)
+        self.last.fill_(count - 1)
+        self.live.fill_(count)
+        return static, self.positions, self.last, self.live
+
+    def replay(self, *inputs: Tensor) -> Tensor:
+        """On what `load` returned. Logits of the last token, [B, 1, V], which hold until the next prefill."""
+        return self.graphs[inputs[0].shape[1]].replay(*inputs)
+
+    def close(self) -> None:
+        for graph in self.graphs.values():
+            graph.close()

@@ -1,0 +1,125 @@
+"""One call of a method as CUDA graphs, with what follows it and with either kind of state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .arena import Arena
+from .explicit import ExplicitState
+from .graph import GraphedMethod
+
+State = Arena | ExplicitState
+
+
+class StepGraph:
+    """`replay(*inputs)` runs `method(*inputs)` and then `after(logits)`; returns the logits, which hold until the next
+    replay. `inputs` are static tensors, as for `GraphedMethod`.
+
+    Under explicit state a graph reads and writes the same addresses each time, and so two are captured that alternate: one
+    reads the home set and leaves its outputs (the away set), the other reads those and copies its outputs home. With
+    `alternate=False` one graph does both, for a method that is rarely called twice in a row.
+
+    On a CPU there is nothing to capture: the same calls are made eagerly, so that the logic around graphs can be tested."""
+
+    def __init__(
+        self,
+        method: Callable[..., Tensor],
+        inputs: tuple[Tensor, ...],
+        state: State,
+        *,
+        after: Callable[[Tensor], None] | None = None,
+        alternate: bool = True,
+        pool: tuple[int, int] | None = None,
+    ):
+        self.method, self.inputs, self._state, self._after = method, inputs, state, after
+        self._away: dict[str, Tensor] | None = None
+        self._graphs: list[GraphedMethod] = []
+        if not inputs[0].is_cuda:
+            return
+        runs = [self._in_place]
+        if isinstance(state, ExplicitState):
+            runs = [self._leave_home, self._come_home] if alternate else [self._round_trip]
+        self._graphs = [GraphedMethod(run, inputs, pool=pool) for run in runs]
+
+    @property
+    def state(self) -> str:
+        """`eager`, `warm`, `captured` or `closed`: of the last graph, which is captured last."""
+        return self._graphs[-1].state if self._graphs else "eager"
+
+    def capture(self) -> None:
+        """Warms up and captures. Advances the state and all that `after` mutates: the caller resets them. On failure
+        everything is eager again."""
+        for graph in self._graphs:
+            try:
+                graph.warm()
+                graph.capture()
+            except BaseException:
+                self.invalidate()
+                raise
+            if self._away is None and isinstance(self._state, ExplicitState) and len(self._graphs) == 2:
+                self._away = dict(zip(self._state.home, graph.output[1], strict=True))
+
+    def replay(self, *inputs: Tensor) -> Tensor:
+        if not self._graphs:
+            logits = self._state.call(self.method, *inputs)
+            self._finish(logits)
+            return logits
+        if not isinstance(self._state, ExplicitState):
+            return self._graphs[0].replay(*inputs)
+        if self._away is not None and self._state.tensors is self._away:
+            logits, _ = self._graphs[1].replay(*inputs)
+            self._state.tensors = dict(self._state.home)
+            return logits
+        self._state.bring_home()
+        logits, _ = self._graphs[0].replay(*inputs)
+        if self._away is not None:
+            self._state.tensors = self._away
+        return logits
+
+    def invalidate(self) -> None:
+        """Back to `eager`."""
+        self._forget(GraphedMethod.invalidate)
+
+    def close(self) -> None:
+        self._forget(GraphedMethod.close)
+
+    def _forget(self, how: Callable[[GraphedMethod], None]) -> None:
+        if self._away is not None and isinstance(self._state, ExplicitState) and self._state.tensors is self._away:
+            self._state.bring_home()  # the away set is the graph's memory
+        self._away = None
+        for graph in self._graphs:
+            how(graph)
+
+    def _finish(self, logits: Tensor) -> None:
+        if self._after is not None:
+            self._after(logits)
+
+    def _in_place(self, *inputs: Tensor) -> Tensor:
+        logits = self.method(*inputs)
+        self._finish(logits)
+        return logits
+
+    def _leave_home(self, *inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return self._explicit(inputs, self._home())
+
+    def _come_home(self, *inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
+        assert self._away is not None, "the first graph is captured first"
+        return self._back(*self._explicit(inputs, list(self._away.values())))
+
+    def _round_trip(self, *inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return self._back(*self._explicit(inputs, self._home()))
+
+    def _home(self) -> list[Tensor]:
+        return list(self._state.home.values())  # type: ignore[union-attr]
+
+    def _explicit(self, inputs: tuple[Tensor, ...], tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        logits, *new = self.method(*inputs, *tensors)
+        self._finish(logits)
+        return logits, new
+
+    def _back(self, logits: Tensor, new: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        torch._foreach_copy_(self._home(), new)
+        return logits, []

@@ -1,0 +1,110 @@
+"""Where a token's time goes: kernels, copies, gaps between them, and waiting for the host.
+
+A pass of its own under the profiler, which slows the host down: what it says of the GPU is used, and the wall-clock time
+comes from a pass without it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .session import Session
+
+# A pause between two pieces of GPU work that is shorter than this is the GPU's own (launch latency, a dependency); in a
+# longer one it had nothing to do. Microseconds.
+LONGEST_GAP = 5.0
+TOP = 20
+COPIES = ("Memcpy", "Memset")
+
+Event = tuple[str, float, float]  # name, start and end in microseconds
+
+
+def token_split(session: Session, prompt: Tensor, steps: int) -> dict[str, Any] | None:
+    """Decodes `steps` tokens after prompt [B, T]. Microseconds per token: {wall_us = kernels_us + copies_us + gaps_us +
+    host_us, kernels (how many), by_kernel: the longest [{name, calls, us}]}. None where there is no GPU to profile."""
+    if session.device.type != "cuda":
+        return None
+    from torch.profiler import ProfilerActivity, profile
+
+    _decode(session, prompt, steps)  # warm: lazy loading is no part of a token
+    wall_us = _decode(session, prompt, steps) * 1e6
+    token = _prefilled(session, prompt)
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
+        session.decode_tokens(token, steps + 1)
+        torch.cuda.synchronize(session.device)
+    session.reset()
+    cuda = torch.autograd.DeviceType.CUDA
+    events = [
+        (event.name, event.time_range.start, event.time_range.end)
+        for event in profiled.events()
+        if event.device_type == cuda
+    ]
+    return split(events, wall_us=wall_us, steps=steps)
+
+
+def split(events: Iterable[Event], *, wall_us: float, steps: int) -> dict[str, Any]:
+    """The same from GPU events of `steps` steps that took `wall_us` in all. Time in which kernels overlap counts once,
+    and a copy beside a kernel not at all."""
+    events = sorted(events, key=lambda event: event[1])
+    if not events:
+        raise RuntimeError("the profiler saw no work on the GPU; is another profiler attached?")
+    kernels = [event for event in events if not event[0].startswith(COPIES)]
+    kernel_us = _covered(kernels)
+    copies_us = _covered(events) - kernel_us
+    gaps_us, end = 0.0, events[0][2]
+    for _, start, stop in events[1:]:
+        if 0 < start - end <= LONGEST_GAP:
+            gaps_us += start - end
+        end = max(end, stop)
+    totals: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
+    for name, start, stop in kernels:
+        totals[name][0] += 1
+        totals[name][1] += stop - start
+    longest = sorted(totals.items(), key=lambda item: -item[1][1])[:TOP]
+
+    def per_token(value: float) -> float:
+        return round(value / steps, 3)
+
+    return {
+        "wall_us": per_token(wall_us),
+        "kernels_us": per_token(kernel_us),
+        "copies_us": per_token(copies_us),
+        "gaps_us": per_token(gaps_us),
+        "host_us": per_token(max(0.0, wall_us - kernel_us - copies_us - gaps_us)),
+        "kernels": per_token(len(kernels)),
+        "by_kernel": [
+            {"name": name[:120], "calls": per_token(calls), "us": per_token(us)} for name, (calls, us) in longest
+        ],
+    }
+
+
+def _covered(events: list[Event]) -> float:
+    """Length of the union of intervals, which are sorted by start."""
+    total, end = 0.0, float("-inf")
+    for _, start, stop in events:
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total
+
+
+def _prefilled(session: Session, prompt: Tensor) -> Tensor:
+    """The first token of a generation, and a GPU that is idle."""
+    session.reset()
+    token = session.sample(session.prefill(prompt))
+    torch.cuda.synchronize(session.device)
+    return token
+
+
+def _decode(session: Session, prompt: Tensor, steps: int) -> float:
+    """Seconds that `steps` tokens after the first take."""
+    token = _prefilled(session, prompt)
+    start = time.perf_counter()
+    session.decode_tokens(token, steps + 1)
+    torch.cuda.synchronize(session.device)
+    return time.perf_counter() - start
