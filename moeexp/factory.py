@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 
 import torch
 from moeexp_kernels import dispatch, registry
+from moeexp_kernels.overlap import OVERLAPPING
 from moeexp_runner.arena import Arena
 from moeexp_runner.binding import CompiledMethod, assert_shared
 from moeexp_runner.explicit import ExplicitState
@@ -168,8 +169,15 @@ def build_stack(
             takes_live=recipe.takes_live,
             prefill_graph_lengths=cfg.prefill_graph_lengths,
             ahead=cfg.loop_ahead,
+            early=early_kernels(cfg, device),
         )
     return Stack(model.arch, model, session, session.arena, names, device, artifacts)
+
+
+def early_kernels(cfg: Config, device: torch.device) -> tuple[str, ...]:
+    """Kernels of a captured decode step that may start before the previous one ends."""
+    capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return OVERLAPPING if cfg.cuda_graph and cfg.overlap and capable else ()
 
 
 def sampler_of(cfg: SamplerConfig, implementation: str, *, device: torch.device | str) -> Sampler:

@@ -94,6 +94,7 @@ class Config:
     # A bool or a string. Hydra cannot choose a config group by a boolean, so this is a field.
     cuda_graph: Any = MISSING
     prefill_graph_lengths: list[int] = MISSING  # of cuda_graph=all
+    overlap: bool = MISSING  # kernels of a captured step start before the previous one ends
     loop_ahead: int = MISSING  # of cuda_graph=loop and all: steps enqueued beyond the token that the host reads
     export: str = MISSING
     dtype: str = MISSING

@@ -99,6 +99,8 @@ def not_applicable(cfg: Config) -> list[str]:
     nothing = list(NEEDS_CUDA_TO_MATTER) if cfg.device == "cpu" else []
     if cfg.cuda_graph == "all" and cfg.dispatch == "token_by_token":
         nothing.append("prefill_graph_lengths")  # there is no prefill to capture
+    if cfg.cuda_graph is False:
+        nothing.append("overlap")  # edges of a graph
     return nothing
 
 

@@ -152,8 +152,10 @@ def test_skipped_kinds_do_not_bound_the_group_size():
 
 
 def test_not_applicable_on_cpu_only():
-    assert rules.not_applicable(resolve(nano(), cuda_available=False)) == list(rules.NEEDS_CUDA_TO_MATTER)
-    assert rules.not_applicable(resolve(nano(), cuda_available=True)) == []
+    on_cpu = [*rules.NEEDS_CUDA_TO_MATTER, "overlap"]
+    assert rules.not_applicable(resolve(nano(), cuda_available=False)) == on_cpu
+    assert rules.not_applicable(resolve(nano("cuda_graph=true"), cuda_available=True)) == []
+    assert rules.not_applicable(resolve(nano(), cuda_available=True)) == ["overlap"]  # edges of a graph
 
 
 def test_a_snapshot_gives_its_own_shapes(tmp_path):

@@ -5,7 +5,7 @@ Shape letters: B batch, S max_seq_len.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class Loop:
         positions: Tensor,
         max_seq_len: int,
         ahead: int,
+        early: Collection[str] = (),
     ):
         if ahead < 1:
             raise ValueError(f"ahead={ahead} must be at least 1: the step whose token is read next")
@@ -42,7 +43,7 @@ class Loop:
         self.index = torch.zeros(1, dtype=torch.int64, device=token.device)
         self._host = torch.zeros(rows, dtype=torch.int64, pin_memory=token.is_cuda)
         self._copies = torch.cuda.Stream(token.device) if token.is_cuda else None
-        self.graph = StepGraph(decode, (token, positions), state, after=self._feed)
+        self.graph = StepGraph(decode, (token, positions), state, after=self._feed, early=early)
         self.fed = self.overrun = 0
 
     def _feed(self, logits: Tensor) -> None:

@@ -30,8 +30,9 @@ class _KernelNodeParams(ctypes.Structure):
 
 
 def start_early(graph: int, kernels: Collection[str]) -> int:
-    """Makes every full edge between two kernels programmatic where the later one is named in `kernels`. graph: a
-    `cudaGraph_t` that is not yet instantiated. Returns how many edges were changed; `RuntimeError` where the driver fails."""
+    """Makes every full edge between two kernels named in `kernels` programmatic. Both must be: the earlier one is to let go
+    only when all before it is complete, on which the later one may rely. graph: a `cudaGraph_t` that is not yet
+    instantiated. Returns how many edges were changed; `RuntimeError` where the driver fails."""
     cuda = ctypes.CDLL("libcuda.so.1")
     handle = ctypes.c_void_p(graph)
     count = ctypes.c_size_t()
@@ -43,9 +44,7 @@ def start_early(graph: int, kernels: Collection[str]) -> int:
     _call(cuda, "cuGraphGetEdges_v2", handle, sources, targets, data, ctypes.byref(count))
     changed = 0
     for source, target, edge in zip(sources, targets, data, strict=True):
-        if edge.type == PROGRAMMATIC_TYPE or _kernel_name(cuda, source) is None:
-            continue
-        if _kernel_name(cuda, target) not in kernels:
+        if edge.type == PROGRAMMATIC_TYPE or not {_kernel_name(cuda, source), _kernel_name(cuda, target)} <= set(kernels):
             continue
         one = ((ctypes.c_void_p * 1)(source), (ctypes.c_void_p * 1)(target))
         _call(cuda, "cuGraphRemoveDependencies_v2", handle, *one, (_EdgeData * 1)(edge), ctypes.c_size_t(1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class StepGraph:
         after: Callable[[Tensor], None] | None = None,
         alternate: bool = True,
         pool: tuple[int, int] | None = None,
+        early: Collection[str] = (),
     ):
         self.method, self.inputs, self._state, self._after = method, inputs, state, after
         self._away: dict[str, Tensor] | None = None
@@ -42,12 +43,17 @@ class StepGraph:
         runs = [self._in_place]
         if isinstance(state, ExplicitState):
             runs = [self._leave_home, self._come_home] if alternate else [self._round_trip]
-        self._graphs = [GraphedMethod(run, inputs, pool=pool) for run in runs]
+        self._graphs = [GraphedMethod(run, inputs, pool=pool, early=early) for run in runs]
 
     @property
     def state(self) -> str:
         """`eager`, `warm`, `captured` or `closed`: of the last graph, which is captured last."""
         return self._graphs[-1].state if self._graphs else "eager"
+
+    @property
+    def early_edges(self) -> int:
+        """Kernels of one step that start before the previous one ends."""
+        return self._graphs[0].early_edges if self._graphs else 0
 
     def capture(self) -> None:
         """Warms up and captures. Advances the state and all that `after` mutates: the caller resets them. On failure

@@ -1,0 +1,40 @@
+"""Which kernels may start early: the list and the sources must agree."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import kernels_common  # noqa: F401  before triton
+import moeexp_kernels
+import torch
+from moeexp_kernels.overlap import OVERLAPPING, can_overlap
+
+SOURCES = sorted(Path(moeexp_kernels.__path__[0]).glob("*.py"))
+
+
+def kernels() -> dict[str, str]:
+    """Name -> text of every function under @triton.jit."""
+    found = {}
+    for path in SOURCES:
+        for part in re.split(r"^@triton\.jit\n", path.read_text(), flags=re.M)[1:]:
+            name = re.match(r"def (\w+)\(", part)
+            assert name is not None, path
+            found[name[1]] = re.split(r"^(?=[^\s)#])", part, flags=re.M)[1]
+    return found
+
+
+def test_the_list_names_the_kernels_that_wait_and_no_other():
+    waiting = {name for name, text in kernels().items() if "= after_previous(" in text}
+    assert waiting == set(OVERLAPPING)
+
+
+def test_each_waits_exactly_once_and_uses_what_it_waited_for():
+    for name in OVERLAPPING:
+        text = kernels()[name]
+        assert text.count("= after_previous(OVERLAP)") == 1, name
+        assert "ready = after_previous(OVERLAP)" in text and text.count("ready") >= 3, name
+
+
+def test_a_cpu_tensor_asks_no_gpu():
+    assert can_overlap(torch.zeros(1)) is False
