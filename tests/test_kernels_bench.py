@@ -12,7 +12,7 @@ import torch
 import yaml
 from moeexp_kernels import tuning
 from moeexp_kernels.bench import measure, table
-from moeexp_kernels.bench.__main__ import main
+from moeexp_kernels.bench.__main__ import main, measure_or_say
 from moeexp_kernels.bench.candidates import targets
 from moeexp_kernels.bench.case import Source, count_for, ratios, red
 from moeexp_kernels.bench.cases import BUILDERS, Spec, build, specs
@@ -76,7 +76,16 @@ def test_a_wrong_op_is_red_and_gets_no_time(op, monkeypatch):
     monkeypatch.setattr(measure, "graph_samples", lambda *_, **__: pytest.fail("a wrong op was timed"))
     row = measure.measure(case, reader=None, arch="sm_90")
     assert row.problem and row.us is None
-    assert "check failed" in table.line(row)
+    assert "no time" in table.line(row)
+
+
+def test_an_op_that_raises_is_a_row_that_says_so(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("out of\nresource")
+
+    monkeypatch.setattr("moeexp_kernels.bench.__main__.build", broken)
+    row = measure_or_say(Spec("linear", "decode", 1, "head"), 0, None, "sm_90")
+    assert row.us is None and row.problem == "RuntimeError: out of resource"
 
 
 def test_a_wrong_peer_gets_no_time(monkeypatch):
@@ -197,7 +206,7 @@ def test_the_table_and_the_json_say_what_was_measured(tmp_path):
     text = table.markdown(rows, environment, {"flash-linear-attention": "No module named 'fla'"})
     assert "| linear | out 8x8 | 1 | 2.0 | 4.0 | 2.00 | 62 % | 1.5 | torch `mm` 3.0, gemlite `gemv`: no time (output" in text
     assert "| 1 prefill | 20.0 | 4.0 | 0.20 | 200 TFLOP/s |" in text
-    assert "check failed: y: red" in text
+    assert "no time: y: red" in text
     assert "* flash-linear-attention is not here: No module named 'fla'." in text and "* torch `mm` does the product." in text
     table.write_json(tmp_path / "out.json", rows, environment, {})
     document = json.loads((tmp_path / "out.json").read_text())

@@ -15,7 +15,7 @@ import torch
 import triton
 
 from .. import tuning
-from .cases import BUILDERS, build, specs
+from .cases import BUILDERS, Spec, build, specs
 from .measure import Row, measure, measure_peers, unavailable_sources
 from .peers import SOURCES
 from .shapes import FULL
@@ -68,6 +68,15 @@ def environment(command: str, arch: str, read_bandwidth: float) -> dict:
     }  # fmt: skip
 
 
+def measure_or_say(spec: Spec, cold: int, reader: Reader, arch: str) -> Row:
+    """An op that raises is a row that says so, and exit code 1 in the end: the other ops' numbers must not be lost."""
+    try:
+        return measure(build(spec, FULL, "cuda", cold), reader, arch)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        return Row(spec.op, spec.variant, spec.phase, spec.tokens, moved=0, flops=0, check=[], problem=problem)
+
+
 def bench(options: argparse.Namespace, ops: list[str], command: str) -> int:
     start = time.monotonic()
     wanted = specs(FULL, ops, token_counts(options.tokens), options.quick)
@@ -90,7 +99,7 @@ def bench(options: argparse.Namespace, ops: list[str], command: str) -> int:
     facts = environment(command, arch, reader.bandwidth)
     rows: list[Row] = []
     for spec in wanted:  # ours first: a peer that breaks the device cannot take our numbers with it
-        rows.append(measure(build(spec, FULL, "cuda", cold), reader, arch))
+        rows.append(measure_or_say(spec, cold, reader, arch))
         print(f"{time.monotonic() - start:5.0f} s {spec}: {rows[-1].us or rows[-1].problem}", file=sys.stderr, flush=True)
     if options.json:
         write_json(options.json, rows, facts, absent)

@@ -20,7 +20,7 @@ def peer_text(peer: PeerRow) -> str:
 def line(row: Row) -> str:
     tokens = f"{row.tokens}" if row.phase == "decode" else f"{row.tokens} prefill"
     if row.us is None:
-        return f"| {row.op} | {row.shape} | {tokens} | check failed: {row.problem} | | | | | |"
+        return f"| {row.op} | {row.shape} | {tokens} | no time: {row.problem} | | | | | |"
     assert row.share is not None and row.read_us is not None
     peers = ", ".join(map(peer_text, row.peers))
     speed = f"{row.moved / row.us * 1e-6:.2f}"
