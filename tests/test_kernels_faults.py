@@ -191,6 +191,76 @@ def test_the_same_inputs_give_the_same_bits(name):
     common.assert_bitwise_stable(CALLS[name](), 20 if common.DEVICE == "cuda" else 3, name)
 
 
+# --- arguments that the kernels would read wrongly
+
+
+def strided(tensor):
+    """The same values, every second element of wider rows."""
+    wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), 7, dtype=tensor.dtype, device=tensor.device)
+    wide[..., ::2] = tensor
+    return wide[..., ::2]
+
+
+@pytest.mark.parametrize("op, tokens", [(moe.moe_decode, 2), (moe_prefill.moe_prefill, 9)])
+def test_experts_refuse_vectors_of_another_layout(op, tokens):
+    arguments = experts(D=64, E=4, width=32, shared=32, bits=4, group=32, dtype=F32) | choices(1, tokens, k=2, E=4)
+    arguments["x"] = common.randn(1, tokens, 64, seed=1)
+
+    def refused(name, value, *words):
+        common.expect_value_error(lambda: op(**{**arguments, name: value}), name, *words)
+
+    for name in ("norm_weight", "shared_gate", "ids", "weights"):
+        refused(name, strided(arguments[name]), "strides", "contiguous")
+    refused("norm_weight", arguments["norm_weight"][:-1].contiguous(), "63", "64")
+    refused("ids", arguments["ids"].long(), "int64", "int32")
+    refused("ids", arguments["ids"][:, :-1].contiguous(), str(tokens - 1), str(tokens))
+    refused("weights", arguments["weights"][..., :-1].contiguous(), "(1, ")
+    refused("weights", arguments["weights"].double(), "float64", "float32")
+    for name in ("gate_up", "down", "shared_gate_up", "shared_down"):
+        key = f"{name}_scales"
+        short = arguments[key][..., :1].contiguous()
+        common.expect_value_error(lambda key=key, short=short: op(**{**arguments, key: short}), name, str(short.shape[-3]))
+
+
+@pytest.mark.parametrize("rows", [1, 11])
+def test_linear_refuses_a_norm_or_scales_of_another_layout(rows):
+    weight, scales = quantised(37, 64, bits=4, group=32, seed=2, dtype=F32)
+    arguments = {"x": common.randn(1, rows, 64, seed=1), "weight": weight, "scales": scales}
+    norm = common.randn(64, seed=3)
+
+    def refused(*words, **changes):
+        common.expect_value_error(lambda: linear(**{**arguments, **changes}), *words)
+
+    refused("norm_weight", "strides", norm_weight=strided(norm))
+    refused("norm_weight", "63", norm_weight=norm[:-1].contiguous())
+    refused("norm_weight", "int32", norm_weight=norm.int())
+    refused("scales", "(37, 2, 1)", "(37, 2, 2)", scales=scales[..., :1].contiguous())
+
+
+def test_positions_and_frequencies_of_another_layout_are_refused():
+    positions = torch.tensor([3, 5], device=common.DEVICE)
+    case = make_attention_case(2, 1, 4, 2, 32, F32, [3, 5], 8)
+    caches = {name: case[name] for name in ("k_cache", "v_cache")}
+    rope_arguments = {"qkv": case["qkv"], **make_weights(32, 8), "positions": positions, "num_heads": 4, "eps": 1e-6, **caches}
+    x = common.randn(2, 1, 64, seed=1)
+    trace = torch.zeros(2, 8, 2, dtype=torch.int32, device=common.DEVICE)
+    router_arguments = {
+        "x": x, "norm_weight": common.randn(64, seed=2), "weight": common.randn(4, 64, seed=3), "eps": 1e-6, "top_k": 2,
+        "positions": positions, "expert_ids": trace,
+    }  # fmt: skip
+    calls = [(op, case) for op in (attention.sdpa_decode_splitk, attention.sdpa_decode_tiled, attention.sdpa_prefill)]
+    calls += [(attention.qk_norm_rope, rope_arguments), (moe.router, router_arguments)]
+    for op, arguments in calls:
+        for wrong, word in ((strided(positions), "strides"), (positions.int(), "int32"), (positions[:1], "(2,)")):
+            common.expect_value_error(
+                lambda op=op, arguments=arguments, wrong=wrong: op(**{**arguments, "positions": wrong}), "positions", word
+            )
+    wrong = {**rope_arguments, "inv_freq": rope_arguments["inv_freq"].double()}
+    common.expect_value_error(lambda: attention.qk_norm_rope(**wrong), "inv_freq", "float64", "float32")
+    wrong = {**router_arguments, "norm_weight": strided(router_arguments["norm_weight"])}
+    common.expect_value_error(lambda: moe.router(**wrong), "norm_weight", "strides")
+
+
 # --- routing
 
 

@@ -94,7 +94,7 @@ def test_fast_conversion_equals_the_interpreted_one_bitwise(bits, monkeypatch):
         words, chunk = module.word_counts(bits=bits, in_features=2048, group=128)
         module.gemv_kernel[(64,)](
             x, weight, scales, x, x, y, x.stride(0), 0, 1e-6, M=1, N=512, K=2048, GROUP=128, BITS=bits, HALF=False,
-            WORDS=words, CHUNK=chunk, HAS_NORM=False, HAS_RESIDUAL=False, FAST=fast, BLOCK_N=8, TILES=1, CACHE="",
+            WORDS=words, CHUNK=chunk, HAS_NORM=False, HAS_RESIDUAL=False, FAST=fast, OVERLAP=False, BLOCK_N=8, TILES=1, CACHE="",
         )  # fmt: skip
         outputs.append(y)
     assert_bitwise_equal(outputs[0], outputs[1])
