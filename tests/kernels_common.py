@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from tolerances import tolerance
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,9 +25,7 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         )
     os.environ["TRITON_INTERPRET"] = "1"
 
-# What an op may deviate from its float32 reference: order of the sums, or rounding of one activation. The interpreter
-# truncates to bfloat16 where a GPU rounds to nearest, which doubles that error.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-3 if DEVICE == "cuda" else 7e-3, torch.float16: 1e-3}
+TOLERANCE = tolerance("one rounding")
 SENTINEL = {torch.uint8: 0xA5, torch.int32: -987_654_321, torch.int64: -987_654_321}
 GUARD = 64  # elements before and after a guarded tensor; keeps 16-byte alignment for every dtype
 
@@ -96,13 +95,37 @@ def poisoned_empty() -> Iterator[None]:
         torch.empty, torch.empty_like = empty, empty_like
 
 
+@contextmanager
+def guarded_empty() -> Iterator[None]:
+    """As `poisoned_empty`, and every such tensor lies between bands of poison that must be whole at the end: what an op
+    allocates, its result included, it may write only inside."""
+    empty, guards = torch.empty, []
+
+    def guarded(*args, **kwargs) -> Tensor:
+        guards.append(Guarded(fill_poison(empty(*args, **kwargs)), empty))
+        return guards[-1].tensor
+
+    def guarded_like(tensor: Tensor, **kwargs) -> Tensor:
+        return guarded(tensor.shape, **{"dtype": tensor.dtype, "device": tensor.device, **kwargs})
+
+    empty_like = torch.empty_like
+    torch.empty, torch.empty_like = guarded, guarded_like
+    try:
+        yield
+    finally:
+        torch.empty, torch.empty_like = empty, empty_like
+    assert guards, "the op allocated nothing with torch.empty: this guards nothing"
+    for index, guard in enumerate(guards):
+        guard.check(f"allocation {index} of shape {tuple(guard.tensor.shape)}")
+
+
 class Guarded:
     """A contiguous copy of `tensor` with a band of poison on either side; `check()` fails if a band was written.
 
     `.tensor` is what the op gets. Reads outside it bring NaN, writes outside it are seen."""
 
-    def __init__(self, tensor: Tensor):
-        self._buffer = poison(tensor.numel() + 2 * GUARD, dtype=tensor.dtype, device=tensor.device.type)
+    def __init__(self, tensor: Tensor, empty: Callable[..., Tensor] = torch.empty):
+        self._buffer = fill_poison(empty(tensor.numel() + 2 * GUARD, dtype=tensor.dtype, device=tensor.device))
         self.tensor = self._buffer[GUARD : GUARD + tensor.numel()].view(tensor.shape)
         self.tensor.copy_(tensor)
         self._before = self._bands()

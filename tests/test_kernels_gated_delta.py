@@ -16,12 +16,10 @@ import torch
 from moeexp_kernels import gated_delta, tuning
 from moeexp_kernels.gated_delta import gdn_decode, reference_gdn_decode, reference_gdn_prefill
 from moeexp_kernels.gated_delta_prefill import gdn_prefill
+from tolerances import tolerance
 
-ON_GPU = common.DEVICE == "cuda"
 F32, BF16 = torch.float32, torch.bfloat16
-# bfloat16: one rounding of the output in decode; in prefill also of q, k, v, the chunk's matrices and the state as operand.
-DECODE_TOL = {F32: 1e-5, BF16: 3e-3 if ON_GPU else 8e-3}
-PREFILL_TOL = {F32: 1e-5, BF16: 6e-3 if ON_GPU else 2e-2}
+DECODE_TOL, PREFILL_TOL = tolerance("gdn decode"), tolerance("gdn prefill")
 STATE = ("conv_state", "recurrent_state")
 FAULT_LENGTHS = (1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000)
 

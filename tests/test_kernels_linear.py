@@ -23,10 +23,10 @@ from moeexp_kernels.linear import (
     linear,
     reference_linear,
 )
+from tolerances import tolerance
 from torch import Tensor
 
-# Triton's interpreter cuts float32 to bfloat16 where the GPU rounds, and twice where an activation is stored between.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-3 if DEVICE == "cuda" else 7e-3}
+TOLERANCE = tolerance("one rounding")
 
 
 def quantised(*shape: int, bits: int, group: int, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -17,9 +17,9 @@ from kernels_common import (
 from moeexp_kernels.moe import moe_decode, reference_moe_decode, reference_router, router
 from moeexp_kernels.moe_prefill import block_bound, moe_prefill, sort_by_expert
 from test_kernels_linear import quantised
+from tolerances import tolerance
 
-# In the interpreter every bfloat16 store cuts instead of rounding; prefill stores three between its kernels.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-3 if DEVICE == "cuda" else 1.4e-2}
+TOLERANCE = tolerance("moe decode")
 
 
 def experts(*, D, E, width, shared, bits, group, dtype) -> dict:

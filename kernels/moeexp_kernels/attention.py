@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from . import tuning
+from .checks import check_argument
 from .linear import rms_norm
 from .overlap import after_previous, can_overlap
 
@@ -352,7 +353,8 @@ def _check_cache(k_cache: Tensor, v_cache: Tensor, qkv: Tensor, heads: int) -> N
         )
 
 
-def _check_queries(q: Tensor, qkv: Tensor, head_dim: int) -> None:
+def _check_queries(q: Tensor, qkv: Tensor, head_dim: int, positions: Tensor) -> None:
+    check_argument(positions, name="positions", shape=(q.shape[0],), dtypes=(torch.int64,))
     if q.dtype != qkv.dtype or q.shape[3] != head_dim or q.stride(3) != 1 or q.stride(2) != head_dim:
         raise ValueError(
             f"q is {q.dtype} {tuple(q.shape)} with strides {tuple(q.stride())}; supported is [B, T, H, {head_dim}] of "
@@ -403,6 +405,8 @@ def qk_norm_rope(
                 f"{name} has shape {tuple(vector.shape)}, strides {vector.stride()}; supported: [{size}] contiguous"
             )
     batch, tokens = qkv.shape[0], qkv.shape[1]
+    check_argument(inv_freq, name="inv_freq", shape=(half,), dtypes=(torch.float32,))
+    check_argument(positions, name="positions", shape=(batch,), dtypes=(torch.int64,))
     out = torch.empty((batch, tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     wrap_triton(_qk_norm_rope_kernel)[(tokens, num_heads + kv_heads, batch)](
         qkv, q_norm, k_norm, inv_freq, positions, positions if live is None else live, k_cache, v_cache, out, tokens, slots,
@@ -433,7 +437,7 @@ def _unsplit(
 ) -> Tensor:  # fmt: skip
     batch, tokens, heads, head_dim = q.shape
     _check_cache(k_cache, v_cache, qkv, heads)
-    _check_queries(q, qkv, k_cache.shape[3])
+    _check_queries(q, qkv, k_cache.shape[3], positions)
     out = torch.empty((batch, tokens, heads * head_dim), dtype=q.dtype, device=q.device)
     tiles = (tokens * (heads // k_cache.shape[1]) + config["BLOCK_M"] - 1) // config["BLOCK_M"]
     _attend(q, qkv, k_cache, v_cache, positions, out, q, q, splits=1, tiles=tiles, config=config, live=live)
@@ -463,7 +467,7 @@ def sdpa_decode_splitk(q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor,
     if tokens != 1:
         raise ValueError(f"sdpa_decode splitk takes one token a call, not {tokens}; choose `tiled`, or prefill them")
     _check_cache(k_cache, v_cache, qkv, heads)
-    _check_queries(q, qkv, k_cache.shape[3])
+    _check_queries(q, qkv, k_cache.shape[3], positions)
     kv_heads, slots = k_cache.shape[1], k_cache.shape[2]
     config = _decode_config(q, k_cache)
     programs = tuned("attention_splits", q)["programs"]

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from . import tuning
+from .checks import FLOATS, check_argument
 from .gemm import launch_gemm, launch_rms_norm
 from .overlap import after_previous, can_overlap
 from .words import dot_rows, load_row_features, load_rows
@@ -179,6 +180,10 @@ def weight_format(*, weight: Tensor, scales: Tensor | None, in_features: int, na
             raise ValueError(f"{name} has rows of {in_features} {weight.dtype} features; supported: even numbers")
         return bits, in_features
     group = in_features // scales.shape[-2]
+    if tuple(scales.shape) != (*weight.shape[:-1], in_features // group, 2):
+        raise ValueError(
+            f"scales of {name} are {tuple(scales.shape)}; supported: {(*weight.shape[:-1], in_features // group, 2)}"
+        )
     if group * bits % 32:
         raise ValueError(f"{name} has groups of {group} {bits}-bit weights; supported: multiples of {32 // bits}")
     return bits, group
@@ -238,6 +243,8 @@ def linear(
     bits, group = weight_format(weight=weight, scales=scales, in_features=features, name="weight")
     flat = flat_rows(x, name="x", features=features)
     extra = None if residual is None else flat_rows(residual, name="residual", features=out_features)
+    if norm_weight is not None:
+        check_argument(norm_weight, name="norm_weight", shape=(features,), dtypes=FLOATS)
     y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
     out = y.view(-1, out_features)
     rows = flat.shape[0]

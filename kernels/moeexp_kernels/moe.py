@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from . import tuning
+from .checks import FLOATS, check_argument
 from .gemm import launch_gemm, launch_rms_norm
 from .linear import dequantise, few_rows, flat_rows, launch_gemv, planes, rms_norm, weight_format, word_counts
 from .overlap import after_previous, can_overlap
@@ -218,6 +219,8 @@ def router(
             f"expert_ids is {expert_ids.dtype} {tuple(expert_ids.shape)} with strides {expert_ids.stride()}; "
             f"supported: int32 [B, S, {top_k}], last dimension contiguous"
         )
+    check_argument(norm_weight, name="norm_weight", shape=(features,), dtypes=FLOATS)
+    check_argument(positions, name="positions", shape=(batch,), dtypes=(torch.int64,))
     bits, group = weight_format(weight=weight, scales=None, in_features=features, name="router weight")
     flat = flat_rows(x, name="x", features=features)
     rows = flat.shape[0]
@@ -432,6 +435,17 @@ def expert_formats(
     return width, up, back
 
 
+def check_vectors(
+    *, x: Tensor, norm_weight: Tensor, ids: Tensor, weights: Tensor, shared_gate: Tensor
+) -> None:  # fmt: skip
+    """`ValueError` where what both experts' ops take beside x and the matrices is not as in the legend."""
+    features, chosen = x.shape[-1], (*x.shape[:-1], ids.shape[-1])
+    check_argument(norm_weight, name="norm_weight", shape=(features,), dtypes=FLOATS)
+    check_argument(shared_gate, name="shared_gate", shape=(1, features), dtypes=FLOATS)
+    check_argument(ids, name="ids", shape=chosen, dtypes=(torch.int32,))
+    check_argument(weights, name="weights", shape=chosen, dtypes=(torch.float32,))
+
+
 def format_constants(*, weight: Tensor, width: int, features: int, bits: int, group: int, prefix: str = "") -> dict:
     """The constants of `swiglu_rows` and `down_kernel` that describe one matrix with rows of `features`."""
     words, chunk = word_counts(bits=bits, in_features=features, group=group)
@@ -480,6 +494,7 @@ def decode_with(
         down_scales=shared_down_scales, features=features, name="shared_",
     )  # fmt: skip
     flat = flat_rows(x, name="x", features=features)
+    check_vectors(x=x, norm_weight=norm_weight, ids=ids, weights=weights, shared_gate=shared_gate)
     rows = flat.shape[0]
     arch, shape = tuning.architecture(x.device), f"{features}x{width}"
     first, second = configs or (

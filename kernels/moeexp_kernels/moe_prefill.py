@@ -26,7 +26,7 @@ from torch.library import triton_op, wrap_triton
 from . import tuning
 from .gemm import dot_precision, features_of, launch_rms_norm, weight_tile
 from .linear import flat_rows
-from .moe import expert_formats
+from .moe import check_vectors, expert_formats
 
 
 @triton.jit
@@ -281,6 +281,7 @@ def prefill_with(
         down_scales=shared_down_scales, features=features, name="shared_",
     )  # fmt: skip
     flat = flat_rows(x, name="x", features=features)
+    check_vectors(x=x, norm_weight=norm_weight, ids=ids, weights=weights, shared_gate=shared_gate)
     rows = flat.shape[0]
     h = launch_rms_norm(x=flat, norm_weight=norm_weight, eps=eps, dtype=x.dtype)
     gate = torch.empty((rows,), dtype=torch.float32, device=x.device)

@@ -8,6 +8,7 @@ from kernels_common import TOLERANCE, assert_bitwise_equal, assert_close_ratio, 
 from moeexp_kernels.moe import moe_decode, reference_moe_decode, reference_router, router
 from moeexp_kernels.moe_prefill import moe_prefill, sort_by_expert
 from test_kernels_moe import choices, experts, route
+from tolerances import tolerance
 
 BIG = {"D": 2048, "E": 256, "width": 512, "shared": 512, "group": 128}
 SMALL = {"D": 1152, "E": 12, "width": 192, "shared": 384, "group": 96}
@@ -21,8 +22,7 @@ def exact_reference():
     torch.backends.cuda.matmul.allow_tf32 = before
 
 
-# Prefill rounds normed rows, dequantised weights, activations and each expert's output to bfloat16, 1.7e-3 each.
-PREFILL_TOLERANCE = {torch.float32: TOLERANCE[torch.float32], torch.bfloat16: 6e-3}
+PREFILL_TOLERANCE = tolerance("moe prefill")
 
 
 def reference(x, arguments):

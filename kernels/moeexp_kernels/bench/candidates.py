@@ -1,0 +1,129 @@
+"""What the tuner tries: for each row of the table, the cases that judge it and the values to choose among.
+
+A candidate names only what it changes; the rest of the row stays. Targets come in the order of their kernels' run, and a
+later target sees the earlier one's choice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .cases import Spec
+from .shapes import FULL
+
+
+@dataclass(frozen=True)
+class Target:
+    """`op` and `key` of the row that is written, and the cases whose times (their geometric mean) decide."""
+
+    op: str
+    key: str
+    specs: tuple[Spec, ...]
+    candidates: tuple[dict, ...]
+
+
+def _gemv(pairs: list[tuple[int, int, int]]) -> tuple[dict, ...]:
+    return tuple(
+        {"BLOCK_N": block, "TILES": tiles, "CACHE": cache, "num_warps": warps}
+        for block, tiles, warps in pairs
+        for cache in (".cg", "")
+    )
+
+
+GEMV = _gemv([(4, 1, 2), (8, 1, 2), (16, 1, 2), (4, 1, 4), (8, 1, 4), (16, 1, 4), (16, 1, 8), (32, 1, 8), (8, 2, 4), (8, 4, 4),
+              (16, 4, 4)])  # fmt: skip
+HEAD = _gemv([(16, 1, 4), (32, 1, 4), (16, 4, 4), (16, 8, 4), (16, 16, 4), (32, 4, 8), (8, 8, 4)])
+WIDE_GEMV = _gemv([(2, 1, 2), (4, 1, 2), (8, 1, 2), (2, 1, 4), (4, 1, 4), (8, 1, 4), (16, 1, 4), (8, 1, 8)])
+ROUTER = _gemv([(1, 1, 2), (2, 1, 2), (1, 1, 4), (2, 1, 4), (4, 1, 4), (2, 1, 8)])
+GATE_UP = tuple(
+    {"BLOCK_I": block, "num_warps": warps}
+    for block, warps in [(2, 1), (4, 1), (2, 2), (4, 2), (8, 2), (2, 4), (4, 4), (8, 4), (16, 4), (16, 8)]
+)
+DOWN = tuple(
+    {"BLOCK_D": block, "num_warps": warps}
+    for block, warps in [(2, 2), (4, 2), (8, 2), (2, 4), (4, 4), (8, 4), (16, 4), (8, 8), (16, 8)]
+)
+GEMM = tuple(
+    {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+    for m, n, k, warps, stages in [
+        (64, 128, 64, 4, 3), (64, 128, 64, 8, 3), (128, 128, 64, 8, 3), (64, 64, 64, 4, 4), (128, 64, 64, 4, 3),
+        (128, 64, 64, 8, 3), (64, 128, 64, 4, 4), (128, 128, 32, 8, 4), (256, 64, 64, 8, 3),
+    ]
+)  # fmt: skip
+MOE_PREFILL = tuple(
+    {
+        "block_m": m, "gate_up": {"BLOCK_N": n, "BLOCK_K": 64, "num_warps": warps, "num_stages": stages},
+        "down": {"BLOCK_N": down, "BLOCK_K": 64, "num_warps": warps, "num_stages": stages},
+    }
+    for m, n, down, warps, stages in [
+        (32, 64, 128, 4, 3), (16, 64, 128, 4, 3), (16, 64, 64, 4, 4), (32, 64, 64, 4, 3), (32, 128, 128, 8, 3),
+        (64, 64, 128, 4, 3), (32, 64, 128, 4, 4), (16, 128, 128, 8, 3),
+    ]
+)  # fmt: skip
+GDN_DECODE = tuple(
+    {"split": split, "step": step, "num_warps": warps}
+    for split, step, warps in [
+        (0, 2, 16), (0, 2, 8), (0, 1, 16), (0, 1, 8), (0, 1, 4), (1, 1, 8), (2, 1, 4), (4, 1, 4), (4, 1, 2), (8, 1, 2),
+        (8, 1, 1), (16, 1, 1),
+    ]
+)  # fmt: skip
+# With four warps the scan's products become warp-group products, which read beyond shared memory at some head dims (see
+# gated_delta_prefill.py): no candidate.
+GDN_PREFILL = (
+    *({"chunk": 64, "solve": solve, "local": {"num_warps": warps, "num_stages": 1}}
+      for solve, warps in [("tf32", 4), ("tf32", 8), ("tf32x3", 4)]),
+    *({"block_v": block, "scan": {"num_warps": warps, "num_stages": 1}} for block, warps in [(16, 1), (16, 2), (32, 2)]),
+    *({"norm_tokens": tokens, "norm": {"num_warps": 4}} for tokens in (4, 8, 16, 32)),
+)  # fmt: skip
+ATTENTION_DECODE = tuple(
+    {"BLOCK_N": block, "num_warps": warps, "num_stages": stages}
+    for block, warps, stages in [(16, 4, 4), (32, 4, 2), (32, 4, 3), (32, 4, 4), (64, 4, 2), (64, 8, 2)]
+)
+SPLITS = tuple({"programs": programs} for programs in (64, 128, 256, 512))
+MERGE = tuple({"BLOCK_D": block, "num_warps": warps} for block in (16, 32, 64, 128) for warps in (2, 4))
+ATTENTION_PREFILL = tuple(
+    {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+    for m, n, warps, stages in [
+        (64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 3), (128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 3), (128, 64, 8, 1),
+    ]
+)  # fmt: skip
+SAMPLE = tuple(
+    {"BLOCK": block, "NARROW_STEP": step, "num_warps": warps, "narrow_warps": narrow}
+    for block, step, warps, narrow in [(2048, 256, 8, 4), (1024, 256, 4, 4), (4096, 256, 8, 8), (2048, 128, 4, 2)]
+)
+
+
+def targets(ops: list[str]) -> list[Target]:
+    """What to tune for `ops`, at the full model's shapes."""
+    linears, dims = FULL.linears(), f"{FULL.gdn_k_dim}x{FULL.gdn_v_dim}"
+    head = f"half/{FULL.head_dim}"
+    expert = f"{FULL.hidden}x{FULL.expert_width}"
+    live = tuple(Spec("attention", "decode", 1, str(n)) for n in FULL.live)
+    gemm = Spec("linear", "prefill", FULL.prefill[0], "gdn in")
+    moe, moe_prefill = Spec("moe", "decode", 1), Spec("moe", "prefill", FULL.prefill[0])
+    gdn_prefill = tuple(Spec("gdn", "prefill", length) for length in FULL.prefill)
+    found = [
+        Target("gemv", f"int4/{out}x{features}", (Spec("linear", "decode", 1, name),), HEAD if name == "head" else GEMV)
+        for name, (out, features, _) in linears.items()
+    ]
+    out, features, _ = linears["gdn in"]
+    found += [
+        Target("gemv", f"int8/{out}x{features}", (Spec("linear", "decode", 1, "gdn in", bits=8),), WIDE_GEMV),
+        Target("gemm", "int4/half", (gemm,), GEMM),
+        Target("router_gemv", f"plain16/{FULL.experts}x{FULL.hidden}", (Spec("router", "decode", 1),), ROUTER),
+        Target("moe_gate_up", f"int4/{expert}", (moe,), GATE_UP),
+        Target("moe_down", f"int4/{expert}", (moe,), DOWN),
+        Target("moe_prefill", f"half/int4/{expert}", (moe_prefill,), MOE_PREFILL),
+        Target("gdn_decode", f"{dims}/few", (Spec("gdn", "decode", 1),), GDN_DECODE),
+        Target("gdn_decode", f"{dims}/many", (Spec("gdn", "decode", 8),), GDN_DECODE),
+        Target("gdn_prefill", f"half/{dims}", gdn_prefill, GDN_PREFILL),
+        Target("attention_decode", head, live, ATTENTION_DECODE),
+        Target("attention_splits", head, live, SPLITS),
+        Target("attention_merge", head, live, MERGE),
+        Target(
+            "attention_prefill", head, tuple(Spec("attention", "prefill", length) for length in FULL.prefill),
+            ATTENTION_PREFILL,
+        ),
+        Target("sample", "half", (Spec("sample", "decode", 1),), SAMPLE),
+    ]  # fmt: skip
+    return [target for target in found if target.specs[0].op in ops]

@@ -1,0 +1,270 @@
+"""The cases of the bench, by op. A spec names one; `build` makes its tensors.
+
+`cold` is how many bytes must pass between two calls on the same memory, so that nothing is found in L2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import attention, gated_delta, gated_delta_prefill, linear, moe, moe_prefill, sample
+from .case import DECODE_GATE, PREFILL_GATE, Case, Result, Source, count_for, ratios, size_of
+from .shapes import Shapes
+
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Spec:
+    op: str
+    phase: str
+    tokens: int
+    variant: str = ""  # a linear's name, a live length
+    bits: int = 4
+
+
+def specs(shapes: Shapes, ops: list[str], tokens: list[int], quick: bool) -> list[Spec]:
+    """All cases of `ops`. quick: decode at the first token count, prefill at the first length, weights of 4 bits."""
+    tokens, prefill = (tokens[:1], shapes.prefill[:1]) if quick else (tokens, shapes.prefill)
+    found = []
+    for op in ops:
+        variants = {"linear": list(shapes.linears()), "attention": [str(n) for n in shapes.live]}.get(op, [""])
+        for variant in variants:
+            # The longest context at one sequence only: eight would be a gigabyte a copy.
+            few = tokens[:1] if op == "attention" and variant == str(shapes.live[-1]) else tokens
+            found += [Spec(op, "decode", count, variant) for count in few]
+        if op == "linear" and not quick:
+            found += [Spec(op, "decode", tokens[0], "gdn in", bits=bits) for bits in (8, 16)]
+        if op == "linear":
+            found += [Spec(op, "prefill", length, "gdn in") for length in prefill]
+        elif op != "sample":
+            found += [Spec(op, "prefill", length) for length in prefill]
+    return found
+
+
+def build(spec: Spec, shapes: Shapes, device: str, cold: int) -> Case:
+    return BUILDERS[spec.op](spec, shapes, Source(device), cold)
+
+
+def gate_of(spec: Spec) -> float:
+    return DECODE_GATE if spec.phase == "decode" else PREFILL_GATE
+
+
+def build_linear(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
+    out, features, first = shapes.linears()[spec.variant]
+    x = source.randn(1, spec.tokens, features)
+    norm = source.randn(features, dtype=torch.float32, scale=0.2) if first else None
+    residual = None if first else source.randn(1, spec.tokens, out)
+    if spec.bits == 16:
+        weight, scales = source.randn(out, features, scale=features**-0.5), None
+    else:
+        weight, scales = source.weight(out, features, bits=spec.bits, group=shapes.group)
+    shared = {"x": x, "norm_weight": norm, "eps": EPS, "residual": residual}
+    size = size_of(weight, scales)
+    copies = [{**shared, "weight": weight, "scales": scales}]
+    for _ in range(count_for(cold, size) - 1):
+        copies.append(
+            {**shared, "weight": weight.clone(), "scales": None if scales is None else scales.clone()}
+        )  # fmt: skip
+    key = f"{'plain' if spec.bits == 16 else 'int'}{spec.bits}/"
+    table = ("gemv", f"{key}{out}x{features}")
+    if spec.phase == "prefill":
+        table = ("gemm", f"{key}half/{out}x{features}")
+    return Case(
+        op="linear", shape=f"{spec.variant} {out}x{features} {'bf16' if spec.bits == 16 else f'int{spec.bits}'}",
+        phase=spec.phase, tokens=spec.tokens, call=linear.linear, reference=linear.reference_linear, copies=copies,
+        moved=size + size_of(x, norm, residual) + 2 * spec.tokens * out, gate=gate_of(spec),
+        flops=2 * spec.tokens * out * features, tuned=(table,), info={"group": shapes.group, "bits": spec.bits},
+    )  # fmt: skip
+
+
+def same_choice(actual: tuple, expected: tuple) -> list[Result]:
+    """The router: shares by ratio; ids may differ only where two logits are equal to rounding, which is rare."""
+    ids, shares, _ = actual
+    expected_ids, expected_shares, _ = expected
+    other = (ids != expected_ids).float().mean().item()
+    return [ratios("shares", shares, expected_shares, DECODE_GATE), ("ids that differ", other, 1e-3, other)]
+
+
+def build_router(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
+    decode = spec.phase == "decode"
+    batch, tokens = (spec.tokens, 1) if decode else (1, spec.tokens)
+    x = source.randn(batch, tokens, shapes.hidden)
+    weight = source.randn(shapes.experts, shapes.hidden, scale=shapes.hidden**-0.5)
+    trace = torch.zeros(batch, tokens + 1, shapes.top_k, dtype=torch.int32, device=source.device)
+    shared = {
+        "x": x, "norm_weight": source.randn(shapes.hidden, dtype=torch.float32, scale=0.2), "eps": EPS,
+        "top_k": shapes.top_k, "positions": torch.zeros(batch, dtype=torch.int64, device=source.device),
+        "expert_ids": trace,
+    }  # fmt: skip
+    copies = [{**shared, "weight": weight.clone()} for _ in range(count_for(cold, size_of(weight)))]
+    return Case(
+        op="router", shape=f"{shapes.experts}x{shapes.hidden} bf16, top {shapes.top_k}", phase=spec.phase,
+        tokens=spec.tokens, call=moe.router, reference=moe.reference_router, copies=copies, mutated=("expert_ids",),
+        moved=size_of(x, weight) + 12 * spec.tokens * shapes.top_k, gate=gate_of(spec), compare=same_choice,
+        flops=2 * spec.tokens * shapes.experts * shapes.hidden,
+        tuned=(("router_gemv" if decode else "router_gemm", f"plain16/{shapes.experts}x{shapes.hidden}"),),
+    )  # fmt: skip
+
+
+def build_moe(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
+    """Decode: the tokens of one call choose disjoint experts (the most that they can read), and successive calls walk
+    through all of them. Prefill: uniform routing, where a call reads every expert, more than L2 holds."""
+    decode = spec.phase == "decode"
+    batch, tokens = (spec.tokens, 1) if decode else (1, spec.tokens)
+    count, top_k, bits = shapes.experts, shapes.top_k, spec.bits
+    weights = {}
+    for name, shape in {
+        "gate_up": (count, 2 * shapes.expert_width, shapes.hidden), "down": (count, shapes.hidden, shapes.expert_width),
+    }.items():  # fmt: skip
+        weights[name], weights[f"{name}_scales"] = source.weight(*shape, bits=bits, group=shapes.group)
+    expert = size_of(*weights.values()) // count
+    x = source.randn(batch, tokens, shapes.hidden)
+    shared = {
+        "x": x, "norm_weight": source.randn(shapes.hidden, dtype=torch.float32, scale=0.2), "eps": EPS, **weights,
+        "shared_gate": source.randn(1, shapes.hidden, scale=shapes.hidden**-0.5),
+    }  # fmt: skip
+    read = min(spec.tokens * top_k, count) if decode else count
+    copies = []
+    walk = torch.randperm(count, generator=source.generator, device=source.device).to(torch.int32)
+    for call in range(count_for(cold, expert * read, at_most=64)):
+        ids, shares = source.choices(spec.tokens, count, top_k)
+        if decode:
+            first = call * spec.tokens * top_k
+            places = torch.arange(first, first + spec.tokens * top_k, device=source.device) % count
+            ids = walk[places].view(spec.tokens, top_k)
+        copy = {"ids": ids.view(batch, tokens, top_k), "weights": shares.view(batch, tokens, top_k)}
+        for name, shape in {
+            "shared_gate_up": (2 * shapes.shared_width, shapes.hidden), "shared_down": (shapes.hidden, shapes.shared_width),
+        }.items():  # fmt: skip
+            copy[name], copy[f"{name}_scales"] = source.weight(*shape, bits=bits, group=shapes.group)
+        copies.append({**shared, **copy})
+    shared_size = size_of(*(v for k, v in copies[0].items() if k.startswith(("shared_gate_up", "shared_down"))))
+    shape, flops_width = f"{shapes.hidden}x{shapes.expert_width}", top_k * shapes.expert_width + shapes.shared_width
+    tuned = (("moe_gate_up", f"int{bits}/{shape}"), ("moe_down", f"int{bits}/{shape}"))
+    return Case(
+        op="moe", shape=f"{top_k} of {count} + shared, {shape} int{bits}", phase=spec.phase, tokens=spec.tokens,
+        call=moe.moe_decode if decode else moe_prefill.moe_prefill,
+        reference=moe.reference_moe_decode if decode else moe.reference_moe_prefill, copies=copies,
+        moved=read * expert + shared_size + 2 * size_of(x), gate=gate_of(spec),
+        flops=6 * spec.tokens * shapes.hidden * flops_width,
+        tuned=tuned if decode else (("moe_prefill", f"half/int{bits}/{shape}"),), info={"group": shapes.group},
+    )  # fmt: skip
+
+
+def build_gdn(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
+    decode = spec.phase == "decode"
+    batch, tokens = (spec.tokens, 1) if decode else (1, spec.tokens)
+    heads, dims = (shapes.gdn_k_heads, shapes.gdn_v_heads), (shapes.gdn_k_dim, shapes.gdn_v_dim)
+
+    def fresh() -> dict[str, Tensor]:
+        return {
+            "proj": source.randn(batch, tokens, shapes.gdn_row),
+            "conv_weight": source.randn(shapes.channels, shapes.conv_width, scale=0.5),
+            "a_log": source.randn(heads[1], dtype=torch.float32) - 1.0,
+            "dt_bias": source.randn(heads[1], dtype=torch.float32) - 1.0,
+            "norm_weight": 1 + source.randn(dims[1], scale=0.1),
+            "conv_state": source.randn(batch, shapes.channels, shapes.conv_width - 1),
+            "recurrent_state": source.randn(batch, heads[1], *dims, dtype=torch.float32, scale=0.3),
+        }  # fmt: skip
+
+    first = fresh()
+    output = 2 * batch * tokens * heads[1] * dims[1]
+    size = size_of(*first.values())
+    sizes = dict(zip(("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim"), (*heads, *dims), strict=True))
+    copies = [{**first, **sizes, "eps": EPS}]
+    copies += [{**fresh(), **sizes, "eps": EPS} for _ in range(count_for(cold, size) - 1)]
+    few = "few" if batch * heads[0] <= gated_delta.FEW_PROGRAMS else "many"
+    tuned = ("gdn_decode", f"{dims[0]}x{dims[1]}/{few}") if decode else ("gdn_prefill", f"half/{dims[0]}x{dims[1]}")
+    return Case(
+        op="gdn", shape=f"{heads[0]}/{heads[1]} heads of {dims[0]}, conv, norm", phase=spec.phase, tokens=spec.tokens,
+        call=gated_delta.gdn_decode if decode else gated_delta_prefill.gdn_prefill,
+        reference=gated_delta.reference_gdn_decode if decode else gated_delta.reference_gdn_prefill, copies=copies,
+        moved=size + size_of(first["conv_state"], first["recurrent_state"]) + output, gate=gate_of(spec),
+        mutated=("conv_state", "recurrent_state"), tuned=(tuned,),
+    )  # fmt: skip
+
+
+def build_rope(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
+    decode = spec.phase == "decode"
+    batch, tokens = (spec.tokens, 1) if decode else (1, spec.tokens)
+    slots, dim = tokens + 128, shapes.head_dim
+    steps = torch.arange(0, shapes.rotary, 2, device=source.device, dtype=torch.float32)
+    shared = {
+        "q_norm": source.randn(dim, dtype=torch.float32, scale=0.2),
+        "k_norm": source.randn(dim, dtype=torch.float32, scale=0.2),
+        "inv_freq": 1.0 / 10_000_000 ** (steps / shapes.rotary),
+        "positions": torch.full((batch,), 100, dtype=torch.int64, device=source.device),
+        "num_heads": shapes.heads, "eps": EPS,
+    }  # fmt: skip
+    cache = (batch, shapes.kv_heads, slots, dim)
+    size = 2 * spec.tokens * shapes.attention_row
+    copies = [
+        {
+            **shared, "qkv": source.randn(batch, tokens, shapes.attention_row), "k_cache": source.randn(*cache),
+            "v_cache": source.randn(*cache),
+        }
+        for _ in range(count_for(cold, size + 4 * batch * shapes.kv_heads * slots * dim))
+    ]  # fmt: skip
+    read = 2 * spec.tokens * (shapes.heads + 2 * shapes.kv_heads) * dim  # the gate is not read here
+    return Case(
+        op="rope", shape=f"{shapes.heads}+{shapes.kv_heads} heads of {dim}, {shapes.rotary} rotary", phase=spec.phase,
+        tokens=spec.tokens, call=attention.qk_norm_rope, reference=attention.reference_qk_norm_rope, copies=copies,
+        moved=2 * read, gate=DECODE_GATE, mutated=("k_cache", "v_cache"), tuned=(("qk_norm_rope", f"half/{dim}"),),
+    )  # fmt: skip
+
+
+def build_attention(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
+    decode = spec.phase == "decode"
+    batch, tokens = (spec.tokens, 1) if decode else (1, spec.tokens)
+    live, dim = int(spec.variant) if decode else spec.tokens, shapes.head_dim
+    shared = {
+        "q": source.randn(batch, tokens, shapes.heads, dim),
+        "qkv": source.randn(batch, tokens, shapes.attention_row),
+        "positions": torch.full((batch,), live - tokens, dtype=torch.int64, device=source.device),
+    }
+    cache = (batch, shapes.kv_heads, live, dim)
+    size = 4 * batch * shapes.kv_heads * live * dim
+    copies = [
+        {**shared, "k_cache": source.randn(*cache), "v_cache": source.randn(*cache)}
+        for _ in range(count_for(cold, size))
+    ]  # fmt: skip
+    table = f"half/{max(16, dim)}"
+    tuned = ("attention_prefill",) if not decode else ("attention_decode", "attention_splits", "attention_merge")
+    return Case(
+        op="attention", shape=f"{shapes.heads}/{shapes.kv_heads} heads of {dim}, {live} slots", phase=spec.phase,
+        tokens=spec.tokens, call=attention.sdpa_decode_splitk if decode else attention.sdpa_prefill,
+        reference=attention.reference_sdpa, copies=copies, moved=size + 3 * size_of(shared["q"]), gate=gate_of(spec),
+        flops=4 * shapes.heads * dim * (batch * live if decode else tokens * (tokens + 1) // 2),
+        tuned=tuple((op, table) for op in tuned),
+    )  # fmt: skip
+
+
+def same_token(actual: tuple, expected: tuple) -> list[Result]:
+    other = (actual[0] != expected[0]).float().mean().item()
+    return [("tokens that differ", other, 0.0, other)]
+
+
+def build_sample(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
+    logits = source.randn(spec.tokens, 1, shapes.vocab, scale=3.0)
+    copies = [{"logits": logits.clone()} for _ in range(count_for(cold, size_of(logits)))]
+    return Case(
+        op="sample", shape=f"greedy of {shapes.vocab} bf16", phase="decode", tokens=spec.tokens, call=sample.greedy,
+        reference=sample.reference_greedy, copies=copies, moved=size_of(logits), gate=0.0, compare=same_token,
+        tuned=(("sample", f"half/{shapes.vocab}"),),
+    )  # fmt: skip
+
+
+BUILDERS: dict[str, Callable[[Spec, Shapes, Source, int], Case]] = {
+    "linear": build_linear,
+    "router": build_router,
+    "moe": build_moe,
+    "gdn": build_gdn,
+    "rope": build_rope,
+    "attention": build_attention,
+    "sample": build_sample,
+}

@@ -1,0 +1,15 @@
+"""What others offer for the same operation: one file each, measured beside our ops in the same run.
+
+A file names its package, says whether it compiles when called, and offers, by op, functions that take a case and return a
+`Peer`, or None where the case is not theirs. A peer holds the same weights in its own layout, and its result is checked
+before its time is shown.
+"""
+
+from __future__ import annotations
+
+from . import executorch, fla, gemlite, torch_int4, torch_ops
+from .peer import Peer, Unavailable
+
+SOURCES = {module.NAME: module for module in (torch_ops, torch_int4, fla, executorch, gemlite)}
+
+__all__ = ["SOURCES", "Peer", "Unavailable"]

@@ -1,0 +1,56 @@
+"""The bench's result as a Markdown table and as JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from .measure import PeerRow, Row
+
+SCHEMA = 1
+HEADER = "| op | shape | tokens | µs | MB | TB/s | share of read bandwidth | plain read, µs | peers, µs |"
+RULE = "|---|---|---|---|---|---|---|---|---|"
+
+
+def peer_text(peer: PeerRow) -> str:
+    name = f"{peer.source} `{peer.name}`"
+    return f"{name} {peer.us:.1f}" if peer.us is not None else f"{name}: no time ({peer.problem})"
+
+
+def line(row: Row) -> str:
+    tokens = f"{row.tokens}" if row.phase == "decode" else f"{row.tokens} prefill"
+    if row.us is None:
+        return f"| {row.op} | {row.shape} | {tokens} | no time: {row.problem} | | | | | |"
+    assert row.share is not None and row.read_us is not None
+    peers = ", ".join(map(peer_text, row.peers))
+    speed = f"{row.moved / row.us * 1e-6:.2f}"
+    share, plain = f"{100 * row.share:.0f} %", f"{row.read_us:.1f}"
+    if row.phase == "prefill" and row.flops:  # there the tensor cores are the limit, not the memory
+        share, plain = f"{row.flops / row.us * 1e-6:.0f} TFLOP/s", ""
+    return (
+        f"| {row.op} | {row.shape} | {tokens} | {row.us:.1f} | {row.moved * 1e-6:.1f} | {speed} | {share} | {plain} "
+        f"| {peers} |"
+    )
+
+
+def markdown(rows: list[Row], environment: dict, absent: dict[str, str]) -> str:
+    text = [
+        f"{environment['gpu']}, driver {environment['driver']}, torch {environment['torch']}, triton "
+        f"{environment['triton']}, tuning table {environment['table']}; a large read runs at "
+        f"{environment['read_tb_s']:.2f} TB/s; median under CUDA-graph replay, cold L2; `{environment['command']}`",
+        "", HEADER, RULE, *map(line, rows), "",
+    ]  # fmt: skip
+    covers = {f"{peer.source} `{peer.name}`": peer.covers for row in rows for peer in row.peers if peer.us is not None}
+    text += [f"* {name} does {what}." for name, what in sorted(covers.items())]
+    text += [f"* {name} is not here: {reason}." for name, reason in sorted(absent.items())]
+    return "\n".join(text)
+
+
+def write_json(path: Path, rows: list[Row], environment: dict, absent: dict[str, str]) -> None:
+    """Whole or not at all."""
+    document = {
+        "schema": SCHEMA, "environment": environment, "absent_peers": absent, "rows": [row.plain() for row in rows],
+    }  # fmt: skip
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(document, indent=1) + "\n")
+    temporary.replace(path)

@@ -1,0 +1,110 @@
+"""Chooses launch parameters by measurement and writes them into the table of this GPU's architecture.
+
+Every candidate's result is compared with the reference before its time counts, and every time is that of the bench: under
+graph replay, with cold memory. For rows whose kernel takes several independent settings one is varied at a time: a
+candidate that wins becomes the row that the next ones change.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import statistics
+import sys
+import time
+from datetime import date
+
+import torch
+import triton
+
+from .. import tuning
+from .candidates import Target, targets
+from .case import Case, red
+from .cases import build
+from .shapes import FULL
+from .timing import calls_for, cold_bytes, graph_samples
+from .warm import Job, warm
+
+REPLAYS = 9
+MARGIN = 0.99  # a challenger must be 1 % faster: less is noise, and a table that flutters makes diffs and recompiles
+
+
+def jobs_of(target: Target, arch: str) -> list[Job]:
+    current = current_row(target, arch)
+    rows = [current] + [{**current, **change} for change in target.candidates]
+    return [Job(spec, row=(target.op, target.key, json.dumps(row))) for row in rows for spec in target.specs]
+
+
+def current_row(target: Target, arch: str) -> dict:
+    """The row that serves the target now. A GEMV without one starts from its first candidate, which is complete."""
+    return tuning.lookup(target.op, target.key, arch, rule=target.candidates[0])
+
+
+def score(cases: list[Case]) -> tuple[float, str | None]:
+    """Geometric mean of the cases' median microseconds, or (inf, why) for a row that is wrong or cannot run."""
+    times = []
+    for case in cases:
+        try:
+            problem = red(case.check())
+            if problem is not None:
+                return math.inf, f"wrong at {case.shape}: {problem}"
+            samples = graph_samples(
+                lambda arguments, case=case: case.call(**arguments), case.copies,
+                calls=calls_for(case.phase, len(case.copies)), replays=REPLAYS,
+            )  # fmt: skip
+        except (triton.runtime.errors.OutOfResources, triton.CompilationError, ValueError) as error:
+            return math.inf, f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        times.append(statistics.median(samples))
+    return statistics.geometric_mean(times), None
+
+
+def choose(target: Target, arch: str, cold: int, deadline: float) -> tuple[dict, list[str]]:
+    """(best row, a line for each candidate tried)."""
+    cases = [build(spec, FULL, "cuda", cold) for spec in target.specs]
+    best = current_row(target, arch)
+    with tuning.override(target.op, target.key, best):
+        best_time, problem = score(cases)
+    lines = [f"  {best_time:9.2f} us  now  {best}" + (f"  {problem}" if problem else "")]
+    for change in target.candidates:
+        row = {**best, **change}
+        if row == best:
+            continue
+        if time.monotonic() > deadline:
+            lines.append("  out of time: the remaining candidates were not tried")
+            break
+        with tuning.override(target.op, target.key, row):
+            taken, problem = score(cases)
+        better = taken < MARGIN * best_time
+        lines.append(f"  {taken:9.2f} us  {'best' if better else '    '} {change}" + (f"  {problem}" if problem else ""))
+        if better:
+            best, best_time = row, taken
+    if best_time == math.inf:
+        raise RuntimeError(f"no candidate of {target.op} {target.key!r} gives right results:\n" + "\n".join(lines))
+    return best, lines
+
+
+def tune(ops: list[str], *, processes: int, budget: float, command: str) -> int:
+    start = time.monotonic()
+    arch, cold = tuning.current_architecture(), cold_bytes(torch.device("cuda"))
+    wanted = targets(ops)
+    jobs = [job for target in wanted for job in jobs_of(target, arch)]
+    done = warm(jobs, processes, seconds=0.5 * budget)
+    print(f"compiled {done} of {len(jobs)} in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+    rows = copy.deepcopy(tuning.table(arch))
+    deadline, path = start + budget, None
+    for target in wanted:
+        if time.monotonic() > deadline:
+            print(f"out of time before {target.op} {target.key!r}: its row stays as it is", flush=True)
+            continue
+        best, lines = choose(target, arch, cold, deadline)
+        print(f"{target.op} {target.key!r}\n" + "\n".join(lines), flush=True)
+        rows.setdefault(target.op, {})[target.key] = best
+        # Written at once: what was measured is kept if the run is stopped, and the next targets run with it.
+        about = {
+            "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+            "last tuned": date.today().isoformat(), "command": command,
+        }  # fmt: skip
+        path = tuning.write_table(arch, rows, about)
+    print(f"{path or 'nothing written'} in {time.monotonic() - start:.0f} s")
+    return 0

@@ -1,0 +1,76 @@
+"""The kernel bench and the tuner on the device, on the ops that take least."""
+
+from __future__ import annotations
+
+import json
+
+import kernels_common as common
+import pytest
+import torch
+from moeexp_kernels import tuning
+from moeexp_kernels.bench import timing
+from moeexp_kernels.bench.__main__ import main
+from moeexp_kernels.bench.case import red
+from moeexp_kernels.bench.cases import BUILDERS, build, specs
+from moeexp_kernels.bench.shapes import FULL
+
+
+@pytest.mark.parametrize("spec", specs(FULL, list(BUILDERS), [1, 8], quick=False), ids=str)
+def test_every_case_agrees_with_its_reference(spec):
+    with torch.no_grad():
+        assert red(build(spec, FULL, "cuda", cold=0).check()) is None
+
+
+def test_a_read_of_everything_is_near_what_a_copy_shows():
+    """Bandwidth cannot exceed the card's, and a plain read should come close to a copy's traffic."""
+    device = torch.device("cuda")
+    reader = timing.Reader(device)
+    source = torch.empty(1 << 28, dtype=torch.int32, device=device)
+    target = torch.empty_like(source)
+    samples = timing.graph_samples(lambda copy: target.copy_(copy["x"]), [{"x": source}], calls=4)
+    copied = 2 * source.nbytes / min(samples) * 1e6
+    assert 0.8 * copied < reader.bandwidth < 1.5 * copied
+    assert reader.microseconds(1 << 20) < reader.microseconds(1 << 26)
+
+
+def test_bench_writes_a_table_and_its_numbers(tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    assert main(["router", "sample", "--quick", "--json", str(path), "--jobs", "1"]) == 0
+    document = json.loads(path.read_text())
+    assert [row["op"] for row in document["rows"]] == ["router", "router", "sample"]
+    for row in document["rows"]:
+        assert row["problem"] is None and row["us"] > 0 and 0 < row["share"] < 1.2 and len(row["samples"]) >= 10
+    assert [peer["name"] for peer in document["rows"][2]["peers"]] == ["argmax"]
+    out = capsys.readouterr().out
+    assert document["environment"]["gpu"] in out and "| router |" in out
+
+
+def test_tune_writes_the_table_of_this_architecture(tmp_path, monkeypatch):
+    name = tuning.current_architecture()
+    for table in (name, tuning.DEFAULT):
+        source = tuning.FOLDER / f"{table}.json"
+        if source.exists():
+            (tmp_path / source.name).write_text(source.read_text())
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    try:
+        assert main(["tune", "router", "--jobs", "1", "--budget", "60"]) == 0
+        written = json.loads((tmp_path / f"{name}.json").read_text())
+        key = f"plain16/{FULL.experts}x{FULL.hidden}"
+        assert set(written["router_gemv"][key]) == {"BLOCK_N", "TILES", "CACHE", "num_warps"}
+        assert written["_about"]["device"] == torch.cuda.get_device_name()
+        assert tuning.source("router_gemv", key) == name
+    finally:
+        monkeypatch.undo()
+        tuning.table.cache_clear()
+        tuning._find.cache_clear()
+
+
+def test_two_rows_of_the_table_give_the_same_result():
+    """What the tuner relies on: a launch parameter changes the time, and no more than the order of sums."""
+    spec = specs(FULL, ["moe"], [1], quick=True)[0]
+    case = build(spec, FULL, "cuda", cold=0)
+    op, key = case.tuned[0]
+    first = case.call(**case.copies[0])
+    with tuning.override(op, key, {**tuning.lookup(op, key), "BLOCK_I": 4}):
+        second = case.call(**case.copies[0])
+    common.assert_close_ratio(second.float(), first.float(), 1e-3)

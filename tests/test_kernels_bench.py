@@ -1,0 +1,231 @@
+"""The kernel bench without its clock: that its cases are right, that a wrong op gets no time, and what it prints."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import kernels_common as common
+import pytest
+import torch
+import yaml
+from moeexp_kernels import tuning
+from moeexp_kernels.bench import measure, table
+from moeexp_kernels.bench.__main__ import main, measure_or_say
+from moeexp_kernels.bench.candidates import targets
+from moeexp_kernels.bench.case import Source, count_for, ratios, red
+from moeexp_kernels.bench.cases import BUILDERS, Spec, build, specs
+from moeexp_kernels.bench.peers import executorch, torch_int4, torch_ops
+from moeexp_kernels.bench.peers.peer import delta_expected, delta_inputs
+from moeexp_kernels.bench.shapes import FULL
+from moeexp_kernels.linear import dequantise
+
+TINY = replace(
+    FULL, vocab=300, hidden=64, heads=4, kv_heads=2, head_dim=16, rotary=8, gdn_k_heads=1, gdn_v_heads=4, gdn_k_dim=16,
+    gdn_v_dim=16, experts=8, top_k=2, expert_width=32, shared_width=32, group=32, live=(5, 40), prefill=(20,),
+)  # fmt: skip
+INTERPRETED_GATE = 3e-2  # Triton's interpreter cuts bfloat16 where a GPU rounds
+
+
+def case_of(spec: Spec, cold: int = 0):
+    case = build(spec, TINY, common.DEVICE, cold)
+    if case.gate:
+        case.gate = max(case.gate, INTERPRETED_GATE)
+    return case
+
+
+def test_the_shapes_are_those_of_the_model():
+    path = Path(__file__).resolve().parents[1] / "conf" / "model" / "qwen3_5_35b_a3b.yaml"
+    model = yaml.safe_load(path.read_text())["architecture"]
+    names = {
+        "vocab": "vocab_size", "hidden": "hidden_size", "heads": "num_attention_heads", "kv_heads": "num_key_value_heads",
+        "head_dim": "head_dim", "gdn_k_heads": "linear_num_key_heads", "gdn_v_heads": "linear_num_value_heads",
+        "gdn_k_dim": "linear_key_head_dim", "gdn_v_dim": "linear_value_head_dim", "conv_width": "linear_conv_kernel_dim",
+        "experts": "num_experts", "top_k": "num_experts_per_tok", "expert_width": "moe_intermediate_size",
+        "shared_width": "shared_expert_intermediate_size",
+    }  # fmt: skip
+    assert {ours: getattr(FULL, ours) for ours in names} == {ours: model[theirs] for ours, theirs in names.items()}
+    assert FULL.rotary == model["head_dim"] * model["partial_rotary_factor"]
+    assert FULL.linears()["gdn in"][:2] == (12_352, 2048) and FULL.linears()["attention in"][:2] == (9216, 2048)
+
+
+@pytest.mark.parametrize("spec", specs(TINY, list(BUILDERS), [1, 2], quick=False), ids=str)
+def test_every_case_agrees_with_its_reference_and_names_rows_of_the_table(spec):
+    case = case_of(spec)
+    assert red(case.check()) is None
+    assert case.moved > 0 and len(case.copies) >= 2
+    for op, key in case.tuned:
+        assert op == "gemv" or tuning.lookup(op, key, "sm_90"), (op, key)
+
+
+@pytest.mark.parametrize("op", ["linear", "gdn", "moe", "attention", "router", "sample", "rope"])
+def test_a_wrong_op_is_red_and_gets_no_time(op, monkeypatch):
+    spec = specs(TINY, [op], [2], quick=True)[0]
+    case, right = case_of(spec), BUILDERS[op]
+    assert right is not None
+    call = case.call
+
+    def wrong(**arguments):
+        out = call(**arguments)
+        first = out[0] if isinstance(out, tuple) else out
+        first += first.abs().amax().to(first.dtype) // 2 + 1 if not first.is_floating_point() else first.abs().amax()
+        return out
+
+    case.call = wrong
+    monkeypatch.setattr(measure, "graph_samples", lambda *_, **__: pytest.fail("a wrong op was timed"))
+    row = measure.measure(case, reader=None, arch="sm_90")
+    assert row.problem and row.us is None
+    assert "no time" in table.line(row)
+
+
+def test_an_op_that_raises_is_a_row_that_says_so(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("out of\nresource")
+
+    monkeypatch.setattr("moeexp_kernels.bench.__main__.build", broken)
+    row = measure_or_say(Spec("linear", "decode", 1, "head"), 0, None, "sm_90")
+    assert row.us is None and row.problem == "RuntimeError: out of resource"
+
+
+def test_a_wrong_peer_gets_no_time(monkeypatch):
+    case = case_of(specs(TINY, ["attention"], [1], quick=True)[0])
+    peer = torch_ops.attention(case)
+    assert red(peer.check()) is None
+    call = peer.call
+    peer.call = lambda copy: call(copy) * 1.1
+    monkeypatch.setattr(measure, "graph_samples", lambda *_, **__: pytest.fail("a wrong peer was timed"))
+    row = measure.measure_peer("torch", peer, "decode")
+    assert row.us is None and row.problem
+
+
+@pytest.mark.parametrize("spec", [s for s in specs(TINY, ["attention", "sample", "linear"], [2], quick=False)], ids=str)
+def test_torch_as_a_peer_is_right(spec):
+    case = case_of(spec)
+    for make in torch_ops.OPS[case.op]:
+        peer = make(case)
+        assert peer is None or red(peer.check()) is None
+
+
+def test_a_peer_that_raises_is_a_line_and_not_the_end(monkeypatch):
+    def broken(case):
+        raise OSError("no such\nkernel")
+
+    monkeypatch.setitem(torch_ops.OPS, "sample", [broken])
+    absent = {name: "not installed" for name in measure.SOURCES if name != "torch"}
+    rows = measure.measure_peers(case_of(Spec("sample", "decode", 1)), absent)
+    assert [(row.name, row.problem) for row in rows] == [("broken", "OSError: no such kernel")]
+
+
+def test_codes_reach_the_peers_in_their_own_layout():
+    """Both layouts unpacked by their definition give the weights that ours dequantises to."""
+    weight, scales = Source(common.DEVICE).weight(6, 64, bits=4, group=16)
+    scale, shift = (part.float().repeat_interleave(16, 1) for part in scales.unbind(-1))
+    codes = torch_int4.natural_codes(weight, 16).float()
+    ours = dequantise(weight=weight, scales=scales, in_features=64)
+    common.assert_close_ratio((codes - 8) * scale + shift, ours, 1e-6)
+    pairs, peer_scales = executorch.symmetric(weight, scales, 16)
+    assert torch.equal(peer_scales.float(), scales[..., 0].float()), "scales are drawn so that bfloat16 holds them"
+    unsigned = pairs.view(torch.uint8)
+    theirs = torch.stack([unsigned & 0xF, unsigned >> 4], dim=-1).flatten(1).float()
+    symmetric = dequantise(weight=weight, scales=executorch.without_shift(scales), in_features=64)
+    common.assert_close_ratio((theirs - 8) * scale, symmetric, 1e-6)
+
+
+@pytest.mark.parametrize("spec", [Spec("gdn", "decode", 2), Spec("gdn", "prefill", 20)], ids=str)
+def test_what_delta_rule_peers_get_is_what_our_op_computes(spec):
+    """Their inputs, the rule, then the gated norm: our op's output, so that they are timed on the same problem."""
+    from moeexp_kernels.gated_delta import _gated_norm
+
+    case = case_of(spec)
+    arguments = case.copies[0]
+    o, state = delta_expected(arguments, delta_inputs(arguments))
+    hv, dv = arguments["num_v_heads"], arguments["head_v_dim"]
+    z = arguments["proj"][..., TINY.channels : TINY.channels + hv * dv].float().unflatten(-1, (hv, dv))
+    y = _gated_norm(o.transpose(1, 2), z, arguments["norm_weight"], arguments["eps"])
+    fresh = {k: v.clone() if torch.is_tensor(v) else v for k, v in arguments.items()}
+    common.assert_close_ratio(y, case.reference(**fresh).float(), 2e-2)
+    common.assert_close_ratio(state, fresh["recurrent_state"], 2e-2)
+
+
+def test_no_memory_is_met_again_before_the_cache_has_turned_over():
+    assert count_for(100, 30) * 30 >= 100 + 30
+    assert count_for(0, 10) == 2
+    case = case_of(Spec("linear", "decode", 1, "out"), cold=20_000)
+    pointers = {copy["weight"].data_ptr() for copy in case.copies}
+    size = case.copies[0]["weight"].nbytes + case.copies[0]["scales"].nbytes
+    assert len(pointers) == len(case.copies) and (len(pointers) - 1) * size >= 20_000
+
+
+def test_decode_calls_walk_through_disjoint_experts():
+    case = case_of(Spec("moe", "decode", 2), cold=10**6)
+    first, second = (case.copies[i]["ids"].flatten().tolist() for i in (0, 1))
+    assert len(set(first + second)) == 2 * 2 * TINY.top_k
+
+
+def test_every_candidate_completes_a_row_of_the_table():
+    fields = {}
+    for target in targets(list(BUILDERS)):
+        row = tuning.lookup(target.op, target.key, "sm_90", rule=target.candidates[0])
+        fields.setdefault(target.op, set(row))
+        for change in target.candidates:
+            assert set({**row, **change}) == fields[target.op], (target.op, change)
+        for spec in target.specs:
+            assert spec.op in BUILDERS
+    assert {"gemv", "moe_gate_up", "moe_down", "gdn_decode", "attention_decode"} <= set(fields)
+
+
+def test_ratios_see_one_bad_row_and_a_value_that_is_not_finite():
+    good = common.randn(400, 16, seed=1)
+    bad = good.clone()
+    bad[7] *= 1.2
+    name, ratio, gate, worst = ratios("y", bad, good, 4e-2)
+    assert ratio < gate and worst > 0.19
+    assert red([ratios("y", bad, good, 1.5e-2)]) is not None
+    bad[7, 0] = float("nan")
+    assert red([ratios("y", bad, good, 1.0)]) is not None
+
+
+def row_of(**changes) -> measure.Row:
+    values = {
+        "op": "linear", "shape": "out 8x8", "phase": "decode", "tokens": 1, "moved": 4_000_000, "flops": 100, "check": [],
+        "us": 2.0, "samples": [2.0], "read_us": 1.5, "share": 0.625,
+    }  # fmt: skip
+    return measure.Row(**(values | changes))
+
+
+def test_the_table_and_the_json_say_what_was_measured(tmp_path):
+    peers = [
+        measure.PeerRow("torch", "mm", "the product", us=3.04),
+        measure.PeerRow("gemlite", "gemv", "the product", problem="output 0: RMSE ratio 1.0e+00"),
+    ]
+    rows = [row_of(peers=peers), row_of(phase="prefill", flops=4_000_000_000, us=20.0), row_of(us=None, problem="y: red")]
+    environment = {
+        "gpu": "G", "driver": "1", "torch": "2", "triton": "3", "table": "sm_90", "read_tb_s": 3.2, "command": "bench",
+    }  # fmt: skip
+    text = table.markdown(rows, environment, {"flash-linear-attention": "No module named 'fla'"})
+    assert "| linear | out 8x8 | 1 | 2.0 | 4.0 | 2.00 | 62 % | 1.5 | torch `mm` 3.0, gemlite `gemv`: no time (output" in text
+    assert "| 1 prefill | 20.0 | 4.0 | 0.20 | 200 TFLOP/s |" in text
+    assert "no time: y: red" in text
+    assert "* flash-linear-attention is not here: No module named 'fla'." in text and "* torch `mm` does the product." in text
+    table.write_json(tmp_path / "out.json", rows, environment, {})
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert document["rows"][0]["peers"][0]["us"] == 3.04 and document["rows"][2]["problem"] == "y: red"
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--jobs", "0"], "--jobs=0"),
+        (["gdm"], "gdm"),
+        (["--tokens", "0"], "--tokens=0"),
+        (["tune", "x"], "'x'"),
+        ([], "CUDA"),
+    ],
+)
+def test_what_cannot_run_is_one_line_and_exit_code_2(arguments, words, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and words in lines[0]
