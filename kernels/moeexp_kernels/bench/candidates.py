@@ -61,12 +61,9 @@ MOE_PREFILL = tuple(
     ]
 )  # fmt: skip
 GDN_DECODE = tuple(
-    {"split": split, "step": step, "num_warps": warps}
-    for split, step, warps in [
-        (0, 2, 16), (0, 2, 8), (0, 1, 16), (0, 1, 8), (0, 1, 4), (1, 1, 8), (2, 1, 4), (4, 1, 4), (4, 1, 2), (8, 1, 2),
-        (8, 1, 1), (16, 1, 1),
-    ]
-)  # fmt: skip
+    {"split": split, "num_warps": warps}
+    for split, warps in [(1, 8), (1, 4), (2, 8), (2, 4), (2, 2), (4, 4), (4, 2), (4, 1), (8, 2), (8, 1), (16, 1)]
+)
 # With four warps the scan's products become warp-group products, which read beyond shared memory at some head dims (see
 # gated_delta_prefill.py): no candidate.
 GDN_PREFILL = (
