@@ -50,7 +50,7 @@ def test_the_shapes_are_those_of_the_model():
     assert FULL.linears()["gdn in"][:2] == (12_352, 2048) and FULL.linears()["attention in"][:2] == (9216, 2048)
 
 
-@pytest.mark.parametrize("spec", specs(TINY, list(BUILDERS), [1, 2], quick=False), ids=str)
+@pytest.mark.parametrize("spec", specs(TINY, list(BUILDERS), [2], quick=False), ids=str)
 def test_every_case_agrees_with_its_reference_and_names_rows_of_the_table(spec):
     case = case_of(spec)
     assert red(case.check()) is None

@@ -30,8 +30,8 @@ def _gemv(pairs: list[tuple[int, int, int]]) -> tuple[dict, ...]:
     )
 
 
-GEMV = _gemv([(4, 1, 2), (8, 1, 2), (16, 1, 2), (4, 1, 4), (8, 1, 4), (16, 1, 4), (16, 1, 8), (32, 1, 8), (8, 2, 4), (16, 2, 4),
-              (8, 4, 4)])  # fmt: skip
+GEMV = _gemv([(4, 1, 2), (8, 1, 2), (16, 1, 2), (4, 1, 4), (8, 1, 4), (16, 1, 4), (16, 1, 8), (32, 1, 8), (8, 2, 4), (8, 4, 4),
+              (16, 4, 4)])  # fmt: skip
 HEAD = _gemv([(16, 1, 4), (32, 1, 4), (16, 4, 4), (16, 8, 4), (16, 16, 4), (32, 4, 8), (8, 8, 4)])
 WIDE_GEMV = _gemv([(2, 1, 2), (4, 1, 2), (8, 1, 2), (2, 1, 4), (4, 1, 4), (8, 1, 4), (16, 1, 4), (8, 1, 8)])
 ROUTER = _gemv([(1, 1, 2), (2, 1, 2), (1, 1, 4), (2, 1, 4), (4, 1, 4), (2, 1, 8)])
@@ -62,7 +62,7 @@ MOE_PREFILL = tuple(
 )  # fmt: skip
 GDN_DECODE = tuple(
     {"split": split, "num_warps": warps}
-    for split, warps in [(1, 4), (1, 8), (2, 2), (2, 4), (4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (8, 4)]
+    for split, warps in [(1, 8), (1, 4), (2, 8), (2, 4), (2, 2), (4, 4), (4, 2), (4, 1), (8, 2), (8, 1), (16, 1)]
 )
 # With four warps the scan's products become warp-group products, which read beyond shared memory at some head dims (see
 # gated_delta_prefill.py): no candidate.
