@@ -14,6 +14,10 @@ from .graph import GraphedMethod
 State = Arena | ExplicitState
 
 
+def can_capture(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
 class StepGraph:
     """`replay(*inputs)` runs `method(*inputs)` and then `after(logits)`; returns the logits, which hold until the next
     replay. `inputs` are static tensors, as for `GraphedMethod`.
@@ -37,7 +41,7 @@ class StepGraph:
         self.method, self.inputs, self._state, self._after = method, inputs, state, after
         self._away: dict[str, Tensor] | None = None
         self._graphs: list[GraphedMethod] = []
-        if not inputs[0].is_cuda:
+        if not can_capture(inputs[0]):
             return
         runs = [self._in_place]
         if isinstance(state, ExplicitState):
