@@ -338,3 +338,16 @@ def test_a_sampler_that_makes_no_draws_is_refused():
     for override, word in (("temperature=0", "1e-6"), ("top_k=0", "at least 1"), ("top_p=1.5", r"\(0, 1\]")):
         with pytest.raises(ValueError, match=word):
             validate(compose([*BASE, "sampler=gumbel", f"sampler.{override}"]), cuda_available=False)
+
+
+@pytest.mark.slow
+def test_padding_is_bitwise_nothing_with_the_kernels(model, phases):
+    """In Triton's interpreter; on a GPU: gpu/test_gpu_axes.py."""
+    results = []
+    for cuda_graph in (False, "all"):
+        cfg = configured("ops=triton", "prefill_graph_lengths=[24]", cuda_graph=cuda_graph)
+        session = build_stack(cfg, model, phases).session
+        poison(session)
+        logits = session.prefill(PROMPT[:, :11].contiguous()).clone()
+        results.append({"logits": logits, **session.arena.snapshot()})
+    assert same_state(*results)
