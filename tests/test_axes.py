@@ -5,6 +5,8 @@ ahead, padding to captured lengths, alternating state.
 """
 
 import itertools
+import json
+from pathlib import Path
 
 import common
 import pytest
@@ -15,6 +17,7 @@ from moeexp_runner.arena import Arena
 from moeexp_runner.explicit import ExplicitState
 from rich.console import Console
 
+from moeexp import cli
 from moeexp.factory import build_model, build_stack, python_callbacks, sampler_of
 from moeexp.methods import MODULES, compile_method, export_method, session_methods
 from moeexp.model import state_shapes
@@ -351,3 +354,18 @@ def test_padding_is_bitwise_nothing_with_the_kernels(model, phases):
         logits = session.prefill(PROMPT[:, :11].contiguous()).clone()
         results.append({"logits": logits, **session.arena.snapshot()})
     assert same_state(*results)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_separate_check_comes_after_the_timing_and_still_decides(tmp_path, monkeypatch, broken):
+    if broken:
+        right_op = registry.OPS["gdn_decode"]["reference"]
+        monkeypatch.setitem(registry.OPS["gdn_decode"], "reference", lambda **inputs: right_op(**inputs) * 1.01)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["model=nano", "export=eager", "check=separate", "new_tokens=4", "repeats=1", "tracker=jsonl"]
+    code = cli.main(arguments)
+    record = json.loads(next(Path("outputs").rglob("record.json")).read_text())
+    assert (code, record["status"]) == ((1, "incorrect") if broken else (0, "ok"))
+    assert (record["decode_tok_s"] is None) == broken
+    phases = list(record["phases_s"])
+    assert phases.index("benchmark") < phases.index("check: trace") and record["memory_gib"] is not None
