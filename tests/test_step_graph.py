@@ -18,7 +18,8 @@ class FakeGraphed:
 
     fail = None
 
-    def __init__(self, method, inputs, *, pool=None):
+    def __init__(self, method, inputs):
+        self.pool = None
         self.method, self.inputs, self.state, self.output, self.replays = method, inputs, "eager", None, 0
 
     def warm(self):

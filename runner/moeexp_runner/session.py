@@ -77,11 +77,12 @@ class Session:
         self.capture()
 
     def capture(self) -> None:
-        """Captures every graph, which must be eager; resets before and after."""
+        """Captures every graph that is eager; resets before and after."""
         self.reset()
         with torch.no_grad():
-            for graph in self._captured():
-                graph.capture()
+            for graph in self._graphs():
+                if graph.state == "eager":
+                    graph.capture()
         self.reset()
 
     def reset(self) -> None:
@@ -152,11 +153,11 @@ class Session:
 
     def close(self) -> None:
         """Frees the graphs; the session cannot be used afterwards."""
-        for graph in self._captured():
+        for graph in self._graphs():
             graph.close()
         self.closed = True
 
-    def _captured(self) -> list[StepGraph | Loop | PrefillGraphs]:
+    def _graphs(self) -> list[StepGraph | Loop | PrefillGraphs]:
         return [graph for graph in (self.prefill_graphs, self.graph, self.loop) if graph is not None]
 
     def _run_prefill(self, tokens: Tensor, logit_positions: Tensor | None) -> Tensor:

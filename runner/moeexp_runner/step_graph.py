@@ -36,7 +36,6 @@ class StepGraph:
         *,
         after: Callable[[Tensor], None] | None = None,
         alternate: bool = True,
-        pool: tuple[int, int] | None = None,
     ):
         self.method, self.inputs, self._state, self._after = method, inputs, state, after
         self._away: dict[str, Tensor] | None = None
@@ -46,17 +45,18 @@ class StepGraph:
         runs = [self._in_place]
         if isinstance(state, ExplicitState):
             runs = [self._leave_home, self._come_home] if alternate else [self._round_trip]
-        self._graphs = [GraphedMethod(run, inputs, pool=pool) for run in runs]
+        self._graphs = [GraphedMethod(run, inputs) for run in runs]
 
     @property
     def state(self) -> str:
         """`eager`, `warm`, `captured` or `closed`: of the last graph, which is captured last."""
         return self._graphs[-1].state if self._graphs else "eager"
 
-    def capture(self) -> None:
-        """Warms up and captures. Advances the state and all that `after` mutates: the caller resets them. On failure
-        everything is eager again."""
+    def capture(self, *, pool: tuple[int, int] | None = None) -> None:
+        """Warms up and captures, `pool` as in `GraphedMethod`. Advances the state and all that `after` mutates: the caller
+        resets them. On failure everything is eager again."""
         for graph in self._graphs:
+            graph.pool = pool
             try:
                 graph.warm()
                 graph.capture()

@@ -4,6 +4,7 @@ The matrix runs in float32, where near-ties are too rare to choose between combi
 `pytest -s -k matrix_table` prints what each cell is.
 """
 
+import gc
 import itertools
 import os
 import subprocess
@@ -195,13 +196,12 @@ def test_decode_waits_for_a_prefill_on_another_stream(stack, monkeypatch, graph)
     torch.cuda.synchronize()
 
 
-def test_ordering_needs_no_wait_of_the_host(stack, monkeypatch):
+def test_ordering_needs_no_synchronisation_of_the_device(stack, monkeypatch):
     session = stack("shared_stream=false", "cuda_graph=decode").session
     session.generate(tokens(21), 3)
     session.reset()
     prompt, token = tokens(21), tokens(1)
-    for name in ("synchronize",):
-        monkeypatch.setattr(torch.cuda, name, lambda *args: pytest.fail("the host waited for the device"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *args: pytest.fail("the host waited for the device"))
     session.prefill(prompt)
     session.decode(token)
 
@@ -303,12 +303,12 @@ def test_a_fault_in_the_middle_of_a_capture(stack, expected, fault, graph, state
     captured.method = method
     session.reset()
     session.decode(tokens(1))  # the next eager call, on the same device
-    if session.prefill_graphs is None:
-        session.capture()
+    session.capture()
     assert captured.state == "captured" and session.generate(tokens(21), 12) == expected
 
 
 def settled_memory():
+    gc.collect()  # frames of an exception that was caught hold tensors
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     return torch.cuda.memory_allocated()
@@ -327,8 +327,7 @@ def test_resets_and_recaptures_do_not_grow(stack, graph, state):
     assert max(memory[3:]) <= memory[2]
     memory = []
     for _ in range(20):
-        graphs = [session.graph] if session.graph else [session.loop.graph, *session.prefill_graphs.graphs.values()]
-        for each in graphs:
+        for each in [session.graph] if session.graph else [session.loop.graph, session.prefill_graphs]:
             each.invalidate()
         session.capture()
         memory.append((settled_memory(), torch.cuda.memory_reserved()))
