@@ -258,7 +258,7 @@ def _packaged_methods(recipe: Recipe, phases: Phases):
         spec = MethodSpec(
             method=name,
             architecture=model.arch.to_hf(),
-            ops=names,
+            ops={op: implementation for op, implementation in names.items() if op != "sample"},  # it is in no method
             bits=cfg.quant.bits,
             group_size=cfg.quant.group_size,
             skip=tuple(sorted(cfg.quant.skip)),

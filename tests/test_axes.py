@@ -5,6 +5,8 @@ ahead, padding to captured lengths, alternating state.
 """
 
 import itertools
+import json
+from pathlib import Path
 
 import common
 import pytest
@@ -15,6 +17,7 @@ from moeexp_runner.arena import Arena
 from moeexp_runner.explicit import ExplicitState
 from rich.console import Console
 
+from moeexp import cli
 from moeexp.factory import build_model, build_stack, python_callbacks, sampler_of
 from moeexp.methods import MODULES, compile_method, export_method, session_methods
 from moeexp.model import state_shapes
@@ -338,3 +341,31 @@ def test_a_sampler_that_makes_no_draws_is_refused():
     for override, word in (("temperature=0", "1e-6"), ("top_k=0", "at least 1"), ("top_p=1.5", r"\(0, 1\]")):
         with pytest.raises(ValueError, match=word):
             validate(compose([*BASE, "sampler=gumbel", f"sampler.{override}"]), cuda_available=False)
+
+
+@pytest.mark.slow
+def test_padding_is_bitwise_nothing_with_the_kernels(model, phases):
+    """In Triton's interpreter; on a GPU: gpu/test_gpu_axes.py."""
+    results = []
+    for cuda_graph in (False, "all"):
+        cfg = configured("ops=triton", "prefill_graph_lengths=[24]", cuda_graph=cuda_graph)
+        session = build_stack(cfg, model, phases).session
+        poison(session)
+        logits = session.prefill(PROMPT[:, :11].contiguous()).clone()
+        results.append({"logits": logits, **session.arena.snapshot()})
+    assert same_state(*results)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_separate_check_comes_after_the_timing_and_still_decides(tmp_path, monkeypatch, broken):
+    if broken:
+        right_op = registry.OPS["gdn_decode"]["reference"]
+        monkeypatch.setitem(registry.OPS["gdn_decode"], "reference", lambda **inputs: right_op(**inputs) * 1.01)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["model=nano", "export=eager", "check=separate", "new_tokens=4", "repeats=1", "tracker=jsonl"]
+    code = cli.main(arguments)
+    record = json.loads(next(Path("outputs").rglob("record.json")).read_text())
+    assert (code, record["status"]) == ((1, "incorrect") if broken else (0, "ok"))
+    assert (record["decode_tok_s"] is None) == broken
+    phases = list(record["phases_s"])
+    assert phases.index("benchmark") < phases.index("check: trace") and record["memory_gib"] is not None

@@ -124,3 +124,29 @@ def test_second_build_compiles_nothing(cfg, model, phases, compiled, monkeypatch
     compiled.session.reset()
     assert torch.equal(again.session.prefill(prompt), compiled.session.prefill(prompt))
     assert math.isfinite(float(again.session.decode(prompt[:, :1]).sum()))
+
+
+OTHERS = [
+    "export=aoti dispatch=single",
+    pytest.param("export=aoti dispatch=single state=explicit", marks=pytest.mark.slow),
+    pytest.param("export=aoti dispatch=cond state=explicit", marks=pytest.mark.slow),
+    pytest.param("export=aoti state=explicit", marks=pytest.mark.slow),
+    pytest.param("export=compile", marks=pytest.mark.slow),
+    pytest.param("export=compile dispatch=cond state=explicit", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("overrides", OTHERS)
+def test_compiled_methods_of_other_axes_equal_eager(model, phases, overrides, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEEXP_CACHE_DIR", str(tmp_path))
+    base = ["model=nano", "quant=int4", "max_seq_len=160"]
+    cfg = resolve(compose([*base, *overrides.split()]), cuda_available=False)
+    fast, slow = build_stack(cfg, model, phases), build_stack(cfg, model, phases, export="eager")
+    for length in (1, 9, 65):
+        prompt = tokens(length, seed=length)
+        ours = record_trace(fast, prompt, 4)
+        forced = torch.cat([ours.token_ids[:, length:], ours.next_token[:, None]], 1)
+        theirs = record_trace(slow, prompt, 4, forced=forced)
+        torch.testing.assert_close(ours.logits, theirs.logits, rtol=0, atol=1e-4)
+        for name in theirs.states:
+            torch.testing.assert_close(ours.states[name], theirs.states[name], rtol=0, atol=1e-4, msg=name)

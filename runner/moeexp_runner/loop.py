@@ -63,6 +63,10 @@ class Loop:
         self.index.zero_()
         self.graph.capture()
 
+    @property
+    def state(self) -> str:
+        return self.graph.state
+
     def start(self, first: Tensor, position: int) -> None:
         """first [B, 1]: the token to feed next, at `position`. It is row 0 of `ids`."""
         self.token.copy_(first)

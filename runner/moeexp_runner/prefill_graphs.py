@@ -26,19 +26,35 @@ class PrefillGraphs:
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
         self.lengths = sorted(set(lengths))
+        if not self.lengths:
+            raise ValueError("prefill graphs need at least one length")
         self.positions, self.last, self.live = static(batch), static(1), static(batch)
         self.tokens = {length: static(batch, length) for length in self.lengths}
-        pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # the graphs run one at a time
         self.graphs = {
-            length: StepGraph(method, (tokens, self.positions, self.last, self.live), state, alternate=False, pool=pool)
+            length: StepGraph(method, (tokens, self.positions, self.last, self.live), state, alternate=False)
             for length, tokens in self.tokens.items()
         }
 
+    @property
+    def state(self) -> str:
+        """As `StepGraph.state`: of all, since they are captured together."""
+        return self.graphs[self.lengths[0]].state
+
     def capture(self) -> None:
-        """As `StepGraph.capture`. Longest first: the others then find room in its memory."""
+        """As `StepGraph.capture`, in memory that they share: they run one at a time. Longest first: the others then find
+        room in what it needs."""
         self.live.fill_(1)
-        for length in reversed(self.lengths):
-            self.graphs[length].capture()
+        pool = torch.cuda.graph_pool_handle() if self.live.is_cuda else None
+        try:
+            for length in reversed(self.lengths):
+                self.graphs[length].capture(pool=pool)
+        except BaseException:
+            self.invalidate()
+            raise
+
+    def invalidate(self) -> None:
+        for graph in self.graphs.values():
+            graph.invalidate()
 
     def fitting(self, count: int) -> int | None:
         """The shortest captured length for a prompt of `count` tokens; None if it is longer than all."""

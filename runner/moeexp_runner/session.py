@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
-from . import requests, token_by_token
+from . import inputs, token_by_token
 from .loop import Loop, OnToken
 from .prefill_graphs import PrefillGraphs
 from .step_graph import State, StepGraph
@@ -79,11 +79,12 @@ class Session:
         self.capture()
 
     def capture(self) -> None:
-        """Captures every graph, which must be eager; resets before and after."""
+        """Captures every graph that is eager; resets before and after."""
         self.reset()
         with torch.no_grad():
-            for graph in self._captured():
-                graph.capture()
+            for graph in self._graphs():
+                if graph.state == "eager":
+                    graph.capture()
         self.reset()
 
     def reset(self) -> None:
@@ -97,9 +98,9 @@ class Session:
         """tokens [B, T] int64 continue what the session has seen; logit_positions [n] int64 within 0..T-1, by default
         the last. Returns logits [B, n, V]."""
         self._require_ready()
-        requests.check_tokens(self, tokens, tokens.shape[-1] if tokens.ndim == 2 else 1)
+        inputs.check_tokens(self, tokens, tokens.shape[-1] if tokens.ndim == 2 else 1)
         self.arena.check_addresses()
-        requests.check_logit_positions(self, logit_positions, tokens.shape[1])
+        inputs.check_logit_positions(self, logit_positions, tokens.shape[1])
         with torch.no_grad():
             if self._prefill is None:
                 return token_by_token.feed(self.decode, tokens, logit_positions)
@@ -111,7 +112,7 @@ class Session:
     def decode(self, token: Tensor) -> Tensor:
         """token [B, 1] int64, on the device. Returns logits [B, 1, V]."""
         self._require_ready()
-        requests.check_tokens(self, token, 1, ids=False)
+        inputs.check_tokens(self, token, 1, ids=False)
         if token.shape[1] != 1:
             raise ValueError(f"decode takes one token per row, [{self.batch}, 1], got {list(token.shape)}")
         self.arena.check_identity()
@@ -134,14 +135,14 @@ class Session:
     def generate(self, tokens: Tensor, new_tokens: int, *, on_token: OnToken | None = None) -> list[list[int]]:
         """Resets, prefills tokens [B, T], decodes. `on_token(ids of the batch, index)` is called as soon as the host has
         a token; True from it stops. Returns the new tokens as [B][<= new_tokens] ids."""
-        requests.check_generation(self, tokens, new_tokens)
+        inputs.check_generation(self, tokens, new_tokens)
         self.reset()
         return self.decode_tokens(self.sample(self.prefill(tokens)), new_tokens, on_token=on_token)
 
     def decode_tokens(self, token: Tensor, new_tokens: int, *, on_token: OnToken | None = None) -> list[list[int]]:
         """The part of `generate` after the prompt: token [B, 1], chosen and not yet fed, is the first of the result."""
         self._require_ready()
-        requests.check_tokens(self, token, new_tokens - 1, ids=False)
+        inputs.check_tokens(self, token, new_tokens - 1, ids=False)
         if self.loop is not None:
             return self._decode_in_loop(self.loop, token, new_tokens, on_token)
         steps = []
@@ -154,11 +155,11 @@ class Session:
 
     def close(self) -> None:
         """Frees the graphs; the session cannot be used afterwards."""
-        for graph in self._captured():
+        for graph in self._graphs():
             graph.close()
         self.closed = True
 
-    def _captured(self) -> list[StepGraph | Loop | PrefillGraphs]:
+    def _graphs(self) -> list[StepGraph | Loop | PrefillGraphs]:
         return [graph for graph in (self.prefill_graphs, self.graph, self.loop) if graph is not None]
 
     def _run_prefill(self, tokens: Tensor, logit_positions: Tensor | None) -> Tensor:
@@ -166,10 +167,10 @@ class Session:
         assert self._prefill is not None
         graphs, count = self.prefill_graphs, tokens.shape[1]
         if graphs is not None and graphs.fitting(count) is not None:
-            inputs = graphs.load(tokens, self.length)
+            loaded = graphs.load(tokens, self.length)
             if logit_positions is None:
-                return graphs.replay(*inputs)
-            return self.arena.call(self._prefill, *inputs[:2], logit_positions, *inputs[3:])
+                return graphs.replay(*loaded)
+            return self.arena.call(self._prefill, *loaded[:2], logit_positions, *loaded[3:])
         if logit_positions is None:
             logit_positions = torch.tensor([count - 1], device=self.device)
         row = torch.full((self.batch,), self.length, dtype=torch.int64, device=self.device)

@@ -14,6 +14,10 @@ from .graph import GraphedMethod
 State = Arena | ExplicitState
 
 
+def can_capture(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
 class StepGraph:
     """`replay(*inputs)` runs `method(*inputs)` and then `after(logits)`; returns the logits, which hold until the next
     replay. `inputs` are static tensors, as for `GraphedMethod`.
@@ -32,18 +36,17 @@ class StepGraph:
         *,
         after: Callable[[Tensor], None] | None = None,
         alternate: bool = True,
-        pool: tuple[int, int] | None = None,
         early: Collection[str] = (),
     ):
         self.method, self.inputs, self._state, self._after = method, inputs, state, after
         self._away: dict[str, Tensor] | None = None
         self._graphs: list[GraphedMethod] = []
-        if not inputs[0].is_cuda:
+        if not can_capture(inputs[0]):
             return
         runs = [self._in_place]
         if isinstance(state, ExplicitState):
             runs = [self._leave_home, self._come_home] if alternate else [self._round_trip]
-        self._graphs = [GraphedMethod(run, inputs, pool=pool, early=early) for run in runs]
+        self._graphs = [GraphedMethod(run, inputs, early=early) for run in runs]
 
     @property
     def state(self) -> str:
@@ -55,10 +58,11 @@ class StepGraph:
         """Kernels of one step that start before the previous one ends."""
         return self._graphs[0].early_edges if self._graphs else 0
 
-    def capture(self) -> None:
-        """Warms up and captures. Advances the state and all that `after` mutates: the caller resets them. On failure
-        everything is eager again."""
+    def capture(self, *, pool: tuple[int, int] | None = None) -> None:
+        """Warms up and captures, `pool` as in `GraphedMethod`. Advances the state and all that `after` mutates: the caller
+        resets them. On failure everything is eager again."""
         for graph in self._graphs:
+            graph.pool = pool
             try:
                 graph.warm()
                 graph.capture()

@@ -1,0 +1,410 @@
+"""Every legal combination of the axes on a GPU, with eager methods in full; compiled ones pairwise.
+
+The matrix runs in float32, where near-ties are too rare to choose between combinations: their tokens must be the same.
+`pytest -s -k matrix_table` prints what each cell is.
+"""
+
+import gc
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from moeexp_runner.token_split import token_split
+from rich.console import Console
+
+from moeexp.factory import build_model, build_stack
+from moeexp.phases import Phases
+from moeexp.quantise import quantise
+from moeexp.record import Record
+from moeexp.schema import compose
+from moeexp.validate import resolve, validate
+from moeexp.verification import check_replay, record_trace, verify
+
+pytestmark = pytest.mark.gpu
+
+BASE = ["model=nano", "quant=int4", "max_seq_len=128", "export=eager", "new_tokens=12", "prefill_graph_lengths=[16,32]"]
+AXES = {
+    "dispatch": ("dual", "single", "token_by_token", "cond"),
+    "state": ("shared", "explicit"),
+    "shared_stream": ("true", "false"),
+    "skip_output_copy": ("true", "false"),
+    "cuda_graph": ("false", "decode", "loop", "all"),
+}
+
+
+def overrides_of(cell):
+    return [f"{name}={value}" for name, value in zip(AXES, cell, strict=True)]
+
+
+def is_legal(cell):
+    try:
+        validate(compose([*BASE, *overrides_of(cell)]), cuda_available=True)
+    except ValueError:
+        return False
+    return True
+
+
+CELLS = list(itertools.product(*AXES.values()))
+LEGAL = [cell for cell in CELLS if is_legal(cell)]
+# Every pair of values of two axes occurs; each passes the whole check in bfloat16.
+PAIRWISE = [
+    "dispatch=dual state=explicit shared_stream=false skip_output_copy=true cuda_graph=all",
+    "dispatch=dual state=shared shared_stream=true skip_output_copy=true cuda_graph=loop",
+    "dispatch=single state=shared shared_stream=false skip_output_copy=true cuda_graph=all",
+    "dispatch=single state=explicit shared_stream=true skip_output_copy=false cuda_graph=decode",
+    "dispatch=token_by_token state=shared shared_stream=false skip_output_copy=false cuda_graph=decode",
+    "dispatch=token_by_token state=explicit shared_stream=true skip_output_copy=true cuda_graph=loop",
+    "dispatch=cond state=explicit shared_stream=false skip_output_copy=true cuda_graph=loop",
+    "dispatch=cond state=explicit shared_stream=true skip_output_copy=false cuda_graph=false",
+    "dispatch=dual state=shared shared_stream=false skip_output_copy=false cuda_graph=false sampler=gumbel",
+    "dispatch=dual state=shared shared_stream=true skip_output_copy=true cuda_graph=loop sampler=gumbel sampler.top_k=9",
+]
+
+
+@pytest.fixture(scope="module")
+def phases(tmp_path_factory):
+    record = Record(tmp_path_factory.mktemp("run") / "record.json", id="t", config=None, command=["test"])
+    return Phases(record, Console(quiet=True))
+
+
+def configured(*overrides):
+    cfg = compose([*BASE, *overrides])
+    validate(cfg, cuda_available=True)
+    return resolve(cfg, cuda_available=True)
+
+
+@pytest.fixture(scope="module")
+def models(phases):
+    return {dtype: build_model(configured(f"dtype={dtype}"), phases) for dtype in ("float32", "bfloat16")}
+
+
+@pytest.fixture
+def stack(models, phases):
+    built = []
+
+    def build(*overrides, dtype="float32"):
+        built.append(build_stack(configured(*overrides, f"dtype={dtype}"), models[dtype], phases))
+        return built[-1]
+
+    yield build
+    for each in built:
+        each.close()
+
+
+def tokens(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (1, count), generator=generator).to("cuda")
+
+
+@pytest.fixture(scope="module")
+def expected(models, phases):
+    return build_stack(configured("dtype=float32"), models["float32"], phases).session.generate(tokens(21), 12)
+
+
+@pytest.mark.parametrize("cell", LEGAL, ids=lambda cell: "-".join(cell))
+def test_every_legal_combination_decodes_the_same_tokens(stack, expected, cell):
+    built = stack(*overrides_of(cell))
+    for _ in range(2):
+        assert built.session.generate(tokens(21), 12) == expected
+    if cell[-1] != "false":
+        part = check_replay(built, record_trace(built, tokens(21), 3))
+        assert part.passed, list(part.failures())
+
+
+def test_matrix_table():
+    print()
+    for cell in CELLS:
+        print("  ".join(overrides_of(cell)), "valid" if cell in LEGAL else "refused", sep="  ")
+    assert len(LEGAL) == 7 * 2 * (2 * 2 + 2)
+
+
+@pytest.mark.parametrize("overrides", PAIRWISE)
+def test_the_whole_check_passes(stack, models, phases, overrides):
+    built = stack(*overrides.split(), dtype="bfloat16")
+    verdict = verify(configured(*overrides.split(), "dtype=bfloat16"), built, tokens(21), phases)
+    assert verdict["passed"], verdict["failures"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "export=aoti dispatch=single cuda_graph=loop",
+        "export=aoti state=explicit cuda_graph=decode shared_stream=false",
+        "export=aoti dispatch=cond state=explicit cuda_graph=all",
+        "export=compile dispatch=single cuda_graph=decode state=explicit",
+        "export=compile cuda_graph=all",
+    ],
+)
+def test_compiled_methods_decode_the_same_tokens(stack, expected, overrides):
+    built = stack(*overrides.split())
+    assert built.session.generate(tokens(21), 12) == expected
+    part = check_replay(built, record_trace(built, tokens(21), 3))
+    assert part.passed, list(part.failures())
+    if "shared_stream=false" in overrides:  # the loader of a package must run on the stream that is current
+        assert_ordered(built.session, built.session)
+
+
+# --- streams ---
+
+
+def delayed(method):
+    """The method after 0.1 s of nothing, on whatever stream it runs on."""
+
+    def run(*inputs):
+        torch.cuda._sleep(int(2e8))
+        return method(*inputs)
+
+    return run
+
+
+def prompt_and_step(session):
+    """A prompt and a decode step that the host enqueues at once, and the state that they leave."""
+    session.reset()
+    logits = session.prefill(tokens(21))
+    step = session.decode(tokens(1, seed=5)).clone()
+    torch.cuda.synchronize()
+    return [logits.clone(), step, *session.arena.snapshot().values()]
+
+
+def same(left, right):
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def assert_ordered(session, serial):
+    wanted = prompt_and_step(serial)
+    method, session._prefill = session._prefill, delayed(session._prefill)
+    try:
+        assert same(prompt_and_step(session), wanted)
+    finally:
+        session._prefill = method
+
+
+@pytest.mark.parametrize("graph", ["false", "decode"])
+def test_decode_waits_for_a_prefill_on_another_stream(stack, monkeypatch, graph):
+    apart = stack("shared_stream=false", f"cuda_graph={graph}").session
+    assert apart._on_prefill.stream != apart._on_decode.stream
+    serial = stack(f"cuda_graph={graph}").session
+    assert_ordered(apart, serial)
+    # And without the ordering the same test fails: the delay is long enough to be seen.
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda.Stream, "wait_stream", lambda self, other: None)
+        with pytest.raises(AssertionError):
+            assert_ordered(apart, serial)
+    torch.cuda.synchronize()
+
+
+def test_ordering_needs_no_synchronisation_of_the_device(stack, monkeypatch):
+    session = stack("shared_stream=false", "cuda_graph=decode").session
+    session.generate(tokens(21), 3)
+    session.reset()
+    prompt, token = tokens(21), tokens(1)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *args: pytest.fail("the host waited for the device"))
+    session.prefill(prompt)
+    session.decode(token)
+
+
+# --- prefill graphs ---
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("state", ["shared", "explicit"])
+@pytest.mark.parametrize("count", [9, 15, 16, 17, 31, 32])
+def test_padding_leaves_every_state_bitwise_unchanged(stack, dtype, state, count):
+    graphed = stack("cuda_graph=all", f"state={state}", dtype=dtype).session
+    plain = stack(f"state={state}", dtype=dtype).session
+    results = []
+    for session in (graphed, plain):
+        session.reset()
+        for name, tensor in session.arena.tensors.items():
+            if name.endswith("_cache"):
+                tensor.fill_(float("nan"))
+            elif name.endswith("expert_ids"):
+                tensor.fill_(-7)
+        logits = session.prefill(tokens(count, seed=count)).clone()
+        results.append({"logits": logits, **session.arena.snapshot()})
+    assert graphed.prefill_graphs.fitting(count) is not None
+    for name, tensor in results[0].items():
+        assert torch.equal(tensor.view(torch.uint8), results[1][name].view(torch.uint8)), name
+
+
+def test_a_prompt_longer_than_every_graph_runs_without(stack):
+    prompt = tokens(40)
+    assert stack("cuda_graph=all").session.generate(prompt, 4) == stack().session.generate(prompt, 4)
+
+
+# --- the loop ---
+
+
+@pytest.mark.parametrize("ahead", [1, 8])
+def test_a_stop_discards_the_overrun(stack, expected, ahead):
+    session = stack("cuda_graph=loop", f"loop_ahead={ahead}").session
+    assert session.generate(tokens(21), 12, on_token=lambda ids, index: index == 3) == [expected[0][:4]]
+    assert session.overrun == ahead and session.length == 21 + 3 + ahead
+    with pytest.raises(RuntimeError, match=r"reset\(\) first"):
+        session.decode(tokens(1))
+    assert session.generate(tokens(21), 12) == expected
+
+
+def test_draws_differ_between_replays_and_repeat_after_reset(stack):
+    session = stack("cuda_graph=loop", "sampler=gumbel", "sampler.temperature=50").session
+    first = session.generate(tokens(21), 60)
+    assert len(set(first[0])) > 20, "the graph draws anew in every replay"
+    assert session.generate(tokens(21), 60) == first
+    assert stack("sampler=gumbel", "sampler.temperature=50").session.generate(tokens(21), 60) == first
+
+
+# --- faults ---
+
+
+@pytest.mark.parametrize("graph", ["decode", "loop"])
+@pytest.mark.parametrize("state", ["shared", "explicit"])
+def test_state_re_allocated_after_capture_is_refused_before_launch(stack, graph, state):
+    session = stack(f"cuda_graph={graph}", f"state={state}").session
+    home = session.arena.tensors if state == "shared" else session.arena.home
+    session.prefill(tokens(9))
+    name = next(iter(home))
+    kept, home[name] = home[name], home[name].clone()
+    call = session.decode if graph == "decode" else lambda token: session.decode_tokens(token, 3)
+    with pytest.raises(RuntimeError, match="re-allocated"):
+        call(tokens(1))
+    home[name] = kept
+
+
+def explode():
+    raise ValueError("a broken op")
+
+
+def exhaust():
+    torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
+
+
+@pytest.mark.parametrize("fault", [explode, exhaust])
+@pytest.mark.parametrize("graph", ["decode", "loop"])
+@pytest.mark.parametrize("state", ["shared", "explicit"])
+def test_a_fault_in_the_middle_of_a_capture(stack, expected, fault, graph, state):
+    session = stack(f"cuda_graph={graph}", f"state={state}").session
+    captured = session.graph or session.loop.graph
+    captured.invalidate()
+    method, before = captured.method, settled_memory()
+
+    def broken(*inputs):
+        result = method(*inputs)
+        if torch.cuda.is_current_stream_capturing():
+            fault()
+        return result
+
+    captured.method = broken
+    with pytest.raises(RuntimeError, match="capture failed, the method is eager again"):
+        session.capture()
+    assert captured.state == "eager" and settled_memory() <= before
+    captured.method = method
+    session.reset()
+    session.decode(tokens(1))  # the next eager call, on the same device
+    session.capture()
+    assert captured.state == "captured" and session.generate(tokens(21), 12) == expected
+
+
+def settled_memory():
+    gc.collect()  # frames of an exception that was caught hold tensors
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated()
+
+
+@pytest.mark.parametrize("graph", ["decode", "all"])
+@pytest.mark.parametrize("state", ["shared", "explicit"])
+def test_resets_and_recaptures_do_not_grow(stack, graph, state):
+    session = stack(f"cuda_graph={graph}", f"state={state}").session
+    memory = []
+    for _ in range(100):
+        session.reset()
+        session.prefill(tokens(9))
+        session.decode(tokens(1))
+        memory.append(settled_memory())
+    assert max(memory[3:]) <= memory[2]
+    memory = []
+    for _ in range(20):
+        for each in [session.graph] if session.graph else [session.loop.graph, session.prefill_graphs]:
+            each.invalidate()
+        session.capture()
+        memory.append((settled_memory(), torch.cuda.memory_reserved()))
+    assert max(memory[3:]) <= memory[2]
+
+
+@pytest.mark.parametrize("overrides", ["cuda_graph=loop", "cuda_graph=all state=explicit", "cuda_graph=decode"])
+def test_a_prompt_after_another_and_nan_in_the_state(stack, overrides):
+    session = stack(*overrides.split(), dtype="bfloat16").session
+
+    def run(prompt):
+        ids = session.generate(prompt, 8)
+        return ids, session.arena.snapshot()
+
+    first = run(tokens(21))
+    run(tokens(30, seed=3))
+    second = run(tokens(21))
+    assert second[0] == first[0] and same(second[1].values(), first[1].values())
+    for tensor in session.arena.tensors.values():
+        if tensor.is_floating_point():
+            tensor.fill_(float("nan"))
+    third = run(tokens(21))
+    assert third[0] == first[0] and same(third[1].values(), first[1].values())
+
+
+def test_interleaved_sessions_do_not_bleed(stack):
+    one, two = (stack(f"cuda_graph={graph}", "state=explicit").session for graph in ("decode", "decode"))
+    alone = [prompt_and_step(session) for session in (one, two)]
+    one.reset(), two.reset()
+    one.prefill(tokens(21)), two.prefill(tokens(30, seed=3))
+    step = one.decode(tokens(1, seed=5)).clone()
+    assert torch.equal(step, alone[0][1])
+
+
+def test_the_context_is_filled_to_the_last_slot(stack):
+    session = stack("cuda_graph=loop").session
+    assert len(session.generate(tokens(100), 28)[0]) == 28
+    with pytest.raises(ValueError, match="max_seq_len=128"):
+        session.generate(tokens(100), 29)
+
+
+# --- memory, time, allocator ---
+
+
+def test_closing_frees_the_graphs(stack):
+    before = settled_memory()
+    built = stack("cuda_graph=all", "state=explicit")
+    held = settled_memory()
+    built.close()
+    assert settled_memory() < held
+    assert all(graph.state == "closed" for graph in built.session.prefill_graphs.graphs.values())
+    assert before > 0
+
+
+def test_quantising_needs_little_beside_the_weights():
+    weight = torch.randn(64, 1024, 2048, dtype=torch.bfloat16, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    stored, scales = quantise(weight, bits=4, group_size=128, name="experts")
+    spare = torch.cuda.max_memory_allocated() - before - stored.nbytes - scales.nbytes
+    assert spare <= 1.25 * 2**30, f"{spare / 2**30:.2f} GiB"
+
+
+@pytest.mark.parametrize("graph", ["false", "decode", "loop"])
+def test_a_tokens_time_is_split(stack, graph):
+    split = token_split(stack(f"cuda_graph={graph}").session, tokens(21), 16)
+    parts = sum(split[name] for name in ("kernels_us", "copies_us", "gaps_us", "host_us"))
+    assert split["kernels"] > 10 and split["kernels_us"] > 0
+    # Equal but for rounding, and for what the profiled pass took longer.
+    assert parts == pytest.approx(split["wall_us"], rel=0.25)
+    assert split["by_kernel"][0]["us"] >= split["by_kernel"][-1]["us"] > 0
+
+
+@pytest.mark.parametrize("graph", ["loop", "all"])
+def test_the_other_allocator(tmp_path, graph):
+    """In a process of its own: an allocator is chosen before torch loads."""
+    command = [sys.executable, "-m", "moeexp", "model=nano", "export=eager", "allocator=cuda_malloc_async"]
+    command += [f"cuda_graph={graph}", "tracker=jsonl", "new_tokens=8", "repeats=1", "prompt_len=21", "dtype=float32"]
+    result = subprocess.run(command, cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
