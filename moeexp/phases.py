@@ -22,6 +22,7 @@ class Phases:
         self.console = console
         self.failed: str | None = None  # the innermost phase that an exception left
         self._spinner = None
+        self._open: list[str] = []
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -30,6 +31,10 @@ class Phases:
             self._spinner = self.console.status(name)
         elif not self.console.is_terminal:
             self.console.print(f"{name} ...")
+        self._open.append(name)
+        # Should the process end without a word, the record tells where it was.
+        self.record.set(phase=name)
+        self.record.write()
         start = time.perf_counter()
         with self._spinner if outermost else nullcontext():
             try:
@@ -45,6 +50,8 @@ class Phases:
         seconds = time.perf_counter() - start
         times = self.record.data["phases_s"]
         times[name] = round(times.get(name, 0.0) + seconds, 4)
+        self._open.pop()
+        self.record.set(phase=self._open[-1] if self._open else None)
         self.console.print(f"{name:<16} {how}{seconds:.2f} s", style="dim", highlight=False)
         if outermost:
             self._spinner = None

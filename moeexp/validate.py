@@ -31,6 +31,10 @@ ALLOWED: dict[str, tuple] = {
     "sampler.name": ("greedy", "gumbel"),
     "tracker.name": ("wandb", "jsonl"),
     "tracker.mode": ("auto", "online", "offline", "disabled"),
+    "launcher.isolation": ("auto", "run", "group", "none"),
+    "engine": ("moeexp", "transformers"),
+    "profile": ("off", "trace"),
+    "rerun": ("failed", "all", "none"),
 }
 
 # Values that the design has and the code does not yet. A row goes when its value works.
@@ -56,6 +60,9 @@ AT_LEAST = {
     "sampler.seed": 0,
     "prompt_len": 1,
     "tracker.timeout_s": 1,
+    "launcher.timeout_s": 1,
+    "min_samples": 1,
+    "min_time_s": 0,
 }
 
 # Axes with nothing to act on without CUDA: recorded as not applicable, not refused, so that one sweep runs everywhere.
