@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +31,7 @@ class Cell:
     number: int
     overrides: list[str]
     design: dict[str, Any] | None
-    composed: DictConfig
+    given: schema.Config
     config: schema.Config | None = None  # resolved
     refusal: ValueError | None = None
     config_hash: str | None = None
@@ -39,32 +41,56 @@ class Cell:
     title: str = ""
 
 
+@dataclass
+class Base:
+    composed: DictConfig
+    config: schema.Config | None
+
+
 class Composer:
     """Hydra's composition of one config per job, with the part that choices of groups decide kept: a sweep has few of
-    those, and composing takes 50 ms where applying values takes one."""
+    those, and composing takes 50 ms."""
 
     def __init__(self, loader: ConfigLoaderImpl, master: DictConfig):
         self.loader, self.master = loader, master
-        self._bases: dict[tuple[str, ...], DictConfig] = {}
+        self._bases: dict[tuple[str, ...], Base] = {}
         self._groups: dict[str, bool] = {}
-        self._parse_one = functools.cache(lambda text: OverridesParser.create().parse_overrides([text])[0])
+        self._parse = functools.cache(lambda text: OverridesParser.create().parse_overrides([text])[0])
 
     def compose(self, overrides: Sequence[str]) -> DictConfig:
         """The task's config without Hydra's node. Raises what Hydra raises."""
-        parsed = [self._parse_one(text) for text in overrides]
+        base, values = self._split(overrides)
+        config = copy.deepcopy(base.composed)
+        _apply(values, config)
+        return config
+
+    def config(self, overrides: Sequence[str]) -> schema.Config:
+        """`to_config` of `compose`, in a tenth of a millisecond where the overrides only set values."""
+        base, values = self._split(overrides)
+        if base.config is None or not all(_sets_a_value(override, base.composed) for override in values):
+            return schema.to_config(self.compose(overrides))
+        config = base.config
+        for override in values:
+            key = override.key_or_group
+            before = _raw(base.composed, key)
+            try:  # in place, for the types' sake
+                _apply([override], base.composed)
+                config = _replaced(config, key.split("."), _raw(base.composed, key))
+            finally:
+                OmegaConf.update(base.composed, key, before, merge=False)
+        return config
+
+    def _split(self, overrides: Sequence[str]) -> tuple[Base, list[Override]]:
+        parsed = [self._parse(text) for text in overrides]
         groups = tuple(override.input_line or "" for override in parsed if not self._is_value(override))
         if groups not in self._bases:
-            base = self.loader.load_sweep_config(self.master, list(groups))
-            with open_dict(base):
-                del base["hydra"]
-            self._bases[groups] = base
-        config = copy.deepcopy(self._bases[groups])
-        try:
-            values = [override for override in parsed if self._is_value(override)]
-            ConfigLoaderImpl._apply_overrides_to_config(values, config)
-        except OmegaConfBaseException as error:  # as Hydra's own composition reports it
-            raise ConfigCompositionException(str(error)) from error
-        return config
+            composed = self.loader.load_sweep_config(self.master, list(groups))
+            with open_dict(composed):
+                del composed["hydra"]
+            # What an interpolation gives may change with any value.
+            fixed = "${" not in OmegaConf.to_yaml(composed)
+            self._bases[groups] = Base(composed, schema.to_config(composed) if fixed else None)
+        return self._bases[groups], [override for override in parsed if self._is_value(override)]
 
     def subdir(self, overrides: Sequence[str], number: int) -> str:
         """`hydra.sweep.subdir` of one job, in full."""
@@ -86,33 +112,55 @@ class Composer:
         return self._groups[key]
 
 
+def _apply(values: Sequence[Override], config: DictConfig) -> None:
+    try:
+        ConfigLoaderImpl._apply_overrides_to_config(list(values), config)
+    except OmegaConfBaseException as error:  # as Hydra's own composition reports it
+        raise ConfigCompositionException(str(error)) from error
+
+
+def _sets_a_value(override: Override, composed: DictConfig) -> bool:
+    """It neither adds nor removes a key, nor merges into a dictionary."""
+    plain = not (override.is_add() or override.is_force_add() or override.is_delete())
+    return plain and not isinstance(OmegaConf.select(composed, override.key_or_group), DictConfig)
+
+
+def _raw(composed: DictConfig, key: str) -> Any:
+    value = OmegaConf.select(composed, key)
+    return OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
+
+
+def _replaced(holder: Any, names: list[str], value: Any) -> Any:
+    """A copy of a dataclass or dict in which the value at a path is another."""
+    name, *rest = names
+    if isinstance(holder, dict):
+        return holder | {name: _replaced(holder[name], rest, value) if rest else value}
+    return dataclasses.replace(holder, **{name: _replaced(getattr(holder, name), rest, value) if rest else value})
+
+
 def cells_of(composer: Composer, jobs: Sequence[Sequence[str]], first: int) -> list[Cell]:
     """One cell per job, or those of the design that a job's config holds in `launcher.cells`. `ValueError` for a
     design that cannot be read; what cannot be composed raises what Hydra raises."""
     cells: list[Cell] = []
     for job in jobs:
-        config = composer.compose(job)
-        if not config.launcher.cells:
-            cells.append(Cell(first + len(cells), list(job), None, config))
+        given = composer.config(job)
+        if not given.launcher.cells:
+            cells.append(Cell(first + len(cells), list(job), None, given))
             continue
-        for overrides, design in _design(config, job):
-            cells.append(Cell(first + len(cells), overrides, design, composer.compose(overrides)))
+        for overrides, design in _design(given.launcher, job):
+            cells.append(Cell(first + len(cells), overrides, design, composer.config(overrides)))
+    counts = collections.Counter(text for cell in cells for text in set(cell.overrides))
     for cell in cells:
-        cell.title = _title(cell, cells)
+        # What tells it from the others; all that it sets, where there are no others.
+        own = [text for text in cell.overrides if counts[text] < len(cells)]
+        cell.title = cell.design["cell"] if cell.design else " ".join(own or cell.overrides) or "(defaults)"
     return cells
 
 
-def _title(cell: Cell, cells: Sequence[Cell]) -> str:
-    """What tells it from the others; all that it sets, where there are no others."""
-    if cell.design is not None:
-        return cell.design["cell"]
-    own = [text for text in cell.overrides if any(text not in other.overrides for other in cells)]
-    return " ".join(own or cell.overrides) or "(defaults)"
-
-
-def _design(config: DictConfig, job: Sequence[str]) -> Iterator[tuple[list[str], dict[str, Any]]]:
+def _design(
+    launcher: schema.LauncherConfig, job: Sequence[str]
+) -> Iterator[tuple[list[str], dict[str, Any]]]:
     """A design's cells with their overrides. What a cell sets goes before what the command line sets: it is the axis."""
-    launcher = OmegaConf.to_object(config.launcher)
     names = [cell.name for cell in launcher.cells]
     for name in names:
         if names.count(name) > 1:
@@ -141,9 +189,7 @@ def judge(cells: Sequence[Cell], *, gpus: Sequence[Gpu], history: History, finge
     """Validates and resolves each cell, and looks up what it has been before. Fills the cells."""
     for cell in cells:
         try:
-            config = schema.to_config(cell.composed)
-            validate.validate(config, cuda_available=bool(gpus))
-            cell.config = validate.resolve(config, cuda_available=bool(gpus))
+            cell.config = validate.resolved(cell.given, cuda_available=bool(gpus))
         except ValueError as refusal:
             cell.refusal = refusal
             continue

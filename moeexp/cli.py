@@ -42,6 +42,12 @@ class Session:
     exit_code: int = OK
     running: bool = False  # inside a run, as opposed to inside Hydra
 
+    def register(self) -> None:
+        """What composing our config takes, in this process."""
+        schema.register()
+        launcher.register()
+        OmegaConf.register_new_resolver("moeexp_id", lambda: self.id, replace=True)
+
 
 def main(arguments: Sequence[str] | None = None, *, experiment: Experiment = default_experiment) -> int:
     """Runs the command line and returns the exit code. `experiment`, a function of a module, replaces
@@ -52,9 +58,7 @@ def main(arguments: Sequence[str] | None = None, *, experiment: Experiment = def
     session = Session(["python", "-m", "moeexp", *arguments], experiment)
     if arguments and arguments[0] not in MULTIRUN and any(text in AS_A_SWEEP for text in arguments):
         arguments.insert(0, "-m")
-    schema.register()
-    launcher.register()
-    OmegaConf.register_new_resolver("moeexp_id", lambda: session.id, replace=True)
+    session.register()
 
     def task(cfg: DictConfig) -> None:
         _task(cfg, session)

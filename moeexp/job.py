@@ -88,10 +88,7 @@ def prepare(cfg: DictConfig, record: Record) -> schema.Config:
 
     from moeexp import environment, validate
 
-    config = schema.to_config(cfg)
-    cuda = torch.cuda.is_available()
-    validate.validate(config, cuda_available=cuda)
-    config = validate.resolve(config, cuda_available=cuda)
+    config = validate.resolved(schema.to_config(cfg), cuda_available=torch.cuda.is_available())
     gpu = environment.gpu_name() if config.device == "cuda" else None
     record.set(
         config=config,

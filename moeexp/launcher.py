@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -19,8 +18,9 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from moeexp.cells import Composer
+from moeexp.cells import Cell, Composer
 from moeexp.job import FAILED
+from moeexp.record import read_record
 from moeexp.sweep import Sweep
 
 # Hydra instantiates plugins by their names in this package, which has them from here.
@@ -35,7 +35,6 @@ class ProcessLauncher(Launcher):
         self.composer = Composer(hydra_context.config_loader, config)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """One return per job, its value what the session makes of its record, for sweepers that search."""
         setup_globals()
         session = self.session
         if session.sweep is None:
@@ -51,11 +50,13 @@ class ProcessLauncher(Launcher):
             _remove_if_unused(session.sweep.directory)
         if session.sweep.interrupted:
             raise KeyboardInterrupt
-        return [self._returned(list(cell.overrides), cell) for cell in cells]
+        return [self._returned(cell) for cell in cells]
 
-    def _returned(self, overrides: list[str], cell: Any) -> JobReturn:
-        result = JobReturn(overrides=overrides, cfg=cell.composed, status=JobStatus.COMPLETED)
-        result.return_value = None
+    def _returned(self, cell: Cell) -> JobReturn:
+        """With what a sweeper that searches maximises."""
+        result = JobReturn(overrides=list(cell.overrides), status=JobStatus.COMPLETED)
+        speed = None if cell.record is None else read_record(cell.record)["decode_tok_s"]
+        result.return_value = 0.0 if speed is None else float(speed)
         return result
 
 
@@ -110,9 +111,12 @@ class SweeperConf:
 
 
 def register() -> None:
-    """Make both known to Hydra as `hydra/launcher=moeexp` and `hydra/sweeper=moeexp`. Idempotent."""
+    """Make both Hydra's defaults, which are named `basic`. Idempotent.
+
+    By that name, because an `override hydra/sweeper: …` in config.yaml would silently win over the one of an experiment
+    that brings its own sweeper."""
     for plugin in (ProcessLauncher, GridSweeper):
         Plugins.instance().register(plugin)
     store = ConfigStore.instance()
-    store.store(group="hydra/launcher", name="moeexp", node=LauncherConf, provider="moeexp")
-    store.store(group="hydra/sweeper", name="moeexp", node=SweeperConf, provider="moeexp")
+    store.store(group="hydra/launcher", name="basic", node=LauncherConf, provider="moeexp")
+    store.store(group="hydra/sweeper", name="basic", node=SweeperConf, provider="moeexp")

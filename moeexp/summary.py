@@ -74,7 +74,7 @@ def print_cells(cells: Sequence[Cell], *, history: History, console: Console) ->
             seconds, source = history.seconds(cell.config_hash or "")
             line = f"to run       {before}" + ("time unknown" if seconds is None else f"~{seconds:.0f} s ({source})")
             total, unknown, to_run = total + (seconds or 0.0), unknown + (seconds is None), to_run + 1
-        console.print(f"[{cell.number}] {cell.title}  {line}", markup=False, highlight=False, soft_wrap=True)
+        print(f"[{cell.number}] {cell.title}  {line}", file=console.file)  # of thousands: no time for styles
     about = f"about {total / 60:.1f} min, one after the other" if to_run > unknown else "time unknown"
     console.print(f"{len(cells)} cells, {to_run} to run, {about}", markup=False, highlight=False, soft_wrap=True)
 

@@ -119,11 +119,10 @@ class Sweep:
 
     def _agreed(self, cells: Sequence[Cell]) -> tuple[LauncherConfig, str]:
         """The settings of the sweep, which are no axis of it."""
-        views = []
-        for cell in cells:
-            launcher = OmegaConf.to_object(cell.composed.launcher)
-            assert isinstance(launcher, LauncherConfig)
-            views.append((dataclasses.replace(launcher, cells=[], only=[]), cell.composed.rerun, cell.composed.dry_run))
+        views = [
+            (dataclasses.replace(cell.given.launcher, cells=[], only=[]), cell.given.rerun, cell.given.dry_run)
+            for cell in cells
+        ]
         if any(view != views[0] for view in views):
             raise ValueError("launcher.*, rerun and dry_run are settings of a whole sweep: give each one value")
         self.settings, rerun, self.dry_run = views[0]
@@ -134,7 +133,7 @@ class Sweep:
         for cell in cells:
             if cell.refusal is not None:
                 folder = self._folder(cell, composer)
-                record = open_record(self._job(cell, folder))
+                record = open_record(self._job(cell, folder, composer))
                 kind = {"type": "ValueError", "message": str(cell.refusal), "phase": None, "traceback": None}
                 record.finish("unsupported", error=kind)
                 folder.release()
@@ -171,9 +170,9 @@ class Sweep:
         for cell in (cell for cells in waiting for cell in cells):
             say(f"[{cell.number}] {cell.title}")
             folder = self._folder(cell, composer)
-            job = self._job(cell, folder)
+            job = self._job(cell, folder, composer)
             cell.record = Path(job.run_dir) / "record.json"
-            code = run_job(job, cell.composed, self.experiment)
+            code = run_job(job, job.composed(), self.experiment)
             folder.release()
             self.interrupted = code == INTERRUPTED
             self._stop_if_failed([cell])
@@ -220,7 +219,7 @@ class Sweep:
     def _start(self, cells: list[Cell], composer: Composer, gpu: Gpu | None) -> Running:
         assert self.settings is not None
         folders = [self._folder(cell, composer) for cell in cells]
-        jobs = [self._job(cell, folder) for cell, folder in zip(cells, folders, strict=True)]
+        jobs = [self._job(cell, folder, composer) for cell, folder in zip(cells, folders, strict=True)]
         for cell, job in zip(cells, jobs, strict=True):
             # Written here, so that there is one whatever becomes of the process.
             cell.record = open_record(job).path
@@ -264,9 +263,9 @@ class Sweep:
         name = composer.subdir(cell.overrides, cell.number)
         return Folder(self.directory, name, suffix=self.id, config_hash=cell.config_hash)
 
-    def _job(self, cell: Cell, folder: Folder) -> Job:
+    def _job(self, cell: Cell, folder: Folder, composer: Composer) -> Job:
         assert self.settings is not None
-        config = OmegaConf.to_container(cell.composed, resolve=True)
+        config = OmegaConf.to_container(composer.compose(cell.overrides), resolve=True)
         assert isinstance(config, dict)
         group = f"{self.directory.parent.name}/{self.directory.name}"
         return Job(

@@ -103,6 +103,12 @@ def resolve(cfg: Config, *, cuda_available: bool) -> Config:
     )
 
 
+def resolved(cfg: Config, *, cuda_available: bool) -> Config:
+    """Both: the config that runs, or `ValueError`."""
+    validate(cfg, cuda_available=cuda_available)
+    return resolve(cfg, cuda_available=cuda_available)
+
+
 def not_applicable(cfg: Config) -> list[str]:
     """Axes that a resolved config sets and that have nothing to act on."""
     return list(NEEDS_CUDA_TO_MATTER) if cfg.device == "cpu" else []
