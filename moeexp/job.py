@@ -1,19 +1,10 @@
-"""One run: validate, run, record, track, show. In the caller's process, or as a process of its own:
-
-    python -m moeexp.job FILE      FILE holds a list of jobs; several are runs that share weights, interleaved
-
-A process of its own is what survives a run that crashes: whatever it leaves, `moeexp.sweep` finishes its record.
-"""
+"""One run: validate, run, record, track, show. In the caller's process, or in one of its own, see `moeexp.worker`."""
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import faulthandler
-import importlib
 import json
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -34,8 +25,6 @@ EXIT_CODES = {
 }  # fmt: skip
 
 Experiment = Callable[..., None]
-
-PR_SET_PDEATHSIG = 1
 
 
 class TimeUp(KeyboardInterrupt):
@@ -192,36 +181,3 @@ def reference_to(experiment: Experiment) -> str:
 def write_jobs(path: Path, jobs: list[Job], experiment: Experiment) -> None:
     jobs_as_plain = [dataclasses.asdict(job) for job in jobs]
     write_atomically(path, json.dumps({"experiment": reference_to(experiment), "jobs": jobs_as_plain}))
-
-
-def main(path: str) -> int:
-    """The process of its own. Its exit code is the worst of its jobs'; the records say the rest."""
-    faulthandler.enable()
-    die_with_parent()
-    content = json.loads(Path(path).read_text())
-    jobs = [Job(**job) for job in content["jobs"]]
-    limit = jobs[0].timeout_s
-
-    def time_is_up(number: int, frame: Any) -> None:
-        raise TimeUp(f"the run took longer than launcher.timeout_s={limit:g}")
-
-    # The parent watches the clock and sends this; see `moeexp.process`.
-    signal.signal(signal.SIGALRM, time_is_up)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # may be ignored in a background job
-    module, _, name = content["experiment"].partition(":")
-    experiment = getattr(importlib.import_module(module), name)
-    if len(jobs) > 1:
-        from moeexp.group import run_group
-
-        return run_group(jobs)
-    return run_job(jobs[0], jobs[0].composed(), experiment)
-
-
-def die_with_parent() -> None:
-    """A sweep that is killed leaves no run behind that holds a GPU. Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))

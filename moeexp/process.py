@@ -17,7 +17,7 @@ GRACE_S = 15.0
 
 
 class Process:
-    """`python -m moeexp.job FILE` in a session of its own, its output in `output`.
+    """`python -m moeexp.worker FILE` in a session of its own, its output in `output`.
 
     Process and CUDA context are its own, and so is Inductor's cache on disk: Inductor's C++ compiler writes libraries
     under their final names, and one that is killed half way would leave a broken library to every later run. (Finished
@@ -32,7 +32,7 @@ class Process:
         self.started = time.monotonic()
         with open(output, "wb") as file:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "moeexp.job", str(jobs)],
+                [sys.executable, "-m", "moeexp.worker", str(jobs)],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -72,12 +72,12 @@ class Process:
     def cause(self, phase: str | None) -> tuple[str, dict[str, Any]]:
         """(status, error) of a run that could not finish its record itself."""
         code = self._process.returncode
-        during = f" during {phase}" if phase else " before its first phase"
+        during = f" during {phase}" if phase else " between two phases"
         name = signal.Signals(-code).name if code < 0 else None
         known: dict[str, Any] = {"exit_code": code} if name is None else {"signal": name}
         if self.timed_out:
             kind, status = "Timeout", "timeout"
-            message = f"the run took longer than launcher.timeout_s={self.timeout_s:g} and was killed{during}"
+            message = f"the run took longer than launcher.timeout_s ({self.timeout_s:g} s) and was killed{during}"
         elif self.interrupted:
             kind, status, message = "KeyboardInterrupt", "interrupted", f"interrupted{during}"
         elif name is not None:

@@ -60,7 +60,7 @@ def test_twelve_cells_four_of_them_sabotaged():
     assert "RuntimeError: boom" in records[1]["error"]["traceback"]
     assert records[2]["error"]["exit_code"] == 3
     assert records[3]["error"]["signal"] == "SIGKILL" and "out of memory" in records[3]["error"]["message"]
-    assert "launcher.timeout_s=20" in records[4]["error"]["message"]
+    assert "launcher.timeout_s (20 s)" in records[4]["error"]["message"]
     assert records[4]["token_latencies_ms"]["samples"] == [1.0, 2.0], "what was measured before the time was up"
     assert all(record["decode_tok_s"] is None for record in records.values() if record["status"] != "ok")
     Path("sabotage").unlink()
