@@ -23,15 +23,21 @@ from .record import Record
 from .schema import Config, QuantConfig
 from .telemetry import Telemetry, watch
 from .trace import write_trace
+from .transformers_engine import run_transformers
 from .validate import heldout_file, load_architecture
 from .verification import verify
 from .weights import NEVER_QUANTISED
+
+GIB = 2.0**30
 
 
 def run_experiment(cfg: Config, *, run_dir: Path, record: Record, phases: Phases) -> None:
     """`cfg` is validated and resolved. Fills the record; a failed check is a result, not an exception."""
     if cfg.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    if cfg.engine == "transformers":
+        run_transformers(cfg, run_dir=run_dir, record=record, phases=phases)
+        return
     run = Run(cfg, run_dir, record, phases)
     with phases("weights"):
         model = build_model(cfg, phases)
@@ -168,23 +174,28 @@ def _ops(stack: Stack) -> dict[str, Any]:
 
 def memory(stack: Stack) -> dict[str, float]:
     """The record's `memory_gib`."""
-    gib = 2.0**30
     seen: dict[int, int] = {}
     state = {tensor.data_ptr() for tensor in stack.arena.tensors.values()}
     for buffer in stack.model.buffers():
         if buffer.data_ptr() not in state:
             seen[buffer.data_ptr()] = buffer.nbytes
-    memory = {"weights": sum(seen.values()) / gib, "state": stack.arena.nbytes() / gib}
-    if stack.device.type == "cuda":
+    known = {"weights": sum(seen.values()) / GIB, "state": stack.arena.nbytes() / GIB}
+    return {name: round(value, 5) for name, value in known.items()} | peaks(stack.device)
+
+
+def peaks(device: torch.device) -> dict[str, float]:
+    """Of this process, in GiB."""
+    memory: dict[str, float] = {}
+    if device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
         memory |= {
-            "peak_allocated": torch.cuda.max_memory_allocated() / gib,
-            "peak_reserved": torch.cuda.max_memory_reserved() / gib,
-            "device_in_use": (total - free) / gib,
+            "peak_allocated": torch.cuda.max_memory_allocated() / GIB,
+            "peak_reserved": torch.cuda.max_memory_reserved() / GIB,
+            "device_in_use": (total - free) / GIB,
         }
     # Kilobytes on Linux, bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
-    memory["peak_host"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / gib
+    memory["peak_host"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
     return {name: round(value, 5) for name, value in memory.items()}
 
 

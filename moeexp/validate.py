@@ -77,6 +77,7 @@ def validate(cfg: Config, *, cuda_available: bool) -> None:
     _check_prompt(cfg, arch)
     _check_quant(cfg.quant, arch)
     _check_ops(cfg, _device(cfg, cuda_available))
+    _check_engine(cfg)
 
 
 def resolve(cfg: Config, *, cuda_available: bool) -> Config:
@@ -111,7 +112,8 @@ def resolved(cfg: Config, *, cuda_available: bool) -> Config:
 
 def not_applicable(cfg: Config) -> list[str]:
     """Axes that a resolved config sets and that have nothing to act on."""
-    return list(NEEDS_CUDA_TO_MATTER) if cfg.device == "cpu" else []
+    ours = ["dispatch", "state", "export", "ops", *NEEDS_CUDA_TO_MATTER[:2]] if cfg.engine == "transformers" else []
+    return list(dict.fromkeys(ours + (list(NEEDS_CUDA_TO_MATTER) if cfg.device == "cpu" else [])))
 
 
 def weights_folder(model: ModelConfig) -> Path | None:
@@ -284,6 +286,17 @@ def _check_ops(cfg: Config, device: str) -> None:
 
     chosen = {field.name: getattr(cfg.ops, field.name) for field in fields(cfg.ops) if field.name != "default"}
     resolve_ops(default=cfg.ops.default, chosen=chosen, device=device)
+
+
+def _check_engine(cfg: Config) -> None:
+    """transformers times its own code on unquantised weights: an axis of ours that it would ignore is refused where a
+    reader would take the speed for that axis's, and marked as not applicable otherwise."""
+    if cfg.engine == "moeexp":
+        return
+    for path, only in (("quant.bits", 16), ("cuda_graph", False), ("sampler.name", "greedy"), ("eos", False)):
+        if get(cfg, path) != only:
+            fix = "quant=none" if path == "quant.bits" else f"{path}={_show(only)}"
+            raise ValueError(f"engine=transformers has no {path}={_show(get(cfg, path))}: use {fix}, or engine=moeexp")
 
 
 def _device(cfg: Config, cuda_available: bool) -> str:
