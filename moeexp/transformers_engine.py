@@ -21,7 +21,7 @@ from .model import Qwen35MoE
 from .phases import Phases
 from .prompts import prompt_tokens, text_of
 from .record import Record
-from .reference import run_reference
+from .reference import ReferenceRun, run_reference
 from .schema import Config
 from .telemetry import watch
 from .validate import load_architecture
@@ -170,21 +170,24 @@ def check(
     its logits are not judged: only that what was timed generates what it should."""
     new = torch.tensor(ids, device=prompt.device)
     fed, weights = torch.cat([prompt, new[:, :-1]], dim=1), TransformersWeights(model)
-    empty = torch.empty(0, device=prompt.device)
-    trace = Trace(fed, prompt.shape[1], empty, empty, {}, new[:, -1])
 
-    def run(name: str, dtype: torch.dtype, expert_ids: Tensor | None):
+    def generated(reference: ReferenceRun) -> Trace:
+        nothing = torch.empty(0, device=prompt.device)  # no logits of ours; the experts are those of its own code
+        return Trace(fed, prompt.shape[1], nothing, reference.expert_ids, {}, new[:, -1])
+
+    def run(name: str, dtype: torch.dtype, expert_ids: Tensor | None) -> ReferenceRun:
         with phases(f"check: {name}"):
             return run_reference(
                 arch, weights, fed, prompt.shape[1], dtype=dtype, device=prompt.device, expert_ids=expert_ids
             )
 
     if cfg.dtype == "float32":
-        parts = [check_tokens(trace, run("reference", torch.float32, None))]
+        reference = run("reference", torch.float32, None)
+        parts = [check_tokens(generated(reference), reference)]
     else:
         bf16 = run("bf16 baseline", torch.bfloat16, None)
         reference = run("bf16 reference", torch.float32, bf16.expert_ids)
-        parts = [check_tokens(trace, reference, bf16, reference)]
+        parts = [check_tokens(generated(reference), reference, bf16, reference)]
     failures = [f"{part.name}: {line}" for part in parts for line in part.failures()]
     return {
         "passed": all(part.passed for part in parts),
