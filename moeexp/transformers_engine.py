@@ -172,8 +172,9 @@ def check(
     fed, weights = torch.cat([prompt, new[:, :-1]], dim=1), TransformersWeights(model)
 
     def generated(reference: ReferenceRun) -> Trace:
-        nothing = torch.empty(0, device=prompt.device)  # no logits of ours; the experts are those of its own code
-        return Trace(fed, prompt.shape[1], nothing, reference.expert_ids, {}, new[:, -1])
+        # Of its tokens alone: experts and state are the reference's, and no logits are judged.
+        nothing = torch.empty(0, device=prompt.device)
+        return Trace(fed, prompt.shape[1], nothing, reference.expert_ids, reference.states, new[:, -1])
 
     def run(name: str, dtype: torch.dtype, expert_ids: Tensor | None) -> ReferenceRun:
         with phases(f"check: {name}"):
