@@ -96,6 +96,8 @@ def _view(records: Sequence[dict[str, Any]]) -> Table:
 def _findings(record: dict[str, Any]) -> list[Row]:
     config, status = record["config"], record["status"]
     point = [config["model"]["name"], f"quant {config['quant']['name']}", config["export"], config["dtype"]]
+    if config.get("engine") == "transformers":
+        point[2] = "transformers"
     point += [f"graph {config['cuda_graph']}"] if config["cuda_graph"] else []
     gpu = ((record["environment"] or {}).get("gpu") or {}).get("name")
     point.append(gpu or config["device"])

@@ -150,9 +150,9 @@ class Sweep:
         return self.settings is not None and self.settings.isolation == "group"
 
     def _repeat_broken_groups(self, cells: Sequence[Cell]) -> None:
-        """Runs are compared within a group because they were interleaved: if one runs again, all do."""
+        """Runs are compared within a group because they took turns: unless all did in one earlier group, all run again."""
         for group in self._grouped([cell for cell in cells if cell.refusal is None]):
-            if any(cell.again for cell in group):
+            if len(group) > 1 and (any(cell.again for cell in group) or len(set(map(_earlier_group, group))) > 1):
                 for cell in group:
                     cell.again = True
 
@@ -299,6 +299,13 @@ def _terminated_as_interrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _earlier_group(cell: Cell) -> str:
+    """Of a run that had no group its own id: it shares that with no other."""
+    assert cell.earlier is not None
+    group = read_running(cell.earlier.path).get("group")
+    return group["id"] if group else cell.earlier.id
 
 
 def _status(cell: Cell) -> str:

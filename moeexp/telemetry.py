@@ -40,7 +40,9 @@ class Telemetry:
 
     def sample(self) -> None:
         try:
-            self.samples.append({"t_s": round(time.monotonic() - self._start, 3)} | self._read())
+            found = self._read()
+            if found:
+                self.samples.append({"t_s": round(time.monotonic() - self._start, 3)} | found)
         except Exception as error:  # NVML's, whose module may be absent; the timing goes on, and the record says why
             self.error = f"{type(error).__name__}: {error}"
 
