@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moeexp import __version__
+from moeexp.devices import nvidia_smi
 
 DISTRIBUTIONS = ("torch", "triton", "transformers", "hqq", "safetensors", "hydra-core", "wandb", "numpy")
 
@@ -47,7 +48,7 @@ def gpu_state() -> dict[str, Any]:
     import torch
 
     try:
-        rows = _nvidia_smi(GPU_STATE)
+        rows = nvidia_smi(*GPU_STATE)
     except (OSError, subprocess.SubprocessError) as error:
         return {"error": f"nvidia-smi: {error}"}
     wanted = str(torch.cuda.get_device_properties(0).uuid)
@@ -79,7 +80,7 @@ def _gpu() -> dict[str, Any]:
 
     properties = torch.cuda.get_device_properties(0)
     try:
-        driver = _nvidia_smi({"driver_version": ""})[0]["driver_version"]
+        driver = nvidia_smi("driver_version")[0]["driver_version"]
     except (OSError, subprocess.SubprocessError) as error:
         driver = f"unknown (nvidia-smi: {error})"
     return {
@@ -89,13 +90,6 @@ def _gpu() -> dict[str, Any]:
         "memory_gib": round(properties.total_memory / 2**30, 2),
         "multiprocessors": properties.multi_processor_count,
     }
-
-
-def _nvidia_smi(fields: dict[str, str]) -> list[dict[str, str]]:
-    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
-    # Bounded: nvidia-smi hangs for minutes where a driver is in trouble.
-    output = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
-    return [dict(zip(fields, (cell.strip() for cell in line.split(",")), strict=True)) for line in output.splitlines()]
 
 
 def _number(text: str) -> float | None:

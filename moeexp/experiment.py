@@ -3,105 +3,137 @@
 from __future__ import annotations
 
 import resource
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from moeexp_kernels import tuning
 from moeexp_runner import timing
-from torch import Tensor
+from moeexp_runner.token_split import token_split
 
+from .benchmark import Benchmark
+from .devices import others_on
 from .evaluate import bits_per_byte
 from .factory import Stack, build_model, build_stack, check_coverage, python_callbacks
 from .floor import bytes_per_step
+from .model import Qwen35MoE
 from .phases import Phases
 from .prompts import Text, prompt_tokens, text_of
 from .record import Record
 from .schema import Config, QuantConfig
+from .telemetry import Telemetry, watch
+from .trace import write_trace
+from .transformers_engine import run_transformers
 from .validate import heldout_file, load_architecture
 from .verification import verify
 from .weights import NEVER_QUANTISED
 
+GIB = 2.0**30
+SPLIT_STEPS = 16  # decode steps that the profiler watches, after the timing
+
 
 def run_experiment(cfg: Config, *, run_dir: Path, record: Record, phases: Phases) -> None:
     """`cfg` is validated and resolved. Fills the record; a failed check is a result, not an exception."""
-    arch = load_architecture(cfg.model)
-    text = text_of(cfg)
-    prompt = prompt_tokens(cfg, arch, text)
-    eos = _eos(cfg, arch)
-    on_cuda = cfg.device == "cuda"
-    if on_cuda:
+    if cfg.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    if cfg.engine == "transformers":
+        run_transformers(cfg, run_dir=run_dir, record=record, phases=phases)
+        return
+    run = Run(cfg, run_dir, record, phases)
     with phases("weights"):
         model = build_model(cfg, phases)
-    share = check_coverage(model, bits=cfg.quant.bits, default_skip=_default_skip(cfg.quant))
-    stack = build_stack(cfg, model, phases)
+    run.build(model)
     try:
-        record.set(
-            quantised_coverage=round(share, 6),
-            ops=_ops(stack, cfg.dispatch),
-            prompt_text=[text.decode(row) for row in prompt.tolist()]
-            if text.decode and cfg.prompt is not None
-            else None,
-        )
         if cfg.check == "inline":
-            record.set(check=verify(cfg, stack, prompt, phases))
+            run.check()
         with phases("benchmark"):
-            ids = _benchmark(cfg, stack, prompt.to(stack.device), record, eos)
-        record.set(memory_gib=_memory(stack))
-        if cfg.check == "separate":  # afterwards, so that no memory of the check is counted above
-            record.set(check=verify(cfg, stack, prompt, phases))
-        passed = (record.data["check"] or {}).get("passed")
-        _compare_ids(record, ids, stopped_early=eos is not None)
-        record.set(generated_ids=ids, generated_text=[text.decode(row) for row in ids] if text.decode else None)
+            run.benchmark.warm_up()
+            run.look_for_others()
+            with watch(cfg.device) as telemetry:
+                while not run.benchmark.enough():
+                    run.benchmark.round()
+        record.set(memory_gib=memory(run.stack))  # before anything that only the report needs allocates more
+        with phases("bandwidth"):
+            run.publish(telemetry, timing.read_bandwidth(run.stack.device))
+        if cfg.check == "separate":
+            run.check()
+        run.finish()
+    finally:
+        run.close()
+
+
+class Run:
+    """One config over a model that is there: what happens to it step by step, each step into its record. Several can
+    be under way over one model, in turns."""
+
+    def __init__(self, cfg: Config, run_dir: Path, record: Record, phases: Phases):
+        self.cfg, self.run_dir, self.record, self.phases = cfg, run_dir, record, phases
+        self.arch = load_architecture(cfg.model)
+        self.text = text_of(cfg)
+        self.prompt = prompt_tokens(cfg, self.arch, self.text)
+        self.eos = _eos(cfg, self.arch)
+
+    def build(self, model: Qwen35MoE) -> None:
+        cfg, decode = self.cfg, self.text.decode
+        share = check_coverage(model, bits=cfg.quant.bits, default_skip=_default_skip(cfg.quant))
+        self.stack = build_stack(cfg, model, self.phases)
+        self.on_device = self.prompt.to(self.stack.device)
+        self.benchmark = Benchmark(cfg, self.stack.session, self.on_device, self.eos, self.record)
+        shown = [decode(row) for row in self.prompt.tolist()] if decode and cfg.prompt is not None else None
+        self.record.set(quantised_coverage=round(share, 6), ops=_ops(self.stack, cfg.dispatch), prompt_text=shown)
+
+    def check(self) -> None:
+        self.record.set(check=verify(self.cfg, self.stack, self.prompt, self.phases))
+
+    def look_for_others(self) -> None:
+        """Another process on the GPU is said, in the record and to the user: it may take part of what is measured."""
+        if self.cfg.device != "cuda":
+            return
+        uuid = "GPU-" + str(torch.cuda.get_device_properties(self.stack.device).uuid)
+        others = others_on(uuid, own=1)
+        self.record.data["environment"]["gpu_other_processes"] = others
+        if others:
+            self.record.note(f"the GPU was busy: {others} other process(es) had a context on it when timing began")
+            print(f"warning: {others} other process(es) on the GPU; speeds may suffer", file=sys.stderr)
+
+    def publish(self, telemetry: Telemetry, bandwidth: float) -> None:
+        """Speeds, and what they are held against. `bandwidth`: bytes per second of large reads, measured here and now."""
+        cfg, stack = self.cfg, self.stack
+        floor = bytes_per_step(stack.model, batch=cfg.batch, length=self.prompt.shape[1] + cfg.new_tokens // 2)
+        values, steps = self.benchmark.values(), min(cfg.new_tokens - 1, SPLIT_STEPS)
+        if "decode_tok_s" in values:
+            values["bandwidth_share"] = floor["total"] * values["decode_tok_s"] / cfg.batch / bandwidth
+        self.record.set(
+            **values,
+            telemetry=telemetry.summary(),
+            bytes_per_token=floor | {"read_bandwidth_gb_s": round(bandwidth / 1e9, 2)},
+            kernels_per_token=timing.kernels_per_step(stack.session, self.on_device),
+            time_split=token_split(stack.session, self.on_device, steps) if steps else None,
+        )
+
+    def finish(self) -> None:
+        """After check and timing: their ids, the text, its quality, a trace where one is wanted."""
+        cfg, record, decode = self.cfg, self.record, self.text.decode
+        ids = self.benchmark.ids
+        _compare_ids(record, ids, stopped_early=self.eos is not None)
+        record.set(generated_ids=ids, generated_text=[decode(row) for row in ids] if decode else None)
         heldout = heldout_file(cfg.model)
         wanted = bool(cfg.eval_bytes) and heldout is not None and cfg.model.weights != "random"
-        if wanted and text.encode is None:
+        if wanted and self.text.encode is None:
             record.note("no bits per byte: the snapshot brings no tokenizer, so held-out text has no tokens")
-        elif wanted and passed is not False:
-            with phases("bits per byte"):
-                quality = _quality(cfg, stack, heldout, text)
+        elif wanted and (record.data["check"] or {}).get("passed") is not False:
+            with self.phases("bits per byte"):
+                quality = _quality(cfg, self.stack, heldout, self.text)
                 record.set(bits_per_byte=quality["bits_per_byte"], evaluation=quality)
-        if cfg.check != "separate":
-            record.set(memory_gib=_memory(stack))
-    finally:
-        stack.close()
+        if cfg.profile == "trace":
+            with self.phases("trace"):
+                path = self.run_dir / "trace.json"
+                record.set(trace=write_trace(self.stack.session, self.on_device, path, new_tokens=cfg.new_tokens))
 
-
-def _benchmark(cfg: Config, stack: Stack, prompt: Tensor, record: Record, eos: set[int] | None) -> list[list[int]]:
-    """Warm-up, then `repeats` prefills and generations; speeds are medians. Returns the ids of the last generation."""
-    session, samples = stack.session, timing.Samples()
-    warm_up = timing.Samples()
-    timing.time_prefill(session, prompt, warm_up)
-    timing.time_generation(session, prompt, min(cfg.new_tokens, 8), warm_up)
-    for _ in range(cfg.repeats):
-        timing.time_prefill(session, prompt, samples)
-    joules_before = timing.energy_joules(stack.device)
-    ids: list[list[int]] = []
-    try:
-        for _ in range(cfg.repeats):
-            ids = timing.time_generation(session, prompt, cfg.new_tokens, samples, stop_ids=eos)
-    finally:  # an interrupted run keeps what it has measured
-        record.latencies_ms.extend(value * 1e3 for value in samples.token_s)
-    joules = timing.energy_joules(stack.device)
-    tokens = len(samples.ttft_s) + len(samples.token_s)
-    bandwidth = timing.read_bandwidth(stack.device)
-    floor = bytes_per_step(stack.model, batch=cfg.batch, length=prompt.shape[1] + cfg.new_tokens // 2)
-    values: dict[str, Any] = {
-        "prefill_tok_s": cfg.batch * prompt.shape[1] / statistics.median(samples.prefill_s),
-        "ttft_s": statistics.median(samples.ttft_s),
-        "bytes_per_token": floor | {"read_bandwidth_gb_s": round(bandwidth / 1e9, 2)},
-        "kernels_per_token": timing.kernels_per_step(session, prompt),
-    }
-    if samples.token_s:
-        step = statistics.median(samples.token_s)
-        values["decode_tok_s"] = cfg.batch / step
-        values["bandwidth_share"] = floor["total"] / step / bandwidth
-    if joules is not None and joules_before is not None:
-        values["joules_per_token"] = (joules - joules_before) / (tokens * cfg.batch)
-    record.set(**values)
-    return ids
+    def close(self) -> None:
+        if hasattr(self, "stack"):
+            self.stack.close()
 
 
 def _compare_ids(record: Record, ids: list[list[int]], *, stopped_early: bool) -> None:
@@ -125,10 +157,11 @@ def _quality(cfg: Config, stack: Stack, heldout: Path, text: Text) -> dict[str, 
 
 
 def _ops(stack: Stack, dispatch: str) -> dict[str, Any]:
-    """Each op's implementation, and those that call back into Python when a method runs."""
+    """Each op's implementation, those that call back into Python when a method runs, and whose launch parameters it has."""
     return {
         "implementations": stack.ops,
         "python_callbacks": python_callbacks(stack, dispatch),
+        "launch_parameters": tuning.sources(tuning.architecture(stack.device)),
         "compiled": {
             name: {"key": artifact.key, "cached": artifact.cached, "compile_s": round(artifact.compile_s, 2)}
             for name, artifact in stack.artifacts.items()
@@ -136,24 +169,29 @@ def _ops(stack: Stack, dispatch: str) -> dict[str, Any]:
     }
 
 
-def _memory(stack: Stack) -> dict[str, float]:
-    gib = 2.0**30
+def memory(stack: Stack) -> dict[str, float]:
+    """The record's `memory_gib`."""
     seen: dict[int, int] = {}
-    state = {tensor.data_ptr() for tensor in stack.arena.tensors.values()}
-    for buffer in stack.model.buffers():
-        if buffer.data_ptr() not in state:
+    for name, buffer in stack.model.named_buffers():
+        if name not in stack.arena.tensors:  # by name: another stack over this model may have attached its own
             seen[buffer.data_ptr()] = buffer.nbytes
-    memory = {"weights": sum(seen.values()) / gib, "state": stack.arena.nbytes() / gib}
-    if stack.device.type == "cuda":
+    known = {"weights": sum(seen.values()) / GIB, "state": stack.arena.nbytes() / GIB}
+    return {name: round(value, 5) for name, value in known.items()} | peaks(stack.device)
+
+
+def peaks(device: torch.device) -> dict[str, float]:
+    """Of this process, in GiB."""
+    memory: dict[str, float] = {}
+    if device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
         memory |= {
-            "peak_allocated": torch.cuda.max_memory_allocated() / gib,
-            "peak_reserved": torch.cuda.max_memory_reserved() / gib,
-            "device_in_use": (total - free) / gib,
+            "peak_allocated": torch.cuda.max_memory_allocated() / GIB,
+            "peak_reserved": torch.cuda.max_memory_reserved() / GIB,
+            "device_in_use": (total - free) / GIB,
         }
     # Kilobytes on Linux, bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
-    memory["peak_host"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / gib
+    memory["peak_host"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
     return {name: round(value, 5) for name, value in memory.items()}
 
 

@@ -22,30 +22,39 @@ class Phases:
         self.console = console
         self.failed: str | None = None  # the innermost phase that an exception left
         self._spinner = None
+        self._open: list[str] = []
 
     @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        outermost = self._spinner is None and self.console.is_terminal
+    def __call__(self, name: str, *, quiet: bool = False) -> Iterator[None]:
+        """`quiet`: one of many short parts of a phase, of which nothing is printed."""
+        outermost = self._spinner is None and self.console.is_terminal and not quiet
         if outermost:
             self._spinner = self.console.status(name)
-        elif not self.console.is_terminal:
+        elif not self.console.is_terminal and not quiet:
             self.console.print(f"{name} ...")
+        self._open.append(name)
+        # Should the process end without a word, the record tells where it was.
+        self.record.set(phase=name)
+        self.record.write()
         start = time.perf_counter()
         with self._spinner if outermost else nullcontext():
             try:
                 yield
             except BaseException:
                 self.failed = self.failed or name
-                self._close(name, start, outermost, "failed after ")
+                self._close(name, start, outermost, "failed after ", quiet=False)
                 raise
-        self._close(name, start, outermost, "")
+        self._close(name, start, outermost, "", quiet=quiet)
         self.record.write()
 
-    def _close(self, name: str, start: float, outermost: bool, how: str) -> None:
+    def _close(self, name: str, start: float, outermost: bool, how: str, *, quiet: bool) -> None:
         seconds = time.perf_counter() - start
         times = self.record.data["phases_s"]
         times[name] = round(times.get(name, 0.0) + seconds, 4)
-        self.console.print(f"{name:<16} {how}{seconds:.2f} s", style="dim", highlight=False)
+        self._open.pop()
+        self.record.set(phase=self._open[-1] if self._open else None)
+        if not quiet:
+            self.console.print(f"{name:<16} {how}{seconds:.2f} s", style="dim", highlight=False)
         if outermost:
             self._spinner = None
 

@@ -26,6 +26,9 @@ PACKAGES = ("moeexp", "moeexp_kernels", "moeexp_runner")
 # Published only for a run that is ok and whose check passed.
 SPEEDS = ("decode_tok_s", "prefill_tok_s", "ttft_s", "bandwidth_share", "joules_per_token")
 
+# Settings that a config's hash leaves out.
+NOT_MEASURED = ("tracker", "launcher", "rerun", "dry_run")
+
 MAX_BYTES = 200_000
 # (raw samples, tokens or characters) to keep; the first row that fits MAX_BYTES counts.
 LIMITS = ((4000, 8000), (400, 800), (0, 80))
@@ -33,6 +36,10 @@ MAX_TRACEBACK = 20_000
 
 # Raw newlines are layout only, never inside a JSON string.
 NUMBER_LIST = re.compile(r"\[\n\s*((?:-?[\d.e+-]+,\n\s*)*-?[\d.e+-]+)\n\s*\]")
+
+# What `head` reads. These stand first in the file.
+HEAD = ("id", "config_hash", "code_fingerprint", "status", "started", "finished")
+HEAD_LINE = re.compile(r'^ "(\w+)": (null|"[^"]*"),$', re.MULTILINE)
 
 # In the order in which the file shows them; None until known.
 KEYS = (
@@ -42,6 +49,8 @@ KEYS = (
     "status",
     "started",
     "finished",
+    "phase",
+    "design",
     "command",
     "overrides",
     "config",
@@ -51,6 +60,9 @@ KEYS = (
     "prefill_tok_s",
     "ttft_s",
     "token_latencies_ms",
+    "rounds",
+    "telemetry",
+    "group",
     "generated_ids",
     "generated_text",
     "prompt_text",
@@ -59,6 +71,8 @@ KEYS = (
     "bytes_per_token",
     "bandwidth_share",
     "kernels_per_token",
+    "time_split",
+    "trace",
     "joules_per_token",
     "phases_s",
     "memory_gib",
@@ -82,6 +96,14 @@ class Record:
         self.set(id=id, config=config, command=command, overrides=list(overrides))
         self.set(status="running", started=_now(), phases_s={}, notes=[])
 
+    @classmethod
+    def load(cls, path: Path) -> Record:
+        """The record that another process left at `path`, to be finished here."""
+        record = cls.__new__(cls)
+        record.path, record.data = path, read_record(path)
+        record.latencies_ms = list((record.data["token_latencies_ms"] or {}).get("samples", []))
+        return record
+
     def set(self, **values: Any) -> None:
         """Set top-level keys. Dataclasses, paths, tuples and non-finite floats are made plain, see `plain`."""
         for key, value in values.items():
@@ -101,7 +123,7 @@ class Record:
         if error is not None:
             text = error.get("traceback") or ""
             error = error | {"traceback": text if len(text) <= MAX_TRACEBACK else "…" + text[-MAX_TRACEBACK:]}
-        self.set(status=status, error=error, finished=_now())
+        self.set(status=status, error=error, finished=_now(), phase=None)
         passed = bool((self.data["check"] or {}).get("passed"))
         if status != "ok" or not passed:
             self.set(**dict.fromkeys(SPEEDS))
@@ -192,11 +214,25 @@ def read_record(path: Path) -> dict[str, Any]:
     return data
 
 
+def head(path: Path) -> dict[str, Any]:
+    """{id, config_hash, code_fingerprint, status, started, finished} from a record's first lines; {} where the file is
+    no record, or one of another schema version. A sweep looks at thousands, and a record has up to 200 KB."""
+    try:
+        with open(path, "rb") as file:
+            text = file.read(1024).decode("utf-8", errors="ignore")
+    except FileNotFoundError:  # a link to a run that has been removed
+        return {}
+    pairs = {key: None if value == "null" else value.strip('"') for key, value in HEAD_LINE.findall(text)}
+    if pairs.pop("schema", None) != SCHEMA or not set(HEAD) <= set(pairs):
+        return {}
+    return {key: pairs[key] for key in HEAD}
+
+
 def config_hash(config: Any, *, device: str, gpu: str | None) -> str:
     """Digest of a resolved config with the device that it runs on: two runs with the same one measure the same thing.
 
-    The tracker and how a sweep treats failures change nothing that is measured."""
-    settings = {key: value for key, value in plain(config).items() if key not in ("tracker", "launcher")}
+    The tracker and how a sweep is run change nothing that is measured."""
+    settings = {key: value for key, value in plain(config).items() if key not in NOT_MEASURED}
     return _digest([json.dumps({"config": settings, "device": device, "gpu": gpu}, sort_keys=True).encode()])
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,24 @@ class TrackerConfig:
 
 
 @dataclass
+class CellConfig:
+    """One cell of a design that is no grid."""
+
+    name: str = MISSING
+    set: list[str] = field(default_factory=list)  # overrides, as on the command line
+
+
+@dataclass
 class LauncherConfig:
+    isolation: str = MISSING  # auto: a process per run in a sweep, none for a single run
+    gpus: Any = MISSING  # how many, `all`, or a list of indices
+    timeout_s: float | None = MISSING  # of one run
+    fail_fast: bool = MISSING
     strict: bool = MISSING  # an invalid cell fails the sweep
+    root: str = MISSING  # where earlier runs are looked for
+    design: str | None = MISSING  # the name of what `cells` is
+    cells: list[CellConfig] = MISSING  # a design: one run each, instead of one run
+    only: list[str] = MISSING  # names or numbers of the design's cells to run; empty: all
 
 
 @dataclass
@@ -109,8 +125,14 @@ class Config:
     max_seq_len: int = MISSING
     eos: bool = MISSING  # stop at the model's end-of-sequence token
     seed: int = MISSING
-    repeats: int = MISSING
+    repeats: int = MISSING  # rounds of one prefill and one generation: at least so many,
+    min_samples: int = MISSING  # and until there are so many token latencies,
+    min_time_s: float = MISSING  # and until so long was measured
     eval_bytes: int = MISSING  # bytes of held-out text for bits per byte; 0 leaves it out
+    profile: str = MISSING  # trace: a Chrome trace of a few decode steps beside the record
+    engine: str = MISSING  # transformers: time its own generate instead, as the ladder's first rung
+    rerun: str = MISSING  # which cells of a repeated sweep run again
+    dry_run: bool = MISSING  # list what would run, and stop
 
 
 GROUPS: dict[str, type] = {

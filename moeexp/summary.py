@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +16,10 @@ from moeexp.report import footnotes, markdown, number, table, why
 COLOURS = {"ok": "green", "running": "yellow", "unsupported": "yellow", "interrupted": "yellow"}
 MAX_TEXT = 600
 LABEL = 14
+
+if TYPE_CHECKING:
+    from moeexp.cells import Cell
+    from moeexp.resume import History
 
 Row = tuple[str, str | Text]
 
@@ -49,6 +53,32 @@ def print_sweep(records: Sequence[dict[str, Any]], *, path: Path, console: Conso
     console.print(f"table  {_short(path)}", markup=False, highlight=False, soft_wrap=True)
 
 
+def outcome(record: dict[str, Any]) -> str:
+    """A run in one line, as a sweep shows it when the run has ended."""
+    if record["status"] == "ok":
+        speed = record["decode_tok_s"]
+        return "ok" if speed is None else f"ok, {number(speed)} tok/s"
+    return f"{record['status']}: {why(record) or 'no reason recorded'}"
+
+
+def print_cells(cells: Sequence[Cell], *, history: History, console: Console) -> None:
+    """What a sweep would do, one line a cell; the reason of each that may not run; the time that it will take."""
+    total, unknown, to_run = 0.0, 0, 0
+    for cell in cells:
+        if cell.refusal is not None:
+            line = f"unsupported  {' '.join(str(cell.refusal).split())}"
+        elif not cell.again and cell.earlier is not None:
+            line = f"done         {cell.earlier.status}, {_short(cell.earlier.path)}"
+        else:
+            before = f"{cell.earlier.status} before, " if cell.earlier is not None else ""
+            seconds, source = history.seconds(cell.config_hash or "")
+            line = f"to run       {before}" + ("time unknown" if seconds is None else f"~{seconds:.0f} s ({source})")
+            total, unknown, to_run = total + (seconds or 0.0), unknown + (seconds is None), to_run + 1
+        print(f"[{cell.number}] {cell.title}  {line}", file=console.file)  # of thousands: no time for styles
+    about = f"about {total / 60:.1f} min, one after the other" if to_run > unknown else "time unknown"
+    console.print(f"{len(cells)} cells, {to_run} to run, {about}", markup=False, highlight=False, soft_wrap=True)
+
+
 def _view(records: Sequence[dict[str, Any]]) -> Table:
     header, rows = table(records)
     status = header.index("status")
@@ -66,6 +96,8 @@ def _view(records: Sequence[dict[str, Any]]) -> Table:
 def _findings(record: dict[str, Any]) -> list[Row]:
     config, status = record["config"], record["status"]
     point = [config["model"]["name"], f"quant {config['quant']['name']}", config["export"], config["dtype"]]
+    if config.get("engine") == "transformers":
+        point[2] = "transformers"
     point += [f"graph {config['cuda_graph']}"] if config["cuda_graph"] else []
     gpu = ((record["environment"] or {}).get("gpu") or {}).get("name")
     point.append(gpu or config["device"])

@@ -31,6 +31,10 @@ ALLOWED: dict[str, tuple] = {
     "sampler.name": ("greedy", "gumbel"),
     "tracker.name": ("wandb", "jsonl"),
     "tracker.mode": ("auto", "online", "offline", "disabled"),
+    "launcher.isolation": ("auto", "run", "group", "none"),
+    "engine": ("moeexp", "transformers"),
+    "profile": ("off", "trace"),
+    "rerun": ("failed", "all", "none"),
 }
 
 # Field -> the least value that makes sense.
@@ -46,6 +50,9 @@ AT_LEAST = {
     "prompt_len": 1,
     "loop_ahead": 1,
     "tracker.timeout_s": 1,
+    "launcher.timeout_s": 1,
+    "min_samples": 1,
+    "min_time_s": 0,
 }
 
 # Axes with nothing to act on without CUDA: recorded as not applicable, not refused, so that one sweep runs everywhere.
@@ -62,6 +69,7 @@ def validate(cfg: Config, *, cuda_available: bool) -> None:
     _check_prompt(cfg, arch)
     _check_quant(cfg.quant, arch)
     _check_ops(cfg, _device(cfg, cuda_available))
+    _check_engine(cfg)
 
 
 def resolve(cfg: Config, *, cuda_available: bool) -> Config:
@@ -94,14 +102,22 @@ def _graph_lengths(cfg: Config) -> list[int]:
     return sorted({min(length, cfg.max_seq_len) for length in cfg.prefill_graph_lengths})
 
 
+def resolved(cfg: Config, *, cuda_available: bool) -> Config:
+    """Both: the config that runs, or `ValueError`."""
+    validate(cfg, cuda_available=cuda_available)
+    return resolve(cfg, cuda_available=cuda_available)
+
+
 def not_applicable(cfg: Config) -> list[str]:
     """Axes that a resolved config sets and that have nothing to act on."""
-    nothing = list(NEEDS_CUDA_TO_MATTER) if cfg.device == "cpu" else []
+    nothing = ["dispatch", "state", "export", "ops", *NEEDS_CUDA_TO_MATTER[:2]] if cfg.engine == "transformers" else []
+    if cfg.device == "cpu":
+        nothing += NEEDS_CUDA_TO_MATTER
     if cfg.cuda_graph == "all" and cfg.dispatch == "token_by_token":
         nothing.append("prefill_graph_lengths")  # there is no prefill to capture
     if cfg.cuda_graph is False:
         nothing.append("overlap")  # edges of a graph
-    return nothing
+    return list(dict.fromkeys(nothing))
 
 
 def weights_folder(model: ModelConfig) -> Path | None:
@@ -303,6 +319,17 @@ def _check_ops(cfg: Config, device: str) -> None:
 
     chosen = {field.name: getattr(cfg.ops, field.name) for field in fields(cfg.ops) if field.name != "default"}
     resolve_ops(default=cfg.ops.default, chosen=chosen, device=device)
+
+
+def _check_engine(cfg: Config) -> None:
+    """transformers times its own code on unquantised weights: an axis of ours that it would ignore is refused where a
+    reader would take the speed for that axis's, and marked as not applicable otherwise."""
+    if cfg.engine == "moeexp":
+        return
+    for path, only in (("quant.bits", 16), ("cuda_graph", False), ("sampler.name", "greedy"), ("eos", False)):
+        if get(cfg, path) != only:
+            fix = "quant=none" if path == "quant.bits" else f"{path}={_show(only)}"
+            raise ValueError(f"engine=transformers has no {path}={_show(get(cfg, path))}: use {fix}, or engine=moeexp")
 
 
 def _device(cfg: Config, cuda_available: bool) -> str:

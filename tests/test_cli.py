@@ -12,6 +12,7 @@ from moeexp.cli import main
 from moeexp.record import read_record
 
 QUIET = ["model=nano", "tracker=jsonl"]
+HERE = "launcher.isolation=none"  # sweeps with a process per run: tests/faults
 
 
 def experiment(cfg, *, run_dir, record, phases):
@@ -121,7 +122,7 @@ def test_check_off_is_ok_and_publishes_no_speed(tmp_path):
         (["~seed"], ["seed is missing"]),
         (["quant=int9"], ["quant=int9", "allowed: int4, int8, none"]),
         (["model=banana"], ["model=banana", "nano", "tiny"]),
-        (["experiment=banana"], ["experiment=banana", "allowed: quantisation"]),
+        (["experiment=banana"], ["experiment=banana", "allowed: full_factorial, ladder"]),
         (["new_tokens=abc"], ["new_tokens=abc", "Integer"]),
         (["prompt_ids=[a]"], ["prompt_ids[0]=a"]),
         (["shared_stream=banana"], ["shared_stream=banana", "bool"]),
@@ -136,7 +137,7 @@ def test_check_off_is_ok_and_publishes_no_speed(tmp_path):
     ],
 )
 def test_invalid_input_is_one_line_and_exit_2(arguments, parts, capsys):
-    assert main([*QUIET, *arguments], experiment=None) == 2
+    assert main([*QUIET, *arguments], experiment=experiment) == 2
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
     assert line.startswith("error: ") and captured.out == ""
@@ -145,7 +146,7 @@ def test_invalid_input_is_one_line_and_exit_2(arguments, parts, capsys):
 
 
 def test_refused_before_any_work(tmp_path):
-    assert main([*QUIET, "new_tokens=0"], experiment=None) == 2
+    assert main([*QUIET, "new_tokens=0"], experiment=experiment) == 2
     (record,) = records(tmp_path)
     assert record["status"] == "failed" and record["phases_s"] == {} and record["tracker"] is None
 
@@ -163,7 +164,7 @@ def test_run_folders_of_one_second_differ(tmp_path):
 
 
 def test_sweep_goes_on_after_failures(tmp_path, capsys):
-    assert run("-m", "seed=1,2,3,5,0") == 1
+    assert run("-m", "seed=1,2,3,5,0", HERE) == 1
     found = records(tmp_path, "multirun")
     assert [record["status"] for record in found] == ["unsupported", "failed", "incorrect", "failed", "ok"]
     assert [record["id"].split(".")[1] for record in found] == ["0", "1", "2", "3", "4"]
@@ -175,19 +176,19 @@ def test_sweep_goes_on_after_failures(tmp_path, capsys):
 
 @pytest.mark.parametrize("strict, code", [("false", 0), ("true", 1)])
 def test_invalid_cells_fail_a_strict_sweep_only(tmp_path, strict, code):
-    assert run("-m", "seed=0", "new_tokens=0,1", f"launcher.strict={strict}") == code
+    assert run("-m", "seed=0", "new_tokens=0,1", f"launcher.strict={strict}", HERE) == code
     assert [record["status"] for record in records(tmp_path, "multirun")] == ["unsupported", "ok"]
 
 
 def test_an_interrupt_ends_a_sweep_and_leaves_its_table(tmp_path):
-    assert run("-m", "seed=0,4,0") == 130
+    assert run("-m", "seed=0,4,0", HERE) == 130
     assert [record["status"] for record in records(tmp_path, "multirun")] == ["ok", "interrupted"]
     assert list((tmp_path / "multirun").rglob("table.md"))
 
 
 @pytest.mark.parametrize("flags", [["-m"], []])
 def test_every_experiment_runs(tmp_path, flags):
-    assert run(*flags, "experiment=quantisation") == 0
+    assert run(*flags, "experiment=quantisation", HERE) == 0
     names = [record["config"]["quant"]["name"] for record in records(tmp_path, "multirun")]
     assert names == ["none", "int8", "int4"]
 
@@ -202,12 +203,12 @@ def test_help_and_cfg(capsys):
 
 
 def test_a_bug_of_ours_is_not_dressed_up_as_a_config_error(monkeypatch):
-    from moeexp import cli
+    from moeexp import job
 
     def broken(*_, **__):
         raise KeyError("our own")
 
-    monkeypatch.setattr(cli.summary, "print_run", broken)
+    monkeypatch.setattr(job.summary, "print_run", broken)
     with pytest.raises(KeyError):
         run()
 

@@ -9,7 +9,8 @@ from moeexp_kernels import linear, registry
 
 from moeexp import cli
 
-NANO = ["model=nano", "export=eager", "new_tokens=6", "repeats=1", "tracker=jsonl", "prompt_len=21"]
+NANO = ["model=nano", "export=eager", "new_tokens=6", "tracker=jsonl", "prompt_len=21"]
+NANO += ["repeats=1", "min_samples=1", "min_time_s=0"]
 
 
 @pytest.fixture

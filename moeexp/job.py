@@ -1,0 +1,185 @@
+"""One run: validate, run, record, track, show. In the caller's process, or in one of its own, see `moeexp.worker`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from moeexp import allocator, schema, summary, tracker
+from moeexp.phases import Phases
+from moeexp.record import Record, code_fingerprint, config_hash, write_atomically
+
+OK, FAILED, INVALID, INTERRUPTED = 0, 1, 2, 130
+EXIT_CODES = {
+    "ok": OK, "incorrect": FAILED, "failed": FAILED, "timeout": FAILED, "unsupported": INVALID, "interrupted": INTERRUPTED,
+}  # fmt: skip
+
+Experiment = Callable[..., None]
+
+
+class TimeUp(KeyboardInterrupt):
+    """The run's time is over; what it has measured is kept, as after an interrupt."""
+
+
+@dataclass
+class Job:
+    """Plain values only, so that it can be handed to another process."""
+
+    id: str
+    run_dir: str
+    config: dict[str, Any]  # as composed
+    overrides: list[str]
+    command: list[str]
+    sweep: bool = False
+    group: str | None = None  # the tracker's
+    design: dict[str, Any] | None = None
+    timeout_s: float | None = None
+
+    def composed(self) -> DictConfig:
+        return OmegaConf.merge(OmegaConf.structured(schema.Config), self.config)
+
+
+def run_job(job: Job, cfg: DictConfig, experiment: Experiment) -> int:
+    """Runs one config. Returns the exit code; the record holds the status."""
+    record = open_record(job)
+    phases = Phases(record, Console(stderr=True))
+    config, error = None, None
+    try:
+        config = prepare(cfg, record)
+        experiment(config, run_dir=Path(job.run_dir), record=record, phases=phases)
+        status = verdict(config, record)
+    except BaseException as raised:
+        status, error = status_of(raised, sweep=job.sweep), raised
+    return conclude(job, record, phases, config, status, error)
+
+
+def open_record(job: Job) -> Record:
+    path = Path(job.run_dir) / "record.json"
+    record = Record(path, id=job.id, config=job.config, command=job.command, overrides=job.overrides)
+    record.set(design=job.design)
+    record.write()
+    return record
+
+
+def prepare(cfg: DictConfig, record: Record) -> schema.Config:
+    """Validates and resolves; the record then says what runs, and on what."""
+    composed = schema.to_config(cfg)
+    allocator.prepare(composed)
+    import torch
+
+    from moeexp import environment, validate
+
+    config = validate.resolved(composed, cuda_available=torch.cuda.is_available())
+    gpu = environment.gpu_name() if config.device == "cuda" else None
+    record.set(
+        config=config,
+        config_hash=config_hash(config, device=config.device, gpu=gpu),
+        code_fingerprint=code_fingerprint(),
+        random_weights=config.model.weights == "random",
+        not_applicable=validate.not_applicable(config),
+        environment=environment.collect(config.device),
+    )
+    record.write()
+    return config
+
+
+def verdict(config: schema.Config, record: Record) -> str:
+    if config.check == "off":
+        return "ok"
+    passed = (record.data["check"] or {}).get("passed")
+    assert isinstance(passed, bool), f"the run ended with check={record.data['check']!r}, without a verdict"
+    return "ok" if passed else "incorrect"
+
+
+def status_of(raised: BaseException, *, sweep: bool) -> str:
+    """In a sweep a cell that may not run is `unsupported`: the others go on, and it fails nothing."""
+    if isinstance(raised, TimeUp):
+        return "timeout"
+    if isinstance(raised, KeyboardInterrupt):
+        return "interrupted"
+    return "unsupported" if sweep and isinstance(raised, ValueError) else "failed"
+
+
+def conclude(
+    job: Job, record: Record, phases: Phases, config: schema.Config | None, status: str, error: BaseException | None
+) -> int:
+    """Finishes the record, tracks and shows it. Returns the exit code."""
+    from moeexp import environment
+
+    if config is not None and config.device == "cuda":
+        record.data["environment"]["gpu_after"] = environment.gpu_state()
+    record.finish(status, error=_describe(error, phases))
+    code = INVALID if isinstance(error, ValueError) else EXIT_CODES[status]
+    if config is not None:  # a config that was refused measured nothing that a tracker should show
+        track(record, code, group=job.group)
+    if error is not None:
+        _report(error, record, phases)
+    if not isinstance(error, ValueError):
+        summary.print_run(record.data, path=record.path, console=Console())
+    return code
+
+
+def track(record: Record, exit_code: int, *, group: str | None) -> None:
+    found = tracker.track(record.data, run_dir=record.path.parent, exit_code=exit_code, group=group)
+    record.set(tracker=found)
+    record.write()
+    if found["warning"]:
+        say(f"warning: {found['warning']}")
+
+
+def _describe(error: BaseException | None, phases: Phases) -> dict[str, Any] | None:
+    if error is None:
+        return None
+    lines = "".join(traceback.format_exception(error))
+    return {"type": type(error).__name__, "message": str(error), "phase": phases.failed, "traceback": lines}
+
+
+def _report(error: BaseException, record: Record, phases: Phases) -> None:
+    """One line. The traceback of what is not the user's doing lies beside the record, and in it."""
+    message = " ".join(str(error).split())
+    if isinstance(error, TimeUp):
+        say(f"error: {message}; what was measured is in {os.path.relpath(record.path)}")
+    elif isinstance(error, KeyboardInterrupt):
+        say(f"interrupted; what was measured is in {os.path.relpath(record.path)}")
+    elif isinstance(error, ValueError):
+        say(f"error: {message}")
+    else:
+        path = record.path.with_name("traceback.txt")
+        write_atomically(path, record.data["error"]["traceback"])
+        during = f" during {phases.failed}" if phases.failed else ""
+        say(f"error: {type(error).__name__}{during}: {message} (traceback: {os.path.relpath(path)})")
+
+
+def say(line: str) -> None:
+    """One line to the user."""
+    print(line, file=sys.stderr)
+
+
+def default_experiment(*arguments: Any, **keywords: Any) -> None:
+    # Imported at the first run, after validation: `--help`, `--cfg` and a mistyped key need no model code.
+    from moeexp.experiment import run_experiment
+
+    run_experiment(*arguments, **keywords)
+
+
+def reference_to(experiment: Experiment) -> str:
+    """`module:function`, by which a process of its own finds the experiment again."""
+    assert experiment.__module__ != "__main__" and "<" not in experiment.__qualname__, (
+        f"{experiment.__qualname__} of {experiment.__module__} cannot be imported by another process"
+    )
+    return f"{experiment.__module__}:{experiment.__qualname__}"
+
+
+def write_jobs(path: Path, jobs: list[Job], experiment: Experiment) -> None:
+    jobs_as_plain = [dataclasses.asdict(job) for job in jobs]
+    write_atomically(path, json.dumps({"experiment": reference_to(experiment), "jobs": jobs_as_plain}))

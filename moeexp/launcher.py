@@ -1,0 +1,122 @@
+"""Hydra's plugins: a launcher that runs each job as a process, and a sweeper that checks a grid's cells quickly.
+
+Any sweeper that Hydra has (Optuna's, for example) works with this launcher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+from moeexp.cells import Cell, Composer
+from moeexp.job import FAILED
+from moeexp.record import read_record
+from moeexp.sweep import Sweep
+
+# Hydra instantiates plugins by their names in this package, which has them from here.
+PLUGINS = "hydra_plugins.moeexp"
+
+
+class ProcessLauncher(Launcher):
+    __module__ = PLUGINS
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.config, self.session = config, task_function.session  # type: ignore[attr-defined]
+        self.composer = Composer(hydra_context.config_loader, config)
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        setup_globals()
+        session = self.session
+        if session.sweep is None:
+            directory = Path(str(self.config.hydra.sweep.dir))
+            session.sweep = Sweep(session.id, session.command, session.experiment, directory)
+        if session.sweep.stopped:  # in an earlier batch, by launcher.fail_fast
+            raise SystemExit(FAILED)
+        cells = session.sweep.plan(self.composer, job_overrides, initial_job_idx)
+        session.running = True
+        session.sweep.run(self.composer, cells)
+        session.running = False
+        if session.sweep.dry_run:
+            _remove_if_unused(session.sweep.directory)
+        if session.sweep.interrupted:
+            raise KeyboardInterrupt
+        return [self._returned(cell) for cell in cells]
+
+    def _returned(self, cell: Cell) -> JobReturn:
+        """With what a sweeper that searches maximises."""
+        result = JobReturn(overrides=list(cell.overrides), status=JobStatus.COMPLETED)
+        speed = None if cell.record is None else read_record(cell.record)["decode_tok_s"]
+        result.return_value = 0.0 if speed is None else float(speed)
+        return result
+
+
+def _remove_if_unused(sweep: Path) -> None:
+    """The sweeper makes the folder, whether anything runs or not."""
+    if [path.name for path in sweep.iterdir()] == ["multirun.yaml"]:
+        (sweep / "multirun.yaml").unlink()
+        sweep.rmdir()
+
+
+class GridSweeper(Sweeper):
+    """The grid of Hydra's own sweeper, without composing every cell in full only to see whether it can be: the launcher
+    composes them all before the first one runs, and faster."""
+
+    __module__ = PLUGINS
+
+    def __init__(self, max_batch_size: int | None = None, params: dict[str, str] | None = None):
+        self.max_batch_size, self.params = max_batch_size, params or {}
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.context, self.config = hydra_context, config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
+        # Not above: Hydra's scan for plugins loads that module again, which makes another class of it.
+        from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+        given = [f"{key}={value}" for key, value in self.params.items()] + arguments
+        parser = OverridesParser.create(config_loader=self.context.config_loader)
+        batches = BasicSweeper.split_arguments(parser.parse_overrides(given), self.max_batch_size)
+        directory = Path(str(self.config.hydra.sweep.dir))
+        directory.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.config, directory / "multirun.yaml")
+        returned: list[Sequence[JobReturn]] = []
+        for batch in batches:
+            returned.append(self.launcher.launch(batch, initial_job_idx=sum(map(len, returned))))
+        return returned
+
+
+@dataclass
+class LauncherConf:
+    _target_: str = f"{PLUGINS}.ProcessLauncher"
+
+
+@dataclass
+class SweeperConf:
+    _target_: str = f"{PLUGINS}.GridSweeper"
+    max_batch_size: int | None = None
+    params: dict[str, str] | None = None
+
+
+def register() -> None:
+    """Make both Hydra's defaults, which are named `basic`. Idempotent.
+
+    By that name, because an `override hydra/sweeper: …` in config.yaml would silently win over the one of an experiment
+    that brings its own sweeper."""
+    for plugin in (ProcessLauncher, GridSweeper):
+        Plugins.instance().register(plugin)
+    store = ConfigStore.instance()
+    store.store(group="hydra/launcher", name="basic", node=LauncherConf, provider="moeexp")
+    store.store(group="hydra/sweeper", name="basic", node=SweeperConf, provider="moeexp")

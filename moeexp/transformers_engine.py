@@ -1,0 +1,230 @@
+"""`engine=transformers`: transformers' own `generate` on the unquantised weights, timed and checked beside our stacks."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from moeexp_runner import timing
+from torch import Tensor, nn
+
+from .architecture import Architecture
+from .benchmark import Benchmark
+from .check import Trace, check_tokens
+from .dequantised import DequantisedWeights
+from .factory import build_model
+from .floor import bytes_per_step
+from .model import Qwen35MoE
+from .phases import Phases
+from .prompts import prompt_tokens, text_of
+from .record import Record
+from .reference import ReferenceRun, run_reference
+from .schema import Config
+from .telemetry import watch
+from .validate import load_architecture
+
+# Beside the model: what its copy of one layer takes while it is filled, and the cache.
+HEADROOM = 1.15
+
+
+class TransformersSession:
+    """What `moeexp_runner.timing` times, of a `Qwen3_5MoeForCausalLM`. Greedy."""
+
+    def __init__(self, model: nn.Module, *, batch: int):
+        self.model, self.batch = model, batch
+        self.device = model.device
+
+    def reset(self) -> None:
+        """Every call begins with a cache of its own."""
+
+    @torch.no_grad()
+    def prefill(self, tokens: Tensor) -> Tensor:
+        """tokens [B, T] int64. Logits of the last position [B, 1, V]."""
+        return self.model(input_ids=tokens, use_cache=True, logits_to_keep=1).logits
+
+    def generate(
+        self, tokens: Tensor, new_tokens: int, *, on_token: Callable[[list[int], int], bool | None] | None = None
+    ) -> list[list[int]]:
+        """tokens [B, T] int64 -> the new ids [B][<= new_tokens]; `on_token` as in `Session.generate`."""
+        listener = _Listener(on_token)
+        ids = self.model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            do_sample=False,
+            max_new_tokens=new_tokens,
+            streamer=listener,
+            stopping_criteria=[listener.wants_to_stop],
+        )
+        return ids[:, tokens.shape[1] :].tolist()
+
+    def close(self) -> None:
+        del self.model
+
+
+class _Listener:
+    """A streamer: is handed the prompt, then each step's tokens as they come to the host."""
+
+    def __init__(self, on_token: Callable[[list[int], int], bool | None] | None):
+        self.on_token, self.count, self.stop = on_token, -1, False
+
+    def put(self, value: Tensor) -> None:
+        if self.count >= 0 and self.on_token is not None:
+            self.stop = bool(self.on_token(value.view(-1).tolist(), self.count))
+        self.count += 1
+
+    def end(self) -> None:
+        pass
+
+    def wants_to_stop(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        return torch.full((ids.shape[0],), self.stop, dtype=torch.bool, device=ids.device)
+
+
+class TransformersWeights:
+    """The reference's view of a transformers model's weights."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def layer(self, index: int) -> dict[str, Tensor]:
+        return {name: tensor.float() for name, tensor in self.model.model.layers[index].state_dict().items()}
+
+    def embedding(self) -> Tensor:
+        return self.model.model.embed_tokens.weight.float()
+
+    def final_norm(self) -> Tensor:
+        return self.model.model.norm.weight.float()
+
+    def head(self) -> Tensor:
+        return self.model.lm_head.weight.float()
+
+
+def run_transformers(cfg: Config, *, run_dir: Path, record: Record, phases: Phases) -> None:
+    """As `run_experiment`, for `engine=transformers`."""
+    arch, text = load_architecture(cfg.model), text_of(cfg)
+    prompt = prompt_tokens(cfg, arch, text)
+    _check_memory(cfg, arch)
+    with phases("weights"):
+        ours = build_model(cfg, phases)
+        floor = bytes_per_step(ours, batch=cfg.batch, length=prompt.shape[1] + cfg.new_tokens // 2)
+        model = convert(ours, arch, dtype=getattr(torch, cfg.dtype))
+        del ours
+        gc.collect()
+    session = TransformersSession(model, batch=cfg.batch)
+    prompt = prompt.to(session.device)
+    record.set(ops={"implementations": {"engine": describe(model)}, "python_callbacks": None, "compiled": {}})
+    benchmark = Benchmark(cfg, session, prompt, None, record)  # type: ignore[arg-type]
+    with phases("benchmark"):
+        benchmark.warm_up()
+        with watch(cfg.device) as telemetry:
+            while not benchmark.enough():
+                benchmark.round()
+    values, bandwidth = benchmark.values(), timing.read_bandwidth(session.device)
+    if "decode_tok_s" in values:
+        values["bandwidth_share"] = floor["total"] * values["decode_tok_s"] / cfg.batch / bandwidth
+    decode = text.decode
+    record.set(
+        **values,
+        telemetry=telemetry.summary(),
+        bytes_per_token=floor | {"read_bandwidth_gb_s": round(bandwidth / 1e9, 2)},
+        memory_gib=_memory(model),
+        generated_ids=benchmark.ids,
+        generated_text=[decode(row) for row in benchmark.ids] if decode else None,
+        prompt_text=[decode(row) for row in prompt.tolist()] if decode and cfg.prompt is not None else None,
+    )
+    if cfg.check != "off":
+        record.set(check=check(cfg, arch, model, prompt, benchmark.ids, phases))
+
+
+def convert(ours: Qwen35MoE, arch: Architecture, *, dtype: torch.dtype) -> nn.Module:
+    """A `Qwen3_5MoeForCausalLM` with the weights of `ours`, which gives up each layer's once it has been copied."""
+    from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+
+    source, device = DequantisedWeights(ours), ours.norm.device
+    with torch.device("meta"):
+        model = Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**arch.to_hf()))
+    backbone = model.model
+    for index, layer in enumerate(backbone.layers):
+        tensors = {name: tensor.to(dtype, copy=True) for name, tensor in source.layer(index).items()}
+        layer.load_state_dict(tensors, strict=True, assign=True)
+        ours.layers[index].to("meta")
+    backbone.embed_tokens.weight = nn.Parameter(source.embedding().to(dtype), requires_grad=False)
+    backbone.norm.weight = nn.Parameter(source.final_norm().to(dtype), requires_grad=False)
+    tied = arch.tie_word_embeddings
+    head = backbone.embed_tokens.weight if tied else nn.Parameter(source.head().to(dtype), requires_grad=False)
+    model.lm_head.weight = head
+    # Its frequencies are computed, not stored.
+    backbone.rotary_emb = type(backbone.rotary_emb)(model.config).to(device)
+    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    assert not left, f"{left} were never filled"
+    model.generation_config = type(model.generation_config)()  # greedy, past end-of-sequence tokens, as our benchmark
+    return model.eval()
+
+
+def check(
+    cfg: Config, arch: Architecture, model: nn.Module, prompt: Tensor, ids: list[list[int]], phases: Phases
+) -> dict[str, Any]:
+    """Every generated token against the float32 reference, layer by layer. This engine is the reference's own code, so
+    its logits are not judged: only that what was timed generates what it should."""
+    new = torch.tensor(ids, device=prompt.device)
+    fed, weights = torch.cat([prompt, new[:, :-1]], dim=1), TransformersWeights(model)
+
+    def generated(reference: ReferenceRun) -> Trace:
+        # Of its tokens alone: experts and state are the reference's, and no logits are judged.
+        nothing = torch.empty(0, device=prompt.device)
+        return Trace(fed, prompt.shape[1], nothing, reference.expert_ids, reference.states, new[:, -1])
+
+    def run(name: str, dtype: torch.dtype, expert_ids: Tensor | None) -> ReferenceRun:
+        with phases(f"check: {name}"):
+            return run_reference(
+                arch, weights, fed, prompt.shape[1], dtype=dtype, device=prompt.device, expert_ids=expert_ids
+            )
+
+    if cfg.dtype == "float32":
+        reference = run("reference", torch.float32, None)
+        parts = [check_tokens(generated(reference), reference)]
+    else:
+        bf16 = run("bf16 baseline", torch.bfloat16, None)
+        reference = run("bf16 reference", torch.float32, bf16.expert_ids)
+        parts = [check_tokens(generated(reference), reference, bf16, reference)]
+    failures = [f"{part.name}: {line}" for part in parts for line in part.failures()]
+    return {
+        "passed": all(part.passed for part in parts),
+        "parts": [part.to_json() for part in parts],
+        "failures": failures[:50],
+        "tokens": int(fed.shape[1]),
+    }
+
+
+def describe(model: nn.Module) -> str:
+    """Which of transformers' code paths ran."""
+    import importlib.util
+
+    import transformers
+
+    fla = "with" if importlib.util.find_spec("fla") is not None else "without"
+    attention, experts = model.config._attn_implementation, model.config._experts_implementation
+    return f"transformers {transformers.__version__}, attention {attention}, experts {experts}, {fla} flash-linear-attention"
+
+
+def _check_memory(cfg: Config, arch: Architecture) -> None:
+    """`ValueError` where the unquantised weights cannot fit: before they are made."""
+    if cfg.device != "cuda":
+        return
+    elements = sum(buffer.numel() for buffer in Qwen35MoE(arch, dtype=torch.float32, device="meta").buffers())
+    needed = elements * getattr(torch, cfg.dtype).itemsize * HEADROOM / 2**30
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    if needed > free:
+        raise ValueError(
+            f"engine=transformers needs about {needed:.0f} GiB for the unquantised weights, and {free:.0f} GiB of the GPU "
+            "are free: use a smaller model or a GPU with more memory"
+        )
+
+
+def _memory(model: nn.Module) -> dict[str, float]:
+    from .experiment import peaks
+
+    weights = sum(parameter.nbytes for parameter in {id(p): p for p in model.parameters()}.values()) / 2**30
+    return {"weights": round(weights, 5)} | peaks(model.device)

@@ -1,0 +1,86 @@
+"""The machine while it is timed, with a GPU that is made up."""
+
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from moeexp import telemetry
+from moeexp.telemetry import Telemetry, gpu_reader, read_cpu, read_gpu, throttled, watch
+
+NVML = SimpleNamespace(
+    NVML_CLOCK_SM=1, NVML_CLOCK_MEM=2, NVML_TEMPERATURE_GPU=0,
+    nvmlDeviceGetClockInfo=lambda handle, kind: {1: 1980, 2: 2619}[kind],
+    nvmlDeviceGetPowerUsage=lambda handle: 350_500,
+    nvmlDeviceGetTemperature=lambda handle, kind: 61,
+    nvmlDeviceGetCurrentClocksThrottleReasons=lambda handle: 0x4 | 0x1,
+)  # fmt: skip
+
+
+def test_a_gpu_s_state_is_read_in_our_units():
+    expected = {"sm_mhz": 1980, "memory_mhz": 2619, "power_w": 350.5, "temperature_c": 61, "reasons": 5}
+    assert read_gpu(NVML, None) == expected
+
+
+def test_reasons_are_shares_of_the_samples():
+    assert throttled(iter([0x4, 0x4 | 0x40, 0x1, 0x0])) == {"software power cap": 0.5, "hardware thermal slowdown": 0.25}
+    assert throttled(iter([0x1, 0x0])) == {}
+
+
+def test_summary():
+    values = iter([(1000, 0x4), (1200, 0x0), (1100, 0x0)])
+
+    def read():
+        clock, reasons = next(values)
+        return {"sm_mhz": clock, "reasons": reasons}
+
+    found = Telemetry("cuda", read)
+    for _ in range(3):
+        found.sample()
+    summary = found.summary()
+    assert summary["n"] == 3 and summary["sm_mhz"] == {"min": 1000, "median": 1100, "max": 1200}
+    assert summary["throttle_reasons"] == {"software power cap": 0.333}
+    assert [sample["sm_mhz"] for sample in summary["samples"]] == [1000, 1200, 1100]
+
+
+def test_few_samples_are_kept_of_many():
+    found = Telemetry("cpu", lambda: {"load": 1.0})
+    for _ in range(1001):
+        found.sample()
+    assert found.summary()["n"] == 1001 and len(found.summary()["samples"]) <= telemetry.MAX_SAMPLES
+
+
+def test_what_cannot_be_read_is_said_and_stops_nothing():
+    def fails():
+        raise OSError("no driver")
+
+    with_error = Telemetry("cuda", fails)
+    with_error.sample()
+    assert with_error.summary() == {"kind": "cuda", "n": 0, "error": "OSError: no driver"}
+
+
+def test_without_nvidia_ml_py_there_is_nothing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    found = Telemetry("cuda", gpu_reader())
+    found.sample()
+    assert found.summary() is None
+
+
+def test_a_cpu_s_load_and_frequency(tmp_path):
+    file = tmp_path / "freq"
+    file.write_text("2600000\n")
+    found = read_cpu(file)
+    assert found["mhz"] == 2600 and found["load"] >= 0
+    assert read_cpu(tmp_path / "missing")["load"] >= 0
+
+
+def test_it_samples_while_the_block_runs_and_not_after(monkeypatch):
+    monkeypatch.setattr(telemetry, "INTERVAL_S", 0.01)
+    with pytest.raises(KeyError), watch("cpu") as found:
+        time.sleep(0.2)
+        raise KeyError
+    count = len(found.samples)
+    assert 5 <= count <= 22 and not any(thread.name == "telemetry" for thread in threading.enumerate())
+    assert found.samples[0]["t_s"] < 0.05 and found.samples[-1]["t_s"] >= 0.2

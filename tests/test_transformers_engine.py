@@ -1,0 +1,90 @@
+"""engine=transformers: the same weights, transformers' own generate, its tokens checked."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from common import EVEN
+from moeexp_runner.timing import Samples, time_generation
+
+from moeexp import transformers_engine, validate
+from moeexp.cli import main
+from moeexp.dequantised import DequantisedWeights
+from moeexp.record import read_record
+from moeexp.schema import compose
+from moeexp.weights import Random, load
+
+QUICK = ["model=nano", "tracker=jsonl", "engine=transformers", "quant=none", "prompt_len=9", "new_tokens=5"]
+QUICK += ["repeats=1", "min_samples=1", "min_time_s=0"]
+
+
+def converted(dtype=torch.float32):
+    ours = load(EVEN, Random(EVEN, 0), dtype=dtype, device="cpu", bits=16, group_size=0, skip=())
+    weights = {i: {k: t.clone() for k, t in DequantisedWeights(ours).layer(i).items()} for i in range(3)}
+    return transformers_engine.convert(ours, EVEN, dtype=dtype), weights, ours
+
+
+def test_it_has_our_weights_and_takes_ours_away():
+    model, weights, ours = converted()
+    for index, layer in enumerate(model.model.layers):
+        found = layer.state_dict()
+        assert found.keys() == weights[index].keys()
+        assert all(torch.equal(found[name], weights[index][name]) for name in found)
+    assert all(buffer.is_meta for layer in ours.layers for buffer in layer.buffers())
+
+
+def test_tokens_arrive_one_by_one_and_generation_can_stop():
+    model, _, _ = converted()
+    session, prompt = transformers_engine.TransformersSession(model, batch=2), torch.tensor([[3, 5], [8, 1]])
+    samples = Samples()
+    ids = time_generation(session, prompt, 4, samples)
+    assert len(ids) == 2 and all(len(row) == 4 for row in ids)
+    assert len(samples.ttft_s) == 1 and len(samples.token_s) == 3 and min(samples.token_s) > 0
+    seen = []
+    session.generate(prompt, 4, on_token=lambda row, index: seen.append((row, index)) or index == 1)
+    assert seen == [([ids[0][0], ids[1][0]], 0), ([ids[0][1], ids[1][1]], 1)]
+    # The same, without a cache: an argmax of the whole sequence each time.
+    full = torch.cat([prompt, torch.tensor(ids)], dim=1)
+    logits = model(input_ids=full[:, :-1]).logits
+    assert torch.equal(logits[:, 1:].argmax(-1), torch.tensor(ids))
+    torch.testing.assert_close(session.prefill(prompt)[:, 0], logits[:, 1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("more", [[], ["dtype=bfloat16", "batch=2"]])
+def test_a_run(tmp_path, monkeypatch, more):
+    monkeypatch.chdir(tmp_path)
+    assert main([*QUICK, *more]) == 0
+    (record,) = map(read_record, Path("outputs").rglob("record.json"))
+    assert record["check"]["passed"] and record["decode_tok_s"] > 0 and record["bandwidth_share"] > 0
+    assert record["ops"]["implementations"]["engine"].startswith("transformers ")
+    assert {"dispatch", "state", "export", "ops"} <= set(record["not_applicable"])
+
+
+def test_a_wrong_token_fails_its_check(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    real = transformers_engine.TransformersSession.generate
+
+    def wrong(self, tokens, new_tokens, *, on_token=None):
+        ids = real(self, tokens, new_tokens, on_token=on_token)
+        return [[*row[:-1], (row[-1] + 1) % 256] for row in ids]
+
+    monkeypatch.setattr(transformers_engine.TransformersSession, "generate", wrong)
+    assert main(QUICK) == 1
+    (record,) = map(read_record, Path("outputs").rglob("record.json"))
+    assert record["status"] == "incorrect" and record["decode_tok_s"] is None
+
+
+@pytest.mark.parametrize(
+    "setting, words", [("quant=int4", "use quant=none"), ("eos=true", "use eos=false"), ("cuda_graph=true", "cuda_graph=false")]
+)
+def test_what_it_cannot_do_is_refused(setting, words):
+    with pytest.raises(ValueError, match=words):
+        validate.validate(compose([*QUICK, setting]), cuda_available=True)
+
+
+def test_weights_that_cannot_fit_are_refused_before_they_are_made(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**40))
+    config = compose(["model=qwen3_5_35b_a3b", "engine=transformers", "quant=none", "dtype=bfloat16", "device=cuda"])
+    arch = validate.load_architecture(config.model)
+    with pytest.raises(ValueError, match="needs about .* GiB"):
+        transformers_engine._check_memory(config, arch)
