@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moeexp_kernels import registry
+from moeexp_kernels import registry, user_ops
 from moeexp_runner import timing
 from torch import Tensor
 
@@ -127,6 +127,11 @@ def _ops(stack: Stack) -> dict[str, Any]:
     opaque = {op: name for op, name in stack.ops.items() if (op, name) in registry.OPAQUE}
     return {
         "implementations": stack.ops,
+        "user": {
+            op: {"files": [path.name for path in user_ops.sources(name)], "sha256": user_ops.digest(name)}
+            for op, name in stack.ops.items()
+            if user_ops.is_user_op(name)
+        },
         "python_callbacks": {
             "prefill": sorted(op for op in opaque if not op.endswith("_decode")),
             "decode": sorted(op for op in opaque if not op.endswith("_prefill")),

@@ -109,7 +109,7 @@ def build_stack(
     the config's, for the check's float32 twin."""
     device, dtype = model.norm.device, model.embed_tokens.weight.dtype
     names = op_names(cfg)
-    ops = {op: registry.OPS[op][name] for op, name in names.items()}
+    ops = {op: registry.implementation(op, name) for op, name in names.items()}
     arena = Arena(state_shapes(model.arch, batch=cfg.batch, max_seq_len=cfg.max_seq_len, dtype=dtype), device=device)
     model.attach_state(arena.tensors)
     artifacts: dict[str, Artifact] = {}
@@ -141,7 +141,7 @@ def _compiled_methods(cfg, model, ops, names, device, phases):
         spec = MethodSpec(
             method=name,
             architecture=model.arch.to_hf(),
-            ops=names,
+            ops=registry.identities(names),
             bits=cfg.quant.bits,
             group_size=cfg.quant.group_size,
             skip=tuple(sorted(cfg.quant.skip)),
