@@ -174,9 +174,9 @@ def _prepare(cfg: DictConfig, record: Record) -> schema.Config:
     """Validates and resolves; the record then says what runs, and on what."""
     import torch
 
-    from moeexp import environment, validate
+    from moeexp import adopt, environment, validate
 
-    config = schema.to_config(cfg)
+    config = adopt.adopt(schema.to_config(cfg), record.data["overrides"])
     cuda = torch.cuda.is_available()
     validate.validate(config, cuda_available=cuda)
     config = validate.resolve(config, cuda_available=cuda)
@@ -184,7 +184,7 @@ def _prepare(cfg: DictConfig, record: Record) -> schema.Config:
     record.set(
         config=config,
         config_hash=config_hash(config, device=config.device, gpu=gpu),
-        code_fingerprint=code_fingerprint(),
+        code_fingerprint=code_fingerprint(adopt.outside_code(config)),
         random_weights=config.model.weights == "random",
         not_applicable=validate.not_applicable(config),
         environment=environment.collect(config.device),

@@ -12,6 +12,7 @@ from moeexp_runner.binding import CompiledMethod, assert_shared
 from moeexp_runner.session import Session
 from torch import Tensor
 
+from . import artifact
 from .architecture import Architecture
 from .compile_cache import Artifact, MethodSpec, get_or_compile
 from .methods import METHODS, MODULES, export_method
@@ -54,6 +55,8 @@ def source_of(cfg: Config, arch: Architecture) -> Source:
 
 def build_model(cfg: Config, phases: Phases) -> Qwen35MoE:
     """Weights from the config's source, quantised as they come, on the config's device."""
+    if cfg.artifact is not None:
+        return artifact.load_model(cfg, device_of(cfg), phases)
     arch = load_architecture(cfg.model)
     source = source_of(cfg, arch)
     total = len(Qwen35MoE(arch, dtype=torch.float32, device="meta").state_dict())
@@ -156,10 +159,10 @@ def _compiled_methods(cfg, model, ops, names, device, phases):
                 return export_method(name, model, ops, batch=cfg.batch, max_seq_len=cfg.max_seq_len)
 
         with phases(f"compile {name}"):
-            artifacts[name] = get_or_compile(spec, export)
+            artifacts[name] = artifact.method(cfg, name) if cfg.artifact else get_or_compile(spec, export)
     with phases("bind"):
-        for name, artifact in artifacts.items():
-            methods[name] = CompiledMethod(artifact.package, artifact.constants, device=device)
-            methods[name].bind({fqn: model.get_buffer(fqn.removeprefix("model.")) for fqn in artifact.constants})
+        for name, made in artifacts.items():
+            methods[name] = CompiledMethod(made.package, made.constants, device=device)
+            methods[name].bind({fqn: model.get_buffer(fqn.removeprefix("model.")) for fqn in made.constants})
         assert_shared(methods)
     return methods, artifacts

@@ -200,9 +200,10 @@ def config_hash(config: Any, *, device: str, gpu: str | None) -> str:
     return _digest([json.dumps({"config": settings, "device": device, "gpu": gpu}, sort_keys=True).encode()])
 
 
-def code_fingerprint() -> str:
-    """Digest of every source file of the packages, by relative path and content."""
-    parts = []
+def code_fingerprint(outside: Iterable[str] = ()) -> str:
+    """Digest of every source file of the packages, by relative path and content, and of what `outside` tells (users' own
+    ops, an artifact)."""
+    parts = [text.encode() for text in outside]
     for name in PACKAGES:
         spec = importlib.util.find_spec(name)
         if spec is None or not spec.submodule_search_locations:
