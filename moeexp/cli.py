@@ -25,8 +25,9 @@ from rich.console import Console
 
 from moeexp import report, schema, summary, tracker
 from moeexp.composition_error import explain
+from moeexp.objective import objective
 from moeexp.phases import Phases
-from moeexp.record import Record, code_fingerprint, config_hash, write_atomically
+from moeexp.record import Record, code_fingerprint, config_hash, read_record, write_atomically
 
 OK, FAILED, INVALID, INTERRUPTED = 0, 1, 2, 130
 EXIT_CODES = {"ok": OK, "incorrect": FAILED, "failed": FAILED, "unsupported": INVALID, "interrupted": INTERRUPTED}
@@ -46,6 +47,16 @@ class Session:
     exit_code: int = OK
     running: bool = False  # inside a run, as opposed to inside Hydra
 
+    def register(self) -> None:
+        """What composing our config takes, in this process."""
+        schema.register()
+        OmegaConf.register_new_resolver("moeexp_id", lambda: self.id, replace=True)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A cluster launcher sends the task to another process, which composes the job there."""
+        self.__dict__.update(state)
+        self.register()
+
 
 def main(arguments: Sequence[str] | None = None, *, experiment: Experiment | None = None) -> int:
     """Runs the command line and returns the exit code. `experiment` replaces `run_experiment`, for tests."""
@@ -53,11 +64,10 @@ def main(arguments: Sequence[str] | None = None, *, experiment: Experiment | Non
     # argparse takes overrides before a flag or after it, not both.
     arguments.sort(key=lambda argument: argument not in ("-m", "--multirun"))
     session = Session(["python", "-m", "moeexp", *arguments], experiment or _run_experiment)
-    schema.register()
-    OmegaConf.register_new_resolver("moeexp_id", lambda: session.id, replace=True)
+    session.register()
 
-    def task(cfg: DictConfig) -> None:
-        _task(cfg, session)
+    def task(cfg: DictConfig) -> float:
+        return _task(cfg, session)
 
     command = hydra.main(version_base="1.3", config_path=str(schema.conf_dir()), config_name="config")(task)
     code = _guarded(command, arguments, session)
@@ -107,8 +117,9 @@ def _hydra_process_state(arguments: list[str]) -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = full
 
 
-def _task(cfg: DictConfig, session: Session) -> None:
-    """One run, called by Hydra. Raises KeyboardInterrupt only, which ends a sweep; the rest is in the record."""
+def _task(cfg: DictConfig, session: Session) -> float:
+    """One run, called by Hydra; returns its objective, for a sweeper that searches. Raises KeyboardInterrupt only, which
+    ends a sweep; the rest is in the record."""
     settings = HydraConfig.get()
     run_dir = Path(settings.runtime.output_dir)
     id, sweep = session.id, settings.mode == RunMode.MULTIRUN
@@ -123,6 +134,7 @@ def _task(cfg: DictConfig, session: Session) -> None:
     session.running = False
     if session.exit_code == INTERRUPTED:
         raise KeyboardInterrupt
+    return objective(read_record(run_dir / "record.json"))
 
 
 def run_one(cfg: DictConfig, *, run_dir: Path, id: str, session: Session, sweep: bool) -> int:
