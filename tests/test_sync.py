@@ -78,6 +78,18 @@ def test_not_logged_in_is_one_line(monkeypatch, capfd):
     assert capfd.readouterr().err == "error: not logged in to W&B: run `wandb login`, or set WANDB_API_KEY\n"
 
 
+@pytest.mark.parametrize("host", ["api.wandb.ai", "api.forge.coreweave.com"])
+def test_a_login_of_any_wandb_counts(tmp_path, monkeypatch, host):
+    monkeypatch.delenv("WANDB_API_KEY")
+    (tmp_path / "netrc").write_text(f"machine {host}\n login user\n password {'0' * 40}\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    offline_run("outputs/run", "1")
+    assert sync.main([]) == 0
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    offline_run("outputs/run", "2")
+    assert sync.main([]) == 2
+
+
 def test_one_that_is_not_uploaded_fails(capfd):
     offline_run("outputs/a", "refused")
     offline_run("outputs/b", "taken")
