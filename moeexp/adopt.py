@@ -44,6 +44,7 @@ def adopt(cfg: Config, overrides: Sequence[str] = ()) -> Config:
                 f"{path}={_show(wish)} is not what artifact={cfg.artifact} was made with ({_show(has)}): "
                 "leave it out, or export another artifact"
             )
+    padded = _padded(cfg, made, asked=cfg.cuda_graph != default["cuda_graph"] or "cuda_graph" in named)
     artifact.check_runnable(folder, manifest)
     model = ModelConfig(**made["model"])
     if manifest["model"]["weights"]:
@@ -52,19 +53,19 @@ def adopt(cfg: Config, overrides: Sequence[str] = ()) -> Config:
         model = replace(model, heldout=str(folder / "model" / "heldout.txt"))
     fixed = {path: made[path] for path in FIXED if "." not in path}
     ops = OpsConfig(**made["ops"] | {"sample": cfg.ops.sample})
-    return replace(cfg, artifact=str(folder), model=model, quant=QuantConfig(**made["quant"]), ops=ops, **fixed)
+    return replace(cfg, artifact=str(folder), model=model, quant=QuantConfig(**made["quant"]), ops=ops, **fixed | padded)
 
 
-def outside_code(cfg: Config) -> list[str]:
-    """What decides a run beside the config and the package's sources: the artifact's contents, users' own ops."""
-    from moeexp_kernels import registry, user_ops
-
-    from moeexp import artifact
-
-    chosen = {field.name: getattr(cfg.ops, field.name) for field in dataclasses.fields(cfg.ops)}
-    own = {op: name for op, name in chosen.items() if name is not None and user_ops.is_user_op(name)}
-    parts = [f"{op}={name}" for op, name in sorted(registry.identities(own).items())]
-    return parts + ([artifact.read_manifest(Path(cfg.artifact))["sha256"]] if cfg.artifact is not None else [])
+def _padded(cfg: Config, made: dict[str, Any], *, asked: bool) -> dict[str, Any]:
+    """Graphs of prompts need a prefill method that takes padding, and only they call one; other graphs are free."""
+    if (cfg.cuda_graph == "all") == (made["cuda_graph"] == "all"):
+        return {}
+    if made["cuda_graph"] == "all" and not asked:
+        return {"cuda_graph": "all"}
+    raise ValueError(
+        f"cuda_graph={_show(cfg.cuda_graph).lower()} with artifact={cfg.artifact}, which was made for "
+        f"cuda_graph={_show(made['cuda_graph']).lower()}: `all` has a prefill method of its own; export another artifact"
+    )
 
 
 def _agree(path: str, wish: Any, has: Any) -> bool:

@@ -210,6 +210,9 @@ def _write_weights(scratch: Path, stack: Stack) -> tuple[dict[str, str], list[st
     """Every buffer but state, in files of at most `SHARD_BYTES` (one tensor may be larger), each tensor once."""
     from safetensors.torch import save_file
 
+    from moeexp.model import state_shapes
+
+    state = state_shapes(stack.arch, batch=1, max_seq_len=1, dtype=stack.model.embed_tokens.weight.dtype)
     (scratch / "weights").mkdir()
     owner: dict[int, str] = {}
     tied: dict[str, str] = {}
@@ -223,7 +226,7 @@ def _write_weights(scratch: Path, stack: Stack) -> tuple[dict[str, str], list[st
             shard.clear()
 
     for name, buffer in stack.model.named_buffers(remove_duplicate=False):
-        if name in stack.arena.tensors:
+        if name in state:
             continue
         first = owner.setdefault(buffer.data_ptr(), name)
         if first != name:

@@ -196,7 +196,7 @@ def _prepare(cfg: DictConfig, record: Record) -> schema.Config:
     record.set(
         config=config,
         config_hash=config_hash(config, device=config.device, gpu=gpu),
-        code_fingerprint=code_fingerprint(adopt.outside_code(config)),
+        code_fingerprint=code_fingerprint(),
         random_weights=config.model.weights == "random",
         not_applicable=validate.not_applicable(config),
         environment=environment.collect(config.device),

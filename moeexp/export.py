@@ -81,7 +81,8 @@ def export(arguments: Sequence[str]) -> tuple[Path, dict[str, Any]]:
     start = time.perf_counter()
     with phases("weights"):
         model = factory.build_model(cfg, phases)
-    stack = factory.build_stack(cfg, model, phases, cuda_graph=False)
+    # No capture is needed, but `all` is made of another prefill method.
+    stack = factory.build_stack(cfg, model, phases, cuda_graph=None if cfg.cuda_graph == "all" else False)
     try:
         with phases("write"):
             manifest = artifact.write(out, cfg, stack, made_in_s=times.data["phases_s"])

@@ -55,7 +55,7 @@ def resolve(*, default: str, chosen: dict[str, str | None], device: str) -> dict
         wanted = chosen.get(op) or default
         name = AUTO[device] if wanted == "auto" else wanted
         if user_ops.is_user_op(name):
-            user_ops.load(op, name, implementations["reference"])
+            user_ops.load(op, name, implementations.values())
         elif name not in implementations:
             allowed = ", ".join(("auto", *implementations))
             raise ValueError(f"ops.{op}={wanted!r} does not exist; implementations of {op}: {allowed}, or module:function")
@@ -70,7 +70,7 @@ def resolve(*, default: str, chosen: dict[str, str | None], device: str) -> dict
 
 def implementation(op: str, name: str) -> Callable:
     """The callable that a name out of `resolve` stands for."""
-    return user_ops.load(op, name, OPS[op]["reference"]) if user_ops.is_user_op(name) else OPS[op][name]
+    return user_ops.load(op, name, OPS[op].values()) if user_ops.is_user_op(name) else OPS[op][name]
 
 
 def identities(names: dict[str, str]) -> dict[str, str]:

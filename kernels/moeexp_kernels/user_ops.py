@@ -12,7 +12,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -21,10 +21,11 @@ def is_user_op(name: str) -> bool:
     return ":" in name
 
 
-def load(op: str, name: str, reference: Callable) -> Callable:
+def load(op: str, name: str, ours: Iterable[Callable]) -> Callable:
     """The callable that `ops.<op>=<module>:<function>` names, from the installed packages or the working directory.
 
-    `ValueError` (one line) if it cannot be imported, is not callable, or cannot be called as `reference` is."""
+    `ValueError` (one line) if it cannot be imported, is not callable, or lacks a parameter that all of `ours` have (the
+    implementations that the package has of the op), or asks for another."""
     where = f"ops.{op}={name}"
     module_name, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in module_name.split(".")) or not attribute.isidentifier():
@@ -35,7 +36,7 @@ def load(op: str, name: str, reference: Callable) -> Callable:
     function = getattr(module, attribute)
     if not callable(function):
         raise ValueError(f"{where} is a {type(function).__name__}, not a function")
-    _check_parameters(where, function, reference)
+    _check_parameters(where, function, ours)
     return function
 
 
@@ -51,8 +52,8 @@ def parameters(function: Callable) -> set[str] | None:
 
 
 def sources(name: str) -> list[Path]:
-    """The files that define a loaded user op: its module's, and those of the modules beside it that it imports."""
-    module = sys.modules[name.partition(":")[0]]
+    """The files that define a user op: its module's, and those of the modules beside it that it imports."""
+    module = _import(name, name.partition(":")[0])
     root = _root(module)
     found: dict[Path, None] = {}
     waiting = [module]
@@ -91,20 +92,20 @@ def _import(where: str, module_name: str) -> ModuleType:
         raise ValueError(f"{where}: importing {module_name} failed: {type(error).__name__}: {error}") from error
 
 
-def _check_parameters(where: str, function: Callable, reference: Callable) -> None:
-    wanted = parameters(reference)
-    assert wanted is not None, f"the reference beside {where} takes any argument"
+def _check_parameters(where: str, function: Callable, ours: Iterable[Callable]) -> None:
+    named = [names for names in map(parameters, ours) if names is not None]
+    wanted, known = set.intersection(*named), set.union(*named)
     try:
         given = parameters(function)
         required = _required(function)
     except (TypeError, ValueError) as error:  # a built-in without a signature
         raise ValueError(f"{where}: its parameters cannot be read ({error}); wrap it in a Python function") from error
     lacks = sorted(wanted - given) if given is not None else []
-    asks = sorted(required - wanted)
+    asks = sorted(required - known)
     if lacks or asks:
         problem = [f"lacks {', '.join(lacks)}"] * bool(lacks) + [f"asks for {', '.join(asks)}"] * bool(asks)
         raise ValueError(
-            f"{where} {' and '.join(problem)}; it is called by keyword with the reference's parameters: "
+            f"{where} {' and '.join(problem)}; it is called by keyword, as the reference is: "
             + ", ".join(sorted(wanted))
         )
 
