@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from rich.console import Console
 
 from moeexp import schema
 from moeexp.composition_error import explain
+from moeexp.phases import Phases
+from moeexp.record import Record
 
 USAGE = """usage: python -m moeexp.export OVERRIDES… out=DIR
 
@@ -23,16 +26,6 @@ Exports and compiles the methods of a config and writes them with its quantised 
   python -m moeexp.export model=tiny quant=int4 out=tiny-int4
   python -m moeexp artifact=tiny-int4 cuda_graph=true
 """
-
-
-class Times:
-    """What `Phases` wants of a record: the times of an export go into the artifact's manifest."""
-
-    def __init__(self) -> None:
-        self.data: dict[str, Any] = {"phases_s": {}}
-
-    def write(self) -> None:
-        """The manifest is written once, at the end."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,8 +59,7 @@ def export(arguments: Sequence[str]) -> tuple[Path, dict[str, Any]]:
 
     import torch
 
-    from moeexp import artifact, factory, validate
-    from moeexp.phases import Phases
+    from moeexp import validate
 
     if cfg.artifact is not None:
         raise ValueError(f"artifact={cfg.artifact} is an artifact already: copy its folder")
@@ -76,20 +68,27 @@ def export(arguments: Sequence[str]) -> tuple[Path, dict[str, Any]]:
     cuda = torch.cuda.is_available()
     validate.validate(cfg, cuda_available=cuda)
     cfg = validate.resolve(cfg, cuda_available=cuda)
-    times = Times()
-    phases = Phases(times, Console(stderr=True))
     start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:  # the record of an export is the artifact's manifest
+        record = Record(Path(scratch) / "record.json", id="export", config=cfg, command=["python", "-m", "moeexp.export"])
+        phases = Phases(record, Console(stderr=True))
+        manifest = _build(out, cfg, record, phases)
+    phases.console.print(f"exported in {time.perf_counter() - start:.1f} s", style="dim", highlight=False)
+    return out, manifest
+
+
+def _build(out: Path, cfg: schema.Config, record: Record, phases: Phases) -> dict[str, Any]:
+    from moeexp import artifact, factory
+
     with phases("weights"):
         model = factory.build_model(cfg, phases)
     # No capture is needed, but `all` is made of another prefill method.
     stack = factory.build_stack(cfg, model, phases, cuda_graph=None if cfg.cuda_graph == "all" else False)
     try:
         with phases("write"):
-            manifest = artifact.write(out, cfg, stack, made_in_s=times.data["phases_s"])
+            return artifact.write(out, cfg, stack, made_in_s=record.data["phases_s"])
     finally:
         stack.close()
-    phases.console.print(f"exported in {time.perf_counter() - start:.1f} s", style="dim", highlight=False)
-    return out, manifest
 
 
 def _out(given: list[str]) -> Path:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +15,15 @@ from rich.console import Console
 from moeexp import adopt, artifact, cli, export, factory, schema, validate
 from moeexp.compile_cache import Artifact
 from moeexp.phases import Phases
+from moeexp.record import Record
 
 NANO = ["model=nano", "export=aoti", "batch=2", "max_seq_len=96"]
 RUN = ["tracker=jsonl", "new_tokens=4", "repeats=1"]
 
 
 def phases():
-    return Phases(export.Times(), Console(stderr=True))
+    record = Record(Path(tempfile.mkdtemp()) / "record.json", id="export", config={}, command=[])
+    return Phases(record, Console(stderr=True))
 
 
 def resolved(overrides):
