@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from moeexp import schema, validate
+from moeexp.adopt import adopt
 from moeexp.devices import Gpu
 from moeexp.record import config_hash
 from moeexp.resume import Earlier, History, runs_again
@@ -189,7 +190,7 @@ def judge(cells: Sequence[Cell], *, gpus: Sequence[Gpu], history: History, finge
     """Validates and resolves each cell, and looks up what it has been before. Fills the cells."""
     for cell in cells:
         try:
-            cell.config = validate.resolved(cell.given, cuda_available=bool(gpus))
+            cell.config = validate.resolved(adopt(cell.given, cell.overrides), cuda_available=bool(gpus))
         except ValueError as refusal:
             cell.refusal = refusal
             continue

@@ -24,6 +24,8 @@ from omegaconf import DictConfig, OmegaConf
 from moeexp import launcher, schema
 from moeexp.composition_error import explain
 from moeexp.job import FAILED, INTERRUPTED, INVALID, OK, Experiment, Job, default_experiment, run_job, say
+from moeexp.objective import objective
+from moeexp.record import read_record
 from moeexp.sweep import Sweep
 
 MULTIRUN = ("-m", "--multirun")
@@ -48,6 +50,11 @@ class Session:
         launcher.register()
         OmegaConf.register_new_resolver("moeexp_id", lambda: self.id, replace=True)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A cluster launcher sends the task to another process, which composes the job there."""
+        self.__dict__.update(state)
+        self.register()
+
 
 def main(arguments: Sequence[str] | None = None, *, experiment: Experiment = default_experiment) -> int:
     """Runs the command line and returns the exit code. `experiment`, a function of a module, replaces
@@ -60,8 +67,8 @@ def main(arguments: Sequence[str] | None = None, *, experiment: Experiment = def
         arguments.insert(0, "-m")
     session.register()
 
-    def task(cfg: DictConfig) -> None:
-        _task(cfg, session)
+    def task(cfg: DictConfig) -> float:
+        return _task(cfg, session)
 
     task.session = session  # type: ignore[attr-defined]  for our launcher, which Hydra makes
     command = hydra.main(version_base="1.3", config_path=str(schema.conf_dir()), config_name="config")(task)
@@ -113,9 +120,10 @@ def _hydra_process_state(arguments: list[str]) -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = full
 
 
-def _task(cfg: DictConfig, session: Session) -> None:
-    """A single run, called by Hydra, or one job of a sweep under another launcher than ours. Raises KeyboardInterrupt
-    only, which ends such a sweep; the rest is in the record."""
+def _task(cfg: DictConfig, session: Session) -> float:
+    """A single run, called by Hydra, or one job of a sweep under another launcher than ours. Returns its
+    objective, for a sweeper that searches. Raises KeyboardInterrupt only, which ends such a sweep; the rest is in the
+    record."""
     settings = HydraConfig.get()
     run_dir = Path(settings.runtime.output_dir)
     sweep = settings.mode == RunMode.MULTIRUN
@@ -135,6 +143,7 @@ def _task(cfg: DictConfig, session: Session) -> None:
     session.running = False
     if session.exit_code == INTERRUPTED:
         raise KeyboardInterrupt
+    return objective(read_record(run_dir / "record.json"))
 
 
 def _say(line: str, code: int) -> int:

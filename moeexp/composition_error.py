@@ -19,6 +19,9 @@ def explain(error: BaseException) -> str:
     if isinstance(error, OverrideParseException):
         hint = """quote a value with special characters twice, as in 'prompt="1, 2"'"""
         return f"{error.override!r} is not of the form key=value that Hydra reads; {hint}"
+    plugin = re.search(r"hydra_plugins\.hydra_(optuna|submitit|ray)_", str(error))
+    if plugin and isinstance(error, (ImportError, RuntimeError)):
+        return f"the Hydra plugin for {plugin[1]} is not installed here: pip install 'moeexp[{plugin[1]}]'"
     if not isinstance(error, (HydraException, OmegaConfBaseException, ValueError)):
         return f"Hydra cannot read these arguments ({type(error).__name__}: {error}); {HELP}"
     text = str(error).split("Config search path")[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moeexp_kernels import tuning
+from moeexp_kernels import tuning, user_ops
 from moeexp_runner import timing
 from moeexp_runner.token_split import token_split
 
@@ -160,6 +160,11 @@ def _ops(stack: Stack, dispatch: str) -> dict[str, Any]:
     """Each op's implementation, those that call back into Python when a method runs, and whose launch parameters it has."""
     return {
         "implementations": stack.ops,
+        "user": {
+            op: {"files": [path.name for path in user_ops.sources(name)], "sha256": user_ops.digest(name)}
+            for op, name in stack.ops.items()
+            if user_ops.is_user_op(name)
+        },
         "python_callbacks": python_callbacks(stack, dispatch),
         "launch_parameters": tuning.sources(tuning.architecture(stack.device)),
         "compiled": {

@@ -15,7 +15,7 @@ from moeexp_runner.sampler import Sampler
 from moeexp_runner.session import Session
 from torch import Tensor
 
-from . import allocator
+from . import allocator, artifact
 from .architecture import Architecture
 from .compile_cache import Artifact, MethodSpec, get_or_compile
 from .methods import (
@@ -68,6 +68,8 @@ def build_model(cfg: Config, phases: Phases) -> Qwen35MoE:
     """Weights from the config's source, quantised as they come, on the config's device. `RuntimeError` if this process
     cannot have the config's allocator."""
     allocator.check(cfg)
+    if cfg.artifact is not None:
+        return artifact.load_model(cfg, device_of(cfg), phases)
     arch = load_architecture(cfg.model)
     source = source_of(cfg, arch)
     total = len(Qwen35MoE(arch, dtype=torch.float32, device="meta").state_dict())
@@ -258,7 +260,8 @@ def _packaged_methods(recipe: Recipe, phases: Phases):
         spec = MethodSpec(
             method=name,
             architecture=model.arch.to_hf(),
-            ops={op: implementation for op, implementation in names.items() if op != "sample"},  # it is in no method
+            # The sampler is in no method.
+            ops={op: name for op, name in registry.identities(names).items() if op != "sample"},
             bits=cfg.quant.bits,
             group_size=cfg.quant.group_size,
             skip=tuple(sorted(cfg.quant.skip)),
@@ -278,11 +281,11 @@ def _packaged_methods(recipe: Recipe, phases: Phases):
                 )  # fmt: skip
 
         with phases(f"compile {name}"):
-            artifacts[name] = get_or_compile(spec, export)
+            artifacts[name] = artifact.method(cfg, name) if cfg.artifact else get_or_compile(spec, export)
     with phases("bind"):
-        for name, artifact in artifacts.items():
-            methods[name] = CompiledMethod(artifact.package, artifact.constants, device=device)
-            methods[name].bind({fqn: model.get_buffer(fqn.removeprefix("model.")) for fqn in artifact.constants})
+        for name, made in artifacts.items():
+            methods[name] = CompiledMethod(made.package, made.constants, device=device)
+            methods[name].bind({fqn: model.get_buffer(fqn.removeprefix("model.")) for fqn in made.constants})
         assert_shared(methods)
     return methods, artifacts
 

@@ -77,8 +77,9 @@ def prepare(cfg: DictConfig, record: Record) -> schema.Config:
     allocator.prepare(composed)
     import torch
 
-    from moeexp import environment, validate
+    from moeexp import adopt, environment, validate
 
+    composed = adopt.adopt(composed, record.data["overrides"])
     config = validate.resolved(composed, cuda_available=torch.cuda.is_available())
     gpu = environment.gpu_name() if config.device == "cuda" else None
     record.set(

@@ -231,9 +231,25 @@ def head(path: Path) -> dict[str, Any]:
 def config_hash(config: Any, *, device: str, gpu: str | None) -> str:
     """Digest of a resolved config with the device that it runs on: two runs with the same one measure the same thing.
 
-    The tracker and how a sweep is run change nothing that is measured."""
+    The tracker and how a sweep is run change nothing that is measured. Files that the config names and that code
+    comes from (users' own ops, an artifact) count with their contents."""
     settings = {key: value for key, value in plain(config).items() if key not in NOT_MEASURED}
-    return _digest([json.dumps({"config": settings, "device": device, "gpu": gpu}, sort_keys=True).encode()])
+    parts = {"config": settings, "device": device, "gpu": gpu}
+    named = outside_code(settings)
+    return _digest([json.dumps(parts | ({"named": named} if named else {}), sort_keys=True).encode()])
+
+
+def outside_code(settings: dict[str, Any]) -> list[str]:
+    """Digests of the code that a config (as plain values) names: users' own ops, and the artifact."""
+    from moeexp_kernels import user_ops
+
+    own = {op: name for op, name in (settings.get("ops") or {}).items() if name and user_ops.is_user_op(name)}
+    found = [f"{op}={name}@{user_ops.digest(name)}" for op, name in sorted(own.items())]
+    if settings.get("artifact"):
+        from moeexp.artifact import read_manifest
+
+        found.append(read_manifest(Path(settings["artifact"]))["sha256"])
+    return found
 
 
 def code_fingerprint() -> str:

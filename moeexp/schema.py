@@ -103,6 +103,7 @@ class Config:
     sampler: SamplerConfig = MISSING
     tracker: TrackerConfig = MISSING
     launcher: LauncherConfig = MISSING
+    artifact: str | None = MISSING  # a folder that `python -m moeexp.export` wrote; fixes what it was made with
     dispatch: str = MISSING
     state: str = MISSING
     shared_stream: bool = MISSING
@@ -182,4 +183,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     """What `python -m moeexp OVERRIDES…` composes, for scripts and tests: `compose(["model=nano", "batch=2"])`."""
     register()
     with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
-        return to_config(hydra_compose("config", overrides=list(overrides)))
+        config = to_config(hydra_compose("config", overrides=list(overrides)))
+    from moeexp.adopt import adopt  # imports this module
+
+    return adopt(config, overrides)

@@ -20,6 +20,8 @@ from urllib.parse import urlparse
 from moeexp.record import read_record
 
 ANSWER = "moeexp-tracker: "
+# Where `wandb login` goes without a server of one's own, by version.
+CLOUD_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
 SUMMARY_KEYS = ("decode_tok_s", "prefill_tok_s", "ttft_s", "bandwidth_share", "joules_per_token")
 
 
@@ -93,12 +95,14 @@ def _logged_in(environment: dict[str, str] | os._Environ) -> bool:
     """Where `wandb login` leaves a key: the environment or the netrc file."""
     if environment.get("WANDB_API_KEY"):
         return True
-    host = urlparse(environment.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    own = environment.get("WANDB_BASE_URL")
+    hosts = [urlparse(own).hostname or ""] if own else CLOUD_HOSTS
     candidates = [environment["NETRC"]] if environment.get("NETRC") else ["~/.netrc", "~/_netrc"]
     for path in map(os.path.expanduser, candidates):
         if os.path.isfile(path):
             try:
-                return netrc.netrc(path).authenticators(host or "") is not None
+                keys = netrc.netrc(path)
+                return any(keys.authenticators(host) is not None for host in hosts)
             except netrc.NetrcParseError:
                 return False
     return False

@@ -201,7 +201,7 @@ def _against_generate(cfg: Config, stack: Stack, trace: Trace, phases: Phases) -
     """Unquantised weights of a snapshot: transformers loads it itself and generates greedily, token for token the same.
 
     Independent of our loader, which the reference above shares."""
-    folder = weights_folder(cfg.model)
+    folder = weights_folder(cfg.model) if cfg.artifact is None else None  # an artifact does not carry the snapshot
     size = sum(buffer.numel() for buffer in stack.model.buffers())
     if folder is None or cfg.quant.bits != 16 or cfg.sampler.name != "greedy" or size > GENERATE_ELEMENTS:
         return []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from . import attention, gated_delta, gated_delta_prefill, linear, moe, moe_prefill, sample
+from . import attention, gated_delta, gated_delta_prefill, linear, moe, moe_prefill, sample, user_ops
 
 OPS: dict[str, dict[str, Callable]] = {
     "linear": {"reference": linear.reference_linear, "triton": linear.linear},
@@ -49,16 +49,11 @@ OPAQUE = {("gdn_prefill", "reference"), ("sdpa_prefill", "reference"), ("moe_pre
 DISPATCHED = ("linear", "gdn_prefill", "gdn_decode", "sdpa_prefill", "sdpa_decode", "moe_prefill", "moe_decode")
 
 
-def implementation(op: str, name: str) -> Callable:
-    """What `resolve` called by this name."""
-    return OPS[op][name]
-
-
 def resolve(*, default: str, chosen: dict[str, str | None], device: str) -> dict[str, str]:
     """The implementation's name for each op: `chosen[op]` where given, else `default` (`auto` picks by device).
 
-    `ValueError` for an unknown op, a name that the op does not have, or a Triton kernel on a CPU (there only Triton's
-    interpreter can run it)."""
+    A name `module:function` is a user's own, see `user_ops`. `ValueError` for an unknown op, a name that the op does not
+    have, or one of our Triton kernels on a CPU (there only Triton's interpreter can run it)."""
     unknown = sorted(set(chosen) - set(OPS))
     if unknown:
         raise ValueError(f"ops.{unknown[0]} is not an op; the ops are {', '.join(OPS)}")
@@ -66,13 +61,27 @@ def resolve(*, default: str, chosen: dict[str, str | None], device: str) -> dict
     for op, implementations in OPS.items():
         wanted = chosen.get(op) or default
         name = AUTO[device] if wanted == "auto" else wanted
-        if name not in implementations:
+        if user_ops.is_user_op(name):
+            user_ops.load(op, name, implementations.values())
+        elif name not in implementations:
             allowed = ", ".join(("auto", *implementations))
-            raise ValueError(f"ops.{op}={wanted!r} does not exist; implementations of {op}: {allowed}")
-        if device == "cpu" and name not in PORTABLE and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(f"ops.{op}={wanted!r} does not exist; implementations of {op}: {allowed}, or module:function")
+        elif device == "cpu" and name not in PORTABLE and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(
                 f"ops.{op}={name} is a Triton kernel and device is cpu: use ops=auto or ops=reference, or set "
                 "TRITON_INTERPRET=1 to run it (very slowly) in Triton's interpreter"
             )
         names[op] = name
     return names
+
+
+def implementation(op: str, name: str) -> Callable:
+    """The callable that a name out of `resolve` stands for."""
+    return user_ops.load(op, name, OPS[op].values()) if user_ops.is_user_op(name) else OPS[op][name]
+
+
+def identities(names: dict[str, str]) -> dict[str, str]:
+    """`names` with the digest of its sources behind each user's op: what a cache of anything made with them is keyed on."""
+    return {
+        op: f"{name}@{user_ops.digest(name)}" if user_ops.is_user_op(name) else name for op, name in names.items()
+    }

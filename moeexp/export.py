@@ -1,0 +1,112 @@
+"""`python -m moeexp.export OVERRIDES… out=DIR`: writes the portable artifact that `artifact=DIR` runs."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from moeexp import schema
+from moeexp.composition_error import explain
+from moeexp.phases import Phases
+from moeexp.record import Record
+
+USAGE = """usage: python -m moeexp.export OVERRIDES… out=DIR
+
+Exports and compiles the methods of a config and writes them with its quantised weights to DIR, a new folder:
+  python -m moeexp.export model=tiny quant=int4 out=tiny-int4
+  python -m moeexp artifact=tiny-int4 cuda_graph=true
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0 written, 1 failed, 2 invalid input, 130 interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    try:
+        folder, manifest = export(arguments)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except (HydraException, OmegaConfBaseException) as error:
+        return _say(f"error: {explain(error)}", 2)
+    except ValueError as error:
+        return _say(f"error: {' '.join(str(error).split())}", 2)
+    except Exception as error:
+        traceback.print_exc()
+        return _say(f"error: {type(error).__name__}: {' '.join(str(error).split())}", 1)
+    size = sum(file["bytes"] for file in manifest["files"].values())
+    print(f"{folder}: {', '.join(manifest['methods'])}, {len(manifest['files'])} files, {size / 2**20:.1f} MiB")
+    print(f"run it with: python -m moeexp artifact={folder}")
+    return 0
+
+
+def export(arguments: Sequence[str]) -> tuple[Path, dict[str, Any]]:
+    """The folder and the manifest. Nothing is left of it if this raises."""
+    out = _out([argument for argument in arguments if argument.startswith("out=")])
+    cfg = schema.compose([argument for argument in arguments if not argument.startswith("out=")])
+
+    import torch
+
+    from moeexp import validate
+
+    if cfg.artifact is not None:
+        raise ValueError(f"artifact={cfg.artifact} is an artifact already: copy its folder")
+    if cfg.export != "aoti":
+        raise ValueError(f"export={cfg.export} compiles nothing that could be kept; an artifact needs export=aoti")
+    cuda = torch.cuda.is_available()
+    validate.validate(cfg, cuda_available=cuda)
+    cfg = validate.resolve(cfg, cuda_available=cuda)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:  # the record of an export is the artifact's manifest
+        record = Record(Path(scratch) / "record.json", id="export", config=cfg, command=["python", "-m", "moeexp.export"])
+        phases = Phases(record, Console(stderr=True))
+        manifest = _build(out, cfg, record, phases)
+    phases.console.print(f"exported in {time.perf_counter() - start:.1f} s", style="dim", highlight=False)
+    return out, manifest
+
+
+def _build(out: Path, cfg: schema.Config, record: Record, phases: Phases) -> dict[str, Any]:
+    from moeexp import artifact, factory
+
+    with phases("weights"):
+        model = factory.build_model(cfg, phases)
+    # No capture is needed, but `all` is made of another prefill method.
+    stack = factory.build_stack(cfg, model, phases, cuda_graph=None if cfg.cuda_graph == "all" else False)
+    try:
+        with phases("write"):
+            return artifact.write(out, cfg, stack, made_in_s=record.data["phases_s"])
+    finally:
+        stack.close()
+
+
+def _out(given: list[str]) -> Path:
+    if len(given) != 1 or not given[0].removeprefix("out="):
+        raise ValueError("out=DIR is needed once: the new folder that the artifact is written to")
+    out = Path(given[0].removeprefix("out=")).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"out={out} exists already: give a new folder, or remove it")
+    parent = out.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    shutil.disk_usage(parent)  # an OSError here, not after minutes of compiling
+    return out
+
+
+def _say(line: str, code: int) -> int:
+    print(line, file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

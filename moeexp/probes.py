@@ -1,0 +1,295 @@
+"""Small experiments that say whether a known trap is set on this machine; `python -m moeexp.doctor` runs them all.
+
+Each runs in a process of its own (`python -m moeexp.probes NAME`): some traps end in a segmentation fault.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+# ok · trap: it is there, moeexp avoids it, your own code has to · warning · broken: a run needs it · not probed
+VERDICTS = ("ok", "trap", "warning", "broken", "not probed")
+TORCH = ((2, 11), (2, 15))  # at least, below: as in pyproject.toml
+LEAST_FREE = 2 << 30  # bytes that compiling and a quantised small model may take
+ANSWER = "moeexp-probe: "
+
+
+@dataclass(frozen=True)
+class Finding:
+    verdict: str
+    detail: str
+    remedy: str = ""
+
+
+def torch_version() -> Finding:
+    """torch is one of those that this version was tried with, and sees the GPU that the machine has."""
+    import torch
+
+    at_least, below = (".".join(map(str, version)) for version in TORCH)
+    found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if not TORCH[0] <= found < TORCH[1]:
+        return Finding("broken", f"torch {torch.__version__}", f"pip install 'torch>={at_least},<{below}'")
+    if torch.cuda.is_available():
+        return Finding("ok", f"torch {torch.__version__}, CUDA {torch.version.cuda}, {torch.cuda.get_device_name(0)}")
+    if shutil.which("nvidia-smi") is None:
+        return Finding("ok", f"torch {torch.__version__}, no NVIDIA GPU here: runs are on the CPU")
+    if torch.version.cuda is None:
+        return Finding("warning", f"torch {torch.__version__} is a CPU build", "install torch's wheel for CUDA")
+    return Finding(
+        "warning",
+        f"torch is built for CUDA {torch.version.cuda} and finds no GPU",
+        "look at CUDA_VISIBLE_DEVICES and at the driver's version in nvidia-smi",
+    )
+
+
+def triton_import() -> Finding:
+    """Triton's kernels are what ops=triton runs, and the package imports them on a CPU too."""
+    import triton
+    from moeexp_kernels import registry
+
+    return Finding("ok", f"triton {triton.__version__}, {len(registry.OPS)} ops")
+
+
+def hqq_quantise() -> Finding:
+    """hqq imports without a CUDA toolkit, and quantises."""
+    import torch
+
+    from moeexp.quantise import quantise
+
+    weight = torch.linspace(-1, 1, 4 * 64).view(4, 64)
+    stored, scales = quantise(weight, bits=4, group_size=32)
+    fits = stored.shape == (4, 32) and scales.shape == (4, 2, 2)
+    return Finding("ok" if fits else "broken", "a 4 x 64 matrix to int4", "" if fits else "pip install 'hqq==0.2.8.post1'")
+
+
+def package_names() -> Finding:
+    """No other `kernels` package hides the one that transformers looks for, and ours are of one installation."""
+    import moeexp_kernels
+    import moeexp_runner
+
+    import moeexp
+
+    root = Path(moeexp.__file__).resolve().parents[1]
+    for package in (moeexp_kernels, moeexp_runner):
+        path = Path(package.__file__ or "").resolve()
+        if not path.is_relative_to(root):
+            remedy = "remove one from PYTHONPATH, or pip uninstall moeexp"
+            return Finding("broken", f"moeexp is in {root}, {package.__name__} is {path}: two installations", remedy)
+    where = {name: _place(name) for name in ("kernels", "runner")}
+    seen = ", ".join(f"{name}: {place}" for name, place in where.items())
+    try:
+        from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe  # noqa: F401
+    except Exception as error:
+        reason = f"transformers' Qwen3.5-MoE does not import ({type(error).__name__}: {_line(error)}); {seen}"
+        return Finding("broken", reason, "take a package of that name off PYTHONPATH and out of the working directory")
+    return Finding("ok", f"transformers' Qwen3.5-MoE imports; {seen}")
+
+
+def cache_folder() -> Finding:
+    """The compile cache can be written, renamed in and locked, and has room."""
+    import fcntl
+
+    from moeexp.compile_cache import cache_dir
+
+    folder = cache_dir()
+    remedy = "set MOEEXP_CACHE_DIR to a folder of yours on a local disk"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".doctor-") as scratch:
+            with open(Path(scratch) / "lock", "w") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.replace(Path(scratch) / "lock", Path(scratch) / "renamed")
+    except OSError as error:
+        return Finding("broken", f"{folder}: {error.strerror}", remedy)
+    free = shutil.disk_usage(folder).free
+    verdict = "ok" if free >= LEAST_FREE else "warning"
+    return Finding(verdict, f"{folder}, {free / 2**30:.0f} GiB free", "" if verdict == "ok" else remedy)
+
+
+def libstdcxx() -> Finding:
+    """What $CXX compiles loads, and uses the system's libstdc++: with one linked in, AOTInductor's packages crash."""
+    import ctypes
+
+    from torch._inductor.runtime.cache_dir_utils import cache_dir as inductor_cache_dir
+
+    compiler = os.environ.get("CXX", "g++")
+    remedy = "export CXX=/usr/bin/g++ CC=/usr/bin/gcc"
+    source = '#include <regex>\nextern "C" int probe() { return std::regex_match("ab", std::regex("a.")); }\n'
+    folder = inductor_cache_dir()
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="doctor-") as scratch:
+        code, library = Path(scratch) / "probe.cpp", Path(scratch) / "probe.so"
+        code.write_text(source)
+        command = [*shlex.split(compiler), "-shared", "-fPIC", "-O0", str(code), "-o", str(library)]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+        except (OSError, subprocess.SubprocessError) as error:
+            reason = _line(getattr(error, "stderr", None) or error)
+            return Finding("broken", f"{compiler} compiles no shared object: {reason}", f"install g++, or {remedy}")
+        # The names of the libraries that it needs stand in it as they are.
+        needed = [name for name in (b"libstdc++.so", b"libc++.") if name in library.read_bytes()]
+        if not needed:
+            return Finding("broken", f"{compiler} links libstdc++ statically", remedy)
+        try:
+            answer = ctypes.CDLL(str(library)).probe()
+        except OSError as error:
+            reason = f"what {compiler} compiled does not load from {folder}: {error}"
+            return Finding("broken", reason, "set TORCHINDUCTOR_CACHE_DIR to a folder that is not mounted noexec")
+    return Finding("ok" if answer == 1 else "broken", f"{compiler} links libstdc++ dynamically", "" if answer else remedy)
+
+
+def shared_constants() -> Finding:
+    """Two AOTInductor packages bound to one tensor see each other's writes: how prefill and decode share state."""
+    import torch
+
+    class Write(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("state", torch.zeros(4, 16))
+
+        def forward(self, x):
+            self.state.add_(x)
+            return self.state * 1.0
+
+    class Read(Write):
+        def forward(self, x):
+            return self.state * x
+
+    state = torch.zeros(4, 16)
+    with tempfile.TemporaryDirectory() as scratch:
+        write, read = (_package(module(), torch.ones(4, 16), Path(scratch)) for module in (Write, Read))
+        for package in (write, read):
+            package.load_constants({"state": state}, check_full_update=True, user_managed=True)
+        write(torch.full((4, 16), 3.0))
+        seen = read(torch.full((4, 16), 2.0))
+    if state.eq(3).all() and seen.eq(6).all():
+        return Finding("ok", "bound by address: one package's write is the other's read")
+    remedy = "use export=eager, and a torch between 2.11 and 2.14 for export=aoti"
+    return Finding("broken", f"a write of 3 reads back as {float(seen.mean()) / 2:g}: packages copy constants", remedy)
+
+
+def one_element_buffer() -> Finding:
+    """A one-element buffer that a method counts up: Inductor may write its value into the code."""
+    import torch
+
+    class Count(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.zeros(1))
+
+        def forward(self, x):
+            self.count.add_(1)
+            return x + self.count
+
+    count = torch.zeros(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        package = _package(Count(), torch.zeros(1), Path(scratch))
+        package.load_constants({"count": count}, check_full_update=False, user_managed=True)
+        counted = [float(package(torch.zeros(1))) for _ in range(3)]
+    said = ", ".join(f"{value:g}" for value in counted)
+    if counted == [1.0, 2.0, 3.0]:
+        return Finding("ok", f"three steps count {said}")
+    remedy = "moeexp passes positions as inputs; keep no counter or short vector in a buffer of your own"
+    return Finding("trap", f"three steps count {said}: the buffer became a constant", remedy)
+
+
+def aoti_capture() -> Finding:
+    """An AOTInductor package is captured in a CUDA graph, and the replay computes what the package does."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding("not probed", "no CUDA")
+
+    class Step(torch.nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.silu(x @ x) + 1.0
+
+    x = torch.randn(64, 64, device="cuda")
+    with tempfile.TemporaryDirectory() as scratch:
+        package = _package(Step().cuda(), x, Path(scratch))
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            expected = package(x).clone()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                captured = package(x)
+        except RuntimeError as error:
+            remedy = "load packages with run_single_threaded=True; use cuda_graph=false until this is ok"
+            return Finding("broken", f"capture fails: {_line(error)}", remedy)
+        captured.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        same = torch.equal(captured, expected)
+    return Finding("ok" if same else "broken", "replay equals the call" if same else "replay differs from the call")
+
+
+# Name -> the experiment and whether it compiles (left out by --quick).
+PROBES: dict[str, tuple[Callable[[], Finding], bool]] = {
+    "torch": (torch_version, False),
+    "triton": (triton_import, False),
+    "hqq": (hqq_quantise, False),
+    "package names": (package_names, False),
+    "cache folder": (cache_folder, False),
+    "static libstdc++": (libstdcxx, True),
+    "shared constants": (shared_constants, True),
+    "one-element buffer": (one_element_buffer, True),
+    "capture of AOTInductor": (aoti_capture, True),
+}
+
+
+def run(name: str) -> Finding:
+    """The finding, in this process. What an experiment raises means that something does not work: broken."""
+    try:
+        return PROBES[name][0]()
+    except ImportError as error:
+        return Finding("broken", _line(error), "install moeexp again: pip install moeexp")
+    except Exception as error:
+        return Finding("broken", f"{type(error).__name__}: {_line(error)}", "the traceback: python -m moeexp.probes NAME")
+
+
+def _package(module: Any, example: Any, folder: Path) -> Any:
+    """A package without weights, compiled and loaded as the runs' methods are."""
+    import torch
+    from torch._inductor import aoti_load_package
+
+    from moeexp.methods import compile_method
+
+    path = folder / f"{type(module).__name__}.pt2"
+    with torch.no_grad():
+        compile_method(torch.export.export(module.eval(), (example,)), path)
+    return aoti_load_package(str(path), run_single_threaded=True)
+
+
+def _place(name: str) -> str:
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        return "none"
+    if spec.loader is None or spec.origin is None:
+        return "a folder without __init__.py"
+    return str(Path(spec.origin).parent)
+
+
+def _line(error: object) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else f"{text[:199]}…"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--json"]:
+        print(ANSWER + json.dumps(asdict(run(sys.argv[2]))))
+    else:
+        print(PROBES[sys.argv[1]][0]())
