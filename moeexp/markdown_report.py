@@ -8,7 +8,7 @@ from typing import Any
 
 from moeexp import report
 from moeexp.conditions import odd_ones
-from moeexp.effects import MEANING, main_effects, interactions
+from moeexp.effects import MEANING, interactions, main_effects
 from moeexp.report import number
 from moeexp.runs import Run, runs_of, settings_text
 from moeexp.statistics import Interval
