@@ -23,7 +23,8 @@ LONG = 60  # characters of a setting in a label
 def label_of(run: Run) -> str:
     """What tells this run from the others."""
     settings = [(axis, value if len(value) <= LONG else value[:LONG] + "…") for axis, value in run.settings.items()]
-    return settings_text(settings) or run.id
+    cell = (run.record.get("design") or {}).get("cell")
+    return cell or settings_text(settings) or run.id
 
 
 def _waterfall(runs: Sequence[Run], ranked: Sequence[Run]) -> str:

@@ -32,8 +32,8 @@ def waterfalls(runs: Sequence[Run]) -> list[list[Step]]:
 
 
 def is_ladder(runs: Sequence[Run]) -> bool:
-    """Whether the runs are rungs that a recipe put in order."""
-    return all(any(part == "experiment=ladder" for part in run.record["command"] or []) for run in runs)
+    """Whether the runs are rungs that a design put in order."""
+    return all((run.record.get("design") or {}).get("name") == "ladder" for run in runs)
 
 
 def steepest(runs: Sequence[Run]) -> list[Run]:
@@ -55,7 +55,7 @@ def _steps(path: Sequence[Run]) -> list[Step]:
     first = last = None
     before: Run | None = None
     for run in path:
-        label = run.record.get("label") or _label(before, run)
+        label = (run.record.get("design") or {}).get("cell") or _label(before, run)
         gain = ratio(run.speed, last.speed) if run.speed and last else None
         total = ratio(run.speed, first.speed) if run.speed and first else None
         steps.append(Step(run, label, gain, total, bool(gain) and paired(run.speed, last.speed)))
