@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from moeexp import schema
+from moeexp.composition_error import explain
 from moeexp.conditions import unlike
 from moeexp.markdown_report import times
 from moeexp.record import plain, read_record
@@ -25,6 +26,7 @@ from moeexp.runs import GROUPS, HOUSEKEEPING
 from moeexp.statistics import ratio, speed_of
 
 AGREES, DIFFERS, INVALID = 0, 1, 2
+STDERR = 2  # what the run prints is not the answer
 # Two runs of the same thing, minutes apart, differ by a few percent more than either's own spread says.
 TOLERANCE = 0.05
 # The same code and text at another speed is the same result; on other hardware a speed is not judged at all.
@@ -57,7 +59,7 @@ def _composed(overrides: tuple[str, ...]) -> dict[str, Any]:
     try:
         return plain(schema.compose(overrides))
     except Exception as error:  # Hydra's errors share no base with ours
-        raise ValueError(f"{' '.join(overrides)} no longer composes: {' '.join(str(error).split())}") from error
+        raise ValueError(f"the record's config no longer composes: {explain(error)}") from error
 
 
 @cache
@@ -113,7 +115,7 @@ def run_again(record: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Runs the record's config in a process of its own. `RuntimeError` if that left no record."""
     overrides = [*overrides_of(record["config"]), "tracker.mode=disabled", f"hydra.run.dir={_hydra(str(folder))}"]
     print("$ " + shlex.join(["python", "-m", "moeexp", *overrides]), file=sys.stderr)
-    code = subprocess.run([sys.executable, "-m", "moeexp", *overrides], stdout=sys.stderr).returncode
+    code = subprocess.run([sys.executable, "-m", "moeexp", *overrides], stdout=STDERR).returncode
     if code == 130:
         raise KeyboardInterrupt
     again = folder / "record.json"

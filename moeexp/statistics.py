@@ -91,17 +91,18 @@ def replicates(
     samples: np.ndarray, lengths: Sequence[int], centre: str, *, round_seed: str, sample_seed: str
 ) -> np.ndarray:
     """samples [N] made of consecutive rounds of `lengths` -> [R] medians or means ("median" | "mean") of the
-    two-stage bootstrap."""
+    two-stage bootstrap. A mean is of bursts, whose tokens belong together: there whole rounds are drawn, once."""
     assert sum(lengths) == len(samples) and min(lengths) > 0, (lengths, len(samples))
     rounds = len(lengths)
     starts, sizes = np.cumsum([0, *lengths[:-1]]), np.asarray(lengths)
     drawn = max(rounds - 1, 1)
     per_round = math.ceil(len(samples) / rounds)
     chosen = _generator("rounds", round_seed).integers(0, rounds, (REPLICATES, drawn))
+    if centre == "mean":
+        return (np.add.reduceat(samples, starts) / sizes)[chosen].mean(axis=1)
     place = _generator("samples", sample_seed).random((REPLICATES, drawn, per_round))
     index = starts[chosen][..., None] + (place * sizes[chosen][..., None]).astype(np.int64)
-    taken = samples[index].reshape(REPLICATES, -1)
-    return np.median(taken, axis=1) if centre == "median" else taken.mean(axis=1)
+    return np.median(samples[index].reshape(REPLICATES, -1), axis=1)
 
 
 def interval(terms: Sequence[tuple[Speed, float]]) -> Interval:

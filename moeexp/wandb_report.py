@@ -79,8 +79,6 @@ def save(specification: dict[str, Any]) -> str:
 
 def build(specification: dict[str, Any], reports: Any) -> Any:
     """The Report object; `reports` is the module `wandb_workspaces.reports.v2`."""
-    from wandb_workspaces import expr
-
     where = {"project": specification["project"]} | (
         {"entity": specification["entity"]} if specification["entity"] else {}
     )
@@ -89,7 +87,7 @@ def build(specification: dict[str, Any], reports: Any) -> Any:
     run_set = reports.Runset(
         **where,
         name=chosen["name"],
-        filters=[expr.Metric("Name").isin(chosen["runs"])],
+        filters=f'Metric("Name") in {chosen["runs"]!r}',
         order=[reports.OrderBy(reports.SummaryMetric(metric), ascending=direction == "ascending")],
     )
     blocks = []

@@ -82,7 +82,7 @@ def test_a_cell_cannot_break_the_table(tmp_path, text):
 
 def test_main_prints_the_table_or_one_line(sweep, capsys, tmp_path):
     assert report.main([str(sweep)]) == 0
-    assert capsys.readouterr().out.startswith("| quant |")
+    assert capsys.readouterr().out.startswith("`python`\n\n| quant |")
     assert report.main([str(tmp_path / "none")]) == 2
     assert "holds no record.json" in capsys.readouterr().err
     assert report.main([]) == 2
