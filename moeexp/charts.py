@@ -54,12 +54,7 @@ class Scale:
     def ticks(self, wanted: int = 5) -> list[float]:
         """Round numbers within the range."""
         if self.log:
-            decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            fine = [m * 10.0**d for d in decades for m in (1, 2, 5) if self.low <= m * 10.0**d <= self.high]
-            coarse = [tick for tick in fine if f"{tick:e}"[0] == "1"]
-            if len(fine) <= wanted + 2 or len(coarse) < 2:
-                return fine if len(fine) > 1 else [self.low, self.high]
-            return coarse[:: math.ceil(len(coarse) / (wanted + 1))]
+            return self._log_ticks(wanted)
         if self.high <= self.low:
             return [self.low]
         raw = (self.high - self.low) / wanted
@@ -67,6 +62,16 @@ class Scale:
         step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
         first = math.ceil(self.low / step - 1e-9)
         return [round(k * step, 12) for k in range(first, math.floor(self.high / step + 1e-9) + 1)]
+
+    def _log_ticks(self, wanted: int) -> list[float]:
+        """Powers of ten where there are enough of them, else of each decade the first set that gives three."""
+        decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        for mantissas in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), [m / 10 for m in range(10, 100)]):
+            ticks = [float(f"{m * 10.0**d:.6g}") for d in decades for m in mantissas]
+            ticks = [tick for tick in ticks if self.low <= tick <= self.high]
+            if len(ticks) >= 3:
+                return ticks[:: math.ceil(len(ticks) / (wanted + 2))]
+        return [self.low, self.high]
 
 
 def rows(items: Sequence[Row], scale: Scale, unit: str, *, zero: float | None = None) -> str:

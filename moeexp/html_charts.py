@@ -10,9 +10,10 @@ from moeexp import charts, html_table
 from moeexp.charts import Bar, Point, Row, Scale
 from moeexp.conditions import CONDITIONS, conditions
 from moeexp.effects import MEANING, interactions, main_effects
-from moeexp.markdown_report import times
-from moeexp.report import number
+from moeexp.markdown_report import drift, stack_line, stack_table, steps_table, three, times
+from moeexp.report import cell_of, number
 from moeexp.runs import Run, settings_text
+from moeexp.stack import stacks
 from moeexp.waterfall import Step, waterfalls
 
 MOST = 40  # rows of a chart
@@ -23,8 +24,7 @@ LONG = 60  # characters of a setting in a label
 def label_of(run: Run) -> str:
     """What tells this run from the others."""
     settings = [(axis, value if len(value) <= LONG else value[:LONG] + "…") for axis, value in run.settings.items()]
-    cell = (run.record.get("design") or {}).get("cell")
-    return cell or settings_text(settings) or run.id
+    return cell_of(run.record) or settings_text(settings) or run.id
 
 
 def _waterfall(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
@@ -37,8 +37,8 @@ def _waterfall(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
             drawn.append(_step(step, before))
             before = step.run.speed.tok_s if step.run.speed else before
         text += (f"<h3>{escape(of)}</h3>" if of else "") + charts.rows(drawn, Scale(0, most), "tok/s")
-        if not all(step.in_turns for step in steps if step.gain):
-            text += '<p class="soft">Not timed in turns: drift of the machine between runs is part of these gains.</p>'
+        text += html_table.plain(*steps_table(steps), ["wrap", "number", "number"])
+        text += f'<p class="soft">{escape(drift(steps))}</p>'
     head = "<p>Decode speed, and what each step gained over the one before, with its 95 % interval.</p>"
     return head + text if text else ""
 
@@ -137,7 +137,7 @@ def _effects(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
         if found.low is not None and found.high is not None:
             bars.insert(0, Bar(found.low, found.high, "range"))
         pairs = f"{effect.pairs} pair{'s' if effect.pairs > 1 else ''}"
-        spread = f", {effect.least:.3g} to {effect.most:.3g}" if effect.pairs > 1 else ""
+        spread = f", {three(effect.least)} to {three(effect.most)}" if effect.pairs > 1 else ""
         label = f"{effect.axis}: {effect.base} → {effect.level}"
         drawn.append(Row(label, times(found), bars, f"{found.verdict}; {pairs}{spread}"))
     values = [v for effect in effects for v in (effect.ratio.value, effect.ratio.low, effect.ratio.high) if v]
@@ -158,8 +158,8 @@ def _interactions(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
     rows = "".join(
         f"<tr><td>{escape(f'{one.first[0]}: {one.first[1]} → {one.first[2]}')}</td>"
         f"<td>{escape(f'{one.second[0]}: {one.second[1]} → {one.second[2]}')}</td>"
-        f'<td class="number">× {one.alone[0]:.3g}</td><td class="number">× {one.alone[1]:.3g}</td>'
-        f'<td class="number">× {one.together:.3g}</td><td class="number">{escape(times(one.ratio))}</td>'
+        f'<td class="number">× {three(one.alone[0])}</td><td class="number">× {three(one.alone[1])}</td>'
+        f'<td class="number">× {three(one.together)}</td><td class="number">{escape(times(one.ratio))}</td>'
         f'<td class="{escape(one.verdict.replace(" ", "-"))}">{escape(one.verdict)}</td></tr>'
         for one in found
     )
@@ -169,6 +169,15 @@ def _interactions(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
     legend = "; ".join(f"{word}: {MEANING[word]}" for word in seen if word in MEANING)
     table = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
     return f"<p>Two settings together against the product of what each does alone. {escape(legend)}.</p>{table}"
+
+
+def _stack(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
+    text = ""
+    for stack in stacks(runs):
+        of = f"{settings_text(stack.baseline.point)} → {settings_text(stack.full.point)}"
+        text += f"<h3>{escape(of)}</h3>" + html_table.plain(*stack_table(stack), ["", "", "number", "number"])
+        text += f"<p>{escape(stack_line(stack))}</p>"
+    return text
 
 
 PARTS = ("kernels", "copies", "gaps")
@@ -242,6 +251,7 @@ SECTIONS: dict[str, Callable[[Sequence[Run], Sequence[Run]], str]] = {
     "Speed-up": _waterfall,
     "Effects": _effects,
     "Interactions": _interactions,
+    "Full stack": _stack,
     "Latency": _latencies,
     "Time split": _time_split,
     "Memory": _memory,

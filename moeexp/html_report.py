@@ -17,6 +17,7 @@ from typing import Any
 from moeexp import html_table, report
 from moeexp.conditions import odd_ones
 from moeexp.html_charts import SECTIONS, label_of
+from moeexp.markdown_report import three
 from moeexp.reproduce import command_of
 from moeexp.runs import Run, runs_of
 from moeexp.statistics import ratio
@@ -87,8 +88,8 @@ def _tiles(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
         same = [run for run in runs if run.speed and run.workload == best.workload]
         if same[0] is not best:
             gain = ratio(best.speed, same[0].speed)
-            spread = f", 95 % interval {gain.low:.3g} to {gain.high:.3g}" if gain.low and gain.high else ""
-            tiles.insert(1, (f"× {gain.value:.3g}", f"over the first, {label_of(same[0])}{spread}"))
+            spread = f", 95 % interval {three(gain.low)} to {three(gain.high)}" if gain.low and gain.high else ""
+            tiles.insert(1, (f"× {three(gain.value)}", f"over the first, {label_of(same[0])}{spread}"))
     machines = dict.fromkeys(_machine(run.record) for run in runs)
     tiles.append((next(iter(machines)), "and others, see Environment" if len(machines) > 1 else "measured on"))
     return '<div class="tiles">' + "".join(
@@ -103,7 +104,7 @@ def _machine(record: dict[str, Any]) -> str:
 
 
 def _flags(records: Sequence[dict[str, Any]]) -> str:
-    lines = odd_ones(records) + [note.replace("\\*", "*") for note in report.footnotes(records)]
+    lines = odd_ones(records) + [note.removeprefix("\\* ") for note in report.footnotes(records)]
     return f'<ul class="flags">{"".join(f"<li>{escape(line)}</li>" for line in lines)}</ul>' if lines else ""
 
 

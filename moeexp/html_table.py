@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from moeexp.report import number
+from moeexp.markdown_report import times
+from moeexp.report import cell_of, number
 from moeexp.runs import Run
 from moeexp.statistics import Speed, ratio
 
 SPEED = "decode tok/s"
+FIRST = ("cell", SPEED)
 FEW = 40  # levels of an axis that a filter lists; a longer list is searched
 
 
@@ -34,15 +36,18 @@ def ranking(ranked: Sequence[Run]) -> str:
         cells = [get(run, first) for run in ranked]
         if any(cell.value is not None for cell in cells):
             columns.append((name, cells))
+    names = [cell_of(run.record) for run in ranked]
+    if any(names):
+        columns.insert(0, ("cell", [Cell(name or "–", name) for name in names]))
     # The speed stands before the settings: a phone shows the first columns only.
-    speed = [column for column in columns if column[0] == SPEED]
-    rest = [column for column in columns if column[0] != SPEED]
-    header = [_header(name, True) for name in ("#", *(name for name, _ in speed))]
+    speed = [column for column in columns if column[0] in FIRST]
+    rest = [column for column in columns if column[0] not in FIRST]
+    header = [_header(name, name != "cell") for name in ("#", *(name for name, _ in speed))]
     header += [_header(name, False) for name in (*axes, "status")] + [_header(name, True) for name, _ in rest]
     rows = []
     for index, run in enumerate(ranked):
         cells = [_cell(Cell(str(index + 1), index + 1), "number")]
-        cells += [_cell(of_runs[index], "number") for _, of_runs in speed]
+        cells += [_cell(of_runs[index], "" if name == "cell" else "number") for name, of_runs in speed]
         cells += [_axis_cell(axis, run.settings[axis]) for axis in axes]
         status = run.record["status"]
         cells.append(_axis_cell("status", status, f"status {status}"))
@@ -89,7 +94,7 @@ def _axis_cell(axis: str, text: str, css: str = "") -> str:
 
 
 def _cell(cell: Cell, css: str) -> str:
-    value = "" if cell.value is None else cell.value
+    value = "" if cell.value is None else escape(str(cell.value))
     return f'<td class="{css} {cell.css}" data-value="{value}">{escape(cell.text)}</td>'
 
 
@@ -113,8 +118,7 @@ def _against_first(run: Run, first: dict[tuple, Speed]) -> Cell:
     if run.speed is None or first[run.workload] is run.speed:
         return Cell("–") if run.speed is None else Cell("1, the first", 1.0)
     found = ratio(run.speed, first[run.workload])
-    spread = f" [{found.low:.3g}, {found.high:.3g}]" if found.low and found.high else ""
-    return Cell(f"× {found.value:.3g}{spread}", found.value, found.verdict.replace(" ", "-"))
+    return Cell(times(found), found.value, found.verdict.replace(" ", "-"))
 
 
 def _of(key: str, *path: str) -> Callable[[dict[str, Any]], Any]:

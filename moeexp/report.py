@@ -27,10 +27,22 @@ def load_records(folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 def table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: what differs between the configs, then what was measured."""
-    axes = varying(records)
-    header = [*(axes or ["run"]), "status", *MEASURED]
-    settings = [[_setting(record, axis) for axis in axes] or [record["id"]] for record in records]
+    cells = [cell_of(record) for record in records]
+    # The cells of a design have names, which say more in less room than what each sets.
+    named, unique = all(cells), len(set(cells)) == len(cells)
+    axes = [] if named and unique else varying(records)
+    first = (["cell"] if named else []) + axes
+    header = [*(first or ["run"]), "status", *MEASURED]
+    settings = [
+        ([cell] if named else []) + [_setting(record, axis) for axis in axes] or [record["id"]]
+        for cell, record in zip(cells, records, strict=True)
+    ]
     return header, [[*chosen, *_results(record)] for chosen, record in zip(settings, records, strict=True)]
+
+
+def cell_of(record: dict[str, Any]) -> str | None:
+    """What a design that is no grid (a ladder, one factor at a time) calls this run."""
+    return (record.get("design") or {}).get("cell")
 
 
 def markdown(records: Sequence[dict[str, Any]]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moeexp.report import cell_of
 from moeexp.runs import Run, settings_text
 from moeexp.statistics import Interval, paired, ratio
 
@@ -55,7 +56,7 @@ def _steps(path: Sequence[Run]) -> list[Step]:
     first = last = None
     before: Run | None = None
     for run in path:
-        label = (run.record.get("design") or {}).get("cell") or _label(before, run)
+        label = cell_of(run.record) or _label(before, run)
         gain = ratio(run.speed, last.speed) if run.speed and last else None
         total = ratio(run.speed, first.speed) if run.speed and first else None
         steps.append(Step(run, label, gain, total, bool(gain) and paired(run.speed, last.speed)))

@@ -29,7 +29,7 @@ def test_what_differs_is_listed_under_its_heading():
     assert section(text, "memory, GiB") == ": the same"
     assert "moe_gate_up<int4>  90  30" in section(text, "kernels, µs per token")
     assert "gdn_decode" not in section(text, "kernels, µs per token")
-    assert "× 2 [" in text and "of A's speed: faster" in text
+    assert "× 2.0" in text and "of A's speed: faster" in text
     assert "not timed in turns" in text and "unlike conditions (CUDA)" in text
 
 

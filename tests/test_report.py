@@ -3,6 +3,7 @@
 import io
 
 import pytest
+import synthetic
 from rich.console import Console
 
 from moeexp import record, report, summary
@@ -62,6 +63,16 @@ def test_a_default_is_compared_with_what_another_run_set(tmp_path):
     make(tmp_path / "1", "quant=int8", "batch=2", id="x.1")
     header, rows = report.table(report.load_records([tmp_path]))
     assert header[:2] == ["quant", "batch"] and [row[:2] for row in rows] == [["int4", "1"], ["int8", "2"]]
+
+
+def test_the_cells_of_a_design_are_shown_by_their_names():
+    records = [synthetic.record("quant=none", id="a"), synthetic.record("quant=int4", "batch=2", id="b")]
+    designed = [one | {"design": {"name": "ladder", "cell": f"rung {i}", "index": i}} for i, one in enumerate(records)]
+    header, rows = report.table(designed)
+    assert header[:2] == ["cell", "status"] and [row[0] for row in rows] == ["rung 0", "rung 1"]
+    again = [one | {"design": {"name": "ladder", "cell": "rung 0", "index": 0}} for one in records]
+    assert report.table(again)[0][:3] == ["cell", "quant", "batch"]
+    assert report.table([designed[0], records[1]])[0][:2] == ["quant", "batch"]
 
 
 def test_runs_that_differ_in_nothing_are_told_apart_by_id(tmp_path):
