@@ -6,16 +6,16 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# nvidia's names of reasons that lower clocks; idle and a user's own setting are none.
-HARMLESS = ("none", "gpu_idle", "idle", "applications_clocks_setting", "sync_boost", "display_clock_setting")
+# Clocks coupled among GPUs by choice.
+HARMLESS = ("sync boost",)
+# Of the samples taken while a run was timed: below this, a reason to slow down passed unnoticed.
+NOTICED = 0.05
 
 
 def throttling(record: dict[str, Any]) -> list[str]:
     """The reasons for which the GPU lowered its clocks while this run was timed."""
-    telemetry = record.get("telemetry") or {}
-    reasons = telemetry.get("throttle_reasons") or []
-    names = [name for name, share in reasons.items() if share] if isinstance(reasons, dict) else list(reasons)
-    return sorted(name for name in map(str, names) if name.lower() not in HARMLESS)
+    reasons = (record.get("telemetry") or {}).get("throttle_reasons") or {}
+    return sorted(name for name, share in reasons.items() if share >= NOTICED and name not in HARMLESS)
 
 
 def _environment(*path: str) -> Callable[[dict[str, Any]], Any]:
@@ -48,6 +48,7 @@ CONDITIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "CUDA": _environment("cuda"),
     "code": _code,
     "weights": _weights,
+    "other processes on the GPU": lambda record: _environment("gpu_other_processes")(record) or None,
     "throttled by": lambda record: ", ".join(throttling(record)) or None,
 }
 

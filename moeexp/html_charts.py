@@ -180,7 +180,8 @@ def _stack(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
     return text
 
 
-PARTS = ("kernels", "copies", "gaps")
+# They add up to the wall-clock time.
+PARTS = ("kernels", "copies", "gaps", "host")
 
 
 def _time_split(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
@@ -195,12 +196,13 @@ def _time_split(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
             bars.append(Bar(at, at + us, part, f"{part} {number(us)} µs"))
             at += us
         longest = max(longest, at)
-        note = ", ".join(f"{part} {number(split.get(f'{part}_us'))}" for part in (*PARTS, "host"))
+        note = ", ".join(f"{part} {number(split.get(f'{part}_us'))}" for part in PARTS)
         drawn.append(Row(label_of(run), f"{number(split.get('wall_us'))} µs", bars, note, run=run.id))
-    legend = _legend({"GPU kernels": "--part-1", "copies": "--part-2", "gaps between them": "--part-4"})
+    names = ("GPU kernels", "copies", "gaps between them", "waiting for the host")
+    legend = _legend(dict(zip(names, ("--part-1", "--part-2", "--part-4", "--part-3"), strict=True)))
     head = (
-        "<p>Where a token's time goes on the GPU, from a profiled pass of its own (which is slower than the timed one). "
-        "Host time runs beside it.</p>"
+        "<p>Where a token's time goes, from a profiled pass of its own that is no part of the timing. Gaps are the GPU's "
+        "own between two kernels; while it waits for the host it has nothing to do.</p>"
     )
     return head + legend + charts.rows(drawn, Scale(0, longest or 1.0), "µs") + _cut(ranked)
 
@@ -218,7 +220,36 @@ def _environment(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
             rows.append([name, "; ".join(parts)])
     versions = (runs[0].record["environment"] or {}).get("versions") or {}
     rows.append(["versions of the first run", ", ".join(f"{k} {v}" for k, v in versions.items() if v)])
-    return html_table.plain(["condition", "value"], rows, ["", "wrap"]) + _gpu_states(ranked)
+    table = html_table.plain(["condition", "value"], rows, ["", "wrap"])
+    return table + (_telemetry(ranked) or _gpu_states(ranked))
+
+
+TELEMETRY = {
+    "sm_mhz": "SM MHz", "memory_mhz": "memory MHz", "power_w": "power W", "temperature_c": "°C", "load": "load",
+    "mhz": "CPU MHz",
+}  # fmt: skip
+
+
+def _telemetry(ranked: Sequence[Run]) -> str:
+    """The machine while each run was timed: least, median and most of each quantity, and what slowed it down."""
+    having = [run for run in ranked[:MOST] if (run.record.get("telemetry") or {}).get("n")]
+    names = [name for name in TELEMETRY if any(name in run.record["telemetry"] for run in having)]
+    rows = []
+    for run in having:
+        seen = run.record["telemetry"]
+        ranges = [
+            f"{number(seen[name]['min'])} – {number(seen[name]['median'])} – {number(seen[name]['max'])}"
+            if name in seen
+            else "–"
+            for name in names
+        ]
+        reasons = seen.get("throttle_reasons") or {}
+        slowed = ", ".join(f"{reason} {share:.0%} of the time" for reason, share in reasons.items()) or "no"
+        rows.append([label_of(run), *ranges, slowed])
+    if not rows:
+        return ""
+    header = ["run", *(f"{TELEMETRY[name]}, least – median – most" for name in names), "throttled"]
+    return "<h3>While timed</h3>" + html_table.plain(header, rows, ["wrap"])
 
 
 def _gpu_states(ranked: Sequence[Run]) -> str:

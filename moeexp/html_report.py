@@ -117,7 +117,7 @@ def _run(run: Run, index: int) -> str:
     speed = f"{report.number(record['decode_tok_s'])} tok/s" if record["decode_tok_s"] is not None else ""
     why = report.why(record) if record["status"] != "ok" else None
     parts = [f'<p class="soft">{escape(why)}</p>'] if why else []
-    parts.append(f'<pre class="command">{escape(command_of(record))}</pre>')
+    parts.append(_command(record))
     parts += [_gates(record), _kernels(record)]
     parts.append(f'<details data-record="{index}"><summary>record {escape(run.id)}</summary><pre></pre></details>')
     status = record["status"]
@@ -125,6 +125,15 @@ def _run(run: Run, index: int) -> str:
         f'<details data-run="{escape(run.id)}"><summary><span class="status {escape(status)}">{escape(status)}</span> '
         f"{escape(label_of(run))} <span class=soft>{escape(speed)}</span></summary>{''.join(parts)}</details>"
     )
+
+
+def _command(record: dict[str, Any]) -> str:
+    """The command that runs this config; of a config that this version cannot compose, the one that was given."""
+    try:
+        return f'<pre class="command">{escape(command_of(record))}</pre>'
+    except ValueError as error:
+        given = shlex.join([*record["command"], *record["overrides"]])
+        return f'<p class="soft">As it was given; {escape(str(error))}</p><pre class="command">{escape(given)}</pre>'
 
 
 def _gates(record: dict[str, Any]) -> str:

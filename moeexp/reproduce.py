@@ -30,7 +30,7 @@ STDERR = 2  # what the run prints is not the answer
 # Two runs of the same thing, minutes apart, differ by a few percent more than either's own spread says.
 TOLERANCE = 0.05
 # The same code and text at another speed is the same result; on other hardware a speed is not judged at all.
-HARDWARE = ("GPU", "CPU", "CPU cores", "CPU threads", "power limit (W)", "throttled by")
+HARDWARE = ("GPU", "CPU", "CPU cores", "CPU threads", "power limit (W)", "throttled by", "other processes on the GPU")
 
 
 def command_of(record: dict[str, Any]) -> str:

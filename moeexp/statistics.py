@@ -27,6 +27,8 @@ MIN_SAMPLES = 8  # fewer give no interval
 BLOCKS = 10  # of consecutive samples, where a record does not say what its rounds were
 # A speed must be what one of the two statistics of its samples says, or the samples cannot tell its spread.
 SAME_SPEED = 0.01
+# What of a record's `group` is the same for all of its runs and for no others.
+GROUP_KEYS = ("id", "name", "members", "runs", "order")
 
 # Student's t, two-sided 95 %, for 1 to 30 degrees of freedom; beyond that the normal one.
 T_95 = (
@@ -131,24 +133,22 @@ def student(freedom: int) -> float:
 
 def round_lengths(record: dict[str, Any], n: int) -> list[int]:
     """How many of the first `n` samples each round has: as recorded, else by the config's repeats, else blocks."""
-    latencies = record["token_latencies_ms"]
-    recorded = latencies.get("round_lengths") or (record.get("group") or {}).get("round_lengths")
-    if isinstance(recorded, list) and sum(recorded) == n and all(recorded):
-        return recorded
-    rounds = (record.get("group") or {}).get("rounds") or record["config"].get("repeats")
-    if latencies["n"] == n and isinstance(rounds, int) and rounds > 1 and n % rounds == 0:
-        return [n // rounds] * rounds
+    recorded = [one["n"] for one in record.get("rounds") or []]
+    if sum(recorded) >= n and all(recorded):
+        ends = np.minimum(np.cumsum(recorded), n)  # a record may keep the first samples only
+        return [int(length) for length in np.diff(ends, prepend=0) if length]
+    repeats = record["config"].get("repeats")
+    if record["token_latencies_ms"]["n"] == n and isinstance(repeats, int) and repeats > 1 and n % repeats == 0:
+        return [n // repeats] * repeats
     blocks = min(BLOCKS, n // 4)
     return [n // blocks + (block < n % blocks) for block in range(blocks)]
 
 
 def group_name(record: dict[str, Any]) -> str | None:
-    """Names the runs that were timed in turns with this one, and how many rounds they had; None if it ran by itself."""
-    group = record.get("group")
-    if not group:
-        return None
-    members = group.get("id") or group.get("members") or group.get("order")
-    return f"{members}" if members else None
+    """Names the runs that were timed in turns with this one; None if it ran by itself."""
+    group = record.get("group") or {}
+    name = next((group[key] for key in GROUP_KEYS if isinstance(group.get(key), (str, list)) and group[key]), None)
+    return None if name is None else f"{name}"
 
 
 def _centre(record: dict[str, Any]) -> str | None:

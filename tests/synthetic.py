@@ -24,8 +24,14 @@ ENVIRONMENT = {
     "gpu_after": {"sm_mhz": 1980.0, "memory_mhz": 2619.0, "power_w": 450.0, "power_limit_w": 700.0, "temperature_c": 52},
 }
 TIME_SPLIT = {
-    "wall_us": 300.0, "kernels_us": 210.0, "copies_us": 5.0, "gaps_us": 85.0, "host_us": 280.0, "kernels": 64,
+    "wall_us": 300.0, "kernels_us": 210.0, "copies_us": 5.0, "gaps_us": 25.0, "host_us": 60.0, "kernels": 64,
     "by_kernel": [{"name": "moe_gate_up<int4>", "calls": 40, "us": 90.0}, {"name": "gdn_decode", "calls": 30, "us": 60.0}],
+}  # fmt: skip
+
+TELEMETRY = {
+    "kind": "cuda", "n": 3, "interval_s": 0.1, "throttle_reasons": {"software power cap": 0.333},
+    "sm_mhz": {"min": 1410, "median": 1980, "max": 1980}, "power_w": {"min": 300.0, "median": 510.0, "max": 520.0},
+    "samples": [{"t_s": 0.0, "sm_mhz": 1980, "power_w": 510.0, "reasons": 0}],
 }  # fmt: skip
 
 

@@ -18,8 +18,8 @@ from moeexp.conditions import odd_ones, throttling, unlike
         (("environment", "gpu"), None, "GPU: NVIDIA H100 80GB HBM3 / none"),
         (("random_weights",), True, "weights: trained / random"),
         (("code_fingerprint",), "bad", "code: c0de / bad"),
-        (("telemetry",), {"throttle_reasons": ["sw_thermal_slowdown"]}, "throttled by: none / sw_thermal_slowdown"),
-        (("telemetry",), {"throttle_reasons": {"hw_slowdown": 0.2}}, "throttled by: none / hw_slowdown"),
+        (("telemetry",), {"throttle_reasons": {"hardware slowdown": 0.5}}, "throttled by: none / hardware slowdown"),
+        (("environment", "gpu_other_processes"), 2, "other processes on the GPU: none / 2"),
     ],
 )
 def test_each_condition_is_seen(path, value, phrase):
@@ -34,8 +34,9 @@ def test_each_condition_is_seen(path, value, phrase):
     assert "(a)" in line and "(b)" in line
 
 
-def test_idling_is_no_throttling():
-    assert throttling(synthetic.record(telemetry={"throttle_reasons": ["gpu_idle", "none"]})) == []
+def test_a_blink_and_coupled_clocks_are_no_throttling():
+    reasons = {"sync boost": 1.0, "software power cap": 0.01, "hardware slowdown": 0.05}
+    assert throttling(synthetic.record(telemetry={"throttle_reasons": reasons})) == ["hardware slowdown"]
     assert throttling(synthetic.record(telemetry=None)) == []
 
 

@@ -50,7 +50,7 @@ def records():
         }.items()
     }  # fmt: skip
     found = synthetic.grid(cells)
-    found[3]["time_split"] = synthetic.TIME_SPLIT
+    found[3] |= {"time_split": synthetic.TIME_SPLIT, "telemetry": synthetic.TELEMETRY}
     error = {"type": "ValueError", "message": "int8 is not here", "phase": None, "traceback": ""}
     return [*found, synthetic.record("quant=int8", "export=eager", id="ab.4", status="unsupported", error=error)]
 
@@ -107,6 +107,20 @@ def test_shapes_lie_within_their_charts(page):
         if tag == "circle":
             assert 0 <= float(a["cx"].rstrip("%")) <= 100
     assert len(page.all("rect", **{"class": "gain"})) == 2 and page.all("circle", **{"class": "dot"})
+
+
+def test_the_machine_while_timed_and_the_command_are_shown(text, page):
+    assert "1,410 – 1,980 – 1,980" in text and "software power cap 33% of the time" in text
+    commands = [data for tag, data in page.texts if data.startswith("python -m moeexp model=nano")]
+    assert len(commands) == 5 and sum("quant=int8 quant.group_size=32" in command for command in commands) == 1
+
+
+def test_a_config_that_no_longer_composes_is_shown_as_it_was_given():
+    old = records()[0]
+    old["config"]["quant"]["name"] = "int3"
+    text = html_report.page([old], title="t")
+    assert "As it was given; the record&#x27;s config no longer composes" in text
+    assert "python -m moeexp -m quant=none export=eager" in text
 
 
 def test_texts_of_records_cannot_become_markup():

@@ -86,9 +86,10 @@ def test_a_speed_of_bursts_is_held_against_the_mean():
 def test_rounds_are_those_recorded_else_the_repeats_else_blocks():
     record = synthetic.record(rounds=5)
     assert round_lengths(record, 200) == [40] * 5
-    assert round_lengths(record | {"group": {"rounds": 4}}, 200) == [50] * 4
     latencies = record["token_latencies_ms"]
-    assert round_lengths(record | {"token_latencies_ms": latencies | {"round_lengths": [150, 50]}}, 200) == [150, 50]
+    assert round_lengths(record | {"rounds": [{"n": 150}, {"n": 50}]}, 200) == [150, 50]
+    assert round_lengths(record | {"rounds": [{"n": 150}, {"n": 70}, {"n": 90}]}, 200) == [150, 50]
+    assert round_lengths(record | {"rounds": [{"n": 150}]}, 200) == [40] * 5
     shortened = record | {"token_latencies_ms": latencies | {"n": 4000}}
     assert round_lengths(shortened, 200) == [20] * 10
     assert round_lengths(shortened, 9) == [5, 4] and sum(round_lengths(shortened, 23)) == 23
