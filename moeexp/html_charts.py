@@ -50,7 +50,8 @@ def _step(step: Step, before: float | None) -> Row:
     if before is None:
         bars = [Bar(0, speed, "bar", f"{number(speed)} tok/s")]
     else:
-        kind = "gain" if speed >= before else "loss"
+        # Colour is for what is more than noise; without an interval nobody knows.
+        kind = {"no difference": "level", "slower": "loss"}.get(step.gain.verdict, "gain" if speed >= before else "loss")
         change = Bar(before, speed, kind, f"{number(before)} to {number(speed)} tok/s")
         bars = [Bar(0, min(before, speed), "before"), change]
     note = f"{times(step.gain)} {step.gain.verdict}" if step.gain else ""

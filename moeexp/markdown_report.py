@@ -67,7 +67,7 @@ def _bars(steps: Sequence[Step]) -> list[str]:
 def steps_table(steps: Sequence[Step]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: what each step is, how fast, what it gained, and what that may come from."""
     header = [
-        "step", "tok/s", "ms/token", "gain over the one before", "", "in all", "kernels/token", "host µs/token", "check",
+        "step", "tok/s", "ms/token", "gain over the one before", "verdict", "in all", "kernels/token", "host µs/token", "check",
     ]  # fmt: skip
     rows = []
     for step in steps:

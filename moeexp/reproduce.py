@@ -29,27 +29,44 @@ AGREES, DIFFERS, INVALID = 0, 1, 2
 STDERR = 2  # what the run prints is not the answer
 # Two runs of the same thing, minutes apart, differ by a few percent more than either's own spread says.
 TOLERANCE = 0.05
-# The same code and text at another speed is the same result; on other hardware a speed is not judged at all.
+# Housekeeping that decides what is published, and from how much.
+RUN_AS_IT_WAS = ("check", "repeats", "eval_bytes", "min_samples", "min_time_s", "artifact")
+# On other hardware a speed is not judged at all.
 HARDWARE = ("GPU", "CPU", "CPU cores", "CPU threads", "power limit (W)", "throttled by", "other processes on the GPU")
 
 
 def command_of(record: dict[str, Any]) -> str:
-    """A command line that runs this config, whatever sweep or recipe it came from."""
-    return shlex.join(["python", "-m", "moeexp", *overrides_of(record["config"])])
+    """A command line that runs this config, whatever sweep or recipe it came from. `ValueError` as `arguments_of`."""
+    return shlex.join(["python", "-m", "moeexp", *arguments_of(record)])
 
 
-def overrides_of(config: dict[str, Any]) -> list[str]:
-    """The overrides that turn the defaults into this resolved config; housekeeping is left out.
+def arguments_of(record: dict[str, Any]) -> list[str]:
+    """The arguments that turn the defaults into this record's config, with the user's own config folder if it had one.
 
     `ValueError` for a config of which a group no longer exists."""
+    own = _config_dir(record["command"])
+    return (["--config-dir", own] if own else []) + overrides_of(record["config"], own)
+
+
+def _config_dir(command: Sequence[str]) -> str | None:
+    for flag, value in zip(command, [*command[1:], ""], strict=True):
+        if flag in ("--config-dir", "-cd"):
+            return value
+        if flag.startswith("--config-dir="):
+            return flag.partition("=")[2]
+    return None
+
+
+def overrides_of(config: dict[str, Any], config_dir: str | None = None) -> list[str]:
+    """Overrides alone. Housekeeping is left out."""
     chosen = {group: config[group]["name"] for group in GROUPS} | {"ops": config["ops"]["default"]}
     defaults = _defaults()
+    search = (f"hydra.searchpath=[{_hydra('file://' + str(Path(config_dir).absolute()))}]",) if config_dir else ()
     groups = {group: name for group, name in chosen.items() if name != defaults[group]}
-    composed = _composed(tuple(f"{group}={name}" for group, name in chosen.items()))
+    composed = _composed(tuple(f"{group}={name}" for group, name in chosen.items()) + search)
     overrides = [f"{group}={name}" for group, name in groups.items()]
     for key, value in config.items():
-        # `check` and `repeats` decide what is published and from how much: they are run as they were.
-        if key not in HOUSEKEEPING or key in ("check", "repeats", "eval_bytes", "min_samples", "min_time_s"):
+        if key not in HOUSEKEEPING or key in RUN_AS_IT_WAS:
             overrides += _differences(key, composed.get(key), value)
     return overrides
 
@@ -113,7 +130,7 @@ def find(path: Path) -> Path:
 
 def run_again(record: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Runs the record's config in a process of its own. `RuntimeError` if that left no record."""
-    overrides = [*overrides_of(record["config"]), "tracker.mode=disabled", f"hydra.run.dir={_hydra(str(folder))}"]
+    overrides = [*arguments_of(record), "tracker.mode=disabled", f"hydra.run.dir={_hydra(str(folder))}"]
     print("$ " + shlex.join(["python", "-m", "moeexp", *overrides]), file=sys.stderr)
     code = subprocess.run([sys.executable, "-m", "moeexp", *overrides], stdout=STDERR).returncode
     if code == 130:

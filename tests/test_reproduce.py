@@ -39,6 +39,26 @@ def test_the_command_can_be_pasted_into_a_shell():
     assert not [word for word in words if word.startswith(("launcher", "tracker"))]
 
 
+def test_on_a_gpu_too():
+    config = resolve(compose(["model=nano", "cuda_graph=true"]), cuda_available=True)
+    derived = reproduce.overrides_of(plain(config))
+    again = compose(derived)
+    validate(again, cuda_available=True)
+    assert plain(resolve(again, cuda_available=True)) == plain(config) and "dtype=bfloat16" in derived
+
+
+def test_a_users_own_config_folder_goes_with_it(tmp_path):
+    (tmp_path / "quant").mkdir()
+    (tmp_path / "quant" / "mine.yaml").write_text("name: mine\nbits: 8\ngroup_size: 32\nskip: [embedding, router]\n")
+    record = synthetic.record("quant=none")
+    record["config"]["quant"] = {"name": "mine", "bits": 8, "group_size": 16, "skip": ["embedding", "router"]}
+    for flag in (["--config-dir", str(tmp_path)], [f"--config-dir={tmp_path}"], ["-cd", str(tmp_path)]):
+        record["command"] = ["python", "-m", "moeexp", *flag, "quant=mine"]
+        arguments = reproduce.arguments_of(record)
+        assert arguments[:2] == ["--config-dir", str(tmp_path)]
+        assert "quant=mine" in arguments and [a for a in arguments if a.startswith("quant.")] == ["quant.group_size=16"]
+
+
 def lines_of(old, new):
     agree, lines = reproduce.judge(old, new)
     return agree, "\n".join(lines)
