@@ -10,8 +10,7 @@ from typing import Any, NoReturn
 
 from moeexp.conditions import conditions
 from moeexp.markdown_report import times
-from moeexp.record import read_record
-from moeexp.report import number, why
+from moeexp.report import number, read_published, why
 from moeexp.reproduce import find
 from moeexp.runs import HOUSEKEEPING, as_text, runs_of, settings_text
 from moeexp.statistics import paired, ratio, speed_of
@@ -165,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("b", metavar="B", type=Path)
     try:
         options = parser.parse_args(arguments)
-        print(explain(read_record(find(options.a)), read_record(find(options.b))), end="")
+        print(explain(read_published(find(options.a)), read_published(find(options.b))), end="")
     except SystemExit as stop:  # --help
         return stop.code if isinstance(stop.code, int) else 0
     except (ValueError, OSError) as error:

@@ -116,7 +116,8 @@ def _run(run: Run, index: int) -> str:
     record = run.record
     speed = f"{report.number(record['decode_tok_s'])} tok/s" if record["decode_tok_s"] is not None else ""
     why = report.why(record) if record["status"] != "ok" else None
-    parts = [f'<p class="soft">{escape(why)}</p>'] if why else []
+    said = [why] * bool(why) + record["notes"]
+    parts = [f'<p class="soft">{escape(line)}</p>' for line in said]
     parts.append(_command(record))
     parts += [_gates(record), _kernels(record)]
     parts.append(f'<details data-record="{index}"><summary>record {escape(run.id)}</summary><pre></pre></details>')

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from moeexp.record import read_record, write_atomically
+from moeexp.record import SPEEDS, read_record, write_atomically
 
 MEASURED = ("decode tok/s", "prefill tok/s", "TTFT ms", "bits/byte", "peak GiB")
 RANDOM_WEIGHTS = "random weights: routing is near uniform there and prefill touches every expert"
@@ -22,7 +22,13 @@ def load_records(folders: Sequence[Path]) -> list[dict[str, Any]]:
         if not found:
             raise ValueError(f"{folder} holds no record.json: give a run's or a sweep's folder")
         paths |= dict.fromkeys(path.resolve() for path in found)
-    return sorted(map(read_record, paths), key=lambda record: (record["started"], _numbered(record["id"])))
+    return sorted(map(read_published, paths), key=lambda record: (record["started"], _numbered(record["id"])))
+
+
+def read_published(path: Path) -> dict[str, Any]:
+    """A record without the speeds that it may not publish yet: a run that still goes on may have timed before its check."""
+    record = read_record(path)
+    return record if record["status"] == "ok" else record | dict.fromkeys(SPEEDS)
 
 
 def table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

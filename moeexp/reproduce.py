@@ -21,7 +21,8 @@ from moeexp import schema
 from moeexp.composition_error import explain
 from moeexp.conditions import unlike
 from moeexp.markdown_report import times
-from moeexp.record import plain, read_record
+from moeexp.record import plain
+from moeexp.report import read_published
 from moeexp.runs import GROUPS, HOUSEKEEPING
 from moeexp.statistics import ratio, speed_of
 
@@ -138,7 +139,7 @@ def run_again(record: dict[str, Any], folder: Path) -> dict[str, Any]:
     again = folder / "record.json"
     if code == INVALID or not again.is_file():
         raise RuntimeError(f"it could not be run here (exit code {code}, see above)")
-    return read_record(again)
+    return read_published(again)
 
 
 def judge(old: dict[str, Any], new: dict[str, Any], *, tolerance: float = TOLERANCE) -> tuple[bool, list[str]]:
@@ -192,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="of the speed ratio; default %(default)s")
     try:
         options = parser.parse_args(arguments)
-        old = read_record(find(options.record))
+        old = read_published(find(options.record))
         stamp = f"{datetime.now():%Y-%m-%d-%H-%M-%S}-{secrets.token_hex(3)}"
         folder = options.out or Path("outputs") / "reproduce" / stamp
         if folder.exists() and any(folder.iterdir()):

@@ -65,6 +65,14 @@ def test_a_default_is_compared_with_what_another_run_set(tmp_path):
     assert header[:2] == ["quant", "batch"] and [row[:2] for row in rows] == [["int4", "1"], ["int8", "2"]]
 
 
+def test_a_run_that_is_not_over_publishes_no_speed(tmp_path):
+    running = synthetic.record(id="a") | {"status": "running", "decode_tok_s": 777.0, "finished": None}
+    synthetic.write(tmp_path, [running, synthetic.record(id="b")])
+    records = report.load_records([tmp_path])
+    assert [one["decode_tok_s"] is None for one in records] == [True, False]
+    assert "777" not in report.markdown(records)
+
+
 def test_the_cells_of_a_design_are_shown_by_their_names():
     records = [synthetic.record("quant=none", id="a"), synthetic.record("quant=int4", "batch=2", id="b")]
     designed = [one | {"design": {"name": "ladder", "cell": f"rung {i}", "index": i}} for i, one in enumerate(records)]
