@@ -42,12 +42,12 @@ def three(value: float) -> str:
 
 
 def _waterfalls(runs: Sequence[Run]) -> str:
-    text = ""
+    texts = []
     for steps in waterfalls(runs):
         of = settings_text(steps[0].run.workload)
-        text += f"### Speed-up{', ' + of if of else ''}\n\n```text\n" + "\n".join(_bars(steps)) + "\n```\n\n"
-        text += _table(*steps_table(steps)) + (f"\n{drift(steps)}\n" if drift(steps) else "")
-    return text
+        text = f"### Speed-up{', ' + of if of else ''}\n\n```text\n" + "\n".join(_bars(steps)) + "\n```\n\n"
+        texts.append(text + _table(*steps_table(steps)) + (f"\n{drift(steps)}\n" if drift(steps) else ""))
+    return "\n".join(texts)
 
 
 def _bars(steps: Sequence[Step]) -> list[str]:

@@ -16,6 +16,7 @@ HOUSEKEEPING = (
     "tracker", "launcher", "check", "repeats", "eval_bytes", "rerun", "dry_run", "min_samples", "min_time_s",
     "profile", "experiment", "artifact", "objective",
 )  # fmt: skip
+MACHINE = "machine"
 GROUPS = ("model", "quant", "sampler")
 
 
@@ -43,14 +44,21 @@ class Run:
 
 def runs_of(records: Sequence[dict[str, Any]]) -> list[Run]:
     """In the order of the records. Records that have the same settings throughout get empty `settings`."""
-    flat = [flatten(record["config"]) for record in records]
+    flat = [flatten(record["config"]) | {MACHINE: machine(record)} for record in records]
     axes = dict.fromkeys(axis for config in flat for axis in config)
-    differing = [axis for axis in axes if len({config.get(axis, "–") for config in flat}) > 1]
+    # A record from before there was a setting does not differ in it.
+    differing = [axis for axis in axes if len({config[axis] for config in flat if axis in config}) > 1]
     differing = _without_consequences(differing, flat)
     return [
         Run(record, statistics.speed_of(record), {axis: config.get(axis, "–") for axis in differing})
         for record, config in zip(records, flat, strict=True)
     ]
+
+
+def machine(record: dict[str, Any]) -> str:
+    """What it ran on. The same config on two machines is two workloads: their ratio is not any setting's."""
+    environment = record["environment"] or {}
+    return ((environment.get("gpu") or {}).get("name")) or (environment.get("cpu") or {}).get("name") or "not recorded"
 
 
 def flatten(config: dict[str, Any]) -> dict[str, str]:
@@ -81,7 +89,7 @@ def as_text(value: Any) -> str:
 
 
 def is_workload(axis: str) -> bool:
-    return axis.split(".")[0] in WORKLOAD
+    return axis == MACHINE or axis.split(".")[0] in WORKLOAD
 
 
 def settings_text(settings: Iterable[tuple[str, str]]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moeexp.markdown_report import document
-from moeexp.runs import Run, is_workload, runs_of
+from moeexp.runs import MACHINE, Run, is_workload, runs_of
 from moeexp.tracker import wandb_mode
 
 SCHEMA = "moeexp.wandb_report/1"
@@ -145,6 +145,8 @@ def _coordinates(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _key(run: Run, axis: str) -> str:
+    if axis == MACHINE:
+        return "environment.gpu.name"
     value = run.record["config"].get(axis)
     if not isinstance(value, dict):
         return axis

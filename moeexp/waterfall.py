@@ -56,7 +56,7 @@ def _steps(path: Sequence[Run]) -> list[Step]:
     first = last = None
     before: Run | None = None
     for run in path:
-        label = cell_of(run.record) or _label(before, run)
+        label = cell_of(run.record) or _label(before, run, path)
         gain = ratio(run.speed, last.speed) if run.speed and last else None
         total = ratio(run.speed, first.speed) if run.speed and first else None
         steps.append(Step(run, label, gain, total, bool(gain) and paired(run.speed, last.speed)))
@@ -66,9 +66,10 @@ def _steps(path: Sequence[Run]) -> list[Step]:
     return steps
 
 
-def _label(before: Run | None, run: Run) -> str:
-    """What changed, as one would write it; of the first, what may change later."""
+def _label(before: Run | None, run: Run, path: Sequence[Run]) -> str:
+    """What changed, as one would write it; of the first, what changes later."""
     if before is None:
-        return settings_text(run.point) or "baseline"
+        changing = {axis for one in path for axis, value in one.point if run.settings[axis] != value}
+        return settings_text((axis, value) for axis, value in run.point if axis in changing) or "baseline"
     old = dict(before.point)
     return "+ " + (settings_text((axis, value) for axis, value in run.point if old.get(axis) != value) or "again")

@@ -59,6 +59,23 @@ def test_another_workload_is_no_effect():
     assert main_effects(runs) == [] and waterfalls(runs) == []
 
 
+def test_another_machine_is_no_effect_and_pairs_with_nothing_here():
+    here = synthetic.grid({("quant=none",): 1.0, ("quant=int4",): 0.5})
+    there = synthetic.grid({("quant=none",): 2.0, ("quant=int4",): 1.0})
+    for record in there:
+        record["environment"] = record["environment"] | {"gpu": {"name": "another", "driver": "1"}}
+    (effect,) = main_effects(runs_of(here + there))
+    assert (effect.axis, effect.pairs) == ("quant", 2) and effect.ratio.value == pytest.approx(2, rel=0.01)
+    assert len(waterfalls(runs_of(here + there))) == 2
+    assert main_effects(runs_of([here[0], there[1]])) == []
+
+
+def test_a_record_from_before_there_was_a_setting_does_not_differ_in_it():
+    old, new = synthetic.grid({("quant=none",): 1.0, ("quant=int4",): 0.5})
+    del old["config"]["allocator"]
+    assert list(runs_of([old, new])[0].settings) == ["quant"]
+
+
 def test_what_a_groups_name_settles_is_no_axis_of_its_own():
     runs = runs_of(synthetic.grid({("quant=none",): 1.0, ("quant=int4",): 0.5, ("quant=int4", "quant.group_size=16"): 0.6}))
     assert list(runs[0].settings) == ["quant", "quant.group_size"]
