@@ -21,7 +21,7 @@ BAR = 24  # characters of the longest bar
 def document(records: Sequence[dict[str, Any]]) -> str:
     runs = runs_of(records)
     commands = dict.fromkeys(shlex.join(record["command"]) for record in records)
-    head = "".join(f"`{command}`\n" for command in commands)
+    head = "".join(f"{'- ' * (len(commands) > 1)}`{command}`\n" for command in commands)
     parts = [head, report.markdown(records), _waterfalls(runs), _effects(runs), _interactions(runs), _stacks(runs)]
     parts.append(_unlike(records))
     return "\n".join(part for part in parts if part)
