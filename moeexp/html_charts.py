@@ -157,15 +157,15 @@ def _interactions(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
     order = {"combine": 0, "cancel": 1, "overlap": 2}
     found.sort(key=lambda one: order.get(one.verdict, 3))
     rows = "".join(
-        f"<tr><td>{escape(f'{one.first[0]}: {one.first[1]} → {one.first[2]}')}</td>"
+        f'<tr><td class="{escape(one.verdict.replace(" ", "-"))}">{escape(one.verdict)}</td>'
+        f"<td>{escape(f'{one.first[0]}: {one.first[1]} → {one.first[2]}')}</td>"
         f"<td>{escape(f'{one.second[0]}: {one.second[1]} → {one.second[2]}')}</td>"
         f'<td class="number">× {three(one.alone[0])}</td><td class="number">× {three(one.alone[1])}</td>'
-        f'<td class="number">× {three(one.together)}</td><td class="number">{escape(times(one.ratio))}</td>'
-        f'<td class="{escape(one.verdict.replace(" ", "-"))}">{escape(one.verdict)}</td></tr>'
+        f'<td class="number">× {three(one.together)}</td><td class="number">{escape(times(one.ratio))}</td></tr>'
         for one in found
     )
-    names = ("setting", "with", "first alone", "second alone", "together", "against the product", "verdict")
-    head = "".join(f"<th{NUMBER if 2 <= column <= 5 else ''}>{name}</th>" for column, name in enumerate(names))
+    names = ("verdict", "setting", "with", "first alone", "second alone", "together", "against the product")
+    head = "".join(f"<th{NUMBER if column > 2 else ''}>{name}</th>" for column, name in enumerate(names))
     seen = dict.fromkeys(one.verdict for one in found)
     legend = "; ".join(f"{word}: {MEANING[word]}" for word in seen if word in MEANING)
     table = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'

@@ -34,7 +34,7 @@ def waterfalls(runs: Sequence[Run]) -> list[list[Step]]:
 
 def is_ladder(runs: Sequence[Run]) -> bool:
     """Whether the runs are rungs that a design put in order."""
-    return all((run.record.get("design") or {}).get("name") == "ladder" for run in runs)
+    return all("ladder" in ((run.record.get("design") or {}).get("name") or "") for run in runs)
 
 
 def steepest(runs: Sequence[Run]) -> list[Run]:
