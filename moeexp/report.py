@@ -1,13 +1,14 @@
-"""A combined Markdown table of records: `python -m moeexp.report DIR…`."""
+"""Reports of records: `python -m moeexp.report DIR… [--to md|html|wandb] [--out FILE]`."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from moeexp.record import read_record
+from moeexp.record import SPEEDS, read_record, write_atomically
 
 MEASURED = ("decode tok/s", "prefill tok/s", "TTFT ms", "bits/byte", "peak GiB")
 RANDOM_WEIGHTS = "random weights: routing is near uniform there and prefill touches every expert"
@@ -21,15 +22,33 @@ def load_records(folders: Sequence[Path]) -> list[dict[str, Any]]:
         if not found:
             raise ValueError(f"{folder} holds no record.json: give a run's or a sweep's folder")
         paths |= dict.fromkeys(path.resolve() for path in found)
-    return sorted(map(read_record, paths), key=lambda record: (record["started"], _numbered(record["id"])))
+    return sorted(map(read_published, paths), key=lambda record: (record["started"], _numbered(record["id"])))
+
+
+def read_published(path: Path) -> dict[str, Any]:
+    """A record without the speeds that it may not publish yet: a run that still goes on may have timed before its check."""
+    record = read_record(path)
+    return record if record["status"] == "ok" else record | dict.fromkeys(SPEEDS)
 
 
 def table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: what differs between the configs, then what was measured."""
-    axes = varying(records)
-    header = [*(axes or ["run"]), "status", *MEASURED]
-    settings = [[_setting(record, axis) for axis in axes] or [record["id"]] for record in records]
+    cells = [cell_of(record) for record in records]
+    # The cells of a design have names, which say more in less room than what each sets.
+    named, unique = all(cells), len(set(cells)) == len(cells)
+    axes = [] if named and unique else varying(records)
+    first = (["cell"] if named else []) + axes
+    header = [*(first or ["run"]), "status", *MEASURED]
+    settings = [
+        ([cell] if named else []) + [_setting(record, axis) for axis in axes] or [record["id"]]
+        for cell, record in zip(cells, records, strict=True)
+    ]
     return header, [[*chosen, *_results(record)] for chosen, record in zip(settings, records, strict=True)]
+
+
+def cell_of(record: dict[str, Any]) -> str | None:
+    """What a design that is no grid (a ladder, one factor at a time) calls this run."""
+    return (record.get("design") or {}).get("cell")
 
 
 def markdown(records: Sequence[dict[str, Any]]) -> str:
@@ -114,16 +133,61 @@ def _numbered(id: str) -> tuple[str, int]:
     return (stem, int(number)) if number.isdigit() else (id, 0)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; python -m moeexp.report --help says what there is")
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(prog="python -m moeexp.report", description="Report of every record.json under DIR…")
+    parser.add_argument("folders", metavar="DIR", nargs="+", type=Path, help="a run's or a sweep's folder, or a record")
+    parser.add_argument("--to", choices=("md", "html", "wandb"), help="default: by FILE's ending, else md")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="where to write; default: md to stdout, report.html")
+    parser.add_argument("--title", default="moeexp report")
+    parser.add_argument("--project", help="--to wandb: the project to save in; default: the runs' own")
+    parser.add_argument("--entity", help="--to wandb: its entity; default: the runs' own, else the one logged in")
+    options = parser.parse_args(arguments)
+    ending = options.out.suffix if options.out else ""
+    options.to = options.to or {".html": "html", ".htm": "html"}.get(ending, "md")
+    return options
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    folders = list(sys.argv[1:] if arguments is None else arguments)
-    if not folders or folders[0] in ("-h", "--help"):
-        print("usage: python -m moeexp.report DIR…   (prints a Markdown table of every record.json under DIR…)")
-        return 0 if folders else 2
     try:
-        print(markdown(load_records([Path(folder) for folder in folders])), end="")
-    except ValueError as error:
+        options = _parse(arguments)
+        return _write(load_records(options.folders), options)
+    except SystemExit as stop:  # --help
+        return stop.code if isinstance(stop.code, int) else 0
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _write(records: Sequence[dict[str, Any]], options: argparse.Namespace) -> int:
+    # Imported here: the end of a sweep needs the table alone.
+    if options.to == "wandb":
+        from moeexp import wandb_report
+
+        specification = wandb_report.specification(
+            records, title=options.title, project=options.project, entity=options.entity
+        )
+        if options.out is None:
+            print(wandb_report.save(specification))
+            return 0
+        text, out = wandb_report.dump(specification), options.out
+    elif options.to == "html":
+        from moeexp import html_report
+
+        text, out = html_report.page(records, title=options.title), options.out or Path("report.html")
+    else:
+        from moeexp import markdown_report
+
+        text, out = markdown_report.document(records), options.out
+    if out is None:
+        print(text, end="")
+    else:
+        write_atomically(out, text)
+        print(f"{options.to} report of {len(records)} runs: {out}", file=sys.stderr)
     return 0
 
 

@@ -3,6 +3,7 @@
 import io
 
 import pytest
+import synthetic
 from rich.console import Console
 
 from moeexp import record, report, summary
@@ -64,6 +65,24 @@ def test_a_default_is_compared_with_what_another_run_set(tmp_path):
     assert header[:2] == ["quant", "batch"] and [row[:2] for row in rows] == [["int4", "1"], ["int8", "2"]]
 
 
+def test_a_run_that_is_not_over_publishes_no_speed(tmp_path):
+    running = synthetic.record(id="a") | {"status": "running", "decode_tok_s": 777.0, "finished": None}
+    synthetic.write(tmp_path, [running, synthetic.record(id="b")])
+    records = report.load_records([tmp_path])
+    assert [one["decode_tok_s"] is None for one in records] == [True, False]
+    assert "777" not in report.markdown(records)
+
+
+def test_the_cells_of_a_design_are_shown_by_their_names():
+    records = [synthetic.record("quant=none", id="a"), synthetic.record("quant=int4", "batch=2", id="b")]
+    designed = [one | {"design": {"name": "ladder", "cell": f"rung {i}", "index": i}} for i, one in enumerate(records)]
+    header, rows = report.table(designed)
+    assert header[:2] == ["cell", "status"] and [row[0] for row in rows] == ["rung 0", "rung 1"]
+    again = [one | {"design": {"name": "ladder", "cell": "rung 0", "index": 0}} for one in records]
+    assert report.table(again)[0][:3] == ["cell", "quant", "batch"]
+    assert report.table([designed[0], records[1]])[0][:2] == ["quant", "batch"]
+
+
 def test_runs_that_differ_in_nothing_are_told_apart_by_id(tmp_path):
     make(tmp_path / "0")
     make(tmp_path / "1", id="cd")
@@ -82,7 +101,7 @@ def test_a_cell_cannot_break_the_table(tmp_path, text):
 
 def test_main_prints_the_table_or_one_line(sweep, capsys, tmp_path):
     assert report.main([str(sweep)]) == 0
-    assert capsys.readouterr().out.startswith("| quant |")
+    assert capsys.readouterr().out.startswith("`python`\n\n| quant |")
     assert report.main([str(tmp_path / "none")]) == 2
     assert "holds no record.json" in capsys.readouterr().err
     assert report.main([]) == 2

@@ -1,0 +1,203 @@
+"""Charts as HTML rows of inline SVG. Geometry is in percent of the width, text is HTML beside it, so that a chart is as
+readable on a phone as on a desk. Every function takes plain numbers and returns markup; texts are escaped here.
+
+A row or point carries `data-run`, by which the page's filter shows and hides it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+
+import numpy as np
+
+BINS = 72
+LABEL = 5  # percent of a plot's height that a line of text takes
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A part of a row, from `start` to `end` in the chart's unit; `kind` is its CSS class, `hint` shows on hover."""
+
+    start: float
+    end: float
+    kind: str
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    label: str
+    value: str
+    bars: Sequence[Bar] = ()
+    note: str = ""
+    run: str | None = None
+    samples: Sequence[float] = field(default=())
+    marks: Sequence[tuple[float, str]] = ()  # (place, hint) of a vertical line
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Maps values to percent of the width; `log` needs low > 0."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
+        at = math.log(max(value, self.low)) if self.log else value
+        return round(min(max(100 * (at - low) / (high - low), 0.0), 100.0), 3) if high > low else 50.0
+
+    def ticks(self, wanted: int = 5) -> list[float]:
+        """Round numbers within the range."""
+        if self.log:
+            return self._log_ticks(wanted)
+        if self.high <= self.low:
+            return [self.low]
+        raw = (self.high - self.low) / wanted
+        power = 10.0 ** math.floor(math.log10(raw))
+        step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+        first = math.ceil(self.low / step - 1e-9)
+        return [round(k * step, 12) for k in range(first, math.floor(self.high / step + 1e-9) + 1)]
+
+    def _log_ticks(self, wanted: int) -> list[float]:
+        """Powers of ten where there are enough of them, else of each decade the first set that gives three."""
+        decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        for mantissas in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), [m / 10 for m in range(10, 100)]):
+            ticks = [float(f"{m * 10.0**d:.6g}") for d in decades for m in mantissas]
+            ticks = [tick for tick in ticks if self.low <= tick <= self.high]
+            if len(ticks) >= 3:
+                return ticks[:: math.ceil(len(ticks) / (wanted + 2))]
+        return [self.low, self.high]
+
+
+def rows(items: Sequence[Row], scale: Scale, unit: str, *, zero: float | None = None) -> str:
+    """Horizontal bars, intervals or histograms, one row each, over a common axis."""
+    return (
+        '<div class="chart">' + "".join(_row(item, scale, zero) for item in items) + _axis(scale, unit) + "</div>"
+    )
+
+
+def _row(item: Row, scale: Scale, zero: float | None) -> str:
+    drawn = [_line(scale(tick), "grid") for tick in scale.ticks()]
+    if zero is not None:
+        drawn.append(_line(scale(zero), "zero"))
+    drawn += _histogram(item.samples, scale) + [_bar(bar, scale) for bar in item.bars]
+    drawn += [_line(scale(place), "mark", hint) for place, hint in item.marks]
+    run = f' data-run="{escape(item.run)}"' if item.run is not None else ""
+    note = f'<span class="note">{escape(item.note)}</span>' if item.note else ""
+    title = escape(f"{item.label}: {item.value} {item.note}".strip())
+    return (
+        f'<div class="row"{run}><div class="label">{escape(item.label)}</div>'
+        f'<svg class="track" role="img" aria-label="{title}">{"".join(drawn)}</svg>'
+        f'<div class="value">{escape(item.value)}{note}</div></div>'
+    )
+
+
+def _bar(bar: Bar, scale: Scale) -> str:
+    left, right = sorted((scale(bar.start), scale(bar.end)))
+    hint = f"<title>{escape(bar.hint)}</title>" if bar.hint else ""
+    if bar.kind == "dot":
+        return f'<circle class="dot" cx="{left}%" cy="50%" r="5">{hint}</circle>'
+    if bar.kind == "range":
+        return f'<line class="range" x1="{left}%" x2="{right}%" y1="50%" y2="50%">{hint}</line>'
+    # A bar that is there is seen: at least a hair's width.
+    width = max(round(right - left, 3), 0.3)
+    return f'<rect class="{escape(bar.kind)}" x="{left}%" y="18%" width="{width}%" height="64%" rx="2">{hint}</rect>'
+
+
+def _histogram(samples: Sequence[float], scale: Scale) -> list[str]:
+    if not len(samples):
+        return []
+    places = [scale(sample) for sample in samples]
+    counts, edges = np.histogram(places, bins=BINS, range=(0, 100))
+    most, width = counts.max(), 100 / BINS
+    return [
+        f'<rect class="bin" x="{left:.2f}%" y="{100 - 92 * count / most:.1f}%" width="{width:.2f}%" '
+        f'height="{92 * count / most:.1f}%"/>'
+        for count, left in zip(counts, edges, strict=False)
+        if count
+    ]
+
+
+def _line(at: float, kind: str, hint: str = "") -> str:
+    title = f"<title>{escape(hint)}</title>" if hint else ""
+    return f'<line class="{kind}" x1="{at}%" x2="{at}%" y1="0" y2="100%">{title}</line>'
+
+
+def _axis(scale: Scale, unit: str) -> str:
+    texts = "".join(_tick(scale(tick), tick) for tick in scale.ticks())
+    return (
+        f'<div class="row axis"><div class="label"></div><svg class="track" aria-hidden="true">{texts}</svg>'
+        f'<div class="value">{escape(unit)}</div></div>'
+    )
+
+
+def _tick(at: float, value: float) -> str:
+    anchor = "start" if at < 4 else "end" if at > 96 else "middle"
+    return f'<text x="{at}%" y="14" text-anchor="{anchor}">{short(value)}</text>'
+
+
+def short(value: float) -> str:
+    """1,200 as 1.2k: an axis has little room."""
+    for limit, divisor, suffix in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / divisor:g}{suffix}"
+    return f"{value:g}"
+
+
+@dataclass(frozen=True)
+class Point:
+    x: float
+    y: float
+    text: str
+    hint: str
+    run: str
+
+
+def scatter(
+    points: Sequence[Point], roofs: Sequence[tuple[float, str]], *, x_unit: str, y_unit: str, roof_y: float
+) -> str:
+    """Points on log-log axes under roofs y = c / x; `roofs`: (c, name). `roof_y`: the highest y that the plot needs."""
+    x = Scale(min(p.x for p in points) / 2, max(p.x for p in points) * 2, log=True)
+    y = Scale(min(p.y for p in points) / 2, max(roof_y, max(p.y for p in points) * 2), log=True)
+    parts = [_line(x(tick), "grid") for tick in x.ticks()]
+    parts += [f'<line class="grid" x1="0" x2="100%" y1="{100 - y(t)}%" y2="{100 - y(t)}%"/>' for t in y.ticks()]
+    parts += [f'<text x="6" y="{100 - y(t):.2f}%" dy="-4">{short(t)}</text>' for t in y.ticks()]
+    for c, name in roofs:
+        # Both ends within the plot: the roof leaves it at the top or at a side.
+        left, right = max(x.low, c / y.high), min(x.high, c / y.low)
+        if left < right:
+            parts.append(
+                f'<line class="roof" x1="{x(left)}%" y1="{100 - y(c / left)}%" x2="{x(right)}%" '
+                f'y2="{100 - y(c / right)}%"><title>{escape(name)}</title></line>'
+            )
+    parts += _named(points, x, y)
+    ticks = "".join(_tick(x(tick), tick) for tick in x.ticks())
+    return (
+        f'<div class="plot"><div class="y-unit">{escape(y_unit)}</div><svg class="area" role="img" '
+        f'aria-label="{escape(y_unit)} over {escape(x_unit)}">{"".join(parts)}</svg>'
+        f'<svg class="x-axis" aria-hidden="true">{ticks}</svg><div class="x-unit">{escape(x_unit)}</div></div>'
+    )
+
+
+def _named(points: Sequence[Point], x: Scale, y: Scale) -> list[str]:
+    """Dots with their texts beside them; a text that would lie on an earlier one goes below it."""
+    parts, taken = [], []
+    for p in points:
+        cx, cy = x(p.x), 100 - y(p.y)
+        below = 0
+        while any(abs(cx - at) < 20 and abs(cy + below * LABEL - high) < LABEL for at, high in taken):
+            below += 1
+        taken.append((cx, cy + below * LABEL))
+        side, anchor = (8, "start") if cx < 80 else (-8, "end")
+        parts.append(
+            f'<g data-run="{escape(p.run)}"><circle class="dot" cx="{cx}%" cy="{cy:.3f}%" r="5">'
+            f"<title>{escape(p.hint)}</title></circle>"
+            f'<text class="name" x="{cx}%" y="{cy + below * LABEL:.3f}%" dx="{side}" dy="4" '
+            f'text-anchor="{anchor}">{escape(p.text)}</text></g>'
+        )
+    return parts

@@ -1,0 +1,133 @@
+"""What each setting buys, alone and together, over runs that differ in it and in nothing else."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from moeexp.runs import Run, is_workload
+from moeexp.statistics import Interval, Speed, interval
+
+# settings without the axes in question -> level, or pair of levels -> the runs there
+Cells = dict[tuple, dict[tuple[str, ...], list[Speed]]]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """`axis` at `level` against `base`: the geometric mean of the speed ratios of `pairs` matched pairs."""
+
+    axis: str
+    base: str
+    level: str
+    ratio: Interval
+    pairs: int
+    least: float  # the smallest and the largest of the pairs' ratios
+    most: float
+
+
+@dataclass(frozen=True)
+class Interaction:
+    """Two settings together against the product of what each buys alone: above 1 they help each other."""
+
+    first: tuple[str, str, str]  # axis, base, level
+    second: tuple[str, str, str]
+    alone: tuple[float, float]  # what each buys where the other is at its base
+    together: float
+    ratio: Interval
+    squares: int
+
+    @property
+    def verdict(self) -> str:
+        """independent | combine | overlap | cancel | no interval."""
+        verdict = self.ratio.verdict
+        if verdict == "no difference":
+            return "independent"
+        if verdict == "faster":
+            return "combine"
+        if verdict == "slower":
+            return "cancel" if self.together <= max(self.alone) else "overlap"
+        return verdict
+
+
+MEANING = {
+    "independent": "the gains multiply: no interaction beyond noise",
+    "combine": "together more than the product of the gains",
+    "overlap": "together less than the product, still more than either alone",
+    "cancel": "together no better than the better one alone",
+}
+
+
+def axes_of(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """{axis: levels}, of the settings that may make a run faster; the first level is the first run's, the base."""
+    measured = [run for run in runs if run.speed is not None]
+    axes = dict.fromkeys(axis for run in measured for axis in run.settings if not is_workload(axis))
+    levels = {axis: list(dict.fromkeys(run.settings[axis] for run in measured)) for axis in axes}
+    return {axis: values for axis, values in levels.items() if len(values) > 1}
+
+
+def main_effects(runs: Sequence[Run]) -> list[Effect]:
+    effects = []
+    for axis, (base, *others) in axes_of(runs).items():
+        cells = _cells(runs, (axis,))
+        for level in others:
+            pairs = [(at[(level,)], at[(base,)]) for at in cells.values() if (level,) in at and (base,) in at]
+            if pairs:
+                ratios = [interval(_terms(new, 1) + _terms(old, -1)).value for new, old in pairs]
+                terms = [term for new, old in pairs for term in _terms(new, 1) + _terms(old, -1)]
+                effects.append(
+                    Effect(axis, base, level, _mean(terms, len(pairs)), len(pairs), min(ratios), max(ratios))
+                )
+    return effects
+
+
+def interactions(runs: Sequence[Run]) -> list[Interaction]:
+    """Of every two settings for which all four combinations ran beside each other."""
+    found = []
+    levels = axes_of(runs)
+    for one, two in combinations(levels, 2):
+        cells = _cells(runs, (one, two))
+        for a in levels[one][1:]:
+            for b in levels[two][1:]:
+                found += _interaction(cells, (one, levels[one][0], a), (two, levels[two][0], b))
+    return found
+
+
+def _interaction(cells: Cells, one: tuple[str, str, str], two: tuple[str, str, str]) -> list[Interaction]:
+    corners = [(one[2], two[2]), (one[2], two[1]), (one[1], two[2]), (one[1], two[1])]
+    squares = [[at[corner] for corner in corners] for at in cells.values() if all(corner in at for corner in corners)]
+    if not squares:
+        return []
+    terms = [
+        term
+        for square in squares
+        for corner, power in zip(square, (1, -1, -1, 1), strict=True)
+        for term in _terms(corner, power)
+    ]
+
+    def mean(corner: int) -> float:
+        over = [term for square in squares for term in _terms(square[corner], 1) + _terms(square[3], -1)]
+        return _mean(over, len(squares)).value
+
+    return [Interaction(one, two, (mean(1), mean(2)), mean(0), _mean(terms, len(squares)), len(squares))]
+
+
+def _cells(runs: Sequence[Run], axes: tuple[str, ...]) -> Cells:
+    cells: Cells = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        if run.speed is not None:
+            rest = tuple((axis, value) for axis, value in run.settings.items() if axis not in axes)
+            cells[rest][tuple(run.settings[axis] for axis in axes)].append(run.speed)
+    return {rest: dict(at) for rest, at in cells.items()}
+
+
+def _terms(speeds: Sequence[Speed], power: float) -> list[tuple[Speed, float]]:
+    """The geometric mean of repeated runs of one cell."""
+    return [(speed, power / len(speeds)) for speed in speeds]
+
+
+def _mean(terms: Sequence[tuple[Speed, float]], count: int) -> Interval:
+    return interval([(speed, power / count) for speed, power in terms])
+
+

@@ -1,0 +1,157 @@
+"""Records as one self-contained HTML file: no network, no library, readable on a phone.
+
+The page is drawn here, in HTML and SVG; its script only filters, sorts and shows the records that it carries.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from moeexp import html_table, report
+from moeexp.conditions import odd_ones
+from moeexp.html_charts import SECTIONS, label_of
+from moeexp.markdown_report import three
+from moeexp.reproduce import command_of
+from moeexp.runs import Run, runs_of
+from moeexp.statistics import ratio
+
+ASSETS = Path(__file__).with_name("report_assets")
+# Nothing may be fetched, whatever a record's text holds.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+
+
+def page(records: Sequence[dict[str, Any]], *, title: str) -> str:
+    """The whole file. Runs are ranked by decode speed; those without one come last."""
+    runs = runs_of(records)
+    ranked = sorted(runs, key=lambda run: -run.speed.tok_s if run.speed else 0.0)
+    sections = [(name, text) for name, draw in SECTIONS.items() if (text := draw(runs, ranked))]
+    sections = [("Ranking", html_table.ranking(ranked)), *sections, ("Runs", _runs(ranked))]
+    links = "".join(f'<a href="#{_anchor(name)}">{escape(name)}</a>' for name, _ in sections)
+    body = "".join(f'<h2 id="{_anchor(name)}">{escape(name)}</h2>{text}' for name, text in sections)
+    carried = json.dumps([run.record for run in ranked], allow_nan=False, separators=(",", ":"))
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<link rel="icon" href="data:,">
+<title>{escape(title)}</title>
+<style>
+{_asset("report.css")}</style>
+</head>
+<body>
+<header><h1>{escape(title)}</h1>
+{_subtitle(records)}
+<nav>{links}</nav></header>
+{_tiles(runs, ranked)}
+{_flags(records)}
+{body}
+<script type="application/json" id="records">{carried.replace("<", chr(92) + "u003c")}</script>
+<script>
+{_asset("report.js")}</script>
+</body>
+</html>
+"""
+
+
+def _asset(name: str) -> str:
+    return (ASSETS / name).read_text(encoding="utf-8")
+
+
+def _anchor(name: str) -> str:
+    return name.lower().replace(" ", "-")
+
+
+def _subtitle(records: Sequence[dict[str, Any]]) -> str:
+    commands = dict.fromkeys(shlex.join(record["command"]) for record in records)
+    shown = "".join(f"<div><code>{escape(command)}</code></div>" for command in list(commands)[:5])
+    more = f'<div class="soft">and {len(commands) - 5} more commands</div>' if len(commands) > 5 else ""
+    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return f'<div class="soft">{len(records)} runs, started {escape(records[0]["started"])}; made {made}</div>{shown}{more}'
+
+
+def _tiles(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
+    statuses = Counter(run.record["status"] for run in runs)
+    counted = ", ".join(f"{count} {status}" for status, count in statuses.most_common())
+    tiles = [(counted, f"of {len(runs)} runs")]
+    best = ranked[0]
+    if best.speed:
+        tiles.insert(0, (f"{report.number(best.speed.tok_s)} tok/s", f"fastest decode: {label_of(best)}"))
+        same = [run for run in runs if run.speed and run.workload == best.workload]
+        if same[0] is not best:
+            gain = ratio(best.speed, same[0].speed)
+            spread = f", 95 % interval {three(gain.low)} to {three(gain.high)}" if gain.low and gain.high else ""
+            tiles.insert(1, (f"× {three(gain.value)}", f"over the first, {label_of(same[0])}{spread}"))
+    machines = dict.fromkeys(_machine(run.record) for run in runs)
+    tiles.append((next(iter(machines)), "and others, see Environment" if len(machines) > 1 else "measured on"))
+    return '<div class="tiles">' + "".join(
+        f'<div class="tile"><b>{escape(value)}</b><span>{escape(text)}</span></div>' for value, text in tiles
+    ) + "</div>"  # fmt: skip
+
+
+def _machine(record: dict[str, Any]) -> str:
+    environment = record["environment"] or {}
+    gpu, cpu = environment.get("gpu") or {}, environment.get("cpu") or {}
+    return gpu.get("name") or (f"CPU, threads: {cpu['torch_threads']}" if cpu else "machine not recorded")
+
+
+def _flags(records: Sequence[dict[str, Any]]) -> str:
+    lines = odd_ones(records) + [note.removeprefix("\\* ") for note in report.footnotes(records)]
+    return f'<ul class="flags">{"".join(f"<li>{escape(line)}</li>" for line in lines)}</ul>' if lines else ""
+
+
+def _runs(ranked: Sequence[Run]) -> str:
+    return "".join(_run(run, index) for index, run in enumerate(ranked))
+
+
+def _run(run: Run, index: int) -> str:
+    record = run.record
+    speed = f"{report.number(record['decode_tok_s'])} tok/s" if record["decode_tok_s"] is not None else ""
+    why = report.why(record) if record["status"] != "ok" else None
+    said = [why] * bool(why) + record["notes"]
+    parts = [f'<p class="soft">{escape(line)}</p>' for line in said]
+    parts.append(_command(record))
+    parts += [_gates(record), _kernels(record)]
+    parts.append(f'<details data-record="{index}"><summary>record {escape(run.id)}</summary><pre></pre></details>')
+    status = record["status"]
+    return (
+        f'<details data-run="{escape(run.id)}"><summary><span class="status {escape(status)}">{escape(status)}</span> '
+        f"{escape(label_of(run))} <span class=soft>{escape(speed)}</span></summary>{''.join(parts)}</details>"
+    )
+
+
+def _command(record: dict[str, Any]) -> str:
+    """The command that runs this config; of a config that this version cannot compose, the one that was given."""
+    try:
+        return f'<pre class="command">{escape(command_of(record))}</pre>'
+    except ValueError as error:
+        given = shlex.join([*record["command"], *record["overrides"]])
+        return f'<p class="soft">As it was given; {escape(str(error))}</p><pre class="command">{escape(given)}</pre>'
+
+
+def _gates(record: dict[str, Any]) -> str:
+    parts = (record["check"] or {}).get("parts", [])
+    rows = [
+        [gate["gate"], gate["where"], report.number(gate["value"]), report.number(gate["limit"]), _verdict(gate)]
+        for part in parts
+        for gate in part["gates"]
+    ]
+    return html_table.plain(["gate", "worst at", "value", "limit", "verdict"], rows) if rows else ""
+
+
+def _verdict(gate: dict[str, Any]) -> str:
+    return "passed" if gate["passed"] else "FAILED"
+
+
+def _kernels(record: dict[str, Any]) -> str:
+    kernels = (record.get("time_split") or {}).get("by_kernel") or []
+    rows = [[kernel["name"], report.number(kernel["calls"]), report.number(kernel["us"])] for kernel in kernels]
+    return html_table.plain(["kernel", "calls per token", "µs per token"], rows) if rows else ""

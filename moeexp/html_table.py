@@ -1,0 +1,152 @@
+"""The ranked table of runs with its filters, and plain tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from moeexp.markdown_report import times
+from moeexp.report import cell_of, number
+from moeexp.runs import Run
+from moeexp.statistics import Speed, ratio
+
+SPEED = "decode tok/s"
+FIRST = ("cell", SPEED)
+FEW = 40  # levels of an axis that a filter lists; a longer list is searched
+
+
+@dataclass(frozen=True)
+class Cell:
+    text: str
+    value: Any = None  # what the column is sorted by; None is last
+    css: str = ""
+
+
+def ranking(ranked: Sequence[Run]) -> str:
+    """Every run, fastest first, a column for each setting that differs and each figure that some run has."""
+    axes = list(dict.fromkeys(axis for run in ranked for axis in run.settings))
+    first: dict[tuple, Speed] = {}
+    for run in sorted(ranked, key=lambda run: run.record["started"]):
+        if run.speed:
+            first.setdefault(run.workload, run.speed)
+    columns: list[tuple[str, list[Cell]]] = []
+    for name, get in FIGURES.items():
+        cells = [get(run, first) for run in ranked]
+        if any(cell.value is not None for cell in cells):
+            columns.append((name, cells))
+    names = [cell_of(run.record) for run in ranked]
+    if any(names):
+        columns.insert(0, ("cell", [Cell(name or "–", name) for name in names]))
+    # The speed stands before the settings: a phone shows the first columns only.
+    speed = [column for column in columns if column[0] in FIRST]
+    rest = [column for column in columns if column[0] not in FIRST]
+    header = [_header(name, name != "cell") for name in ("#", *(name for name, _ in speed))]
+    header += [_header(name, False) for name in (*axes, "status")] + [_header(name, True) for name, _ in rest]
+    rows = []
+    for index, run in enumerate(ranked):
+        cells = [_cell(Cell(str(index + 1), index + 1), "number")]
+        cells += [_cell(of_runs[index], "" if name == "cell" else "number") for name, of_runs in speed]
+        cells += [_axis_cell(axis, run.settings[axis]) for axis in axes]
+        status = run.record["status"]
+        cells.append(_axis_cell("status", status, f"status {status}"))
+        cells += [_cell(of_runs[index], "number") for _, of_runs in rest]
+        rows.append(f'<tr data-run="{escape(run.id)}">{"".join(cells)}</tr>')
+    table = f'<table id="ranked"><thead><tr>{"".join(header)}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    return _filters(ranked, axes) + f'<div class="scroll">{table}</div>'
+
+
+def plain(header: Sequence[str], rows: Sequence[Sequence[str]], css: Sequence[str] = ()) -> str:
+    """Text cells, escaped. css: a class for each column."""
+    classes = [f' class="{css[column]}"' if column < len(css) and css[column] else "" for column in range(len(header))]
+    head = "".join(f"<th{c}>{escape(name)}</th>" for name, c in zip(header, classes, strict=True))
+    body = "".join(
+        "<tr>" + "".join(f"<td{c}>{escape(cell)}</td>" for cell, c in zip(row, classes, strict=True)) + "</tr>"
+        for row in rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _filters(ranked: Sequence[Run], axes: Sequence[str]) -> str:
+    choices = {axis: list(dict.fromkeys(run.settings[axis] for run in ranked)) for axis in axes}
+    choices["status"] = list(dict.fromkeys(run.record["status"] for run in ranked))
+    boxes = ""
+    for axis, values in choices.items():
+        if 1 < len(values) <= FEW:
+            options = "".join(f'<option value="={escape(v)}">{escape(v[:60])}</option>' for v in sorted(values))
+            boxes += (
+                f'<label>{escape(axis)}<select data-axis="{escape(axis)}"><option value="">all</option>'
+                f"{options}</select></label>"
+            )
+    search = '<label>search<input id="search" type="search" placeholder="any text"></label>'
+    return f'<div class="filters">{boxes}{search}<span id="count"></span></div>'
+
+
+def _header(name: str, is_number: bool) -> str:
+    css = ' class="number"' if is_number else ""
+    return f'<th{css} scope="col"><button type="button">{escape(name)}</button></th>'
+
+
+def _axis_cell(axis: str, text: str, css: str = "") -> str:
+    wide = " wrap" if len(text) > 40 else ""
+    return f'<td class="{css}{wide}" data-axis="{escape(axis)}" data-value="{escape(text)}">{escape(text)}</td>'
+
+
+def _cell(cell: Cell, css: str) -> str:
+    value = "" if cell.value is None else escape(str(cell.value))
+    return f'<td class="{css} {cell.css}" data-value="{value}">{escape(cell.text)}</td>'
+
+
+def _figure(get: Callable[[dict[str, Any]], Any], scale: float = 1.0) -> Callable[[Run, dict], Cell]:
+    def figure(run: Run, first: dict[tuple, Speed]) -> Cell:
+        value = get(run.record)
+        return Cell("–") if value is None else Cell(number(scale * value), scale * value)
+
+    return figure
+
+
+def _spread(run: Run, first: dict[tuple, Speed]) -> Cell:
+    found = run.speed.interval if run.speed else None
+    if found is None or found.low is None or found.high is None:
+        return Cell("–")
+    half = 50 * (found.high - found.low) / found.value
+    return Cell(f"± {half:.2g} %", half)
+
+
+def _against_first(run: Run, first: dict[tuple, Speed]) -> Cell:
+    if run.speed is None or first[run.workload] is run.speed:
+        return Cell("–") if run.speed is None else Cell("1, the first", 1.0)
+    found = ratio(run.speed, first[run.workload])
+    return Cell(times(found), found.value, found.verdict.replace(" ", "-"))
+
+
+def _of(key: str, *path: str) -> Callable[[dict[str, Any]], Any]:
+    def get(record: dict[str, Any]) -> Any:
+        value = record.get(key)
+        for name in path:
+            value = value.get(name) if value else None
+        return value
+
+    return get
+
+
+def peak_gib(record: dict[str, Any]) -> float | None:
+    memory = record["memory_gib"] or {}
+    return memory.get("device_in_use", memory.get("peak_allocated", memory.get("peak_host")))
+
+
+FIGURES: dict[str, Callable[[Run, dict[tuple, Speed]], Cell]] = {
+    SPEED: _figure(_of("decode_tok_s")),
+    "95 %": _spread,
+    "vs first": _against_first,
+    "p50 ms": _figure(_of("token_latencies_ms", "p50")),
+    "p99 ms": _figure(_of("token_latencies_ms", "p99")),
+    "prefill tok/s": _figure(_of("prefill_tok_s")),
+    "first token ms": _figure(_of("ttft_s"), 1e3),
+    "bits/byte": _figure(_of("bits_per_byte")),
+    "memory GiB": _figure(peak_gib),
+    "bandwidth %": _figure(_of("bandwidth_share"), 100.0),
+    "kernels/token": _figure(_of("kernels_per_token")),
+    "J/token": _figure(_of("joules_per_token")),
+}

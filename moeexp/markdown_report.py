@@ -1,0 +1,187 @@
+"""Records as Markdown, for a pull request: table, waterfall, effects, interactions, what is not comparable."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from moeexp import report
+from moeexp.conditions import odd_ones
+from moeexp.effects import MEANING, interactions, main_effects
+from moeexp.report import number
+from moeexp.runs import Run, runs_of, settings_text
+from moeexp.stack import Part, Stack, stacks
+from moeexp.statistics import Interval
+from moeexp.waterfall import Step, waterfalls
+
+BAR = 24  # characters of the longest bar
+
+
+def document(records: Sequence[dict[str, Any]]) -> str:
+    runs = runs_of(records)
+    commands = dict.fromkeys(shlex.join(record["command"]) for record in records)
+    head = "".join(f"{'- ' * (len(commands) > 1)}`{command}`\n" for command in commands)
+    parts = [head, report.markdown(records), _waterfalls(runs), _effects(runs), _interactions(runs), _stacks(runs)]
+    parts.append(_unlike(records))
+    return "\n".join(part for part in parts if part)
+
+
+def times(gain: Interval | None) -> str:
+    """A ratio of speeds with its interval, as text."""
+    if gain is None:
+        return "–"
+    if gain.low is None or gain.high is None:
+        return f"× {three(gain.value)}"
+    return f"× {three(gain.value)} [{three(gain.low)}, {three(gain.high)}]"
+
+
+def three(value: float) -> str:
+    """Three significant digits, also where the last ones are zeros."""
+    return f"{value:#.3g}".removesuffix(".") if 0.001 <= abs(value) < 1000 else number(value)
+
+
+def _waterfalls(runs: Sequence[Run]) -> str:
+    texts = []
+    for steps in waterfalls(runs):
+        of = settings_text(steps[0].run.workload)
+        text = f"### Speed-up{', ' + of if of else ''}\n\n```text\n" + "\n".join(_bars(steps)) + "\n```\n\n"
+        texts.append(text + _table(*steps_table(steps)) + (f"\n{drift(steps)}\n" if drift(steps) else ""))
+    return "\n".join(texts)
+
+
+def _bars(steps: Sequence[Step]) -> list[str]:
+    most = max(step.run.speed.tok_s for step in steps if step.run.speed)
+    width = max(len(step.label) for step in steps)
+    lines = []
+    for step in steps:
+        if step.run.speed is None:
+            lines.append(f"{step.label:<{width}}  {step.run.record['status']}")
+            continue
+        bar = "█" * max(round(BAR * step.run.speed.tok_s / most), 1)
+        gain = f"  × {three(step.gain.value)}" if step.gain else ""
+        lines.append(f"{step.label:<{width}}  {number(step.run.speed.tok_s):>8} tok/s  {bar:<{BAR}}{gain}".rstrip())
+    return lines
+
+
+def steps_table(steps: Sequence[Step]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: what each step is, how fast, what it gained, and what that may come from."""
+    header = [
+        "step", "tok/s", "ms/token", "gain over the one before", "verdict", "in all", "kernels/token", "host µs/token", "check",
+    ]  # fmt: skip
+    rows = []
+    for step in steps:
+        record = step.run.record
+        speed = step.run.speed
+        rows.append(
+            [
+                step.label,
+                number(speed.tok_s if speed else None),
+                number(1e3 * record["config"]["batch"] / speed.tok_s if speed else None),
+                times(step.gain),
+                step.gain.verdict if step.gain else "" if speed else record["status"],
+                f"× {three(step.total.value)}" if step.total else "–",
+                number(record["kernels_per_token"]),
+                number((record.get("time_split") or {}).get("host_us")),
+                _check(record),
+            ]
+        )
+    kept = [column for column in range(len(header)) if any(row[column] != "–" for row in rows)]
+    return [header[column] for column in kept], [[row[column] for column in kept] for row in rows]
+
+
+def drift(steps: Sequence[Step]) -> str:
+    """Which steps were not timed in turns with the one that they are held against; empty if all were."""
+    apart = [step.label for step in steps if step.gain and not step.in_turns]
+    if not apart:
+        return ""
+    every = len(apart) == sum(step.gain is not None for step in steps)
+    which = "" if every else f" with the step before: {', '.join(apart)}"
+    return f"Not timed in turns{which}. Drift of the machine between runs is part of such a gain."
+
+
+def _check(record: dict[str, Any]) -> str:
+    passed = (record["check"] or {}).get("passed")
+    return "–" if passed is None else "passed" if passed else "FAILED"
+
+
+def _effects(runs: Sequence[Run]) -> str:
+    effects = main_effects(runs)
+    if not effects:
+        return ""
+    rows = [
+        [
+            f"`{effect.axis}`",
+            f"{effect.base} → {effect.level}",
+            times(effect.ratio),
+            effect.ratio.verdict,
+            f"{effect.pairs}",
+            f"{three(effect.least)} … {three(effect.most)}",
+        ]
+        for effect in effects
+    ]
+    header = ["setting", "change", "decode speed", "verdict", "matched pairs", "their range"]
+    return "### Effects\n\n" + _table(header, rows) + "\nOver runs that differ in this setting alone; 95 % intervals.\n"
+
+
+def _interactions(runs: Sequence[Run]) -> str:
+    found = interactions(runs)
+    if not found:
+        return ""
+    rows = [
+        [
+            f"`{one.first[0]}={one.first[2]}`",
+            f"`{one.second[0]}={one.second[2]}`",
+            f"× {three(one.alone[0])}, × {three(one.alone[1])}",
+            f"× {three(one.together)}",
+            times(one.ratio),
+            one.verdict,
+        ]
+        for one in found
+    ]
+    header = ["setting", "with", "alone", "together", "against the product", "verdict"]
+    seen = dict.fromkeys(one.verdict for one in found)
+    legend = "; ".join(f"{word}: {MEANING[word]}" for word in seen if word in MEANING)
+    return "### Interactions\n\n" + _table(header, rows) + (f"\n{legend}.\n" if legend else "")
+
+
+def _stacks(runs: Sequence[Run]) -> str:
+    text = ""
+    for stack in stacks(runs):
+        text += "### Alone and in the full stack\n\n" + _table(*stack_table(stack)) + f"\n{stack_line(stack)}\n"
+    return text
+
+
+def stack_table(stack: Stack) -> tuple[list[str], list[list[str]]]:
+    rows = [
+        [part.axis, f"{part.base} → {part.level}", times(part.alone), times(part.last), _shared(part)]
+        for part in stack.parts
+    ]
+    return ["setting", "change", "alone, on the baseline", "last, on all the others", "verdict"], rows
+
+
+def _shared(part: Part) -> str:
+    if part.ratio is None or part.ratio.low is None:
+        return "–"
+    verdicts = {
+        "no difference": "the same in both", "faster": "more with the others", "slower": "less with the others",
+    }  # fmt: skip
+    return verdicts[part.ratio.verdict]
+
+
+def stack_line(stack: Stack) -> str:
+    line = f"All together: {times(stack.together)}"
+    if stack.product is None or stack.ratio is None:
+        return line + "."
+    line += f"; the product of what each buys alone: {times(stack.product)}"
+    return line + f", so together {times(stack.ratio)} of it."
+
+
+def _unlike(records: Sequence[dict[str, Any]]) -> str:
+    lines = odd_ones(records)
+    return "### Conditions\n\n" + "".join(f"- {line}\n" for line in lines) if lines else ""
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, [":--"] * len(header), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)

@@ -1,0 +1,109 @@
+"""Records as points in the space of settings: which settings differ between them, and what each run's speed is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from moeexp import statistics
+from moeexp.statistics import Speed
+
+# What is decoded: two runs that differ here do not do the same work, so their ratio is no optimisation's gain.
+WORKLOAD = ("model", "batch", "prompt", "prompt_ids", "prompt_len", "new_tokens", "max_seq_len", "eos", "seed", "device")
+# How it is measured and kept: changes no result.
+HOUSEKEEPING = (
+    "tracker", "launcher", "check", "repeats", "eval_bytes", "rerun", "dry_run", "min_samples", "min_time_s",
+    "profile", "experiment", "artifact", "objective",
+)  # fmt: skip
+MACHINE = "machine"
+GROUPS = ("model", "quant", "sampler")
+
+
+@dataclass(eq=False)
+class Run:
+    """One record. `settings`: {axis: value as text} of every axis that differs within the set of runs."""
+
+    record: dict[str, Any]
+    speed: Speed | None
+    settings: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        return self.record["id"]
+
+    @property
+    def workload(self) -> tuple[tuple[str, str], ...]:
+        return tuple((axis, value) for axis, value in self.settings.items() if is_workload(axis))
+
+    @property
+    def point(self) -> tuple[tuple[str, str], ...]:
+        """The settings that may make it faster."""
+        return tuple((axis, value) for axis, value in self.settings.items() if not is_workload(axis))
+
+
+def runs_of(records: Sequence[dict[str, Any]]) -> list[Run]:
+    """In the order of the records. Records that have the same settings throughout get empty `settings`."""
+    flat = [flatten(record["config"]) | {MACHINE: machine(record)} for record in records]
+    axes = dict.fromkeys(axis for config in flat for axis in config)
+    # A record from before there was a setting does not differ in it.
+    differing = [axis for axis in axes if len({config[axis] for config in flat if axis in config}) > 1]
+    differing = _without_consequences(differing, flat)
+    return [
+        Run(record, statistics.speed_of(record), {axis: config.get(axis, "–") for axis in differing})
+        for record, config in zip(records, flat, strict=True)
+    ]
+
+
+def machine(record: dict[str, Any]) -> str:
+    """What it ran on. The same config on two machines is two workloads: their ratio is not any setting's."""
+    environment = record["environment"] or {}
+    return ((environment.get("gpu") or {}).get("name")) or (environment.get("cpu") or {}).get("name") or "not recorded"
+
+
+def flatten(config: dict[str, Any]) -> dict[str, str]:
+    """{axis: value}; a group's name under the group (`quant`: `int4`), its fields under `quant.group_size`."""
+    axes: dict[str, str] = {}
+    for key, value in config.items():
+        if key in HOUSEKEEPING:
+            continue
+        if not isinstance(value, dict):
+            axes[key] = as_text(value)
+            continue
+        label = "name" if key in GROUPS else "default"
+        if label in value:
+            axes[key] = as_text(value[label])
+        for name, item in value.items():
+            if name != label:
+                axes[f"{key}.{name}"] = as_text(item)
+    return axes
+
+
+def as_text(value: Any) -> str:
+    """As one would write it in an override."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
+
+
+def is_workload(axis: str) -> bool:
+    return axis == MACHINE or axis.split(".")[0] in WORKLOAD
+
+
+def settings_text(settings: Iterable[tuple[str, str]]) -> str:
+    return " ".join(f"{axis}={value}" for axis, value in settings)
+
+
+def _without_consequences(axes: list[str], flat: list[dict[str, str]]) -> list[str]:
+    """Leaves out a group's field that its name settles, alone or with the model's: `quant.bits` beside `quant`."""
+    kept = []
+    for axis in axes:
+        group, dot, _ = axis.partition(".")
+        values: dict[tuple, set[str]] = {}
+        for config in flat:
+            values.setdefault((config.get(group), config.get("model")), set()).add(config.get(axis, "–"))
+        if not dot or any(len(of_one) > 1 for of_one in values.values()):
+            kept.append(axis)
+    return kept

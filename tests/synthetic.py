@@ -1,0 +1,95 @@
+"""Records with the real schema and made-up figures, for the tests of reports."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moeexp.record import Record, latency_summary, plain
+from moeexp.schema import compose
+from moeexp.validate import resolve
+
+ENVIRONMENT = {
+    "python": "3.12.3",
+    "versions": {"moeexp": "0.1.0", "torch": "2.11.0", "triton": "3.6.0"},
+    "cuda": "13.0",
+    "cpu": {"name": "a CPU", "cores": 16, "torch_threads": 16},
+    "gpu": {"name": "NVIDIA H100 80GB HBM3", "driver": "580.159.04"},
+    "gpu_before": {"sm_mhz": 1980.0, "memory_mhz": 2619.0, "power_w": 120.0, "power_limit_w": 700.0, "temperature_c": 39},
+    "gpu_after": {"sm_mhz": 1980.0, "memory_mhz": 2619.0, "power_w": 450.0, "power_limit_w": 700.0, "temperature_c": 52},
+}
+TIME_SPLIT = {
+    "wall_us": 300.0, "kernels_us": 210.0, "copies_us": 5.0, "gaps_us": 25.0, "host_us": 60.0, "kernels": 64,
+    "by_kernel": [{"name": "moe_gate_up<int4>", "calls": 40, "us": 90.0}, {"name": "gdn_decode", "calls": 30, "us": 60.0}],
+}  # fmt: skip
+
+TELEMETRY = {
+    "kind": "cuda", "n": 3, "interval_s": 0.1, "throttle_reasons": {"software power cap": 0.333},
+    "sm_mhz": {"min": 1410, "median": 1980, "max": 1980}, "power_w": {"min": 300.0, "median": 510.0, "max": 520.0},
+    "samples": [{"t_s": 0.0, "sm_mhz": 1980, "power_w": 510.0, "reasons": 0}],
+}  # fmt: skip
+
+
+@functools.cache
+def config(overrides: tuple[str, ...]) -> str:
+    return json.dumps(plain(resolve(compose(["model=nano", *overrides]), cuda_available=False)))
+
+
+def record(
+    *overrides: str,
+    id: str = "ab.0",
+    status: str = "ok",
+    ms: float = 1.0,
+    rounds: int = 5,
+    samples: Sequence[float] | None = None,
+    seed: int = 0,
+    noise: float = 0.01,
+    **values: Any,
+) -> dict[str, Any]:
+    """A finished record whose tokens take about `ms` each, or exactly `samples`; other keys as in a record."""
+    run = Record(Path("nowhere"), id=id, config=json.loads(config(overrides)), command=["python", "-m", "moeexp", "-m"])
+    run.set(overrides=list(overrides), random_weights=False, code_fingerprint="c0de", environment=ENVIRONMENT)
+    passed = status not in ("incorrect", "failed", "unsupported")
+    gate = {"gate": "float32.logits", "value": 2e-6, "limit": 1e-4, "passed": passed, "where": "all"}
+    parts = [{"name": "float32", "passed": passed, "gates": [gate]}]
+    run.set(check={"passed": passed, "parts": parts, "failures": [] if passed else ["float32.logits at all"]})
+    if samples is None:
+        samples = ms * np.random.default_rng(seed).lognormal(0.0, noise, rounds * 40)
+    run.latencies_ms = [float(sample) for sample in samples]
+    run.set(
+        decode_tok_s=1e3 / float(np.median(run.latencies_ms)),
+        prefill_tok_s=9000.0,
+        ttft_s=0.01,
+        generated_ids=[[1, 2, 3]],
+        bytes_per_token={"weights": 4_000_000, "total": 5_000_000, "read_bandwidth_gb_s": 3011.0},
+        bandwidth_share=0.01,
+        kernels_per_token=64,
+        memory_gib={"weights": 10.0, "state": 0.5, "device_in_use": 14.0},
+        phases_s={"weights": 1.0, "benchmark": 2.0},
+    )
+    run.write = lambda: None  # type: ignore[method-assign]  kept in memory
+    run.finish(status, error=values.pop("error", None))
+    run.data["started"] = values.pop("started", "2026-01-01T00:00:00+00:00")
+    run.data["token_latencies_ms"] = latency_summary(run.latencies_ms) if run.latencies_ms else None
+    return run.data | values
+
+
+def grid(speeds: dict[tuple[str, ...], float], **values: Any) -> list[dict[str, Any]]:
+    """{overrides: ms per token} -> records in that order."""
+    return [
+        record(*overrides, id=f"ab.{index}", ms=ms, seed=index, **values)
+        for index, (overrides, ms) in enumerate(speeds.items())
+    ]
+
+
+def write(folder: Path, records: Sequence[dict[str, Any]]) -> Path:
+    """As a sweep leaves them."""
+    for index, one in enumerate(records):
+        (folder / str(index)).mkdir(parents=True)
+        (folder / str(index) / "record.json").write_text(json.dumps(one))
+    return folder

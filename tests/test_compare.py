@@ -1,0 +1,59 @@
+"""`moeexp.compare`: what differs is listed, what is the same is not, and the verdict says how far to trust it."""
+
+import copy
+
+import synthetic
+
+from moeexp import compare
+
+
+def section(text, title):
+    """The lines under a title, or the rest of the title's own line."""
+    rest = text.split(f"\n{title}")[1]
+    return rest.split("\n\n")[0]
+
+
+def test_what_differs_is_listed_under_its_heading():
+    a = synthetic.record("quant=none", id="a", ms=2.0, time_split=synthetic.TIME_SPLIT)
+    b = synthetic.record("quant=int4", id="b", ms=1.0, seed=1, time_split=copy.deepcopy(synthetic.TIME_SPLIT))
+    b["time_split"]["by_kernel"][0]["us"] = 30.0
+    b["phases_s"] = b["phases_s"] | {"benchmark": 9.0}
+    b["check"]["parts"][0]["gates"][0]["value"] = 9e-5
+    b["environment"] = b["environment"] | {"cuda": "12.8"}
+    text = compare.explain(a, b)
+    config = section(text, "config").split()
+    assert config[config.index("quant.name") :][:3] == ["quant.name", "none", "int4"] and "model.name" not in text
+    assert section(text, "conditions").split() == ["CUDA", "13.0", "12.8"]
+    assert "float32.logits" in section(text, "check")
+    assert "benchmark  2  9" in section(text, "phases, seconds") and "weights" not in section(text, "phases, seconds")
+    assert section(text, "memory, GiB") == ": the same"
+    assert "moe_gate_up<int4>  90  30" in section(text, "kernels, µs per token")
+    assert "gdn_decode" not in section(text, "kernels, µs per token")
+    assert "× 2.0" in text and "of A's speed: faster" in text
+    assert "not timed in turns" in text and "unlike conditions (CUDA)" in text
+
+
+def test_equal_runs_are_no_difference():
+    a, b = synthetic.record(id="a"), synthetic.record(id="b", seed=4)
+    text = compare.explain(a, b)
+    assert section(text, "config") == ": the same" and section(text, "environment") == ": the same"
+    assert ": no difference" in text and "unlike" not in text and "time split" not in text
+
+
+def test_other_work_and_missing_speeds_are_said():
+    a, b = synthetic.record(id="a"), synthetic.record("batch=2", id="b", seed=1)
+    assert "not the same work: A batch=1; B batch=2" in compare.verdict(a, b)
+    bad = synthetic.record(id="c", status="incorrect")
+    assert compare.verdict(a, bad) == "no speeds to compare: B publishes none"
+    assert "incorrect: float32.logits at all" in compare.explain(a, bad)
+
+
+def test_main(tmp_path, capsys):
+    folder = synthetic.write(tmp_path, [synthetic.record(id="a"), synthetic.record("quant=none", id="b", ms=2.0)])
+    assert compare.main([str(folder / "0"), str(folder / "1" / "record.json")]) == 0
+    assert "quant.name" in capsys.readouterr().out
+    assert compare.main([str(folder), str(folder / "1")]) == 2
+    assert "is no record: give a record.json" in capsys.readouterr().err
+    assert compare.main(["one"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert compare.main(["--help"]) == 0

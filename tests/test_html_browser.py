@@ -1,0 +1,109 @@
+"""The HTML report in headless Chromium, without a network: no console error, charts drawn, filter and sort work, and
+nothing wider than the window, on a desk and on a phone."""
+
+import json
+import re
+import shutil
+import subprocess
+from html import unescape
+
+import pytest
+from test_html_report import records
+
+from moeexp import html_report
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--hide-scrollbars",
+    # No name resolves: a page that wanted anything from outside would say so on the console.
+    "--host-resolver-rules=MAP * ~NOTFOUND", "--allow-file-access-from-files", "--enable-logging=stderr",
+    "--virtual-time-budget=10000",
+)  # fmt: skip
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")]
+
+# Runs in a page that holds the report in a frame: a headless window cannot be as narrow as a phone, a frame can.
+PROBE = """<!doctype html><title>probe</title><body style="margin:0">
+<iframe src="report.html" style="border:0;width:WIDTHpx;height:900px"></iframe><pre id="found"></pre><script>
+document.querySelector("iframe").addEventListener("load", (event) => {
+  const view = event.target.contentWindow, page = view.document, found = {};
+  const rows = () => [...page.querySelectorAll("#ranked tbody tr")];
+  const ids = () => rows().filter((row) => !row.hidden).map((row) => row.dataset.run);
+  const seen = (element) => { const box = element.getBoundingClientRect(); return box.width > 0 && box.height > 0; };
+  const shapes = () => [...page.querySelectorAll("svg rect, svg circle")].filter(seen).length;
+  const click = (name) => {
+    const all = [...page.querySelectorAll("#ranked th button")];
+    all.find((button) => button.textContent === name).click();
+    return ids();
+  };
+  found.overflow = page.documentElement.scrollWidth - page.documentElement.clientWidth;
+  found.width = page.documentElement.clientWidth;
+  found.at_start = ids();
+  found.shapes = shapes();
+  found.empty = [...page.querySelectorAll(".chart, .plot")].filter((c) => !c.querySelector("rect, circle")).length;
+  found.text = Math.min(...[...page.querySelectorAll("svg text")].map((t) => parseFloat(view.getComputedStyle(t).fontSize)));
+  found.by_p50 = click("p50 ms");
+  found.by_p50_again = click("p50 ms");
+  found.by_quant = click("quant");
+  const filter = page.querySelector('select[data-axis="quant"]');
+  filter.value = "=int4";
+  filter.dispatchEvent(new view.Event("change"));
+  found.filtered = ids();
+  found.fewer_shapes = shapes();
+  found.count = page.querySelector("#count").textContent;
+  filter.value = "";
+  filter.dispatchEvent(new view.Event("change"));
+  const search = page.querySelector("#search");
+  search.value = "UNSUPPORTED";
+  search.dispatchEvent(new view.Event("input"));
+  found.searched = ids();
+  const details = page.querySelector("details[data-record='0']");
+  details.parentElement.open = details.open = true;
+  setTimeout(() => {
+    found.record = details.querySelector("pre").textContent;
+    document.getElementById("found").textContent = JSON.stringify(found);
+  }, 200);
+});
+</script>"""
+
+
+def chromium(folder, *arguments):
+    """(stdout, what the page wrote to its console)."""
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "report.html").write_text(html_report.page(records(), title="a sweep"), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_works(report, width):
+    (report / "probe.html").write_text(PROBE.replace("WIDTH", str(width)))
+    dom, console = chromium(report, "--window-size=1400,1000", "--dump-dom", (report / "probe.html").as_uri())
+    assert console == []
+    found = json.loads(unescape(re.search(r'<pre id="found">(.*?)</pre>', dom, re.DOTALL)[1]))
+    assert found["width"] == width and found["overflow"] <= 0
+    written = len(re.findall("<rect|<circle", (report / "report.html").read_text()))
+    assert found["shapes"] == written > 30 and found["empty"] == 0 and found["text"] >= 11
+    assert found["at_start"] == ["ab.3", "ab.2", "ab.1", "ab.0", "ab.4"]
+    assert found["by_p50"] == ["ab.0", "ab.1", "ab.2", "ab.3", "ab.4"]  # what was not measured stays last
+    assert found["by_p50_again"] == ["ab.3", "ab.2", "ab.1", "ab.0", "ab.4"]
+    assert found["by_quant"][:2] == ["ab.3", "ab.1"] and found["by_quant"][2] == "ab.4"
+    assert sorted(found["filtered"]) == ["ab.1", "ab.3"] and found["count"] == "2 of 5 runs"
+    assert found["fewer_shapes"] < 0.7 * found["shapes"]
+    assert found["searched"] == ["ab.4"]
+    assert json.loads(found["record"])["id"] == "ab.3"
+
+
+def test_a_broken_page_would_be_noticed(report):
+    """The probe sees what it looks for: a script error and a request to the outside reach the console."""
+    text = (report / "report.html").read_text().replace("</body>", "<img src=https://a.example/x><script>no()</script>")
+    (report / "broken.html").write_text(text)
+    _, console = chromium(report, "--dump-dom", (report / "broken.html").as_uri())
+    assert any("no is not defined" in line for line in console) and any("a.example" in line for line in console)

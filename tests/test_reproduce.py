@@ -1,0 +1,137 @@
+"""`moeexp.reproduce`: the command that it derives, its judgement, and one run in earnest."""
+
+import copy
+import json
+import shlex
+
+import pytest
+import synthetic
+
+from moeexp import reproduce
+from moeexp.record import plain
+from moeexp.schema import compose
+from moeexp.validate import resolve, validate
+
+CONFIGS = [
+    [],
+    ["model=nano", "quant=none", "export=eager"],
+    ["model=nano", "quant.group_size=16", "ops=reference", "ops.gdn_decode=einsum"],
+    ["model=nano", "batch=2", "prompt_len=5", "new_tokens=3", "check=off", "repeats=2"],
+    ["model=nano", "prompt_ids=[5,17]", "quant.skip=[head,embedding,router,shared_expert_gate]"],
+    ["model=tiny", 'prompt="say \\"no\\", it\'s {a: [b]} = 5 %"', "eval_bytes=64"],
+    ["model=tiny", "prompt=null", "prompt_len=7", "model.heldout=null"],
+]
+
+
+@pytest.mark.parametrize("overrides", CONFIGS, ids=lambda overrides: " ".join(overrides)[:40] or "defaults")
+def test_the_derived_command_resolves_to_the_same_config(overrides):
+    config = resolve(compose(overrides), cuda_available=False)
+    derived = reproduce.overrides_of(plain(config))
+    again = compose(derived)
+    validate(again, cuda_available=False)
+    assert plain(resolve(again, cuda_available=False)) == plain(config)
+
+
+def test_the_command_can_be_pasted_into_a_shell():
+    record = synthetic.record('prompt="it\'s"', "launcher.strict=true", "tracker=jsonl")
+    words = shlex.split(reproduce.command_of(record))
+    assert words[:3] == ["python", "-m", "moeexp"] and 'prompt="it\'s"' in words and "model=nano" in words
+    assert not [word for word in words if word.startswith(("launcher", "tracker"))]
+
+
+def test_on_a_gpu_too():
+    config = resolve(compose(["model=nano", "cuda_graph=true"]), cuda_available=True)
+    derived = reproduce.overrides_of(plain(config))
+    again = compose(derived)
+    validate(again, cuda_available=True)
+    assert plain(resolve(again, cuda_available=True)) == plain(config) and "dtype=bfloat16" in derived
+
+
+def test_a_users_own_config_folder_goes_with_it(tmp_path):
+    (tmp_path / "quant").mkdir()
+    (tmp_path / "quant" / "mine.yaml").write_text("name: mine\nbits: 8\ngroup_size: 32\nskip: [embedding, router]\n")
+    record = synthetic.record("quant=none")
+    record["config"]["quant"] = {"name": "mine", "bits": 8, "group_size": 16, "skip": ["embedding", "router"]}
+    for flag in (["--config-dir", str(tmp_path)], [f"--config-dir={tmp_path}"], ["-cd", str(tmp_path)]):
+        record["command"] = ["python", "-m", "moeexp", *flag, "quant=mine"]
+        arguments = reproduce.arguments_of(record)
+        assert arguments[:2] == ["--config-dir", str(tmp_path)]
+        assert "quant=mine" in arguments and [a for a in arguments if a.startswith("quant.")] == ["quant.group_size=16"]
+
+
+def lines_of(old, new):
+    agree, lines = reproduce.judge(old, new)
+    return agree, "\n".join(lines)
+
+
+def test_the_same_again_agrees():
+    agree, text = lines_of(synthetic.record(id="a"), synthetic.record(id="b", seed=5))
+    assert agree and text.count("agrees") == 3 and "no difference" in text
+
+
+def test_a_small_drift_agrees_and_a_large_one_does_not():
+    old = synthetic.record(id="a", noise=0.001)
+    agree, text = lines_of(old, synthetic.record(id="b", ms=1.03, noise=0.001))
+    assert agree and "within 5%" in text and "slower" in text
+    agree, text = lines_of(old, synthetic.record(id="b", ms=1.1, noise=0.001))
+    assert not agree and "decode speed       DIFFERS" in text
+
+
+def test_other_tokens_or_another_status_do_not_agree():
+    old = synthetic.record(id="a")
+    agree, text = lines_of(old, synthetic.record(id="b") | {"generated_ids": [[1, 9, 3]]})
+    assert not agree and "row 0 differs from token 1 on: 2 → 9" in text
+    agree, text = lines_of(old, synthetic.record(id="b", status="incorrect"))
+    assert not agree and "ok → incorrect" in text and "only one of the two publishes one" in text
+
+
+def test_on_another_gpu_speed_is_not_judged():
+    new = copy.deepcopy(synthetic.record(id="b", ms=3.0))
+    new["environment"]["gpu"]["name"] = "another"
+    agree, text = lines_of(synthetic.record(id="a"), new)
+    assert agree and "not judged" in text and "unlike conditions  GPU" in text
+    new = synthetic.record(id="b", ms=3.0) | {"code_fingerprint": "changed"}
+    agree, text = lines_of(synthetic.record(id="a"), new)
+    assert not agree and "unlike conditions  code: c0de / changed" in text
+
+
+def run_main(folder, monkeypatch, new, *more):
+    monkeypatch.setattr(reproduce, "run_again", lambda record, out: new)
+    return reproduce.main([str(folder / "0"), "--out", str(folder / "again"), *more])
+
+
+def test_main_says_by_its_exit_code(tmp_path, monkeypatch, capsys):
+    old = synthetic.record(id="a")
+    folder = synthetic.write(tmp_path, [old])
+    assert run_main(folder, monkeypatch, old) == 0 and "it agrees" in capsys.readouterr().out
+    assert run_main(folder, monkeypatch, synthetic.record(ms=2.0)) == 1
+    assert "it does NOT agree" in capsys.readouterr().out
+    assert run_main(folder, monkeypatch, synthetic.record(ms=2.0), "--tolerance", "1.5") == 0
+    assert reproduce.main([str(tmp_path / "missing")]) == 2
+    assert "is no record" in capsys.readouterr().err
+    (folder / "again").mkdir()
+    (folder / "again" / "file").touch()
+    assert run_main(folder, monkeypatch, old) == 2 and "is not empty" in capsys.readouterr().err
+
+
+def test_a_config_that_no_longer_exists_is_one_line(tmp_path, capsys):
+    old = synthetic.record(id="a")
+    old["config"]["quant"]["name"] = "int3"
+    assert reproduce.main([str(synthetic.write(tmp_path, [old]) / "0")]) == 2
+    error = capsys.readouterr().err
+    assert "the record's config no longer composes" in error and "int3" in error and error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_real_run_is_reproduced(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    from moeexp.cli import main
+
+    overrides = ["model=nano", "export=eager", "quant=none", "new_tokens=8", "tracker.mode=disabled", "seed=3"]
+    assert main([*overrides, "hydra.run.dir=first"]) == 0
+    code = reproduce.main(["first", "--out", "second", "--tolerance", "5"])
+    text = capsys.readouterr().out
+    assert code == 0, text
+    assert "tokens             agrees" in text
+    first, second = (json.loads((tmp_path / name / "record.json").read_text()) for name in ("first", "second"))
+    assert first["config_hash"] == second["config_hash"]
