@@ -6,6 +6,7 @@ import fnmatch
 import os
 from pathlib import Path
 
+import kernels_common  # noqa: F401  before any module that imports triton
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
