@@ -18,7 +18,7 @@ class FakeGraphed:
 
     fail = None
 
-    def __init__(self, method, inputs):
+    def __init__(self, method, inputs, **options):
         self.pool = None
         self.method, self.inputs, self.state, self.output, self.replays = method, inputs, "eager", None, 0
 
