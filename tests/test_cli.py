@@ -131,7 +131,6 @@ def test_check_off_is_ok_and_publishes_no_speed(tmp_path):
         (["x"], ["'x'"]),
         (["model=[1]"], ["Hydra"]),
         (["cuda_graph=banana"], ["allowed: false, true, decode, loop, all"]),
-        (["export=compile"], ["not built yet", "available now: aoti, eager"]),
         (["--config-name=foo"], ["foo"]),
         (["--multirun", "quant=int4,int9"], ["quant=int9"]),
     ],
