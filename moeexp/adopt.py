@@ -18,7 +18,7 @@ FIXED = (
     "model.name", "model.weights", "model.architecture", "model.seed", "model.tokenizer",
     "quant.name", "quant.bits", "quant.group_size", "quant.skip",
     *(f"ops.{field.name}" for field in dataclasses.fields(OpsConfig) if field.name != "sample"),
-    "dispatch", "state", "export", "dtype", "device", "batch", "max_seq_len",
+    "engine", "dispatch", "state", "export", "dtype", "device", "batch", "max_seq_len",
 )  # fmt: skip
 
 

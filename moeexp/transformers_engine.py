@@ -48,15 +48,14 @@ class TransformersSession:
     def generate(
         self, tokens: Tensor, new_tokens: int, *, on_token: Callable[[list[int], int], bool | None] | None = None
     ) -> list[list[int]]:
-        """tokens [B, T] int64 -> the new ids [B][<= new_tokens]; `on_token` as in `Session.generate`."""
-        listener = _Listener(on_token)
+        """tokens [B, T] int64 -> the new ids [B][new_tokens]. `on_token` is called as in `Session.generate`, but stops
+        nothing: `eos=true` is refused with this engine."""
         ids = self.model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
             do_sample=False,
             max_new_tokens=new_tokens,
-            streamer=listener,
-            stopping_criteria=[listener.wants_to_stop],
+            streamer=_Listener(on_token),
         )
         return ids[:, tokens.shape[1] :].tolist()
 
@@ -68,18 +67,15 @@ class _Listener:
     """A streamer: is handed the prompt, then each step's tokens as they come to the host."""
 
     def __init__(self, on_token: Callable[[list[int], int], bool | None] | None):
-        self.on_token, self.count, self.stop = on_token, -1, False
+        self.on_token, self.count = on_token, -1
 
     def put(self, value: Tensor) -> None:
         if self.count >= 0 and self.on_token is not None:
-            self.stop = bool(self.on_token(value.view(-1).tolist(), self.count))
+            self.on_token(value.view(-1).tolist(), self.count)
         self.count += 1
 
     def end(self) -> None:
         pass
-
-    def wants_to_stop(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        return torch.full((ids.shape[0],), self.stop, dtype=torch.bool, device=ids.device)
 
 
 class TransformersWeights:

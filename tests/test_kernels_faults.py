@@ -6,10 +6,12 @@ Here too are the two tests that the published ladder of these kernels names.
 
 from __future__ import annotations
 
+from functools import partial
+
 import kernels_common as common
 import pytest
 import torch
-from moeexp_kernels import attention, moe, moe_prefill, sample
+from moeexp_kernels import attention, dispatch, moe, moe_prefill, sample
 from moeexp_kernels.gated_delta import gdn_decode
 from moeexp_kernels.gated_delta_prefill import gdn_prefill
 from moeexp_kernels.linear import linear
@@ -44,13 +46,7 @@ def test_recurrent_t1_matches_naive(batch, heads, dims, state, decay):
     check(gdn_decode, case, DECODE_TOL[F32])
 
 
-def by_length(*, proj, **arguments):
-    """What a dispatching op does: one token to the recurrent kernel, more to the chunked ones. An op that does this itself
-    takes the place of this function in `dispatched`."""
-    return (gdn_decode if proj.shape[1] == 1 else gdn_prefill)(proj=proj, **arguments)
-
-
-dispatched = by_length
+dispatched = partial(dispatch.gdn, decode="recurrent", prefill="triton")
 
 
 @pytest.mark.parametrize(
