@@ -312,4 +312,4 @@ def test_tables_name_only_what_the_launch_reads():
         for row in tuning.table(name)["gdn_decode"].values():
             assert set(row) == {"split", "step", "num_warps"}
         for row in tuning.table(name)["gdn_prefill"].values():
-            assert set(row) == {"chunk", "precision", "solve", "local", "block_v", "scan", "norm_tokens", "norm"}
+            assert set(row) == {"chunk", "precision", "solve", "conv_tokens", "conv", "local", "block_v", "scan", "output"}
