@@ -200,20 +200,24 @@ def _scan_kernel(
     keys = step[:, None] * BK + dim_k[None, :]
     values = cols[:, None] * SIZE + step[None, :]
     states = cols[:, None] * BK + dim_k[None, :]
-    total = tl.load(decay_in + value * SIZE + (SIZE - 1))  # a scalar is fetched ahead by hand: no stage is made of it
+    # What no operand of a product is loaded from, the compiler does not fetch ahead: it is done by hand for u and `total`.
+    u = tl.load(u_in + value * (SIZE * PAD_V) + values)
+    total = tl.load(decay_in + value * SIZE + (SIZE - 1))
     for chunk in range(0, N):
         slot = value + chunk
         k = tl.load(qk_in + (key + chunk) * (SIZE * BK) + keys)
         w = tl.load(w_in + slot * (SIZE * BK) + keys)
-        u = tl.load(u_in + slot * (SIZE * PAD_V) + values)
         to_end = tl.load(to_end_in + slot * SIZE + step)
-        following = tl.load(decay_in + tl.minimum(slot + 1, value + N - 1) * SIZE + (SIZE - 1))
+        following = value + tl.minimum(chunk + 1, N - 1)
+        next_u = tl.load(u_in + following * (SIZE * PAD_V) + values)
+        next_total = tl.load(decay_in + following * SIZE + (SIZE - 1))
         rounded = s.to(dtype)
-        tl.store(start_out + slot * (PAD_V * BK) + states, rounded)
         fresh = _dot(rounded, tl.trans(w), PRECISION, WIDEN, acc=u.to(tl.float32))
-        tl.store(fresh_out + slot * (SIZE * PAD_V) + values, fresh.to(dtype))
         s = _dot((fresh * to_end[None, :]).to(dtype), k, PRECISION, WIDEN, acc=s * tl.exp(total))
-        total = following
+        tl.store(start_out + slot * (PAD_V * BK) + states, rounded)
+        tl.store(fresh_out + slot * (SIZE * PAD_V) + values, fresh.to(dtype))
+        u = next_u
+        total = next_total
 
     proj += batch * stride_b
     conv_state += batch * CHANNELS * (WIDTH - 1)
