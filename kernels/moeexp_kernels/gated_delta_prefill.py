@@ -29,6 +29,7 @@ from .gated_delta import L2_EPS, _gates, _next_conv_state, _store_conv_state, ch
 # Exact float32 products have no tensor cores; chunks of 64 would unroll into minutes of compilation and spill.
 # The scan has one warp: products of several would exchange the chain's operands through shared memory. Never four:
 # warp-group products (sm_90a, Triton 3.6) read beyond their shared memory in an earlier scan at head dims of 64.
+CONV_RUN = 8  # successive tokens per thread of the conv, which loads an input 1 + (W - 1) / 8 times; at least W - 1
 MIN_DOT = 16  # tl.dot's smallest side
 MAX_ROW_STRIDE = 1 << 24  # elements; offsets within a chunk are 32 bits
 
@@ -48,68 +49,90 @@ def _dot(a, b, PRECISION: tl.constexpr, WIDEN: tl.constexpr, acc=None):
 
 
 @triton.jit
-def _conv_tile(
-    proj, conv_state, conv_weight, first, start, T, stride_t,
-    DIM: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr,
+def _conv_inputs(
+    proj, conv_weight, start, T, stride_t, DIM: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, RUN: tl.constexpr,
+    WIDTH: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
-    """SiLU of the causal conv at tokens start .. start + BT, channels first .. first + DIM: [BT, BD] float32, zero past T
-    and DIM. Pointers are to one sequence; within a block offsets fit 32 bits. TAPS: WIDTH as a power of two."""
-    proj += start.to(tl.int64) * stride_t + first
-    step = tl.arange(0, BT)
+    """Tuples for DIM channels, at which the pointers are: RUN + WIDTH - 1 inputs [ROWS, BD], of which the i-th holds in row r
+    token start + r * RUN + i - (WIDTH - 1); and WIDTH filter taps [BD] float32. Zero outside 0 .. T and past DIM.
+    So an input is loaded once for all its taps, and all loads go out before one waits."""
+    proj += start.to(tl.int64) * stride_t
+    run = tl.arange(0, ROWS) * RUN
     dim = tl.arange(0, BD)
-    taps = tl.arange(0, TAPS)
-    in_dim = dim < DIM
+    in_dim = (dim < DIM)[None, :]
+    inputs = ()
+    for i in tl.static_range(RUN + WIDTH - 1):
+        step = run + (i - (WIDTH - 1))
+        inside = ((start + step >= 0) & (start + step < T))[:, None] & in_dim
+        inputs = inputs + (tl.load(proj + (step[:, None] * stride_t + dim[None, :]), mask=inside, other=0.0),)
     # A channel's taps lie together: one wide load, then a column each.
-    weights = tl.load(
-        conv_weight + first * WIDTH + dim[:, None] * WIDTH + taps[None, :],
-        mask=in_dim[:, None] & (taps < WIDTH)[None, :], other=0.0,
-    ).to(tl.float32)  # fmt: skip
-    mixed = tl.zeros([BT, BD], dtype=tl.float32)
-    for tap in tl.static_range(WIDTH):  # unrolled: the loads of all taps are under way together
-        source = step + (tap - (WIDTH - 1))
-        inside = ((start + step < T) & (start + source >= 0))[:, None] & in_dim[None, :]
-        x = tl.load(proj + (source[:, None] * stride_t + dim[None, :]), mask=inside, other=0.0).to(tl.float32)
-        mixed += x * tl.sum(tl.where(taps[None, :] == tap, weights, 0.0), axis=1)[None, :]
-    if start < WIDTH - 1:  # the window reaches into the state
-        for tap in tl.static_range(WIDTH - 1):
-            past = start + step + tap
-            before = ((start + step < T) & (past < WIDTH - 1))[:, None] & in_dim[None, :]
-            at = (first + dim)[None, :] * (WIDTH - 1) + past[:, None]
-            x = tl.load(conv_state + at, mask=before, other=0.0).to(tl.float32)
-            mixed += x * tl.sum(tl.where(taps[None, :] == tap, weights, 0.0), axis=1)[None, :]
-    return mixed * tl.sigmoid(mixed)
+    tap = tl.arange(0, TAPS)[None, :]
+    inside = (dim < DIM)[:, None] & (tap < WIDTH)
+    weights = tl.load(conv_weight + (dim[:, None] * WIDTH + tap), mask=inside, other=0.0).to(tl.float32)
+    taps = ()
+    for i in tl.static_range(WIDTH):
+        taps = taps + (tl.sum(tl.where(tap == i, weights, 0.0), axis=1),)
+    return inputs, taps
+
+
+@triton.jit
+def _conv_token(
+    inputs, taps, conv_state, start, T, i: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
+    RUN: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """SiLU of the causal conv at the i-th token of every run: [ROWS, BD] float32, zero past T."""
+    token = start + tl.arange(0, ROWS) * RUN + i
+    mixed = inputs[i].to(tl.float32) * taps[0][None, :]
+    for tap in tl.static_range(1, WIDTH):
+        mixed += inputs[i + tap].to(tl.float32) * taps[tap][None, :]
+    if i < WIDTH - 1:
+        if start == 0:  # the window of the first run reaches into the state
+            dim = tl.arange(0, BD)
+            past = tl.zeros([BD], dtype=tl.float32)
+            for tap in tl.static_range(WIDTH - 1 - i):
+                kept = tl.load(conv_state + (dim * (WIDTH - 1) + (i + tap)), mask=dim < DIM, other=0.0)
+                past += kept.to(tl.float32) * taps[tap]
+            mixed += tl.where((token == i)[:, None], past[None, :], 0.0)
+    return tl.where((token < T)[:, None], mixed * tl.sigmoid(mixed), 0.0)
 
 
 @triton.jit
 def _conv_kernel(
     proj, conv_weight, conv_state, qk_out, v_out, T, N, stride_b, stride_t,
     L2_EPS: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr,
-    TAPS: tl.constexpr, SIZE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    TAPS: tl.constexpr, SIZE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """Grid (N * SIZE / BT, 2 Hk + Hv, B). Writes q (scaled) and k to `qk_out` [B, 2 Hk, N, SIZE, BK], v to `v_out` [B, Hv, N,
-    SIZE, BV]; zeros past T: such tokens leave the state as it is."""
+    """Grid (N * SIZE / (ROWS * RUN), 2 Hk + Hv, B). Writes q (scaled) and k to `qk_out` [B, 2 Hk, N, SIZE, BK], v to `v_out`
+    [B, Hv, N, SIZE, BV]; zeros past T: such tokens leave the state as it is."""
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
-    start = tl.program_id(0) * BT
+    start = tl.program_id(0) * (ROWS * RUN)
     proj += batch * stride_b
     conv_state += batch * (2 * HK * DK + HV * DV) * (WIDTH - 1)
-    step = tl.arange(0, BT)
+    run = tl.arange(0, ROWS) * RUN
     if head < 2 * HK:
-        x = _conv_tile(
-            proj, conv_state, conv_weight, head * DK, start, T, stride_t, DIM=DK, BD=BK, BT=BT, WIDTH=WIDTH, TAPS=TAPS
+        first = head * DK
+        inputs, taps = _conv_inputs(
+            proj + first, conv_weight + first * WIDTH, start, T, stride_t, DK, BK, ROWS, RUN, WIDTH, TAPS
         )
+        conv_state += first * (WIDTH - 1)
         scale = tl.where(head < HK, DK**-0.5, 1.0)
-        x *= (tl.rsqrt(tl.sum(x * x, axis=1) + L2_EPS) * scale)[:, None]
         out = qk_out + ((batch * (2 * HK) + head) * N * SIZE + start) * BK
-        tl.store(out + (step[:, None] * BK + tl.arange(0, BK)[None, :]), x.to(qk_out.dtype.element_ty))
+        for i in tl.static_range(RUN):
+            x = _conv_token(inputs, taps, conv_state, start, T, i, DK, BK, ROWS, RUN, WIDTH)
+            x *= (tl.rsqrt(tl.sum(x * x, axis=1) + L2_EPS) * scale)[:, None]
+            tl.store(out + ((run + i)[:, None] * BK + tl.arange(0, BK)[None, :]), x.to(qk_out.dtype.element_ty))
     else:
         value = head - 2 * HK
-        x = _conv_tile(
-            proj, conv_state, conv_weight, 2 * HK * DK + value * DV, start, T, stride_t,
-            DIM=DV, BD=BV, BT=BT, WIDTH=WIDTH, TAPS=TAPS,
-        )  # fmt: skip
+        first = 2 * HK * DK + value * DV
+        inputs, taps = _conv_inputs(
+            proj + first, conv_weight + first * WIDTH, start, T, stride_t, DV, BV, ROWS, RUN, WIDTH, TAPS
+        )
+        conv_state += first * (WIDTH - 1)
         out = v_out + ((batch * HV + value) * N * SIZE + start) * BV
-        tl.store(out + (step[:, None] * BV + tl.arange(0, BV)[None, :]), x.to(v_out.dtype.element_ty))
+        for i in tl.static_range(RUN):
+            x = _conv_token(inputs, taps, conv_state, start, T, i, DV, BV, ROWS, RUN, WIDTH)
+            tl.store(out + ((run + i)[:, None] * BV + tl.arange(0, BV)[None, :]), x.to(v_out.dtype.element_ty))
 
 
 @triton.jit
@@ -120,7 +143,9 @@ def _inverse(a, row, col, LEVELS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: 
 
     In float16 nothing overflows: `a` holds products of unit keys with decays and betas in 0..1, and an entry of the inverse,
     or of c P, is such a key times a key that products of (I - beta k k^T), which never lengthen it, were applied to."""
-    x = tl.where(row == col, 1.0, 0.0) - tl.where(row // 2 == col // 2, a, 0.0)
+    if PRECISION == "fp16":
+        a = a.to(tl.float16)  # once and for all levels
+    x = tl.where(row == col, 1.0, 0.0) - tl.where(row // 2 == col // 2, a, 0.0).to(tl.float32)
     for level in tl.static_range(1, LEVELS):
         same_block = row // (2 << level) == col // (2 << level)
         across_halves = row // (1 << level) != col // (1 << level)
@@ -299,6 +324,8 @@ def gdn_prefill(
         raise ValueError(f"proj has a row stride of {proj.stride(1)} elements; at most {MAX_ROW_STRIDE} are supported")
     batch, tokens, _ = proj.shape
     channels, width = conv_weight.shape
+    if width > CONV_RUN + 1:
+        raise ValueError(f"conv width {width} is not supported by gdn_prefill; it does 2..{CONV_RUN + 1}, or use ops=reference")
     pad_k, pad_v = (max(MIN_DOT, triton.next_power_of_2(n)) for n in (head_k_dim, head_v_dim))
     key = f"{tuning.activation_class(proj.dtype)}/{pad_k}x{pad_v}"
     tuned = tuning.lookup("gdn_prefill", key, tuning.architecture(proj.device))
@@ -316,7 +343,8 @@ def gdn_prefill(
     conv_tokens = min(tuned["conv_tokens"], size)
     torch.library.wrap_triton(_conv_kernel)[(chunks * (size // conv_tokens), 2 * num_k_heads + num_v_heads, batch)](
         proj, conv_weight, conv_state, qk, v, tokens, chunks, *strides, L2_EPS=L2_EPS, **heads, WIDTH=width,
-        TAPS=triton.next_power_of_2(width), SIZE=size, BK=pad_k, BV=pad_v, BT=conv_tokens, **tuned["conv"],
+        TAPS=triton.next_power_of_2(width), SIZE=size, BK=pad_k, BV=pad_v, ROWS=conv_tokens // CONV_RUN, RUN=CONV_RUN,
+        **tuned["conv"],
     )  # fmt: skip
     w, u = scratch(num_v_heads, size, pad_k), scratch(num_v_heads, pad_v, size)
     decay, to_end = (scratch(num_v_heads, size, dtype=torch.float32) for _ in range(2))
