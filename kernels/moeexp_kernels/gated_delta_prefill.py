@@ -325,7 +325,9 @@ def gdn_prefill(
     batch, tokens, _ = proj.shape
     channels, width = conv_weight.shape
     if width > CONV_RUN + 1:
-        raise ValueError(f"conv width {width} is not supported by gdn_prefill; it does 2..{CONV_RUN + 1}, or use ops=reference")
+        raise ValueError(
+            f"conv width {width} is not supported by gdn_prefill; it does 2..{CONV_RUN + 1}, or use ops=reference"
+        )
     pad_k, pad_v = (max(MIN_DOT, triton.next_power_of_2(n)) for n in (head_k_dim, head_v_dim))
     key = f"{tuning.activation_class(proj.dtype)}/{pad_k}x{pad_v}"
     tuned = tuning.lookup("gdn_prefill", key, tuning.architecture(proj.device))
