@@ -9,7 +9,7 @@ to the chunk's end:   fresh = u + w S,   S = S * decay of the chunk + k^T (to_en
 *output*, per (chunk, value head): o = decay * (q S) + lower(q k^T * decay between) fresh, then the gated RMSNorm.
 N: number of chunks. Scratch comes in tiles of one chunk and head, padded to powers of two and written in full, so that it is
 read without masks. What the scan reads and writes by columns of Dv is stored transposed: its tiles are contiguous then, and
-its chain S^T -> fresh^T -> S^T has each result as the *left* operand of the next product, where it can stay in registers.
+in the chain S^T -> fresh^T -> S^T only these small tiles pass through shared memory between products.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ from .gated_delta import L2_EPS, _gates, _next_conv_state, _store_conv_state, ch
 # float32 operands of tl.dot, `solve` that of the triangular inverse: with bfloat16 activations the inverse is rounded to
 # bfloat16 anyway. "fp16" has tf32's mantissa at half the bytes and twice the speed; its range suffices, see `_inverse`.
 # Exact float32 products have no tensor cores; chunks of 64 would unroll into minutes of compilation and spill.
-# The scan has one warp: products of several would exchange the chain's operands through shared memory. Never four:
-# warp-group products (sm_90a, Triton 3.6) read beyond their shared memory in an earlier scan at head dims of 64.
+# The scan keeps block_v below 64, so that its products are mma.sync with the tokens (or Dk) split over the warps. As
+# warp-group products (sm_90a, Triton 3.6) an earlier scan read beyond its shared memory at head dims of 64. Its stages are
+# cp.async buffers of w and k, (stages - 1) * 34 KB at 128 x 128; one warp spills, two hold 232 registers, four 136.
+# Worth sweeping: conv_tokens 32 / 64 (conv warps 2 / 4), local warps 4 / 8, block_v 16 / 32, scan warps 2 / 4 / 8 and stages
+# 2 / 3 / 4, output warps 4 / 8, chunk 32 / 64.
 CONV_RUN = 8  # successive tokens per thread of the conv, which loads an input 1 + (W - 1) / 8 times; at least W - 1
 MIN_DOT = 16  # tl.dot's smallest side
 MAX_ROW_STRIDE = 1 << 24  # elements; offsets within a chunk are 32 bits
