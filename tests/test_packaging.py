@@ -37,7 +37,10 @@ def test_wheel_holds_the_packages_the_configs_and_the_checkpoint(wheel):
 
 def test_wheel_has_no_top_level_but_ours(wheel):
     tops = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"moeexp", "moeexp_kernels", "moeexp_runner"}
+    # hydra_plugins is the namespace in which Hydra looks for plugins; with an __init__.py it would shadow everyone else's.
+    ours = {"moeexp", "moeexp_kernels", "moeexp_runner", "hydra_plugins"}
+    assert {top for top in tops if not top.endswith(".dist-info")} == ours
+    assert "hydra_plugins/__init__.py" not in zipfile.ZipFile(wheel).namelist()
 
 
 def test_unpacked_wheel_finds_its_configs(wheel, tmp_path):

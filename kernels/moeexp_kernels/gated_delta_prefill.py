@@ -1,12 +1,15 @@
 """`gdn_prefill` in Triton: the chunked form of gated_delta.py, whose legend and references hold here too.
 
-Three kernels. *Local*, one program per (chunk, value head): conv, l2 norms, gates, and all that a chunk can know without
-the state: with A the strictly lower triangular matrix of `chunked_delta_rule` and X = (I + A)^-1,
-    w = X (beta * decay * k),   u = X (beta * v),   pair = lower(q k^T * decay between),   and the decayed q and k.
-*Scan*, one program per (value head, block of Dv), walks over the chunks with the state in registers:
-    fresh = u - w S,   o = q_decayed S + pair fresh,   S = S * decay of the chunk + k_decayed^T fresh.
-*Norm*: gated RMSNorm in place on o, which needs all of Dv.
-N: number of chunks. Scratch is per (batch, value head, chunk), whole chunks, padded to powers of two and written in full.
+Four kernels, of which only the scan is sequential, so that only what needs the state is in it:
+*conv*, per (block of tokens, head): causal conv, SiLU and l2 norm, once per key head and not once per value head.
+*local*, per (chunk, value head), what a chunk knows without the state: with A the strictly lower triangular matrix of
+`chunked_delta_rule` and X = (I + A)^-1,   w = -X (beta * decay * k)   and   u = X (beta * v).
+*scan*, per (value head, rows of S^T), walks over the chunks with the state in registers; `to_end` is the decay from a token
+to the chunk's end:   fresh = u + w S,   S = S * decay of the chunk + k^T (to_end * fresh).
+*output*, per (chunk, value head): o = decay * (q S) + lower(q k^T * decay between) fresh, then the gated RMSNorm.
+N: number of chunks. Scratch comes in tiles of one chunk and head, padded to powers of two and written in full, so that it is
+read without masks. What the scan reads and writes by columns of Dv is stored transposed: its tiles are contiguous then, and
+in the chain S^T -> fresh^T -> S^T only these small tiles pass through shared memory between products.
 """
 
 from __future__ import annotations
@@ -19,141 +22,203 @@ from torch import Tensor
 from . import tuning
 from .gated_delta import L2_EPS, _gates, _next_conv_state, _store_conv_state, check_gdn
 
-# The table's rows, by activation class and head dims. `chunk`: tokens per chunk, a power of two from 16. `block_v`: columns
-# of Dv per scan program, the scan's only parallelism beside heads. `precision` is that of float32 operands of tl.dot, `solve`
-# that of the triangular inverse: with bfloat16 activations the inverse is rounded to bfloat16 anyway. Exact float32 products
-# have no tensor cores; chunks of 64 would unroll into minutes of compilation and spill.
-# The scan gets two warps, so that its products are mma.sync: as warp-group products (four warps, sm_90a, Triton 3.6) it read
-# beyond its shared memory at head dims of 64, pipelined or not. Sixteen columns, or two warps would spill.
+# The table's rows, by activation class and head dims. `chunk`: tokens per chunk, a power of two from 16. `conv_tokens`: tokens
+# per conv program. `block_v`: rows of S^T per scan program, the scan's only parallelism beside heads. `precision` is that of
+# float32 operands of tl.dot, `solve` that of the triangular inverse: with bfloat16 activations the inverse is rounded to
+# bfloat16 anyway. "fp16" has tf32's mantissa at half the bytes and twice the speed; its range suffices, see `_inverse`.
+# Exact float32 products have no tensor cores; chunks of 64 would unroll into minutes of compilation and spill.
+# The scan keeps block_v below 64, so that its products are mma.sync with the tokens (or Dk) split over the warps. As
+# warp-group products (sm_90a, Triton 3.6) an earlier scan read beyond its shared memory at head dims of 64. Its stages are
+# cp.async buffers of w and k, (stages - 1) * 34 KB at 128 x 128; one warp spills, two hold 232 registers, four 136.
+# Worth sweeping: conv_tokens 32 / 64 (conv warps 2 / 4), local warps 4 / 8, block_v 16 / 32, scan warps 2 / 4 / 8 and stages
+# 2 / 3 / 4, output warps 4 / 8, chunk 32 / 64.
+CONV_RUN = 8  # successive tokens per thread of the conv, which loads an input 1 + (W - 1) / 8 times; at least W - 1
 MIN_DOT = 16  # tl.dot's smallest side
 MAX_ROW_STRIDE = 1 << 24  # elements; offsets within a chunk are 32 bits
 
 
 @triton.jit
-def _dot(a, b, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
-    """a @ b in float32. WIDEN: the interpreter has no bfloat16 product, and gets the same rounded values as float32."""
+def _dot(a, b, PRECISION: tl.constexpr, WIDEN: tl.constexpr, acc=None):
+    """a @ b, or acc + a @ b, in float32. PRECISION "fp16": operands rounded to float16. WIDEN: the interpreter has no
+    product of bfloat16 or float16, and gets the same rounded values as float32."""
+    if PRECISION == "fp16":
+        a = a.to(tl.float16)
+        b = b.to(tl.float16)
     if WIDEN:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, input_precision=PRECISION)
+    INPUT: tl.constexpr = "ieee" if PRECISION == "fp16" else PRECISION
+    return tl.dot(a, b, acc=acc, input_precision=INPUT)
 
 
 @triton.jit
-def _conv_chunk(
-    proj, conv_state, conv_weight, first, dim, in_dim, start, step, T, stride_t, WIDTH: tl.constexpr
+def _conv_inputs(
+    proj, conv_weight, start, T, stride_t, DIM: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, RUN: tl.constexpr,
+    WIDTH: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
-    """SiLU of the causal conv at tokens start + step [SIZE], channels first + dim [N]; float32, zero past T and N.
-    Pointers are to one sequence; within a chunk offsets fit 32 bits."""
-    proj += start.to(tl.int64) * stride_t + first
-    conv_weight += first * WIDTH
-    conv_state += first * (WIDTH - 1)
-    mixed = tl.zeros([step.shape[0], dim.shape[0]], dtype=tl.float32)
-    for tap in range(WIDTH):  # not unrolled: one tap's loads in registers at a time
-        source = step + (tap - (WIDTH - 1))
-        weight = tl.load(conv_weight + dim * WIDTH + tap, mask=in_dim, other=0.0).to(tl.float32)
-        inside = ((start + step < T) & (start + source >= 0))[:, None] & in_dim[None, :]
-        offset = source[:, None] * stride_t + dim[None, :]
-        mixed += tl.load(proj + offset, mask=inside, other=0.0).to(tl.float32) * weight[None, :]
-    if start == 0:  # the only chunk whose window reaches into the state
-        for tap in range(WIDTH - 1):
-            past = step + tap
-            weight = tl.load(conv_weight + dim * WIDTH + tap, mask=in_dim, other=0.0).to(tl.float32)
-            before = ((step < T) & (past < WIDTH - 1))[:, None] & in_dim[None, :]
-            kept = tl.load(conv_state + dim[None, :] * (WIDTH - 1) + past[:, None], mask=before, other=0.0)
-            mixed += kept.to(tl.float32) * weight[None, :]
-    return mixed * tl.sigmoid(mixed)
+    """Tuples for DIM channels, at which the pointers are: RUN + WIDTH - 1 inputs [ROWS, BD], of which the i-th holds in row r
+    token start + r * RUN + i - (WIDTH - 1); and WIDTH filter taps [BD] float32. Zero outside 0 .. T and past DIM.
+    So an input is loaded once for all its taps, and all loads go out before one waits."""
+    proj += start.to(tl.int64) * stride_t
+    run = tl.arange(0, ROWS) * RUN
+    dim = tl.arange(0, BD)
+    in_dim = (dim < DIM)[None, :]
+    inputs = ()
+    for i in tl.static_range(RUN + WIDTH - 1):
+        step = run + (i - (WIDTH - 1))
+        inside = ((start + step >= 0) & (start + step < T))[:, None] & in_dim
+        inputs = inputs + (tl.load(proj + (step[:, None] * stride_t + dim[None, :]), mask=inside, other=0.0),)
+    # A channel's taps lie together: one wide load, then a column each.
+    tap = tl.arange(0, TAPS)[None, :]
+    inside = (dim < DIM)[:, None] & (tap < WIDTH)
+    weights = tl.load(conv_weight + (dim[:, None] * WIDTH + tap), mask=inside, other=0.0).to(tl.float32)
+    taps = ()
+    for i in tl.static_range(WIDTH):
+        taps = taps + (tl.sum(tl.where(tap == i, weights, 0.0), axis=1),)
+    return inputs, taps
+
+
+@triton.jit
+def _conv_token(
+    inputs, taps, conv_state, start, T, i: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
+    RUN: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """SiLU of the causal conv at the i-th token of every run: [ROWS, BD] float32, zero past T."""
+    token = start + tl.arange(0, ROWS) * RUN + i
+    mixed = inputs[i].to(tl.float32) * taps[0][None, :]
+    for tap in tl.static_range(1, WIDTH):
+        mixed += inputs[i + tap].to(tl.float32) * taps[tap][None, :]
+    if i < WIDTH - 1:
+        if start == 0:  # the window of the first run reaches into the state
+            dim = tl.arange(0, BD)
+            past = tl.zeros([BD], dtype=tl.float32)
+            for tap in tl.static_range(WIDTH - 1 - i):
+                kept = tl.load(conv_state + (dim * (WIDTH - 1) + (i + tap)), mask=dim < DIM, other=0.0)
+                past += kept.to(tl.float32) * taps[tap]
+            mixed += tl.where((token == i)[:, None], past[None, :], 0.0)
+    return tl.where((token < T)[:, None], mixed * tl.sigmoid(mixed), 0.0)
+
+
+@triton.jit
+def _conv_kernel(
+    proj, conv_weight, conv_state, lengths, qk_out, v_out, T, N, stride_b, stride_t,
+    L2_EPS: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr,
+    TAPS: tl.constexpr, SIZE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr, RUN: tl.constexpr,
+    HAS_LIVE: tl.constexpr,
+):  # fmt: skip
+    """Grid (N * SIZE / (ROWS * RUN), 2 Hk + Hv, B). Writes q (scaled) and k to `qk_out` [B, 2 Hk, N, SIZE, BK], v to `v_out`
+    [B, Hv, N, SIZE, BV]; zeros past T, or past `lengths` [B]: such tokens leave the state as it is."""
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    if HAS_LIVE:
+        T = tl.load(lengths + batch).to(tl.int32)
+    start = tl.program_id(0) * (ROWS * RUN)
+    proj += batch * stride_b
+    conv_state += batch * (2 * HK * DK + HV * DV) * (WIDTH - 1)
+    run = tl.arange(0, ROWS) * RUN
+    if head < 2 * HK:
+        first = head * DK
+        inputs, taps = _conv_inputs(
+            proj + first, conv_weight + first * WIDTH, start, T, stride_t, DK, BK, ROWS, RUN, WIDTH, TAPS
+        )
+        conv_state += first * (WIDTH - 1)
+        scale = tl.where(head < HK, DK**-0.5, 1.0)
+        out = qk_out + ((batch * (2 * HK) + head) * N * SIZE + start) * BK
+        for i in tl.static_range(RUN):
+            x = _conv_token(inputs, taps, conv_state, start, T, i, DK, BK, ROWS, RUN, WIDTH)
+            x *= (tl.rsqrt(tl.sum(x * x, axis=1) + L2_EPS) * scale)[:, None]
+            tl.store(out + ((run + i)[:, None] * BK + tl.arange(0, BK)[None, :]), x.to(qk_out.dtype.element_ty))
+    else:
+        value = head - 2 * HK
+        first = 2 * HK * DK + value * DV
+        inputs, taps = _conv_inputs(
+            proj + first, conv_weight + first * WIDTH, start, T, stride_t, DV, BV, ROWS, RUN, WIDTH, TAPS
+        )
+        conv_state += first * (WIDTH - 1)
+        out = v_out + ((batch * HV + value) * N * SIZE + start) * BV
+        for i in tl.static_range(RUN):
+            x = _conv_token(inputs, taps, conv_state, start, T, i, DV, BV, ROWS, RUN, WIDTH)
+            tl.store(out + ((run + i)[:, None] * BV + tl.arange(0, BV)[None, :]), x.to(v_out.dtype.element_ty))
 
 
 @triton.jit
 def _inverse(a, row, col, LEVELS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
     """(I + a)^-1 of a strictly lower triangular [2^LEVELS, 2^LEVELS] matrix, from its diagonal blocks of 2, 4, ...: with the
     inverses P, Q of a block's two halves and c the part of `a` below the first, the corner is -Q c P. This is block forward
-    substitution, as stable as the row-wise one; a Neumann product would have to cancel large powers of a."""
-    x = tl.where(row == col, 1.0, 0.0) - tl.where(row // 2 == col // 2, a, 0.0)
+    substitution, as stable as the row-wise one; a Neumann product would have to cancel large powers of a.
+
+    In float16 nothing overflows: `a` holds products of unit keys with decays and betas in 0..1, and an entry of the inverse,
+    or of c P, is such a key times a key that products of (I - beta k k^T), which never lengthen it, were applied to."""
+    if PRECISION == "fp16":
+        a = a.to(tl.float16)  # once and for all levels
+    x = tl.where(row == col, 1.0, 0.0) - tl.where(row // 2 == col // 2, a, 0.0).to(tl.float32)
     for level in tl.static_range(1, LEVELS):
         same_block = row // (2 << level) == col // (2 << level)
         across_halves = row // (1 << level) != col // (1 << level)
         corner = tl.where(same_block & across_halves, a, 0.0)
-        x -= _dot(x, _dot(corner, x, PRECISION, WIDEN), PRECISION, WIDEN)
+        x = _dot(-x, _dot(corner, x, PRECISION, WIDEN), PRECISION, WIDEN, acc=x)
     return x
 
 
 @triton.jit
 def _local_kernel(
-    proj, conv_weight, a_log, dt_bias, conv_state, lengths, w_out, u_out, q_out, k_out, pair_out, decay_out, T, stride_b,
-    stride_t,
-    L2_EPS: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr,
-    SIZE: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
-    WIDEN: tl.constexpr, HAS_LIVE: tl.constexpr,
+    proj, a_log, dt_bias, lengths, qk_in, v_in, w_out, u_out, decay_out, to_end_out, T, stride_b, stride_t,
+    HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, SIZE: tl.constexpr, LEVELS: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr, WIDEN: tl.constexpr,
+    HAS_LIVE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (N, Hv, B). Tokens past T, or past `lengths` [B], get q = k = v = 0, beta = 0 and no decay: they leave the state
-    as it is."""
-    CHANNELS: tl.constexpr = 2 * HK * DK + HV * DV
+    """Grid (N, Hv, B). Writes w [SIZE, BK], u^T [BV, SIZE], and per token the log-decay since the chunk's start and the decay
+    until its end, float32. Tokens past T, or past `lengths`, have k = v = 0, get beta = 0 and do not decay."""
+    GATES: tl.constexpr = 2 * HK * DK + 2 * HV * DV
     dtype = w_out.dtype.element_ty
     chunk = tl.program_id(0)
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     if HAS_LIVE:
         T = tl.load(lengths + batch).to(tl.int32)
-    proj += batch * stride_b
-    conv_state += batch * CHANNELS * (WIDTH - 1)
     slot = (batch * HV + head) * tl.num_programs(0) + chunk
+    key_slot = (batch * (2 * HK) + HK + head // (HV // HK)) * tl.num_programs(0) + chunk
     step = tl.arange(0, SIZE)
     row = step[:, None]
     col = step[None, :]
-    start = chunk * SIZE
-    live = start + step < T
     dim_k = tl.arange(0, BK)
     dim_v = tl.arange(0, BV)
-    in_k = dim_k < DK
-    in_v = dim_v < DV
+    live = chunk * SIZE + step < T
 
-    gates = proj + (start + step).to(tl.int64) * stride_t + CHANNELS + HV * DV + head
+    gates = proj + batch * stride_b + (chunk * SIZE + step).to(tl.int64) * stride_t + GATES + head
     b = tl.load(gates, mask=live, other=0.0).to(tl.float32)
     a = tl.load(gates + HV, mask=live, other=0.0).to(tl.float32)
+    k = tl.load(qk_in + key_slot * (SIZE * BK) + (row * BK + dim_k[None, :]))
+    v = tl.load(v_in + slot * (SIZE * BV) + (row * BV + dim_v[None, :]))  # early: used last
+
     log_decay, beta = _gates(a, b, tl.load(a_log + head), tl.load(dt_bias + head))
     beta = tl.where(live, beta, 0.0)
-    decay = tl.cumsum(tl.where(live, log_decay, 0.0), axis=0)  # log of the decay since the chunk's start
-    total = tl.sum(tl.where(step == SIZE - 1, decay, 0.0), axis=0)
-    tl.store(decay_out + slot, total)
+    log_decay = tl.where(live, log_decay, 0.0)
+    decay = tl.cumsum(log_decay, axis=0)
+    tl.store(decay_out + slot * SIZE + step, decay)
+    tl.store(to_end_out + slot * SIZE + step, tl.exp(tl.sum(log_decay, axis=0) - decay))
     # Masked before exp: above the diagonal the difference is positive and may overflow.
-    lower = row >= col
-    between = tl.where(lower, tl.exp(tl.where(lower, decay[:, None] - decay[None, :], 0.0)), 0.0)
-    from_start = tl.exp(decay)
+    below = row > col
+    between = tl.exp(tl.where(below, decay[:, None] - decay[None, :], 0.0))
+    system = tl.where(below, _dot(k, tl.trans(k), PRECISION, WIDEN) * between * beta[:, None], 0.0)
+    x = _inverse(system, row, col, LEVELS, SOLVE, WIDEN)
 
-    q_first = head // (HV // HK) * DK
-    k = _conv_chunk(proj, conv_state, conv_weight, HK * DK + q_first, dim_k, in_k, start, step, T, stride_t, WIDTH)
-    k = (k * tl.rsqrt(tl.sum(k * k, axis=1) + L2_EPS)[:, None]).to(dtype)
-    system = tl.where(row > col, _dot(k, tl.trans(k), PRECISION, WIDEN) * between * beta[:, None], 0.0)
-    x = _inverse(system, row, col, LEVELS, SOLVE, WIDEN).to(dtype)
-
-    key_block = slot * (SIZE * BK) + row * BK + dim_k[None, :]
-    value_block = slot * (SIZE * BV) + row * BV + dim_v[None, :]
-    w = _dot(x, (k.to(tl.float32) * (beta * from_start)[:, None]).to(dtype), PRECISION, WIDEN)
-    tl.store(w_out + key_block, w.to(dtype))
-    tl.store(k_out + key_block, (k.to(tl.float32) * tl.exp(total - decay)[:, None]).to(dtype))
-
-    q = _conv_chunk(proj, conv_state, conv_weight, q_first, dim_k, in_k, start, step, T, stride_t, WIDTH)
-    q = q * (tl.rsqrt(tl.sum(q * q, axis=1) + L2_EPS) * DK**-0.5)[:, None]
-    pair = _dot(q.to(dtype), tl.trans(k), PRECISION, WIDEN) * between
-    tl.store(pair_out + slot * (SIZE * SIZE) + row * SIZE + col, pair.to(dtype))
-    tl.store(q_out + key_block, (q * from_start[:, None]).to(dtype))
-
-    v_first = 2 * HK * DK + head * DV
-    v = _conv_chunk(proj, conv_state, conv_weight, v_first, dim_v, in_v, start, step, T, stride_t, WIDTH)
-    u = _dot(x, (v * beta[:, None]).to(dtype), PRECISION, WIDEN)
-    tl.store(u_out + value_block, u.to(dtype))
+    w = _dot((x * (-beta * tl.exp(decay))[None, :]).to(dtype), k, PRECISION, WIDEN)
+    tl.store(w_out + slot * (SIZE * BK) + (row * BK + dim_k[None, :]), w.to(dtype))
+    u = _dot((x * beta[None, :]).to(dtype), v, PRECISION, WIDEN)
+    tl.store(u_out + slot * (SIZE * BV) + (dim_v[None, :] * SIZE + row), u.to(dtype))
 
 
 @triton.jit
 def _scan_kernel(
-    w_in, u_in, q_in, k_in, pair_in, decay_in, proj, conv_state, lengths, state, out, T, N, stride_b, stride_t,
-    HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
-    BK: tl.constexpr, PAD_V: tl.constexpr, BV: tl.constexpr, SLICE: tl.constexpr, FLAT: tl.constexpr,
+    qk_in, w_in, u_in, decay_in, to_end_in, proj, conv_state, lengths, state, fresh_out, start_out, T, N, stride_b,
+    stride_t,
+    HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
+    SIZE: tl.constexpr, BK: tl.constexpr, PAD_V: tl.constexpr, BV: tl.constexpr, SLICE: tl.constexpr, FLAT: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr, HAS_LIVE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (PAD_V / BV, Hv, B). Writes S^T q to `out` [B, T, Hv*Dv], the final state, and a slice of the conv state, which
-    only the kernel before this one reads. Scratch is read unmasked: it is padded, and written in full."""
+    """Grid (PAD_V / BV, Hv, B). Writes fresh^T [PAD_V, SIZE] and S^T at the chunk's start [PAD_V, BK] per chunk, the final
+    state, and a slice of the conv state, which only the first kernel reads."""
     block = tl.program_id(0)
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
@@ -161,60 +226,83 @@ def _scan_kernel(
     step = tl.arange(0, SIZE)
     dim_k = tl.arange(0, BK)
     cols = block * BV + tl.arange(0, BV)
-    in_v = cols < DV
-    in_tile = (dim_k < DK)[:, None] & in_v[None, :]
-    at_state = state + (batch * HV + head) * (DK * DV) + dim_k[:, None] * DV + cols[None, :]
+    in_tile = (cols < DV)[:, None] & (dim_k < DK)[None, :]
+    at_state = state + (batch * HV + head) * (DK * DV) + (dim_k[None, :] * DV + cols[:, None])
     s = tl.load(at_state, mask=in_tile, other=0.0)
 
+    key = (batch * (2 * HK) + HK + head // (HV // HK)) * N
+    value = (batch * HV + head) * N
     keys = step[:, None] * BK + dim_k[None, :]
-    values = step[:, None] * PAD_V + cols[None, :]
-    pairs = step[:, None] * SIZE + step[None, :]
+    values = cols[:, None] * SIZE + step[None, :]
+    states = cols[:, None] * BK + dim_k[None, :]
+    # What no operand of a product is loaded from, the compiler does not fetch ahead: it is done by hand for u and `total`.
+    u = tl.load(u_in + value * (SIZE * PAD_V) + values)
+    total = tl.load(decay_in + value * SIZE + (SIZE - 1))
     for chunk in range(0, N):
-        slot = (batch * HV + head) * N + chunk
+        slot = value + chunk
+        k = tl.load(qk_in + (key + chunk) * (SIZE * BK) + keys)
         w = tl.load(w_in + slot * (SIZE * BK) + keys)
-        u = tl.load(u_in + slot * (SIZE * PAD_V) + values).to(tl.float32)
-        q = tl.load(q_in + slot * (SIZE * BK) + keys)
-        k = tl.load(k_in + slot * (SIZE * BK) + keys)
-        pair = tl.load(pair_in + slot * (SIZE * SIZE) + pairs)
-        total = tl.load(decay_in + slot)
+        to_end = tl.load(to_end_in + slot * SIZE + step)
+        following = value + tl.minimum(chunk + 1, N - 1)
+        next_u = tl.load(u_in + following * (SIZE * PAD_V) + values)
+        next_total = tl.load(decay_in + following * SIZE + (SIZE - 1))
         rounded = s.to(dtype)
-        fresh = (u - _dot(w, rounded, PRECISION, WIDEN)).to(dtype)
-        o = _dot(q, rounded, PRECISION, WIDEN) + _dot(pair, fresh, PRECISION, WIDEN)
-        s = s * tl.exp(total) + _dot(tl.trans(k), fresh, PRECISION, WIDEN)
-        tokens = chunk * SIZE + step
-        at = ((batch * T + tokens) * (HV * DV))[:, None] + head * DV + cols[None, :]
-        tl.store(out + at, o.to(out.dtype.element_ty), mask=(tokens < T)[:, None] & in_v[None, :])
+        fresh = _dot(rounded, tl.trans(w), PRECISION, WIDEN, acc=u.to(tl.float32))
+        s = _dot((fresh * to_end[None, :]).to(dtype), k, PRECISION, WIDEN, acc=s * tl.exp(total))
+        tl.store(start_out + slot * (PAD_V * BK) + states, rounded)
+        tl.store(fresh_out + slot * (SIZE * PAD_V) + values, fresh.to(dtype))
+        u = next_u
+        total = next_total
 
+    if HAS_LIVE:
+        T = tl.load(lengths + batch).to(tl.int32)
     proj += batch * stride_b
     conv_state += batch * CHANNELS * (WIDTH - 1)
     first = (head * tl.num_programs(0) + block) * SLICE
     count = tl.minimum(SLICE, CHANNELS - first)
-    if HAS_LIVE:
-        T = tl.load(lengths + batch).to(tl.int32)
     kept = _next_conv_state(proj, conv_state, first, count, T, stride_t, WIDTH, FLAT)
-    tl.debug_barrier()  # several warps may have loaded the same element
+    tl.debug_barrier()  # several threads may have loaded the same element
     tl.store(at_state, s, mask=in_tile)
     _store_conv_state(conv_state, first, count, kept, WIDTH, FLAT)
 
 
 @triton.jit
-def _norm_kernel(
-    proj, norm_weight, out, T, stride_b, stride_t,
-    EPS: tl.constexpr, HV: tl.constexpr, DV: tl.constexpr, CHANNELS: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
+def _output_kernel(
+    qk_in, fresh_in, start_in, decay_in, proj, norm_weight, out, T, stride_b, stride_t,
+    EPS: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, SIZE: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Grid (T / BT, Hv, B): out = rmsnorm(out) * norm_weight * silu(z), in place."""
+    """Grid (N, Hv, B): o of the chunk from its fresh^T and start state, rmsnorm(o) * norm_weight * silu(z) to `out`."""
+    CHANNELS: tl.constexpr = 2 * HK * DK + HV * DV
+    chunk = tl.program_id(0)
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
-    tokens = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
-    cols = tl.arange(0, BV)
-    live = (tokens < T)[:, None] & (cols < DV)[None, :]
-    at = ((batch * T + tokens) * (HV * DV))[:, None] + head * DV + cols[None, :]
-    at_z = batch * stride_b + (tokens * stride_t)[:, None] + CHANNELS + head * DV + cols[None, :]
-    o = tl.load(out + at, mask=live, other=0.0).to(tl.float32)
-    z = tl.load(proj + at_z, mask=live, other=0.0).to(tl.float32)
-    weight = tl.load(norm_weight + cols, mask=cols < DV, other=0.0).to(tl.float32)
+    slot = (batch * HV + head) * tl.num_programs(0) + chunk
+    query_slot = (batch * (2 * HK) + head // (HV // HK)) * tl.num_programs(0) + chunk
+    key_slot = query_slot + HK * tl.num_programs(0)
+    step = tl.arange(0, SIZE)
+    dim_k = tl.arange(0, BK)
+    dim_v = tl.arange(0, BV)
+    keys = step[:, None] * BK + dim_k[None, :]
+    q = tl.load(qk_in + query_slot * (SIZE * BK) + keys)
+    k = tl.load(qk_in + key_slot * (SIZE * BK) + keys)
+    decay = tl.load(decay_in + slot * SIZE + step)
+    s = tl.load(start_in + slot * (BV * BK) + (dim_v[:, None] * BK + dim_k[None, :]))
+    fresh = tl.load(fresh_in + slot * (SIZE * BV) + (dim_v[:, None] * SIZE + step[None, :]))
+
+    lower = step[:, None] >= step[None, :]
+    between = tl.exp(tl.where(lower, decay[:, None] - decay[None, :], 0.0))  # masked before exp, as in the local kernel
+    pair = tl.where(lower, _dot(q, tl.trans(k), PRECISION, WIDEN) * between, 0.0)
+    o = _dot(q, tl.trans(s), PRECISION, WIDEN) * tl.exp(decay)[:, None]
+    o = _dot(pair.to(q.dtype), tl.trans(fresh), PRECISION, WIDEN, acc=o)
+
+    tokens = (chunk * SIZE + step).to(tl.int64)
+    live = (tokens < T)[:, None] & (dim_v < DV)[None, :]
+    at_z = (tokens * stride_t)[:, None] + (CHANNELS + head * DV + dim_v)[None, :]
+    z = tl.load(proj + batch * stride_b + at_z, mask=live, other=0.0).to(tl.float32)
+    weight = tl.load(norm_weight + dim_v, mask=dim_v < DV, other=0.0).to(tl.float32)
     y = o * tl.rsqrt(tl.sum(o * o, axis=1) / DV + EPS)[:, None] * weight[None, :] * (z * tl.sigmoid(z))
-    tl.debug_barrier()  # as in the scan
+    at = ((batch * T + tokens) * (HV * DV))[:, None] + (head * DV + dim_v)[None, :]
     tl.store(out + at, y.to(out.dtype.element_ty), mask=live)
 
 
@@ -234,11 +322,13 @@ def gdn_prefill(
     eps: float,
     live: Tensor | None = None,
 ) -> Tensor:
-    """Any T >= 1, `reference_gdn_prefill` in three kernels ("chunked"). At T = 1 it is also a (slow) `gdn_decode`.
+    """Any T >= 1, `reference_gdn_prefill` in four kernels ("chunked"). At T = 1 it is also a (slow) `gdn_decode`.
 
-    Shapes as in gated_delta.py's docstring; conv_state and recurrent_state are mutated. With bfloat16 activations q, k, v
+    Shapes as in gated_delta.py's docstring; conv_state and recurrent_state are mutated, as if there were only `live` tokens
+    of each row where that is given. With bfloat16 activations q, k, v
     and the state are rounded to bfloat16 as operands of products, sums and the state itself stay float32. Scratch is about
-    3 Dk + Dv + 64 activations per value head and token. `ValueError` as `gdn_decode`, and for rows too far apart."""
+    (1 + 2 Hk / Hv) Dk + 2 Dv + Dk Dv / chunk activations per value head and token. `ValueError` as `gdn_decode`, and for
+    rows too far apart."""
     check_gdn(
         proj=proj, conv_weight=conv_weight, a_log=a_log, dt_bias=dt_bias, norm_weight=norm_weight, conv_state=conv_state,
         recurrent_state=recurrent_state, num_k_heads=num_k_heads, num_v_heads=num_v_heads, head_k_dim=head_k_dim,
@@ -248,40 +338,50 @@ def gdn_prefill(
         raise ValueError(f"proj has a row stride of {proj.stride(1)} elements; at most {MAX_ROW_STRIDE} are supported")
     batch, tokens, _ = proj.shape
     channels, width = conv_weight.shape
+    if width > CONV_RUN + 1:
+        raise ValueError(
+            f"conv width {width} is not supported by gdn_prefill; it does 2..{CONV_RUN + 1}, or use ops=reference"
+        )
     pad_k, pad_v = (max(MIN_DOT, triton.next_power_of_2(n)) for n in (head_k_dim, head_v_dim))
     key = f"{tuning.activation_class(proj.dtype)}/{pad_k}x{pad_v}"
     tuned = tuning.lookup("gdn_prefill", key, tuning.architecture(proj.device))
     size = tuned["chunk"]
-    block_v = min(tuned["block_v"], pad_v)
     chunks = (tokens + size - 1) // size
-    widen = proj.device.type == "cpu"  # only the interpreter runs there
+    heads = {"HK": num_k_heads, "HV": num_v_heads, "DK": head_k_dim, "DV": head_v_dim}
+    strides = (proj.stride(0), proj.stride(1))
     lengths = proj if live is None else live  # not read without `live`
+    counts = {"HAS_LIVE": live is not None}
+    # WIDEN: only the interpreter runs on the CPU.
+    products = {"PRECISION": tuned["precision"], "WIDEN": proj.device.type == "cpu"}
 
-    def scratch(*shape: int, dtype: torch.dtype = proj.dtype) -> Tensor:
-        return torch.empty(batch, num_v_heads, chunks, *shape, dtype=dtype, device=proj.device)
+    def scratch(heads: int, *tile: int, dtype: torch.dtype = proj.dtype) -> Tensor:
+        return torch.empty(batch, heads, chunks, *tile, dtype=dtype, device=proj.device)
 
-    w, q, k = (scratch(size, pad_k) for _ in range(3))
-    u, pair, decay = scratch(size, pad_v), scratch(size, size), scratch(dtype=torch.float32)
-    out = torch.empty(batch, tokens, num_v_heads * head_v_dim, dtype=proj.dtype, device=proj.device)
-    torch.library.wrap_triton(_local_kernel)[(chunks, num_v_heads, batch)](
-        proj, conv_weight, a_log, dt_bias, conv_state, lengths, w, u, q, k, pair, decay, tokens, proj.stride(0),
-        proj.stride(1),
-        L2_EPS=L2_EPS, HK=num_k_heads, HV=num_v_heads, DK=head_k_dim, DV=head_v_dim, WIDTH=width, SIZE=size,
-        LEVELS=size.bit_length() - 1, BK=pad_k, BV=pad_v, PRECISION=tuned["precision"],
-        SOLVE=tuned["solve"], WIDEN=widen, HAS_LIVE=live is not None, **tuned["local"],
+    qk, v = scratch(2 * num_k_heads, size, pad_k), scratch(num_v_heads, size, pad_v)
+    conv_tokens = min(tuned["conv_tokens"], size)
+    torch.library.wrap_triton(_conv_kernel)[(chunks * (size // conv_tokens), 2 * num_k_heads + num_v_heads, batch)](
+        proj, conv_weight, conv_state, lengths, qk, v, tokens, chunks, *strides, L2_EPS=L2_EPS, **heads, WIDTH=width,
+        TAPS=triton.next_power_of_2(width), SIZE=size, BK=pad_k, BV=pad_v, ROWS=conv_tokens // CONV_RUN, RUN=CONV_RUN,
+        **counts, **tuned["conv"],
     )  # fmt: skip
+    w, u = scratch(num_v_heads, size, pad_k), scratch(num_v_heads, pad_v, size)
+    decay, to_end = (scratch(num_v_heads, size, dtype=torch.float32) for _ in range(2))
+    torch.library.wrap_triton(_local_kernel)[(chunks, num_v_heads, batch)](
+        proj, a_log, dt_bias, lengths, qk, v, w, u, decay, to_end, tokens, *strides, **heads, SIZE=size,
+        LEVELS=size.bit_length() - 1, BK=pad_k, BV=pad_v, SOLVE=tuned["solve"], **counts, **products, **tuned["local"],
+    )  # fmt: skip
+    fresh, start = v, scratch(num_v_heads, pad_v, pad_k)  # v has been read: its memory takes fresh^T
+    block_v = min(tuned["block_v"], pad_v)
     blocks = pad_v // block_v
     per_program = triton.cdiv(channels, num_v_heads * blocks)
     torch.library.wrap_triton(_scan_kernel)[(blocks, num_v_heads, batch)](
-        w, u, q, k, pair, decay, proj, conv_state, lengths, recurrent_state, out, tokens, chunks, proj.stride(0),
-        proj.stride(1),
-        HV=num_v_heads, DK=head_k_dim, DV=head_v_dim, CHANNELS=channels, WIDTH=width, SIZE=size, BK=pad_k, PAD_V=pad_v,
-        BV=block_v, SLICE=per_program, FLAT=triton.next_power_of_2(per_program * (width - 1)), PRECISION=tuned["precision"],
-        WIDEN=widen, HAS_LIVE=live is not None, **tuned["scan"],
+        qk, w, u, decay, to_end, proj, conv_state, lengths, recurrent_state, fresh, start, tokens, chunks, *strides, **heads,
+        CHANNELS=channels, WIDTH=width, SIZE=size, BK=pad_k, PAD_V=pad_v, BV=block_v, SLICE=per_program,
+        FLAT=triton.next_power_of_2(per_program * (width - 1)), **counts, **products, **tuned["scan"],
     )  # fmt: skip
-    norm_tokens = tuned["norm_tokens"]
-    torch.library.wrap_triton(_norm_kernel)[((tokens + norm_tokens - 1) // norm_tokens, num_v_heads, batch)](
-        proj, norm_weight, out, tokens, proj.stride(0), proj.stride(1),
-        EPS=eps, HV=num_v_heads, DV=head_v_dim, CHANNELS=channels, BT=norm_tokens, BV=pad_v, **tuned["norm"],
+    out = torch.empty(batch, tokens, num_v_heads * head_v_dim, dtype=proj.dtype, device=proj.device)
+    torch.library.wrap_triton(_output_kernel)[(chunks, num_v_heads, batch)](
+        qk, fresh, start, decay, proj, norm_weight, out, tokens, *strides, EPS=eps, **heads, SIZE=size, BK=pad_k, BV=pad_v,
+        **products, **tuned["output"],
     )  # fmt: skip
     return out

@@ -16,6 +16,7 @@ from test_kernels_gated_delta import (
     PREFILL_TOL,
     STATE,
     check,
+    correlated,
     definition,
     make_case,
     run,
@@ -93,8 +94,12 @@ def test_prefill_real_heads(batch, tokens, dtype):
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize(
-    "heads, dims", [((1, 1), (64, 64)), ((4, 4), (64, 128)), ((2, 4), (128, 64)), ((1, 3), (80, 96))]
-)
+    "heads, dims",
+    [
+        ((1, 1), (64, 64)), ((4, 4), (64, 128)), ((2, 4), (128, 64)), ((1, 3), (80, 96)), ((2, 4), (32, 32)),
+        ((1, 2), (16, 8)),
+    ],
+)  # fmt: skip
 def test_prefill_shapes(heads, dims, dtype):
     check(gdn_prefill, fresh(3, 130, heads, dims, dtype), PREFILL_TOL[dtype])
 
@@ -106,16 +111,15 @@ def test_prefill_ragged_splits(splits, dtype):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("solve", ["ieee", "tf32", "tf32x3"])
-def test_correlated_keys(monkeypatch, solve, dtype):
-    """The worst matrix to invert (all ones below the diagonal), at the precisions the table may name."""
-    if dtype is F32 and solve == "tf32":
-        solve = "ieee"  # plain tf32 is no choice for float32
+@pytest.mark.parametrize("pattern", ["equal", "alternating"])
+@pytest.mark.parametrize(
+    "solve, dtype", [("ieee", F32), ("tf32x3", F32), ("fp16", BF16), ("tf32", BF16), ("tf32x3", BF16)]
+)
+def test_correlated_keys(monkeypatch, solve, dtype, pattern):
+    """The worst matrix to invert, at the precisions the table may name."""
     key = tuning.activation_class(dtype)
     monkeypatch.setitem(tuning.OVERRIDES, ("gdn_prefill", key), {**tuning.lookup("gdn_prefill", key), "solve": solve})
-    case = fresh(1, 128, (1, 1), (128, 128), dtype)
-    case["proj"][:, :, 128:256] = 1.0
-    case["proj"][:, :, -2], case["proj"][:, :, -1] = 20.0, -20.0
+    case = correlated(fresh(1, 128, (1, 1), (128, 128), dtype), pattern)
     check(gdn_prefill, case, 3 * PREFILL_TOL[dtype])
 
 

@@ -64,13 +64,13 @@ GDN_DECODE = tuple(
     {"split": split, "num_warps": warps}
     for split, warps in [(1, 8), (1, 4), (2, 8), (2, 4), (2, 2), (4, 4), (4, 2), (4, 1), (8, 2), (8, 1), (16, 1)]
 )
-# With four warps the scan's products become warp-group products, which read beyond shared memory at some head dims (see
-# gated_delta_prefill.py): no candidate.
+# The scan keeps block_v below 64: gated_delta_prefill.py says why.
 GDN_PREFILL = (
-    *({"chunk": 64, "solve": solve, "local": {"num_warps": warps, "num_stages": 1}}
-      for solve, warps in [("tf32", 4), ("tf32", 8), ("tf32x3", 4)]),
-    *({"block_v": block, "scan": {"num_warps": warps, "num_stages": 1}} for block, warps in [(16, 1), (16, 2), (32, 2)]),
-    *({"norm_tokens": tokens, "norm": {"num_warps": 4}} for tokens in (4, 8, 16, 32)),
+    *({"local": {"num_warps": warps, "num_stages": 1}} for warps in (4, 8)),
+    *({"block_v": block, "scan": {"num_warps": warps, "num_stages": stages}}
+      for block, warps, stages in [(16, 2, 3), (16, 4, 2), (16, 4, 3), (16, 4, 4), (16, 8, 3), (32, 4, 3)]),
+    *({"output": {"num_warps": warps, "num_stages": 1}} for warps in (4, 8)),
+    *({"conv_tokens": tokens, "conv": {"num_warps": warps, "num_stages": 1}} for tokens, warps in [(64, 4), (32, 2)]),
 )  # fmt: skip
 ATTENTION_DECODE = tuple(
     {"BLOCK_N": block, "num_warps": warps, "num_stages": stages}
