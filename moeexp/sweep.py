@@ -57,6 +57,7 @@ class Sweep:
     dry_run: bool = False
     gpus: list[Gpu] = field(default_factory=list)
     history: History = field(default_factory=lambda: History([]))
+    fingerprint: str | None = None
 
     def plan(self, composer: Composer, overrides: Sequence[Sequence[str]], first: int) -> list[Cell]:
         """A batch's cells, judged. `ValueError` for settings of the sweep that are not right."""
@@ -65,7 +66,8 @@ class Sweep:
         settings, rerun = self._agreed(cells)
         self.gpus = choose(visible_gpus(), settings.gpus)
         self.history = History([Path(settings.root), self.directory])
-        judge(cells, gpus=self.gpus, history=self.history, fingerprint=code_fingerprint(), rerun=rerun)
+        self.fingerprint = code_fingerprint()
+        judge(cells, gpus=self.gpus, history=self.history, fingerprint=self.fingerprint, rerun=rerun)
         if self._whole_groups():
             self._repeat_broken_groups(cells)
         self.cells += cells
@@ -241,8 +243,6 @@ class Sweep:
             path = Path(job.run_dir) / "record.json"
             record = Record.load(path)
             if record.data["status"] == "running":
-                if record.data["config_hash"] is None:
-                    record.set(config_hash=cell.config_hash, code_fingerprint=code_fingerprint())
                 status, error = entry.process.cause(record.data["phase"])
                 record.finish(status, error=error)
                 if status != "interrupted":
@@ -271,6 +271,7 @@ class Sweep:
         return Job(
             id=f"{self.id}.{cell.number}", run_dir=str(folder.path), config=config, overrides=cell.overrides,
             command=self.command, sweep=True, group=group, design=cell.design, timeout_s=self.settings.timeout_s,
+            config_hash=cell.config_hash, code_fingerprint=self.fingerprint if cell.config_hash else None,
         )  # fmt: skip
 
 

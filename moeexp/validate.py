@@ -205,6 +205,11 @@ def _check_values(cfg: Config) -> None:
         if value in missing:
             available = [known for known in allowed if known not in missing]
             raise ValueError(f"{path}={_show(value)} is not built yet; available now: {_list(available)}")
+    if cfg.launcher.cells:
+        raise ValueError(
+            f"launcher.cells holds a design of {len(cfg.launcher.cells)} runs, and this is one: add -m, and leave "
+            "hydra/launcher as it is"
+        )
     for path, least in AT_LEAST.items():
         value = get(cfg, path)
         if value is not None and not value >= least:
