@@ -12,6 +12,7 @@ import pytest
 from sabotage import experiment, ran
 
 from moeexp.cli import main
+from moeexp.devices import Gpu
 from moeexp.record import read_record
 
 QUIET = ["-m", "model=nano", "tracker=jsonl", "export=eager"]
@@ -81,6 +82,14 @@ def test_a_crash_and_a_hang_that_does_not_listen(monkeypatch):
     assert statuses() == {5: "failed", 6: "timeout", 7: "ok"}
     assert records[5]["error"]["signal"] == "SIGSEGV" and "string_at" in records[5]["error"]["traceback"]
     assert "killed during benchmark" in records[6]["error"]["message"]
+
+
+@pytest.mark.slow
+def test_runs_spread_over_gpus_one_on_each(monkeypatch):
+    gpus = [Gpu(0, "GPU-aaaa", "made up"), Gpu(1, "GPU-bbbb", "made up")]
+    monkeypatch.setattr("moeexp.sweep.visible_gpus", lambda: gpus)
+    assert sweep("seed=30,31", "device=cpu", "launcher.gpus=all") == 0
+    assert {Path(f"gpu-{seed}").read_text() for seed in (30, 31)} == {"GPU-aaaa", "GPU-bbbb"}
 
 
 @pytest.mark.slow
