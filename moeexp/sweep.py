@@ -23,6 +23,7 @@ from moeexp.cells import Cell, Composer, cells_of, judge
 from moeexp.devices import Gpu, choose, visible_gpus
 from moeexp.job import FAILED, INTERRUPTED, OK, Experiment, Job, open_record, run_job, say, track, write_jobs
 from moeexp.process import Process
+from moeexp.progress import Progress
 from moeexp.record import Record, code_fingerprint, write_atomically
 from moeexp.resume import Folder, History, link, read_running, read_whole
 from moeexp.schema import Config, LauncherConfig
@@ -185,7 +186,7 @@ class Sweep:
         """A process each; as many at a time as there are GPUs, else one."""
         free: list[Gpu | None] = list(self.gpus) or [None]
         waiting, running = list(waiting), list[Running]()
-        with _terminated_as_interrupted():
+        with _terminated_as_interrupted(), Progress(Console(stderr=True)).shown() as progress:
             try:
                 while waiting or running:
                     while waiting and free and not self.stopped:
@@ -198,6 +199,7 @@ class Sweep:
                         waiting.clear()
                         for entry in running:
                             entry.process.interrupt()
+                    progress.show((cell, entry.process.seconds()) for entry in running for cell in entry.cells)
                     time.sleep(POLL_S)
             except KeyboardInterrupt:
                 self.interrupted = True
