@@ -70,7 +70,7 @@ def test_a_design_that_cannot_be_read(composer):
 def test_a_design_is_no_single_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["model=nano", "experiment=ladder", "hydra.mode=RUN", "tracker=jsonl"]) == 2
-    assert "a design of 11 runs, and this is one: add -m" in capsys.readouterr().err
+    assert " runs, and this is one: add -m" in capsys.readouterr().err
 
 
 def test_judged_cells_have_a_hash_or_a_reason(composer):
