@@ -34,7 +34,9 @@ def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[Gpu]:
     except (OSError, subprocess.SubprocessError):
         return _ask_torch()
     shown = environment.get("CUDA_VISIBLE_DEVICES")
-    return gpus if shown is None else _selected(gpus, shown)
+    if shown is None:
+        return gpus
+    return _ask_torch() if "MIG-" in shown else _selected(gpus, shown)  # nvidia-smi's list has no parts of GPUs
 
 
 def _selected(gpus: list[Gpu], shown: str) -> list[Gpu]:

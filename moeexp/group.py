@@ -53,6 +53,8 @@ class Member:
             self.run.close()
             self.run = None
         gc.collect()  # what the traceback held of a run that failed for want of memory
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
 
 def run_group(jobs: Sequence[Job]) -> int:

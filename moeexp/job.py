@@ -44,6 +44,9 @@ class Job:
     group: str | None = None  # the tracker's
     design: dict[str, Any] | None = None
     timeout_s: float | None = None
+    # What the sweep looks for when it is repeated; the run computes both itself as well.
+    config_hash: str | None = None
+    code_fingerprint: str | None = None
 
     def composed(self) -> DictConfig:
         return OmegaConf.merge(OmegaConf.structured(schema.Config), self.config)
@@ -66,7 +69,7 @@ def run_job(job: Job, cfg: DictConfig, experiment: Experiment) -> int:
 def open_record(job: Job) -> Record:
     path = Path(job.run_dir) / "record.json"
     record = Record(path, id=job.id, config=job.config, command=job.command, overrides=job.overrides)
-    record.set(design=job.design)
+    record.set(design=job.design, config_hash=job.config_hash, code_fingerprint=job.code_fingerprint)
     record.write()
     return record
 

@@ -145,8 +145,8 @@ def shorten(data: dict[str, Any]) -> dict[str, Any]:
             kept, note = _cut(data["token_latencies_ms"]["samples"], samples, "token_latencies_ms.samples")
             result["token_latencies_ms"] = data["token_latencies_ms"] | {"samples": kept}
             result["notes"] += note
-        for key in ("generated_ids", "generated_text"):
-            result[key], note = _cut(data[key], tokens, key)
+        for key, limit in (("generated_ids", tokens), ("generated_text", tokens), ("rounds", samples)):
+            result[key], note = _cut(data[key], limit, key)
             result["notes"] += note
         if len(_dump(result)) < MAX_BYTES:
             return result

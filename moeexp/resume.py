@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import statistics
 from collections.abc import Iterable
@@ -90,7 +89,9 @@ class Folder:
         if not record.exists() and not record.is_symlink():
             return True
         known = head(record)
-        if record.is_symlink() or not known or config_hash is None or known["config_hash"] != config_hash:
+        refused = config_hash is None and known.get("status") == "unsupported"  # neither has a hash
+        same = bool(known) and config_hash is not None and known["config_hash"] == config_hash
+        if record.is_symlink() or not (same or refused):
             return False
         os.replace(record, self.path / f"record.{known['id']}.json")
         return True
@@ -119,10 +120,10 @@ def read_whole(paths: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def read_running(path: Path) -> dict[str, Any]:
-    """A record that another process may be about to write for the first time."""
+    """A record that another process may be about to write for the first time, or have removed."""
     try:
         return read_record(path)
-    except (FileNotFoundError, json.JSONDecodeError):
+    except FileNotFoundError:
         return {}
 
 

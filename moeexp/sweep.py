@@ -23,6 +23,7 @@ from moeexp.cells import Cell, Composer, cells_of, judge
 from moeexp.devices import Gpu, choose, visible_gpus
 from moeexp.job import FAILED, INTERRUPTED, OK, Experiment, Job, open_record, run_job, say, track, write_jobs
 from moeexp.process import Process
+from moeexp.progress import Progress
 from moeexp.record import Record, code_fingerprint, write_atomically
 from moeexp.resume import Folder, History, link, read_running, read_whole
 from moeexp.schema import Config, LauncherConfig
@@ -57,6 +58,7 @@ class Sweep:
     dry_run: bool = False
     gpus: list[Gpu] = field(default_factory=list)
     history: History = field(default_factory=lambda: History([]))
+    fingerprint: str | None = None
 
     def plan(self, composer: Composer, overrides: Sequence[Sequence[str]], first: int) -> list[Cell]:
         """A batch's cells, judged. `ValueError` for settings of the sweep that are not right."""
@@ -65,7 +67,8 @@ class Sweep:
         settings, rerun = self._agreed(cells)
         self.gpus = choose(visible_gpus(), settings.gpus)
         self.history = History([Path(settings.root), self.directory])
-        judge(cells, gpus=self.gpus, history=self.history, fingerprint=code_fingerprint(), rerun=rerun)
+        self.fingerprint = code_fingerprint()
+        judge(cells, gpus=self.gpus, history=self.history, fingerprint=self.fingerprint, rerun=rerun)
         if self._whole_groups():
             self._repeat_broken_groups(cells)
         self.cells += cells
@@ -183,7 +186,7 @@ class Sweep:
         """A process each; as many at a time as there are GPUs, else one."""
         free: list[Gpu | None] = list(self.gpus) or [None]
         waiting, running = list(waiting), list[Running]()
-        with _terminated_as_interrupted():
+        with _terminated_as_interrupted(), Progress(Console(stderr=True)).shown() as progress:
             try:
                 while waiting or running:
                     while waiting and free and not self.stopped:
@@ -196,6 +199,7 @@ class Sweep:
                         waiting.clear()
                         for entry in running:
                             entry.process.interrupt()
+                    progress.show((cell, entry.process.seconds()) for entry in running for cell in entry.cells)
                     time.sleep(POLL_S)
             except KeyboardInterrupt:
                 self.interrupted = True
@@ -241,8 +245,6 @@ class Sweep:
             path = Path(job.run_dir) / "record.json"
             record = Record.load(path)
             if record.data["status"] == "running":
-                if record.data["config_hash"] is None:
-                    record.set(config_hash=cell.config_hash, code_fingerprint=code_fingerprint())
                 status, error = entry.process.cause(record.data["phase"])
                 record.finish(status, error=error)
                 if status != "interrupted":
@@ -271,6 +273,7 @@ class Sweep:
         return Job(
             id=f"{self.id}.{cell.number}", run_dir=str(folder.path), config=config, overrides=cell.overrides,
             command=self.command, sweep=True, group=group, design=cell.design, timeout_s=self.settings.timeout_s,
+            config_hash=cell.config_hash, code_fingerprint=self.fingerprint if cell.config_hash else None,
         )  # fmt: skip
 
 

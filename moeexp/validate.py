@@ -323,7 +323,12 @@ def _check_ops(cfg: Config, device: str) -> None:
 
 def _check_engine(cfg: Config) -> None:
     """transformers times its own code on unquantised weights: an axis of ours that it would ignore is refused where a
-    reader would take the speed for that axis's, and marked as not applicable otherwise."""
+    reader would take the speed for that axis's, and marked as not applicable otherwise. And a design is no single run."""
+    if cfg.launcher.cells:
+        raise ValueError(
+            f"launcher.cells holds a design of {len(cfg.launcher.cells)} runs, and this is one: add -m, and leave "
+            "hydra/launcher as it is"
+        )
     if cfg.engine == "moeexp":
         return
     for path, only in (("quant.bits", 16), ("cuda_graph", False), ("sampler.name", "greedy"), ("eos", False)):

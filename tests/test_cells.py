@@ -67,6 +67,12 @@ def test_a_design_that_cannot_be_read(composer):
             cells.cells_of(composer, [job], 0)
 
 
+def test_a_design_is_no_single_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["model=nano", "experiment=ladder", "hydra.mode=RUN", "tracker=jsonl"]) == 2
+    assert " runs, and this is one: add -m" in capsys.readouterr().err
+
+
 def test_judged_cells_have_a_hash_or_a_reason(composer):
     found = cells.cells_of(composer, [["model=nano", "seed=1"], ["model=nano", "cuda_graph=true"]], 5)
     cells.judge(found, gpus=[], history=History([]), fingerprint="f", rerun="failed")

@@ -36,6 +36,11 @@ def test_what_cuda_visible_devices_leaves(three, shown, ids):
     assert shown is None or [gpu.index for gpu in found] == list(range(len(ids)))
 
 
+def test_part_of_a_gpu_is_what_torch_says(three, monkeypatch):
+    monkeypatch.setattr(devices, "_ask_torch", lambda: [Gpu(0, "MIG-1", "A MIG 1g")])
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "MIG-1"}) == [Gpu(0, "MIG-1", "A MIG 1g")]
+
+
 def test_a_torch_without_cuda_sees_none(three, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     assert visible_gpus({}) == []

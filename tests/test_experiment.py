@@ -111,3 +111,21 @@ def test_cuda_graph_without_cuda_is_refused(capsys, tmp_path, monkeypatch):
     assert cli.main([*NANO, "cuda_graph=true"]) == 2
     err = capsys.readouterr().err
     assert len(err.strip().splitlines()) == 1 and "cuda_graph=false" in err
+
+
+def test_what_the_timing_was_is_in_the_record(run):
+    code, record = run("repeats=2", "min_time_s=0.4", "min_samples=12")
+    assert (code, record["status"]) == (0, "ok")
+    assert len(record["rounds"]) >= 2 and sum(entry["n"] for entry in record["rounds"]) == record["token_latencies_ms"]["n"]
+    assert record["token_latencies_ms"]["n"] >= 12 and sum(entry["seconds"] for entry in record["rounds"]) >= 0.4
+    assert record["telemetry"]["kind"] in ("cpu", "cuda") and record["telemetry"]["n"] >= 3
+    assert record["group"] is None and record["design"] is None and record["phase"] is None
+
+
+def test_a_trace_lies_beside_the_record(run):
+    code, record = run("profile=trace")
+    assert (code, record["status"]) == (0, "ok")
+    (path,) = Path("outputs").rglob("trace.json")
+    events = json.loads(path.read_text())["traceEvents"]
+    assert record["trace"] == {"file": "trace.json", "tokens": 5, "bytes": path.stat().st_size}
+    assert any("aten::" in event.get("name", "") for event in events)

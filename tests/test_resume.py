@@ -91,6 +91,8 @@ def test_a_repetition_keeps_the_record_that_it_replaces(tmp_path):
     assert not (folder.path / "record.json").exists()
     run(tmp_path / "1", config_hash="other")
     assert Folder(tmp_path, "1", suffix="ab", config_hash="c").path.name == "1-ab", "another config's stays"
+    run(tmp_path / "2", config_hash=None, status="unsupported", id="old.2")
+    assert Folder(tmp_path, "2", suffix="ab", config_hash=None).path.name == "2", "refused again"
 
 
 def test_a_reused_run_is_linked_and_read_once(tmp_path):

@@ -16,6 +16,8 @@ def experiment(cfg, *, run_dir, record, phases):
             file.write(f"{cfg.seed}\n")
         if Path("sabotage").exists():
             _misbehave(cfg.seed)
+    if cfg.seed == 30 or cfg.seed == 31:
+        _meet(cfg.seed)
     record.set(decode_tok_s=10.0)
 
 
@@ -33,6 +35,16 @@ def _misbehave(seed):
     if seed == 6:
         signal.signal(signal.SIGALRM, signal.SIG_IGN)
         time.sleep(600)
+
+
+def _meet(seed):
+    """Ends only where the other of the two runs is there at the same time."""
+    Path(f"gpu-{seed}").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "none"))
+    deadline = time.monotonic() + 60
+    while not Path(f"gpu-{61 - seed}").exists():
+        if time.monotonic() > deadline:
+            raise RuntimeError("alone")
+        time.sleep(0.05)
 
 
 def ran():

@@ -1,6 +1,7 @@
 """Sweeps whose runs raise, exit, are killed, crash and hang; that are interrupted; that run twice in one folder."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from sabotage import experiment, ran
 
 from moeexp.cli import main
+from moeexp.devices import Gpu
 from moeexp.record import read_record
 
 QUIET = ["-m", "model=nano", "tracker=jsonl", "export=eager"]
@@ -49,9 +51,13 @@ def test_one_exits_and_only_that_one_is_repeated(capsys):
 
 
 @pytest.mark.slow
-def test_twelve_cells_four_of_them_sabotaged():
+def test_twelve_cells_four_of_them_sabotaged(capsys):
     seeds = f"seed={','.join(map(str, range(1, 5)))},{','.join(map(str, range(10, 18)))}"
+    start = time.monotonic()
     assert sweep(seeds, "launcher.timeout_s=20") == 1
+    wall = time.monotonic() - start
+    in_processes = sum(map(float, re.findall(r"\(([\d.]+) s\)$", capsys.readouterr().err, re.MULTILINE)))
+    assert wall - in_processes < 2 * 12, "what the parent adds"
     records = by_seed()
     assert {seed: record["status"] for seed, record in records.items() if record["status"] != "ok"} == {
         1: "failed", 2: "failed", 3: "failed", 4: "timeout",
@@ -76,6 +82,14 @@ def test_a_crash_and_a_hang_that_does_not_listen(monkeypatch):
     assert statuses() == {5: "failed", 6: "timeout", 7: "ok"}
     assert records[5]["error"]["signal"] == "SIGSEGV" and "string_at" in records[5]["error"]["traceback"]
     assert "killed during benchmark" in records[6]["error"]["message"]
+
+
+@pytest.mark.slow
+def test_runs_spread_over_gpus_one_on_each(monkeypatch):
+    gpus = [Gpu(0, "GPU-aaaa", "made up"), Gpu(1, "GPU-bbbb", "made up")]
+    monkeypatch.setattr("moeexp.sweep.visible_gpus", lambda: gpus)
+    assert sweep("seed=30,31", "device=cpu", "launcher.gpus=all") == 0
+    assert {Path(f"gpu-{seed}").read_text() for seed in (30, 31)} == {"GPU-aaaa", "GPU-bbbb"}
 
 
 @pytest.mark.slow
@@ -124,7 +138,7 @@ def test_a_killed_sweep_leaves_no_run_behind():
         run.kill()
         run.wait()
     until(lambda: not _processes_in(os.getcwd()), seconds=10)
-    assert statuses() == {4: "running"}
+    assert statuses() == {4: "running"} and by_seed()[4]["config_hash"]
     ran(), Path("sabotage").unlink()
     assert sweep("seed=4") == 0 and ran() == [4]
 
