@@ -129,16 +129,17 @@ def _conv_kernel(
             x *= (tl.rsqrt(tl.sum(x * x, axis=1) + L2_EPS) * scale)[:, None]
             tl.store(out + ((run + i)[:, None] * BK + tl.arange(0, BK)[None, :]), x.to(qk_out.dtype.element_ty))
     else:
+        # Names of their own: where Dk and Dv differ, a name that both branches assign would have two types.
         value = head - 2 * HK
-        first = 2 * HK * DK + value * DV
-        inputs, taps = _conv_inputs(
-            proj + first, conv_weight + first * WIDTH, start, T, stride_t, DV, BV, ROWS, RUN, WIDTH, TAPS
+        first_v = 2 * HK * DK + value * DV
+        inputs_v, taps_v = _conv_inputs(
+            proj + first_v, conv_weight + first_v * WIDTH, start, T, stride_t, DV, BV, ROWS, RUN, WIDTH, TAPS
         )
-        conv_state += first * (WIDTH - 1)
-        out = v_out + ((batch * HV + value) * N * SIZE + start) * BV
+        state_v = conv_state + first_v * (WIDTH - 1)
+        out_v = v_out + ((batch * HV + value) * N * SIZE + start) * BV
         for i in tl.static_range(RUN):
-            x = _conv_token(inputs, taps, conv_state, start, T, i, DV, BV, ROWS, RUN, WIDTH)
-            tl.store(out + ((run + i)[:, None] * BV + tl.arange(0, BV)[None, :]), x.to(v_out.dtype.element_ty))
+            y = _conv_token(inputs_v, taps_v, state_v, start, T, i, DV, BV, ROWS, RUN, WIDTH)
+            tl.store(out_v + ((run + i)[:, None] * BV + tl.arange(0, BV)[None, :]), y.to(v_out.dtype.element_ty))
 
 
 @triton.jit
