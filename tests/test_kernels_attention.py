@@ -10,6 +10,7 @@ import kernels_common as common
 import pytest
 import torch
 from moeexp_kernels import attention as ops
+from moeexp_kernels import qk_norm_rope as rope
 from torch import Tensor
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -54,8 +55,8 @@ def check_rope(batch, tokens, heads, kv_heads, head_dim, rotary, dtype, position
         "eps": EPS,
     }  # fmt: skip
     with common.poisoned_empty():
-        q = ops.qk_norm_rope(k_cache=caches[0].tensor, v_cache=caches[1].tensor, **shared)
-    expected = ops.reference_qk_norm_rope(k_cache=expected_caches[0], v_cache=expected_caches[1], **shared)
+        q = rope.qk_norm_rope(k_cache=caches[0].tensor, v_cache=caches[1].tensor, **shared)
+    expected = rope.reference_qk_norm_rope(k_cache=expected_caches[0], v_cache=expected_caches[1], **shared)
     tol = common.TOLERANCE[dtype]
     common.assert_close_ratio(q, expected, tol, "q")
     for b, position in enumerate(positions):
@@ -118,8 +119,8 @@ def test_qk_norm_rope_far_out():
     qkv, slots = make_qkv(1, 1, 1, 1, 16), 260_001
     caches = [torch.zeros(1, 1, slots, 16, device=common.DEVICE) for _ in range(4)]
     shared = {"qkv": qkv, **make_weights(16, 16), "positions": positions_of(slots - 1), "num_heads": 1, "eps": EPS}
-    q = ops.qk_norm_rope(k_cache=caches[0], v_cache=caches[1], **shared)
-    expected = ops.reference_qk_norm_rope(k_cache=caches[2], v_cache=caches[3], **shared)
+    q = rope.qk_norm_rope(k_cache=caches[0], v_cache=caches[1], **shared)
+    expected = rope.reference_qk_norm_rope(k_cache=caches[2], v_cache=caches[3], **shared)
     common.assert_close_ratio(q, expected, 1e-5)
     common.assert_close_ratio(caches[0], caches[2], 1e-5)
 
@@ -127,7 +128,7 @@ def test_qk_norm_rope_far_out():
 def test_qk_norm_rope_never_writes_outside_the_cache():
     for position, written in ((-1, []), (3, [3]), (4, [])):
         caches = [common.Guarded(torch.zeros(2, 1, 4, 16, device=common.DEVICE)) for _ in range(2)]
-        ops.qk_norm_rope(
+        rope.qk_norm_rope(
             qkv=make_qkv(2, 1, 2, 1, 16), **make_weights(16, 8), positions=positions_of(position, 0), num_heads=2, eps=EPS,
             k_cache=caches[0].tensor, v_cache=caches[1].tensor,
         )  # fmt: skip
@@ -249,7 +250,7 @@ def run_in_pieces(pieces, qkv, slots, heads, kv_heads, head_dim, decode) -> tupl
     weights, outputs, position = make_weights(head_dim, head_dim // 4), [], 0
     for length in pieces:
         part, positions = qkv[:, position : position + length], positions_of(position)
-        q = ops.qk_norm_rope(
+        q = rope.qk_norm_rope(
             qkv=part, **weights, positions=positions, k_cache=caches[0], v_cache=caches[1], num_heads=heads, eps=EPS
         )
         attend = decode if length == 1 else ops.sdpa_prefill
@@ -302,7 +303,7 @@ def test_rope_refusals():
     }  # fmt: skip
 
     def refused(*words: str, **changed):
-        common.expect_value_error(lambda: ops.qk_norm_rope(**{**good, **changed}), *words)
+        common.expect_value_error(lambda: rope.qk_norm_rope(**{**good, **changed}), *words)
 
     refused("inv_freq", "40", "32", inv_freq=torch.ones(20, device=common.DEVICE))
     refused("q_norm", "[32]", q_norm=torch.ones(31, device=common.DEVICE))

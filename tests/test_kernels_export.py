@@ -9,9 +9,10 @@ import sys
 # In a process without Triton's interpreter, through whose kernels no trace can pass.
 PROGRAM = """
 import torch
-from moeexp_kernels.attention import qk_norm_rope, sdpa_prefill
+from moeexp_kernels.attention import sdpa_prefill
+from moeexp_kernels.qk_norm_rope import qk_norm_rope
 from moeexp_kernels.linear import linear
-from moeexp_kernels.moe import router
+from moeexp_kernels.router import router
 from moeexp_kernels.moe_prefill import moe_prefill
 
 D, E, WIDTH, HEADS, KV, DIM, SLOTS = 64, 8, 32, 4, 2, 16, 64

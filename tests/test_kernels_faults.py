@@ -11,7 +11,7 @@ from functools import partial
 import kernels_common as common
 import pytest
 import torch
-from moeexp_kernels import attention, dispatch, moe, moe_prefill, sample
+from moeexp_kernels import attention, dispatch, moe, moe_prefill, qk_norm_rope, router, sample
 from moeexp_kernels.gated_delta import gdn_decode
 from moeexp_kernels.gated_delta_prefill import gdn_prefill
 from moeexp_kernels.linear import linear
@@ -110,7 +110,7 @@ def routed(op, tokens):
 
 def router_of(rows):
     x = common.randn(1, rows, 64, seed=1)
-    return lambda: route(moe.router, x, E=7, k=3)
+    return lambda: route(router.router, x, E=7, k=3)
 
 
 def attend(op, tokens, position):
@@ -126,7 +126,7 @@ def delta(op, tokens):
 def rope():
     caches = {name: torch.zeros(1, 2, 40, 32, device=common.DEVICE) for name in ("k_cache", "v_cache")}
     arguments = {"qkv": make_qkv(1, 3, 4, 2, 32), **make_weights(32, 8), "positions": positions_of(5), **caches}
-    return lambda: attention.qk_norm_rope(num_heads=4, eps=1e-6, **arguments)
+    return lambda: qk_norm_rope.qk_norm_rope(num_heads=4, eps=1e-6, **arguments)
 
 
 def draw(**filters):
@@ -245,16 +245,16 @@ def test_positions_and_frequencies_of_another_layout_are_refused():
         "positions": positions, "expert_ids": trace,
     }  # fmt: skip
     calls = [(op, case) for op in (attention.sdpa_decode_splitk, attention.sdpa_decode_tiled, attention.sdpa_prefill)]
-    calls += [(attention.qk_norm_rope, rope_arguments), (moe.router, router_arguments)]
+    calls += [(qk_norm_rope.qk_norm_rope, rope_arguments), (router.router, router_arguments)]
     for op, arguments in calls:
         for wrong, word in ((strided(positions), "strides"), (positions.int(), "int32"), (positions[:1], "(2,)")):
             common.expect_value_error(
                 lambda op=op, arguments=arguments, wrong=wrong: op(**{**arguments, "positions": wrong}), "positions", word
             )
     wrong = {**rope_arguments, "inv_freq": rope_arguments["inv_freq"].double()}
-    common.expect_value_error(lambda: attention.qk_norm_rope(**wrong), "inv_freq", "float64", "float32")
+    common.expect_value_error(lambda: qk_norm_rope.qk_norm_rope(**wrong), "inv_freq", "float64", "float32")
     wrong = {**router_arguments, "norm_weight": strided(router_arguments["norm_weight"])}
-    common.expect_value_error(lambda: moe.router(**wrong), "norm_weight", "strides")
+    common.expect_value_error(lambda: router.router(**wrong), "norm_weight", "strides")
 
 
 # --- routing

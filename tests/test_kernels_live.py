@@ -9,7 +9,7 @@ from __future__ import annotations
 import kernels_common as common
 import pytest
 import torch
-from moeexp_kernels import attention, moe
+from moeexp_kernels import attention, qk_norm_rope, router
 from moeexp_kernels.gated_delta import reference_gdn_prefill
 from moeexp_kernels.gated_delta_prefill import gdn_prefill
 from test_kernels_attention import make_qkv, make_weights, positions_of
@@ -51,7 +51,7 @@ def test_gated_delta(op, count, total):
         assert not torch.equal(long[name], kept[name]), f"{name} did not move: the test sees nothing"
 
 
-@pytest.mark.parametrize("op", [attention.reference_qk_norm_rope, attention.qk_norm_rope], ids=["reference", "triton"])
+@pytest.mark.parametrize("op", [qk_norm_rope.reference_qk_norm_rope, qk_norm_rope.qk_norm_rope], ids=["reference", "triton"])
 @pytest.mark.parametrize(("count", "total", "start"), [(1, 4, 0), (3, 8, 5), (8, 8, 2), (4, 9, 6)])
 def test_keys_and_values_beyond_live_are_not_written(op, count, total, start):
     """The last case has padding beyond the cache's last slot."""
@@ -90,7 +90,7 @@ def test_attention_sees_no_slot_beyond_live(op, count, total, start):
         common.assert_close_ratio(actual[:, :count], expected, 1e-6)
 
 
-@pytest.mark.parametrize("op", [moe.reference_router, moe.router], ids=["reference", "triton"])
+@pytest.mark.parametrize("op", [router.reference_router, router.router], ids=["reference", "triton"])
 def test_expert_choices_beyond_live_are_not_traced(op):
     x = common.randn(2, 12, 32, seed=1)
     shared = {

@@ -14,8 +14,9 @@ from kernels_common import (
     poisoned_empty,
     randn,
 )
-from moeexp_kernels.moe import moe_decode, reference_moe_decode, reference_router, router
+from moeexp_kernels.moe import moe_decode, reference_moe_decode
 from moeexp_kernels.moe_prefill import block_bound, moe_prefill, sort_by_expert
+from moeexp_kernels.router import reference_router, router
 from test_kernels_linear import quantised
 from tolerances import tolerance
 

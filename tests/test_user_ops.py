@@ -107,7 +107,7 @@ def test_an_op_of_torch_library_is_read_by_its_schema(module):
     ours = registry.OPS["sdpa_decode"].values()
     user_ops.load("sdpa_decode", "moeexp_kernels.attention:sdpa_decode_splitk", ours)
     with pytest.raises(ValueError, match="lacks q; it is called|lacks q and asks for"):
-        user_ops.load("sdpa_decode", "moeexp_kernels.attention:qk_norm_rope", ours)
+        user_ops.load("sdpa_decode", "moeexp_kernels.qk_norm_rope:qk_norm_rope", ours)
 
 
 @pytest.mark.parametrize("changed", ["{m}.py", "{m}_helper.py"])

@@ -1,4 +1,4 @@
-"""Gated full attention between its projections: QK-norm + partial RoPE + KV append, then attention over the cache.
+"""Gated full attention over the KV cache. What comes between it and the input projection is in `qk_norm_rope.py`.
 
 Shape letters: B batch, T tokens of this call, S cache slots (max_seq_len), H / Hkv query / key-value heads (H a multiple
 of Hkv), Dh head dim, R rotary dims (the first R of Dh, split-half convention).
@@ -27,51 +27,7 @@ from torch.library import triton_op, wrap_triton
 
 from . import tuning
 from .checks import check_argument
-from .linear import rms_norm
 from .overlap import after_previous, can_overlap
-
-
-def reference_qk_norm_rope(
-    *,
-    qkv: Tensor,
-    q_norm: Tensor,
-    k_norm: Tensor,
-    inv_freq: Tensor,
-    positions: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    num_heads: int,
-    eps: float,
-    live: Tensor | None = None,
-) -> Tensor:
-    """Writes this call's keys and values into the caches; returns the rotated queries [B, T, H, Dh], qkv's dtype.
-
-    live [B] int64 in 1..T: keys and values of only so many tokens of each row are written. None: all T."""
-    batch, kv_heads, _, head_dim = k_cache.shape
-    tokens = qkv.shape[1]
-    q, k, v = qkv.split([2 * num_heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], dim=-1)
-    q = q.unflatten(-1, (num_heads, 2, head_dim))[..., 0, :]
-    k, v = (t.unflatten(-1, (kv_heads, head_dim)) for t in (k, v))
-    slots = positions[:, None] + torch.arange(tokens, device=qkv.device)  # [B, T]
-    angle = slots[..., None].float() * inv_freq
-    cos, sin = angle.cos()[:, :, None], angle.sin()[:, :, None]  # [B, T, 1, R/2]
-    half = inv_freq.shape[0]
-
-    def rotate(x: Tensor) -> Tensor:
-        first, second, rest = x.split([half, half, head_dim - 2 * half], dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
-
-    q = rotate(rms_norm(x=q, weight=q_norm, eps=eps)).to(qkv.dtype)
-    k = rotate(rms_norm(x=k, weight=k_norm, eps=eps)).to(qkv.dtype)
-    rows = torch.arange(batch, device=qkv.device)[:, None]
-    if live is not None:
-        # Tokens that do not count write what the last one that does writes: there is no write to leave out.
-        index = torch.minimum(torch.arange(tokens, device=qkv.device), live[:, None] - 1)
-        slots, k, v = positions[:, None] + index, k[rows, index], v[rows, index]
-    # index_put_, not `cache[...] = k`: the latter strips leading ones from the value, which forbids exporting T = 1.
-    k_cache.transpose(1, 2).index_put_((rows, slots), k)
-    v_cache.transpose(1, 2).index_put_((rows, slots), v)
-    return q
 
 
 def reference_sdpa(
@@ -112,74 +68,6 @@ def _(q, qkv, k_cache, v_cache, positions, live=None):
 
 MAX_HEAD_DIM, MAX_GROUP = 256, 64
 LOG2_E = 1.4426950408889634
-
-
-@triton.jit
-def _norm_rotate_store(
-    source, norm, target, inv_freq, slot, stored,
-    DH: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
-):  # fmt: skip
-    """RMSNorm of one head, then rotation of its first 2 * HALF dims; only dims below `stored` (DH or 0) are stored.
-
-    The two rotary halves and the rest are separate loads: no element is gathered from its partner's place."""
-    half = tl.arange(0, BLOCK_HALF)
-    rest = 2 * HALF + tl.arange(0, BLOCK_REST)
-    in_half, in_rest = half < HALF, rest < DH
-    first = tl.load(source + half, mask=in_half, other=0.0).to(tl.float32)
-    second = tl.load(source + HALF + half, mask=in_half, other=0.0).to(tl.float32)
-    tail = tl.load(source + rest, mask=in_rest, other=0.0).to(tl.float32)
-    square = tl.sum(first * first) + tl.sum(second * second) + tl.sum(tail * tail)
-    scale = tl.rsqrt(square / DH + EPS)
-    first *= scale * (1.0 + tl.load(norm + half, mask=in_half, other=0.0).to(tl.float32))
-    second *= scale * (1.0 + tl.load(norm + HALF + half, mask=in_half, other=0.0).to(tl.float32))
-    tail *= scale * (1.0 + tl.load(norm + rest, mask=in_rest, other=0.0).to(tl.float32))
-    angle = slot.to(tl.float32) * tl.load(inv_freq + half, mask=in_half, other=0.0)
-    cos, sin = tl.cos(angle), tl.sin(angle)
-    tl.store(target + half, (first * cos - second * sin).to(target.dtype.element_ty), mask=in_half & (half < stored))
-    rotated = second * cos + first * sin
-    tl.store(target + HALF + half, rotated.to(target.dtype.element_ty), mask=in_half & (half < stored))
-    tl.store(target + rest, tail.to(target.dtype.element_ty), mask=rest < stored)
-
-
-@triton.jit
-def _qk_norm_rope_kernel(
-    qkv, q_norm, k_norm, inv_freq, positions, lengths, k_cache, v_cache, out, tokens, slots,
-    qkv_stride_b, qkv_stride_t, cache_stride_b, cache_stride_h,
-    H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr,
-    BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LIVE: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """Grid (T, H + Hkv, B): one query head, or one key head with its value head."""
-    ready = after_previous(OVERLAP)
-    qkv += ready
-    positions += ready
-    k_cache += ready
-    v_cache += ready
-    out += ready
-    t, head, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    row = qkv + b * qkv_stride_b + t * qkv_stride_t
-    slot = tl.load(positions + b) + t
-    if head < H:
-        source = row + head * 2 * DH
-        target = out + ((b * tokens + t) * H + head) * DH
-        _norm_rotate_store(
-            source, q_norm, target, inv_freq, slot, DH, DH, HALF, EPS, BLOCK_HALF, BLOCK_REST
-        )  # fmt: skip
-    else:
-        kv_head = head - H
-        # A slot outside the cache is refused before launch; should one get here, no other memory is harmed.
-        counts = (slot >= 0) & (slot < slots)
-        if HAS_LIVE:
-            counts = counts & (t < tl.load(lengths + b))
-        stored = tl.where(counts, DH, 0)
-        cell = b * cache_stride_b + kv_head.to(tl.int64) * cache_stride_h + slot * DH
-        source = row + 2 * H * DH + kv_head * DH
-        _norm_rotate_store(
-            source, k_norm, k_cache + cell, inv_freq, slot, stored, DH, HALF, EPS, BLOCK_HALF, BLOCK_REST
-        )  # fmt: skip
-        d = tl.arange(0, BLOCK_D)
-        value = tl.load(source + HKV * DH + d, mask=d < DH, other=0.0)
-        tl.store(v_cache + cell + d, value, mask=d < stored)
 
 
 @triton.jit
@@ -326,7 +214,7 @@ def _merge_kernel(
     tl.store(out + (b * H + head) * DH + d, (result * tl.sigmoid(gate)).to(out.dtype.element_ty), mask=inside)
 
 
-def _check_cache(k_cache: Tensor, v_cache: Tensor, qkv: Tensor, heads: int) -> None:
+def check_cache(k_cache: Tensor, v_cache: Tensor, qkv: Tensor, heads: int) -> None:
     """`ValueError` for what the kernels cannot do. Only static sizes are looked at, so that T may be symbolic."""
     kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
     if head_dim > MAX_HEAD_DIM:
@@ -362,60 +250,14 @@ def _check_queries(q: Tensor, qkv: Tensor, head_dim: int, positions: Tensor) -> 
         )
 
 
-def _block_d(head_dim: int) -> int:
+def block_d(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
 def tuned(op: str, q: Tensor) -> dict[str, int]:
     """The table's row for queries [B, T, H, Dh] of this dtype and head dim."""
-    key = f"{tuning.activation_class(q.dtype)}/{_block_d(q.shape[3])}"
+    key = f"{tuning.activation_class(q.dtype)}/{block_d(q.shape[3])}"
     return tuning.lookup(op, key, tuning.architecture(q.device))
-
-
-@triton_op("moeexp::qk_norm_rope", mutates_args=("k_cache", "v_cache"))
-def qk_norm_rope(
-    qkv: Tensor,
-    q_norm: Tensor,
-    k_norm: Tensor,
-    inv_freq: Tensor,
-    positions: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    num_heads: int,
-    eps: float,
-    live: Tensor | None = None,
-) -> Tensor:
-    """`reference_qk_norm_rope` as one kernel, any T. [B, T, H, Dh] in qkv's dtype; writes slots [pos, pos+T) of both caches.
-
-    `ValueError` for layouts other than the file's; T may be symbolic."""
-    _check_cache(k_cache, v_cache, qkv, num_heads)
-    kv_heads, slots, head_dim = k_cache.shape[1:]
-    half = inv_freq.shape[0]
-    if 2 * half > head_dim:
-        raise ValueError(
-            f"inv_freq rotates {2 * half} dims of a head of {head_dim}; at most {head_dim // 2} frequencies"
-        )
-    for name, vector, size in (
-        ("q_norm", q_norm, head_dim),
-        ("k_norm", k_norm, head_dim),
-        ("inv_freq", inv_freq, half),
-    ):
-        if vector.shape != (size,) or vector.stride(0) != 1:
-            raise ValueError(
-                f"{name} has shape {tuple(vector.shape)}, strides {vector.stride()}; supported: [{size}] contiguous"
-            )
-    batch, tokens = qkv.shape[0], qkv.shape[1]
-    check_argument(inv_freq, name="inv_freq", shape=(half,), dtypes=(torch.float32,))
-    check_argument(positions, name="positions", shape=(batch,), dtypes=(torch.int64,))
-    out = torch.empty((batch, tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
-    wrap_triton(_qk_norm_rope_kernel)[(tokens, num_heads + kv_heads, batch)](
-        qkv, q_norm, k_norm, inv_freq, positions, positions if live is None else live, k_cache, v_cache, out, tokens, slots,
-        qkv.stride(0), qkv.stride(1), k_cache.stride(0), k_cache.stride(1),
-        H=num_heads, HKV=kv_heads, DH=head_dim, HALF=half, EPS=eps, BLOCK_HALF=triton.next_power_of_2(half),
-        BLOCK_REST=triton.next_power_of_2(max(head_dim - 2 * half, 1)), BLOCK_D=_block_d(head_dim),
-        HAS_LIVE=live is not None, OVERLAP=can_overlap(qkv), num_warps=tuned("qk_norm_rope", out)["num_warps"],
-    )  # fmt: skip
-    return out
 
 
 def _attend(q, qkv, k_cache, v_cache, positions, out, sums, stats, *, splits, tiles, config, live=None) -> None:
@@ -427,7 +269,7 @@ def _attend(q, qkv, k_cache, v_cache, positions, out, sums, stats, *, splits, ti
         q.stride(0), q.stride(1), qkv.stride(0), qkv.stride(1), k_cache.stride(0), k_cache.stride(1),
         HKV=kv_heads, GROUP=heads // kv_heads, DH=head_dim, SCALE=head_dim**-0.5 * LOG2_E, SPLITS=splits,
         WIDEN=q.dtype == torch.bfloat16 and triton.knobs.runtime.interpret, HAS_LIVE=live is not None,
-        OVERLAP=can_overlap(q), BLOCK_D=_block_d(head_dim), **config,
+        OVERLAP=can_overlap(q), BLOCK_D=block_d(head_dim), **config,
     )  # fmt: skip
 
 
@@ -436,7 +278,7 @@ def _unsplit(
     live: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     batch, tokens, heads, head_dim = q.shape
-    _check_cache(k_cache, v_cache, qkv, heads)
+    check_cache(k_cache, v_cache, qkv, heads)
     _check_queries(q, qkv, k_cache.shape[3], positions)
     out = torch.empty((batch, tokens, heads * head_dim), dtype=q.dtype, device=q.device)
     tiles = (tokens * (heads // k_cache.shape[1]) + config["BLOCK_M"] - 1) // config["BLOCK_M"]
@@ -466,7 +308,7 @@ def sdpa_decode_splitk(q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor,
     batch, tokens, heads, head_dim = q.shape
     if tokens != 1:
         raise ValueError(f"sdpa_decode splitk takes one token a call, not {tokens}; choose `tiled`, or prefill them")
-    _check_cache(k_cache, v_cache, qkv, heads)
+    check_cache(k_cache, v_cache, qkv, heads)
     _check_queries(q, qkv, k_cache.shape[3], positions)
     kv_heads, slots = k_cache.shape[1], k_cache.shape[2]
     config = _decode_config(q, k_cache)

@@ -5,7 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from . import attention, gated_delta, gated_delta_prefill, linear, moe, moe_prefill, sample, user_ops
+from . import (
+    attention,
+    gated_delta,
+    gated_delta_prefill,
+    linear,
+    moe,
+    moe_prefill,
+    qk_norm_rope,
+    router,
+    sample,
+    user_ops,
+)
 
 OPS: dict[str, dict[str, Callable]] = {
     "linear": {"reference": linear.reference_linear, "triton": linear.linear},
@@ -18,7 +29,7 @@ OPS: dict[str, dict[str, Callable]] = {
         "einsum": gated_delta.reference_gdn_decode,
         "chunked": gated_delta_prefill.gdn_prefill,
     },
-    "qk_norm_rope": {"reference": attention.reference_qk_norm_rope, "triton": attention.qk_norm_rope},
+    "qk_norm_rope": {"reference": qk_norm_rope.reference_qk_norm_rope, "triton": qk_norm_rope.qk_norm_rope},
     "sdpa_prefill": {"reference": attention.reference_sdpa_prefill, "triton": attention.sdpa_prefill},
     "sdpa_decode": {
         "reference": attention.reference_sdpa,
@@ -26,7 +37,7 @@ OPS: dict[str, dict[str, Callable]] = {
         "splitk": attention.sdpa_decode_splitk,
         "tiled": attention.sdpa_decode_tiled,
     },
-    "router": {"reference": moe.reference_router, "triton": moe.router},
+    "router": {"reference": router.reference_router, "triton": router.router},
     "moe_prefill": {"reference": moe.reference_moe_prefill, "triton": moe_prefill.moe_prefill},
     "moe_decode": {"reference": moe.reference_moe_decode, "triton": moe.moe_decode},
     "sample": {"reference": sample.reference_greedy, "triton": sample.greedy},

@@ -7,6 +7,7 @@ import pytest
 import test_kernels_attention as cases
 import torch
 from moeexp_kernels import attention as ops
+from moeexp_kernels import qk_norm_rope as rope
 from moeexp_kernels import sample as sampler
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -120,7 +121,7 @@ def test_slots_beyond_2_to_the_31_elements():
     for op in (ops.sdpa_decode_splitk, ops.sdpa_prefill):
         out = op(**shared, k_cache=caches[0], v_cache=caches[1], positions=last)
         common.assert_close_ratio(out, expected, common.TOLERANCE[BF16])
-    ops.qk_norm_rope(
+    rope.qk_norm_rope(
         qkv=shared["qkv"], **cases.make_weights(HEAD_DIM, ROTARY), positions=last, k_cache=caches[0], v_cache=caches[1],
         num_heads=4, eps=cases.EPS,
     )  # fmt: skip
@@ -142,7 +143,7 @@ class Attention(torch.nn.Module):
     def forward(self, qkv, positions):
         caches = {"k_cache": self.k_cache, "v_cache": self.v_cache, "positions": positions}
         weights = {"q_norm": self.q_norm, "k_norm": self.k_norm, "inv_freq": self.inv_freq}
-        q = ops.qk_norm_rope(qkv=qkv, **weights, num_heads=HEADS, eps=cases.EPS, **caches)
+        q = rope.qk_norm_rope(qkv=qkv, **weights, num_heads=HEADS, eps=cases.EPS, **caches)
         return self.attend(q=q, qkv=qkv, **caches)
 
 

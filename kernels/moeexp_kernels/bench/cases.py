@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import attention, gated_delta, gated_delta_prefill, linear, moe, moe_prefill, sample
+from .. import attention, gated_delta, gated_delta_prefill, linear, moe, moe_prefill, qk_norm_rope, router, sample
 from .case import DECODE_GATE, PREFILL_GATE, Case, Result, Source, count_for, ratios, size_of
 from .shapes import Shapes
 
@@ -104,7 +104,7 @@ def build_router(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
     copies = [{**shared, "weight": weight.clone()} for _ in range(count_for(cold, size_of(weight)))]
     return Case(
         op="router", shape=f"{shapes.experts}x{shapes.hidden} bf16, top {shapes.top_k}", phase=spec.phase,
-        tokens=spec.tokens, call=moe.router, reference=moe.reference_router, copies=copies, mutated=("expert_ids",),
+        tokens=spec.tokens, call=router.router, reference=router.reference_router, copies=copies, mutated=("expert_ids",),
         moved=size_of(x, weight) + 12 * spec.tokens * shapes.top_k, gate=gate_of(spec), compare=same_choice,
         flops=2 * spec.tokens * shapes.experts * shapes.hidden,
         tuned=(("router_gemv" if decode else "router_gemm", f"plain16/{shapes.experts}x{shapes.hidden}"),),
@@ -213,7 +213,7 @@ def build_rope(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
     read = 2 * spec.tokens * (shapes.heads + 2 * shapes.kv_heads) * dim  # the gate is not read here
     return Case(
         op="rope", shape=f"{shapes.heads}+{shapes.kv_heads} heads of {dim}, {shapes.rotary} rotary", phase=spec.phase,
-        tokens=spec.tokens, call=attention.qk_norm_rope, reference=attention.reference_qk_norm_rope, copies=copies,
+        tokens=spec.tokens, call=qk_norm_rope.qk_norm_rope, reference=qk_norm_rope.reference_qk_norm_rope, copies=copies,
         moved=2 * read, gate=DECODE_GATE, mutated=("k_cache", "v_cache"), tuned=(("qk_norm_rope", f"half/{dim}"),),
     )  # fmt: skip
 

@@ -1,0 +1,152 @@
+"""The router of a sparse mixture of experts: which experts a token takes, and with which shares.
+
+Shape letters: B batch, T tokens of this call, D hidden, E experts, k experts per token, S max_seq_len.
+
+    x            [B, T, D]     residual stream, *before* the norm, which the router applies itself
+    norm_weight  [D]           unit-offset RMSNorm
+    weight       [E, D] plain
+    expert_ids   [B, S, k] int32, a trace of the choices; updated in place
+
+Two kernels, logits and choice: one CTA alone would read the weights at a hundredth of the GPU's bandwidth, and CTAs that wait
+for each other need a counter that is zero at every start, which costs a kernel or a buffer that every method has to mutate.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from . import tuning
+from .checks import FLOATS, check_argument
+from .gemm import launch_gemm, launch_rms_norm
+from .linear import few_rows, flat_rows, launch_gemv, rms_norm, weight_format
+from .overlap import after_previous, can_overlap
+
+
+def reference_router(
+    *,
+    x: Tensor,
+    norm_weight: Tensor,
+    weight: Tensor,
+    eps: float,
+    top_k: int,
+    positions: Tensor,
+    expert_ids: Tensor,
+    live: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """softmax(norm(x) @ weight.T), its k largest, renormalised to sum 1.
+
+    weight [E, D] plain; positions [B] int64; expert_ids [B, S, k] int32 is a trace, written in place at slots
+    [pos, pos + T), or [pos, pos + live) where live [B] int64 in 1..T is given. Returns (ids [B, T, k] int32,
+    weights [B, T, k] float32), largest first."""
+    batch, tokens = x.shape[:2]
+    logits = F.linear(rms_norm(x=x, weight=norm_weight, eps=eps), weight.float())
+    weights, ids = logits.softmax(-1).topk(top_k, dim=-1)
+    ids = ids.to(torch.int32)
+    rows = torch.arange(batch, device=x.device)[:, None]
+    slots, traced = positions[:, None] + torch.arange(tokens, device=x.device), ids
+    if live is not None:  # as in reference_qk_norm_rope
+        index = torch.minimum(torch.arange(tokens, device=x.device), live[:, None] - 1)
+        slots, traced = positions[:, None] + index, ids[rows, index]
+    # index_put_, not `expert_ids[...] = ids`: the latter strips leading ones, which forbids exporting T = 1.
+    expert_ids.index_put_((rows, slots), traced)
+    return ids, weights / weights.sum(-1, keepdim=True)
+
+
+@triton.jit
+def choose_experts_kernel(
+    logits_ptr, ids_ptr, weights_ptr, trace_ptr, positions_ptr, lengths_ptr, T, S, trace_stride_b, trace_stride_s,
+    E: tl.constexpr, E_PADDED: tl.constexpr, TOP_K: tl.constexpr, K_PADDED: tl.constexpr, HAS_LIVE: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One token: the TOP_K largest of E logits, largest first, equal ones in the order of their indices.
+
+    A softmax renormalised over the chosen is the softmax of the chosen logits, so that no other exp is needed."""
+    ready = after_previous(OVERLAP)
+    logits_ptr += ready
+    ids_ptr += ready
+    weights_ptr += ready
+    trace_ptr += ready
+    m = tl.program_id(0).to(tl.int64)
+    e = tl.arange(0, E_PADDED)
+    logits = tl.load(logits_ptr + m * E + e, mask=e < E, other=float("-inf"))
+    # The float's order as an integer's, over the reversed index: unique keys, of which the largest is the choice.
+    bits = logits.to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    nothing: tl.constexpr = -(2**63)
+    keys = tl.where(e < E, (ordered.to(tl.int64) << 32) | (E_PADDED - 1 - e).to(tl.int64), nothing)
+    slot = tl.arange(0, K_PADDED)
+    chosen = tl.zeros([K_PADDED], tl.int64)
+    for i in tl.static_range(TOP_K):
+        best = tl.max(keys, axis=0)
+        chosen = tl.where(slot == i, best, chosen)
+        keys = tl.where(keys == best, nothing, keys)
+    ids = E_PADDED - 1 - (chosen & 0xFFFFFFFF).to(tl.int32)
+    ordered = (chosen >> 32).to(tl.int32)
+    values = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    largest = tl.sum(tl.where(slot == 0, values, 0.0), axis=0)
+    shares = tl.where(slot < TOP_K, tl.exp(values - largest), 0.0)
+    tl.store(ids_ptr + m * TOP_K + slot, ids, mask=slot < TOP_K)
+    tl.store(weights_ptr + m * TOP_K + slot, shares / tl.sum(shares, axis=0), mask=slot < TOP_K)
+    b = m // T
+    position = tl.load(positions_ptr + b) + m % T
+    # The session refuses positions outside the trace; here they must not reach other memory.
+    counts = (position >= 0) & (position < S)
+    if HAS_LIVE:
+        counts = counts & (m % T < tl.load(lengths_ptr + b))
+    limit = tl.where(counts, TOP_K, 0)
+    tl.store(trace_ptr + b * trace_stride_b + position * trace_stride_s + slot, ids, mask=slot < limit)
+
+
+@triton_op("moeexp::router", mutates_args={"expert_ids"})
+def router(
+    x: Tensor,
+    norm_weight: Tensor,
+    weight: Tensor,
+    eps: float,
+    top_k: int,
+    positions: Tensor,
+    expert_ids: Tensor,
+    live: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`reference_router` on the GPU; the same arguments, by keyword. Equal logits: the lowest index first.
+
+    `ValueError` for strides or dtypes that the kernels do not take, or top_k beyond E."""
+    batch, tokens, features = x.shape
+    experts = weight.shape[0]
+    if not 1 <= top_k <= experts:
+        raise ValueError(f"top_k={top_k}; supported: 1..{experts}, the number of experts")
+    if expert_ids.dtype != torch.int32 or expert_ids.shape[-1] != top_k or expert_ids.stride(-1) != 1:
+        raise ValueError(
+            f"expert_ids is {expert_ids.dtype} {tuple(expert_ids.shape)} with strides {expert_ids.stride()}; "
+            f"supported: int32 [B, S, {top_k}], last dimension contiguous"
+        )
+    check_argument(norm_weight, name="norm_weight", shape=(features,), dtypes=FLOATS)
+    check_argument(positions, name="positions", shape=(batch,), dtypes=(torch.int64,))
+    bits, group = weight_format(weight=weight, scales=None, in_features=features, name="router weight")
+    flat = flat_rows(x, name="x", features=features)
+    rows = flat.shape[0]
+    logits = torch.empty((rows, experts), dtype=torch.float32, device=x.device)
+    ids = torch.empty((batch, tokens, top_k), dtype=torch.int32, device=x.device)
+    weights = torch.empty((batch, tokens, top_k), dtype=torch.float32, device=x.device)
+    common = {"weight": weight, "scales": None, "residual": None, "out": logits, "bits": bits, "group": group}
+    arch, key = tuning.architecture(x.device), f"{tuning.weight_class(bits)}/{experts}x{features}"
+    if few_rows(rows):
+        # The router's matrix is small: its row splits it so that every SM reads.
+        config = tuning.lookup("router_gemv", key, arch)
+        launch_gemv(x=flat, norm_weight=norm_weight, eps=eps, config=config, **common)
+    else:
+        h = launch_rms_norm(x=flat, norm_weight=norm_weight, eps=eps, dtype=torch.float32)
+        # Three tf32 products keep float32's bits: a rounded logit would change which experts are chosen.
+        precision = "ieee" if x.dtype == torch.float32 else "tf32x3"
+        launch_gemm(x=h, precision=precision, config=tuning.lookup("router_gemm", key, arch), **common)
+    wrap_triton(choose_experts_kernel)[(rows,)](
+        logits, ids, weights, expert_ids, positions, positions if live is None else live, tokens, expert_ids.shape[1],
+        expert_ids.stride(0), expert_ids.stride(1), E=experts, E_PADDED=triton.next_power_of_2(experts), TOP_K=top_k,
+        HAS_LIVE=live is not None, K_PADDED=triton.next_power_of_2(top_k), OVERLAP=can_overlap(x), num_warps=1,
+    )  # fmt: skip
+    return ids, weights
