@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from moeexp_kernels import tuning, user_ops
 from moeexp_runner import timing
+from moeexp_runner.session import Session
 from moeexp_runner.token_split import token_split
 
 from .benchmark import Benchmark
@@ -82,6 +83,8 @@ class Run:
         self.benchmark = Benchmark(cfg, self.stack.session, self.on_device, self.eos, self.record)
         shown = [decode(row) for row in self.prompt.tolist()] if decode and cfg.prompt is not None else None
         self.record.set(quantised_coverage=round(share, 6), ops=_ops(self.stack, cfg.dispatch), prompt_text=shown)
+        if cfg.overlap and early_starts(self.stack.session) == 0:  # a GPU before Hopper, or ops that cannot
+            self.record.data["not_applicable"].append("overlap")
 
     def check(self) -> None:
         self.record.set(check=verify(self.cfg, self.stack, self.prompt, self.phases))
@@ -167,11 +170,18 @@ def _ops(stack: Stack, dispatch: str) -> dict[str, Any]:
         },
         "python_callbacks": python_callbacks(stack, dispatch),
         "launch_parameters": tuning.sources(tuning.architecture(stack.device)),
+        "early_starts": early_starts(stack.session),
         "compiled": {
             name: {"key": artifact.key, "cached": artifact.cached, "compile_s": round(artifact.compile_s, 2)}
             for name, artifact in stack.artifacts.items()
         },
     }
+
+
+def early_starts(session: Session) -> int | None:
+    """Kernels of the captured decode step that start before the previous one ends; None without a captured step."""
+    step = session.graph if session.loop is None else session.loop.graph
+    return None if step is None else step.early_edges
 
 
 def memory(stack: Stack) -> dict[str, float]:

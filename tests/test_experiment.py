@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from moeexp_kernels import linear, registry
 
-from moeexp import cli
+from moeexp import cli, experiment, validate
 
 NANO = ["model=nano", "export=eager", "new_tokens=6", "tracker=jsonl", "prompt_len=21"]
 NANO += ["repeats=1", "min_samples=1", "min_time_s=0"]
@@ -111,6 +112,21 @@ def test_cuda_graph_without_cuda_is_refused(capsys, tmp_path, monkeypatch):
     assert cli.main([*NANO, "cuda_graph=true"]) == 2
     err = capsys.readouterr().err
     assert len(err.strip().splitlines()) == 1 and "cuda_graph=false" in err
+
+
+@pytest.mark.parametrize("edges", [0, 7])
+@pytest.mark.parametrize("where", ["graph", "loop"])
+def test_an_overlap_that_no_kernel_can_make_is_not_applicable(run, monkeypatch, where, edges):
+    """An experiment never claims an optimisation that did nothing: here the captured step is given, on the CPU."""
+    step = SimpleNamespace(early_edges=edges)
+    graph, loop = (step, None) if where == "graph" else (None, SimpleNamespace(graph=step))
+    assert experiment.early_starts(SimpleNamespace(graph=graph, loop=loop)) == edges
+    assert experiment.early_starts(SimpleNamespace(graph=None, loop=None)) is None
+    monkeypatch.setattr(experiment, "early_starts", lambda session: edges)
+    monkeypatch.setattr(validate, "not_applicable", lambda config: [])
+    _, record = run("check=off")
+    assert record["ops"]["early_starts"] == edges
+    assert record["not_applicable"] == (["overlap"] if edges == 0 else [])
 
 
 def test_what_the_timing_was_is_in_the_record(run):
