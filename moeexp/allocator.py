@@ -34,7 +34,8 @@ def prepare(cfg: Config) -> None:
 
 
 def check(cfg: Config) -> None:
-    """`RuntimeError` unless this process has the allocator that a resolved config asks for: it cannot be changed now."""
+    """`RuntimeError` unless this process has the allocator that a resolved config asks for: it cannot be changed now.
+    Makes Triton's launches fit it."""
     import torch
 
     if cfg.device != "cuda":
@@ -46,3 +47,7 @@ def check(cfg: Config) -> None:
             f"allocator={cfg.allocator} needs torch's backend {wanted}, and this process started with {found}, which "
             f"cannot be changed: run it in a process of its own ({needed or 'the default environment'})"
         )
+    if cfg.allocator == "cuda_malloc_async":
+        from moeexp_kernels.launch import launch_by_address
+
+        launch_by_address()

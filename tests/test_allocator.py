@@ -55,3 +55,18 @@ def test_a_process_with_another_allocator_is_refused(monkeypatch):
         allocator.check(config)
     allocator.check(dataclasses.replace(config, allocator="native"))
     allocator.check(dataclasses.replace(config, device="cpu"))
+
+
+def test_a_launch_gets_addresses_and_everything_else_as_it_is():
+    import torch
+    from moeexp_kernels.launch import by_address
+
+    class Launcher:
+        def __call__(self, *arguments):
+            self.got = arguments
+
+    launcher, tensor, kernel = Launcher(), torch.zeros(4)[1:], object()
+    by_address(Launcher)
+    by_address(Launcher)
+    launcher(1, 2, 3, kernel, tensor, 0.5, None)
+    assert launcher.got == (1, 2, 3, kernel, tensor.data_ptr(), 0.5, None)

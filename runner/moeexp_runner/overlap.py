@@ -11,6 +11,9 @@ import ctypes
 from collections.abc import Collection
 
 KERNEL_NODE = 0
+# Memory that the graph allocates and frees itself, as captures do under cudaMallocAsync. The driver lets no edge of such a
+# graph be removed.
+MEMORY_NODES = (10, 11)
 PROGRAMMATIC_PORT, PROGRAMMATIC_TYPE = 1, 1
 
 
@@ -32,7 +35,8 @@ class _KernelNodeParams(ctypes.Structure):
 def start_early(graph: int, kernels: Collection[str]) -> int:
     """Makes every full edge between two kernels named in `kernels` programmatic. Both must be: the earlier one is to let go
     only when all before it is complete, on which the later one may rely. graph: a `cudaGraph_t` that is not yet
-    instantiated. Returns how many edges were changed; `RuntimeError` where the driver fails."""
+    instantiated. Returns how many edges were changed, 0 for a graph that allocates memory itself; `RuntimeError` where the
+    driver fails."""
     cuda = ctypes.CDLL("libcuda.so.1")
     handle = ctypes.c_void_p(graph)
     count = ctypes.c_size_t()
@@ -42,6 +46,8 @@ def start_early(graph: int, kernels: Collection[str]) -> int:
     Nodes = ctypes.c_void_p * count.value
     sources, targets, data = Nodes(), Nodes(), (_EdgeData * count.value)()
     _call(cuda, "cuGraphGetEdges_v2", handle, sources, targets, data, ctypes.byref(count))
+    if any(_kind(cuda, node) in MEMORY_NODES for node in {*sources, *targets}):
+        return 0
     changed = 0
     for source, target, edge in zip(sources, targets, data, strict=True):
         if edge.type == PROGRAMMATIC_TYPE or not {_kernel_name(cuda, source), _kernel_name(cuda, target)} <= set(kernels):
@@ -54,11 +60,15 @@ def start_early(graph: int, kernels: Collection[str]) -> int:
     return changed
 
 
-def _kernel_name(cuda: ctypes.CDLL, node: int) -> str | None:
-    """None for a node that is no kernel."""
+def _kind(cuda: ctypes.CDLL, node: int) -> int:
     kind = ctypes.c_int()
     _call(cuda, "cuGraphNodeGetType", ctypes.c_void_p(node), ctypes.byref(kind))
-    if kind.value != KERNEL_NODE:
+    return kind.value
+
+
+def _kernel_name(cuda: ctypes.CDLL, node: int) -> str | None:
+    """None for a node that is no kernel."""
+    if _kind(cuda, node) != KERNEL_NODE:
         return None
     params, name = _KernelNodeParams(), ctypes.c_char_p()
     _call(cuda, "cuGraphKernelNodeGetParams_v2", ctypes.c_void_p(node), ctypes.byref(params))
