@@ -25,7 +25,8 @@ import torch
 from moeexp_runner.binding import TensorSpec
 from torch.export import ExportedProgram
 
-from .methods import INDUCTOR_CONFIG, compile_method
+from .inductor import inductor_config
+from .methods import compile_method
 
 MANIFEST_VERSION = 1
 # Beside every op: the sources whose text decides what a method's graph is.
@@ -72,7 +73,7 @@ def key_of(spec: MethodSpec) -> str:
     parts = {
         "spec": asdict(spec),
         "sources": _source_digest(),
-        "inductor": INDUCTOR_CONFIG,
+        "inductor": inductor_config(method=spec.method, device=spec.device),
         "toolchain": toolchain(spec.device),
         "manifest": MANIFEST_VERSION,
     }
@@ -115,11 +116,13 @@ def get_or_compile(spec: MethodSpec, export: Callable[[], ExportedProgram]) -> A
         scratch.mkdir()
         try:
             package = scratch / f"{spec.method}.pt2"
-            compile_method(program, package)
+            config = inductor_config(method=spec.method, device=spec.device)
+            compile_method(program, package, config)
             manifest = {
                 "version": MANIFEST_VERSION,
                 "spec": asdict(spec),
                 "toolchain": toolchain(spec.device),
+                "inductor": config,
                 "graph_sha256": hashlib.sha256(str(program.graph).encode()).hexdigest(),
                 "package_sha256": _file_digest(package),
                 "constants": {name: asdict(constant) for name, constant in _constants(program).items()},

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import allocator, artifact
 from .architecture import Architecture
 from .compile_cache import Artifact, MethodSpec, get_or_compile
+from .inductor import loading
 from .methods import (
     MODULES,
     OF_DISPATCH,
@@ -282,7 +283,7 @@ def _packaged_methods(recipe: Recipe, phases: Phases):
 
         with phases(f"compile {name}"):
             artifacts[name] = artifact.method(cfg, name) if cfg.artifact else get_or_compile(spec, export)
-    with phases("bind"):
+    with phases("bind"), loading(device.type):
         for name, made in artifacts.items():
             methods[name] = CompiledMethod(made.package, made.constants, device=device)
             methods[name].bind({fqn: model.get_buffer(fqn.removeprefix("model.")) for fqn in made.constants})

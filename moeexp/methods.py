@@ -16,11 +16,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from .inductor import remember_kernel_analyses, without_copies_of_constants
 from .model import Ops, Qwen35MoE
 
 METHODS = ("prefill", "decode")
@@ -30,14 +32,6 @@ OF_DISPATCH = {
     "single": ("forward",),
     "token_by_token": ("decode",),
     "cond": ("cond",),
-}
-
-# All compile-time switches of Inductor, set here alone and recorded with every artifact.
-INDUCTOR_CONFIG = {
-    # Weights are bound at load time, so that methods share them and a package is small.
-    "aot_inductor.package_constants_in_so": False,
-    # The wrapper only launches kernels: optimising it costs minutes of g++ and gains nothing.
-    "aot_inductor.compile_wrapper_opt_level": "O0",
 }
 
 # Dynamo counts the versions of a function's code, which all methods of all stacks of a process share.
@@ -157,6 +151,7 @@ def export_method(
 ) -> ExportedProgram:
     """`model` has its state attached, or `state` (an example of each tensor) is explicit. Buffers keep their names
     (`model.layers.0.…`) in every method."""
+    remember_kernel_analyses()
     state = state or {}
     module = MODULES[method](model, ops, state_names=tuple(state), takes_live=takes_live).eval()
     inputs = example_inputs(
@@ -172,19 +167,21 @@ def export_method(
         return torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
 
 
-def compile_method(program: ExportedProgram, path: Path) -> None:
-    """Writes an AOTInductor package without weights to `path` (.pt2)."""
+def compile_method(program: ExportedProgram, path: Path, config: dict[str, Any]) -> None:
+    """Writes an AOTInductor package without weights to `path` (.pt2). config: as of `inductor.inductor_config`."""
     from torch._inductor import aoti_compile_and_package
 
-    with torch.no_grad(), _sizes_may_be_one(), warnings.catch_warnings():
+    remember_kernel_analyses()
+    with torch.no_grad(), _sizes_may_be_one(), without_copies_of_constants(), warnings.catch_warnings():
         # torch's own, about its own pytrees; nothing that a user could act on.
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-        aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(INDUCTOR_CONFIG))
+        aoti_compile_and_package(program, package_path=str(path), inductor_configs=config)
 
 
 def torch_compiled(module: Method) -> Callable:
     """The module under torch.compile, whole (fullgraph). T and n are symbols, apart from 1, which dynamo compiles on its
     own: a method then has one more version for a single token or a single row of logits."""
+    remember_kernel_analyses()
     torch._dynamo.config.recompile_limit = DYNAMO_RECOMPILE_LIMIT
     compiled = torch.compile(module, fullgraph=True)
     if module.name == "decode":

@@ -266,12 +266,16 @@ def _package(module: Any, example: Any, folder: Path) -> Any:
     import torch
     from torch._inductor import aoti_load_package
 
+    from moeexp.inductor import inductor_config, loading
     from moeexp.methods import compile_method
 
-    path = folder / f"{type(module).__name__}.pt2"
+    path, device = folder / f"{type(module).__name__}.pt2", example.device.type
     with torch.no_grad():
-        compile_method(torch.export.export(module.eval(), (example,)), path)
-    return aoti_load_package(str(path), run_single_threaded=True)
+        compile_method(
+            torch.export.export(module.eval(), (example,)), path, inductor_config(method="probe", device=device)
+        )
+    with loading(device):
+        return aoti_load_package(str(path), run_single_threaded=True)
 
 
 def _place(name: str) -> str:

@@ -90,7 +90,7 @@ def cache(tmp_path, monkeypatch, program):
 
     counter = Counter()
 
-    def compile_method(program, path):
+    def compile_method(program, path, config):
         counter.log("compile")
         path.write_bytes(b"compiled " + path.name.encode())
 
@@ -114,6 +114,7 @@ def test_a_second_call_neither_exports_nor_compiles(cache):
 def test_manifest_says_what_was_compiled(cache):
     manifest = json.loads((cache.get().package.parent / "manifest.json").read_text())
     assert manifest["spec"]["method"] == "decode" and manifest["spec"]["architecture"]["hidden_size"] == 48
+    assert manifest["inductor"]["aot_inductor.package_constants_in_so"] is False
     assert manifest["toolchain"]["torch"] == torch.__version__ and manifest["toolchain"]["cxx"] == "g++: 1.0"
     assert len(manifest["graph_sha256"]) == len(manifest["package_sha256"]) == 64
 
@@ -136,7 +137,7 @@ def test_code_and_toolchain_are_in_the_key(monkeypatch):
             keys.add(key_of(SPEC))
     for name, value in [
         ("_source_digest", lambda: "other"),
-        ("INDUCTOR_CONFIG", {"a": 1}),
+        ("inductor_config", lambda **of: {"a": 1}),
         ("MANIFEST_VERSION", -1),
     ]:
         with monkeypatch.context() as patch:
@@ -213,7 +214,7 @@ def test_a_damaged_or_foreign_artifact_is_compiled_again(cache, damage):
 def test_a_failed_compilation_leaves_nothing_and_can_be_repeated(cache, monkeypatch):
     works = compile_cache.compile_method
 
-    def fails(program, path):
+    def fails(program, path, config):
         path.write_bytes(b"half")
         raise OSError("disk full")
 
@@ -235,9 +236,9 @@ def in_child(function):
 def test_two_processes_at_once_compile_once(cache, monkeypatch):
     quick = compile_cache.compile_method
 
-    def slow(program, path):
+    def slow(program, path, config):
         time.sleep(0.5)
-        quick(program, path)
+        quick(program, path, config)
 
     monkeypatch.setattr(compile_cache, "compile_method", slow)
     processes = [in_child(lambda: cache.log(f"cached={cache.get().cached}")) for _ in range(3)]
@@ -253,7 +254,7 @@ def test_a_killed_process_leaves_nothing_under_the_final_name(cache, monkeypatch
     def die(*args):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def half_written(program, path):
+    def half_written(program, path, config):
         path.write_bytes(b"half")
         die()
 

@@ -66,6 +66,10 @@ class StepGraph:
             try:
                 graph.warm()
                 graph.capture()
+                if torch.cuda.get_allocator_backend() == "cudaMallocAsync":
+                    # What the graph allocates is there from its first launch on: before, it can be neither read, by the
+                    # second graph's warm-up, nor freed.
+                    graph.replay(*self.inputs)
             except BaseException:
                 self.invalidate()
                 raise

@@ -16,6 +16,8 @@ from moeexp_runner.token_split import token_split
 from rich.console import Console
 
 from moeexp.factory import build_model, build_stack
+from moeexp.inductor import inductor_config
+from moeexp.methods import compile_method
 from moeexp.phases import Phases
 from moeexp.quantise import quantise
 from moeexp.record import Record
@@ -415,3 +417,22 @@ def test_the_other_allocator(tmp_path, axes):
     command += ["tracker=jsonl", "new_tokens=8", "repeats=1", "prompt_len=21", "dtype=float32"]
     result = subprocess.run(command, cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[:3000] + result.stderr[-1000:]
+
+
+def test_compiling_holds_no_copy_of_the_weights(tmp_path):
+    class Weighted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("weight", torch.zeros(2**26, 1, device="cuda"))
+
+        def forward(self, x):
+            return self.weight.sum() + x
+
+    module, x = Weighted(), torch.zeros(8, device="cuda")
+    before = settled_memory()
+    torch.cuda.reset_peak_memory_stats()
+    compile_method(
+        torch.export.export(module, (x,)), tmp_path / "weighted.pt2", inductor_config(method="decode", device="cuda")
+    )
+    assert torch.cuda.max_memory_allocated() - before < module.weight.nbytes / 2
+    assert settled_memory() - before < module.weight.nbytes / 2

@@ -1,0 +1,118 @@
+"""How Inductor is set for our methods, and three things that it does more often than they need.
+
+Measured on an H100 with torch 2.11, compiling the decode method of the 40-layer model (int4), 203 s in all: 150 s went into
+the analysis of which arguments a Triton kernel writes, repeated for each of some 300 calls of a dozen kernels, three times
+over; 38 s into trying the vector instructions of the CPU, which a method for a GPU does not use (as long again at each
+first load of a package in a process); and a copy of all weights was held, 18 GiB, for constants that no package contains.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+
+# Of torch's functions that analyse a kernel: the name up to 2.12, and after.
+ANALYSES = ("identify_mutated_tensors", "identify_accessed_tensors")
+
+
+def inductor_config(*, method: str, device: str) -> dict[str, Any]:
+    """All compile-time switches of Inductor for a method ("decode", "cond", …), set here alone and recorded with every
+    artifact; `device` "cpu" or "cuda"."""
+    config: dict[str, Any] = {
+        # Weights are bound at load time, so that methods share them and a package is small.
+        "aot_inductor.package_constants_in_so": False,
+        # The wrapper only launches kernels: optimising it costs minutes of g++ and gains nothing.
+        "aot_inductor.compile_wrapper_opt_level": "O0",
+    }
+    if device == "cuda":
+        config["cpp.vec_isa_ok"] = False
+    if method == "cond":
+        # torch 2.11 plans the reuse of a branch's buffers with the peaks of the graph around it, and then fails
+        # ("End index 18 out of bounds").
+        config["allow_buffer_reuse"] = False
+    return config
+
+
+@contextlib.contextmanager
+def loading(device: str) -> Iterator[None]:
+    """For loading packages: Inductor describes this machine then, to compare."""
+    from torch._inductor import config
+
+    with config.patch({"cpp.vec_isa_ok": False} if device == "cuda" else {}):
+        yield
+
+
+@contextlib.contextmanager
+def without_copies_of_constants() -> Iterator[None]:
+    """Ahead-of-time compilation keeps the initial values of buffers apart from the buffers, for a package that contains
+    them. Ours contain none, and nothing runs the method while it is compiled. Afterwards nothing holds the buffers."""
+    from torch._inductor import compile_fx
+    from torch.fx.experimental import proxy_tensor
+
+    try:
+        with mock.patch.object(compile_fx, "clone_preserve_strides", lambda buffer: buffer):
+            yield
+    finally:
+        # torch clears this map when it exports next; until then it holds the graph, and with it every buffer.
+        getattr(proxy_tensor, "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT", {}).clear()
+
+
+def remember_kernel_analyses() -> None:
+    """From now on torch analyses a Triton kernel once per set of argument types and constants, in this process. Twice is
+    as good as once."""
+    from torch._higher_order_ops import triton_kernel_wrap
+    from torch._inductor import ir
+
+    for name in ANALYSES:
+        analyse = getattr(triton_kernel_wrap, name, None)
+        if analyse is None or hasattr(analyse, "remembered"):
+            continue
+        remembering = remembered(analyse)
+        for module in (triton_kernel_wrap, ir):
+            if getattr(module, name, None) is analyse:
+                setattr(module, name, remembering)
+
+
+def remembered(analyse: Callable[..., Any]) -> Callable[..., Any]:
+    """`analyse(kernel, arguments, tensor descriptors)`, which generates the kernel's code for these arguments, of which it
+    sees: the dtype of a tensor, the value of a number, and that a symbol is one."""
+    known: dict[Hashable, Any] = {}
+
+    @functools.wraps(analyse)
+    def look_up(kernel: Any, arguments: dict[str, Any], tma_descriptor_metadata: Any, *more: Any, **named: Any) -> Any:
+        key = None
+        if not (tma_descriptor_metadata or more or named):
+            key = (kernel, *((name, _kind(value)) for name, value in arguments.items()))
+        if key is None or not _hashable(key):
+            return analyse(kernel, arguments, tma_descriptor_metadata, *more, **named)
+        if key not in known:
+            known[key] = analyse(kernel, arguments, tma_descriptor_metadata)
+        result = known[key]
+        return list(result) if isinstance(result, list) else result
+
+    look_up.remembered = known  # type: ignore[attr-defined]
+    return look_up
+
+
+def _kind(value: Any) -> Hashable:
+    import sympy
+    from torch._inductor.ir import IRNode
+
+    if isinstance(value, torch.Tensor | IRNode):
+        return "tensor", str(value.dtype)
+    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | sympy.Expr):
+        return "symbol", type(value).__name__
+    return type(value).__name__, value
+
+
+def _hashable(key: object) -> bool:
+    try:
+        hash(key)
+    except TypeError:
+        return False
+    return True

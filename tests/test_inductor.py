@@ -1,0 +1,97 @@
+"""What is taken from Inductor's hands, and that there is something to take it from."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch._higher_order_ops import triton_kernel_wrap
+from torch._inductor import compile_fx, config
+
+from moeexp import inductor
+from moeexp.methods import compile_method
+
+
+@pytest.fixture
+def analysis():
+    calls = []
+
+    def analyse(kernel, arguments, tma_descriptor_metadata):
+        calls.append((kernel, arguments))
+        return [name for name, value in arguments.items() if isinstance(value, torch.Tensor)]
+
+    return inductor.remembered(analyse), calls
+
+
+def test_a_kernel_is_analysed_once_per_types_and_constants(analysis):
+    analyse, calls = analysis
+    base = {"x": torch.zeros(2), "n": 3, "FLAG": True}
+    assert analyse("kernel", base, {}) == analyse("kernel", base | {"x": torch.ones(5, 7)}, {}) == ["x"]
+    assert len(calls) == 1
+    changes = [{"x": torch.zeros(2, dtype=torch.int8)}, {"n": 4}, {"FLAG": 1}, {"n": 3.0}, {"x": None}]
+    for number, change in enumerate(changes, start=2):
+        analyse("kernel", base | change, {})
+        assert len(calls) == number, change
+    analyse("other kernel", base, {})
+    assert len(calls) == len(changes) + 2
+
+
+def test_what_cannot_be_compared_is_analysed_every_time(analysis):
+    analyse, calls = analysis
+    for _ in range(2):
+        analyse("kernel", {"x": torch.zeros(2), "sizes": [1, 2]}, {})
+        analyse("kernel", {"x": torch.zeros(2)}, {"x": "a tensor descriptor"})
+    assert len(calls) == 4
+
+
+def test_a_result_handed_out_can_be_changed(analysis):
+    analyse, _ = analysis
+    analyse("kernel", {"x": torch.zeros(2)}, {}).append("y")
+    assert analyse("kernel", {"x": torch.zeros(2)}, {}) == ["x"]
+
+
+def test_torch_has_the_functions_that_are_replaced():
+    inductor.remember_kernel_analyses()
+    found = [getattr(triton_kernel_wrap, name) for name in inductor.ANALYSES if hasattr(triton_kernel_wrap, name)]
+    assert found and all(hasattr(function, "remembered") for function in found)
+    buffer, clone = torch.zeros(3), compile_fx.clone_preserve_strides
+    assert clone(buffer) is not buffer
+    with inductor.without_copies_of_constants():
+        assert compile_fx.clone_preserve_strides(buffer) is buffer
+    assert compile_fx.clone_preserve_strides is clone
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("method", ["decode", "cond"])
+def test_every_switch_exists(device, method):
+    with config.patch(inductor.inductor_config(method=method, device=device)):
+        assert config.aot_inductor.package_constants_in_so is False
+        assert config.cpp.vec_isa_ok is (False if device == "cuda" else None)
+        assert config.allow_buffer_reuse is (method != "cond")
+    with inductor.loading(device):
+        assert config.cpp.vec_isa_ok is (False if device == "cuda" else None)
+
+
+def test_nothing_holds_the_weights_after_compiling(tmp_path):
+    class Weighted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("weight", torch.rand(64, 64))
+
+        def forward(self, x):
+            return self.weight @ x
+
+    module = Weighted()
+    module.weight.holder = holder = Holder()
+    held = weakref.ref(holder)
+    settings = inductor.inductor_config(method="decode", device="cpu")
+    compile_method(torch.export.export(module, (torch.rand(64),)), tmp_path / "weighted.pt2", settings)
+    del module, holder
+    gc.collect()
+    assert held() is None
+
+
+class Holder:
+    """Lives as long as the tensor that has it as an attribute."""
