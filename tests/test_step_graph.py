@@ -99,6 +99,23 @@ def test_replays_decode_what_the_methods_do(captured, explicit, cuda_graph):
         assert away + home == 8 + 3 + 8 and away - home == 1, "steps alternate between the two sets"
 
 
+@pytest.mark.parametrize("explicit", [False, True])
+def test_graphs_that_own_their_memory_are_launched_once_before_anything_reads_it(captured, monkeypatch, explicit):
+    monkeypatch.setattr(step_graph, "memory_comes_with_a_launch", lambda: True)
+    launched = []
+    warm = FakeGraphed.warm
+
+    def check(graph):
+        launched.append(graph)
+        assert all(earlier.replays == 1 for earlier in launched[:-1])
+        warm(graph)
+
+    monkeypatch.setattr(FakeGraphed, "warm", check)
+    session = build(explicit=explicit, cuda_graph="all", prefill_graph_lengths=[4, 16])
+    assert len(launched) == (4 if explicit else 3) and launched[-1].replays == 1
+    assert session.generate(PROMPT, 9) == build_session(seed=0).generate(PROMPT, 9)
+
+
 @pytest.mark.parametrize("stop", [1, 2])
 def test_explicit_state_outlives_the_graph_that_holds_it(captured, stop):
     session = build(explicit=True, cuda_graph="decode")

@@ -18,6 +18,12 @@ def can_capture(tensor: Tensor) -> bool:
     return tensor.is_cuda
 
 
+def memory_comes_with_a_launch() -> bool:
+    """Whether what a graph allocates is there from its first launch on. Before, it can be neither read, as the warm-up of a
+    second graph does with the outputs of the first, nor freed: torch then aborts."""
+    return torch.cuda.is_available() and torch.cuda.get_allocator_backend() == "cudaMallocAsync"
+
+
 class StepGraph:
     """`replay(*inputs)` runs `method(*inputs)` and then `after(logits)`; returns the logits, which hold until the next
     replay. `inputs` are static tensors, as for `GraphedMethod`.
@@ -66,9 +72,7 @@ class StepGraph:
             try:
                 graph.warm()
                 graph.capture()
-                if torch.cuda.get_allocator_backend() == "cudaMallocAsync":
-                    # What the graph allocates is there from its first launch on: before, it can be neither read, by the
-                    # second graph's warm-up, nor freed.
+                if memory_comes_with_a_launch():
                     graph.replay(*self.inputs)
             except BaseException:
                 self.invalidate()
