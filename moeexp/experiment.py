@@ -27,7 +27,7 @@ from .telemetry import Telemetry, watch
 from .trace import write_trace
 from .transformers_engine import run_transformers
 from .validate import heldout_file, load_architecture
-from .verification import verify
+from .verification import References, verify
 from .weights import NEVER_QUANTISED
 
 GIB = 2.0**30
@@ -86,8 +86,9 @@ class Run:
         if cfg.overlap and early_starts(self.stack.session) == 0:  # a GPU before Hopper, or ops that cannot
             self.record.data["not_applicable"].append("overlap")
 
-    def check(self) -> None:
-        self.record.set(check=verify(self.cfg, self.stack, self.prompt, self.phases))
+    def check(self, references: References | None = None) -> None:
+        """`references`: of the group, whose runs share weights."""
+        self.record.set(check=verify(self.cfg, self.stack, self.prompt, self.phases, references))
 
     def look_for_others(self) -> None:
         """Another process on the GPU is said, in the record and to the user: it may take part of what is measured."""

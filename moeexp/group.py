@@ -17,6 +17,7 @@ from .factory import build_model
 from .job import Job, conclude, open_record, prepare, status_of, verdict
 from .phases import Phases
 from .telemetry import watch
+from .verification import References
 
 LEAST_ROUNDS = 5
 
@@ -80,13 +81,14 @@ def _run(members: list[Member]) -> None:
         torch.cuda.reset_peak_memory_stats()
     with ready[0].phases("weights"):
         model = build_model(ready[0].config, ready[0].phases)
+    references = References()
     for member in ready:
         member.step(lambda member: member.run.build(model))
         if member.alive and member.config.check == "inline":
-            member.step(lambda member: _run_of(member).check())
+            member.step(lambda member: _run_of(member).check(references))
     _take_turns([member for member in ready if member.alive])
     for member in ready:
-        member.step(_finish)
+        member.step(lambda member: _finish(member, references))
         member.end(None)
 
 
@@ -133,12 +135,12 @@ def _has_enough(member: Member, rounds: int) -> bool:
     return rounds >= LEAST_ROUNDS and member.run.benchmark.enough()
 
 
-def _finish(member: Member) -> None:
+def _finish(member: Member, references: References) -> None:
     run = _run_of(member)
     member.record.set(memory_gib=memory(run.stack))
     member.record.note("memory_gib: peaks and device memory in use are those of the whole group's process")
     if member.config.check == "separate":
-        run.check()
+        run.check(references)
     run.finish()
 
 

@@ -50,16 +50,18 @@ def test_members_take_turns_and_each_has_its_record():
     starts = sorted((entry["at"], number) for number, record in enumerate(found) for entry in record["rounds"])
     assert [number for _, number in starts] == [0, 1, 2] * group.LEAST_ROUNDS
     assert found[0]["generated_ids"] == found[1]["generated_ids"] == found[2]["generated_ids"][:1]
+    # The same tokens and experts: one reference serves both, and another batch has its own.
+    assert [record["check"]["reused"] for record in found] == [[], ["reference"], []]
     assert found[0]["phases_s"]["weights"] > 0 and "weights" not in found[1]["phases_s"], "the weights are made once"
 
 
 def test_one_that_fails_or_may_not_run_stops_no_other(monkeypatch):
     real = group.Run.check
 
-    def check(self):
+    def check(self, references):
         if self.cfg.batch == 2:
             raise RuntimeError("boom")
-        real(self)
+        real(self, references)
 
     monkeypatch.setattr(group.Run, "check", check)
     assert group.run_group(jobs([], ["batch=2"], ["new_tokens=0"])) == 2
@@ -109,3 +111,13 @@ def test_groups_of_a_sweep_and_their_repetition(capsys):
     gone.unlink()
     assert main(arguments) == 0
     assert re.search(r"2 of 4 cells had run before", capsys.readouterr().out)
+
+
+def test_a_bfloat16_run_shares_its_references_and_not_what_its_ops_compute():
+    cells = [["dtype=bfloat16"], ["dtype=bfloat16", "state=explicit"], ["dtype=bfloat16", "ops.gdn_decode=einsum"]]
+    assert group.run_group(jobs(*cells, cells[0])) == 0
+    found = records(4)
+    assert [record["status"] for record in found] == ["ok"] * 4
+    reused = [set(record["check"]["reused"]) for record in found]
+    assert {"reference", "bf16 baseline", "bf16 reference"} <= reused[1]
+    assert ["float32" in names for names in reused] == [False, False, False, True]
