@@ -87,7 +87,7 @@ def remembered(analyse: Callable[..., Any]) -> Callable[..., Any]:
     def look_up(kernel: Any, arguments: dict[str, Any], tma_descriptor_metadata: Any, *more: Any, **named: Any) -> Any:
         key = None
         if not (tma_descriptor_metadata or more or named):
-            key = (kernel, *((name, _kind(value)) for name, value in arguments.items()))
+            key = (*_function(kernel), *((name, _kind(value)) for name, value in arguments.items()))
         if key is None or not _hashable(key):
             return analyse(kernel, arguments, tma_descriptor_metadata, *more, **named)
         if key not in known:
@@ -99,6 +99,13 @@ def remembered(analyse: Callable[..., Any]) -> Callable[..., Any]:
     return look_up
 
 
+def _function(kernel: Any) -> tuple[Hashable, ...]:
+    """torch wraps the kernel of each launch that says `num_warps=…` in an autotuner of its own, with one configuration."""
+    if not hasattr(kernel, "configs"):
+        return (kernel,)
+    return kernel.fn, *(tuple(sorted(config.kwargs.items())) for config in kernel.configs[:1])
+
+
 def _kind(value: Any) -> Hashable:
     import sympy
     from torch._inductor.ir import IRNode
@@ -106,7 +113,7 @@ def _kind(value: Any) -> Hashable:
     if isinstance(value, torch.Tensor | IRNode):
         return "tensor", str(value.dtype)
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | sympy.Expr):
-        return "symbol", type(value).__name__
+        return ("symbol",)
     return type(value).__name__, value
 
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
+from test_kernels_export import PROGRAM
 from torch._higher_order_ops import triton_kernel_wrap
 from torch._inductor import compile_fx, config
 
@@ -36,6 +41,17 @@ def test_a_kernel_is_analysed_once_per_types_and_constants(analysis):
         assert len(calls) == number, change
     analyse("other kernel", base, {})
     assert len(calls) == len(changes) + 2
+
+
+def test_the_autotuners_of_one_kernel_are_one_kernel(analysis):
+    analyse, calls = analysis
+
+    def tuned(fn, **kwargs):
+        return SimpleNamespace(fn=fn, configs=[SimpleNamespace(kwargs=kwargs)])
+
+    for kernel in (tuned("kernel"), tuned("kernel"), tuned("kernel", BLOCK=8), tuned("other"), tuned("kernel", BLOCK=8)):
+        analyse(kernel, {"x": torch.zeros(2)}, {})
+    assert len(calls) == 3
 
 
 def test_what_cannot_be_compared_is_analysed_every_time(analysis):
@@ -95,3 +111,43 @@ def test_nothing_holds_the_weights_after_compiling(tmp_path):
 
 class Holder:
     """Lives as long as the tensor that has it as an attribute."""
+
+
+TWICE = """
+import triton
+from moeexp.inductor import remember_kernel_analyses
+from torch._functorch.aot_autograd import aot_export_module
+from torch._higher_order_ops import triton_kernel_wrap
+from triton.backends.compiler import GPUTarget
+
+class Driver:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+class Layers(torch.nn.Module):
+    def __init__(self, count):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(Layer() for _ in range(count))
+
+    def forward(self, x, positions):
+        for layer in self.layers:
+            x = layer(x, positions)
+        return (x,)
+
+triton.runtime.driver.set_active(Driver())
+remember_kernel_analyses()
+(known,) = [vars(analyse)["remembered"] for analyse in vars(triton_kernel_wrap).values() if hasattr(analyse, "remembered")]
+inputs, counts = (torch.zeros(1, 12, D), torch.zeros(1, dtype=torch.int64)), []
+for layers in (1, 2):
+    graph, _ = aot_export_module(Layers(layers), inputs, trace_joint=False)
+    counts.append((sum("triton_kernel_wrapper" in str(node.target) for node in graph.graph.nodes), len(known)))
+assert counts[0][0] >= 12 and counts[1][0] == 2 * counts[0][0] and 12 <= counts[0][1] == counts[1][1], counts
+"""
+
+
+def test_a_second_layer_needs_no_analysis_more():
+    """With torch's own tracing, in a process without Triton's interpreter."""
+    layer = PROGRAM.partition("lengths = ")[0]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", layer + TWICE], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
