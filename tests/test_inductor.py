@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_kernels_export import PROGRAM
 from torch._higher_order_ops import triton_kernel_wrap
 from torch._inductor import compile_fx, config
 
@@ -113,41 +112,60 @@ class Holder:
     """Lives as long as the tensor that has it as an attribute."""
 
 
-TWICE = """
-import triton
-from moeexp.inductor import remember_kernel_analyses
+TRACED = """
+import torch, triton
+from moeexp_kernels import registry
+from moeexp_runner.arena import Arena
 from torch._functorch.aot_autograd import aot_export_module
 from torch._higher_order_ops import triton_kernel_wrap
 from triton.backends.compiler import GPUTarget
+
+from moeexp.inductor import remember_kernel_analyses
+from moeexp.methods import export_method
+from moeexp.model import state_shapes
+from moeexp.schema import compose
+from moeexp.validate import load_architecture, resolve
+from moeexp.weights import NEVER_QUANTISED, Random, load
 
 class Driver:
     def get_current_target(self):
         return GPUTarget("cuda", 90, 32)
 
-class Layers(torch.nn.Module):
-    def __init__(self, count):
+class Traceable(torch.nn.Module):
+    def __init__(self, method):
         super().__init__()
-        self.layers = torch.nn.ModuleList(Layer() for _ in range(count))
+        self.method = method
 
-    def forward(self, x, positions):
-        for layer in self.layers:
-            x = layer(x, positions)
-        return (x,)
+    def forward(self, *inputs):
+        return (self.method(*inputs),)
 
 triton.runtime.driver.set_active(Driver())
 remember_kernel_analyses()
 (known,) = [vars(analyse)["remembered"] for analyse in vars(triton_kernel_wrap).values() if hasattr(analyse, "remembered")]
-inputs, counts = (torch.zeros(1, 12, D), torch.zeros(1, dtype=torch.int64)), []
-for layers in (1, 2):
-    graph, _ = aot_export_module(Layers(layers), inputs, trace_joint=False)
-    counts.append((sum("triton_kernel_wrapper" in str(node.target) for node in graph.graph.nodes), len(known)))
-assert counts[0][0] >= 12 and counts[1][0] == 2 * counts[0][0] and 12 <= counts[0][1] == counts[1][1], counts
+arch = load_architecture(resolve(compose(["model=nano"]), cuda_available=False).model)
+model = load(
+    arch, Random(arch, 0), dtype=torch.bfloat16, device=torch.device("cpu"), bits=4, group_size=32, skip=NEVER_QUANTISED
+)
+model.attach_state(Arena(state_shapes(arch, batch=1, max_seq_len=64, dtype=torch.bfloat16), device="cpu").tensors)
+names = registry.resolve(default="triton", chosen={}, device="cuda")
+ops = {op: registry.implementation(op, name) for op, name in names.items()}
+for method in ("prefill", "decode"):
+    known.clear()
+    program = export_method(method, model, ops, batch=1, max_seq_len=64)
+    with torch.no_grad():
+        graph, _ = aot_export_module(Traceable(program.module()), program.example_inputs[0], trace_joint=False)
+    calls = sum("triton_kernel_wrapper" in str(node.target) for node in graph.graph.nodes)
+    assert 20 < calls and 2 * len(known) < calls, (method, calls, len(known))
+    for kernel, *arguments in known:
+        run_time = {parameter.name for parameter in kernel.params if not parameter.is_constexpr}
+        floats = [name for name, *kind in filter(None, arguments) if name in run_time and kind[0][0] == "float"]
+        assert not floats, (kernel.fn.__name__, floats)
 """
 
 
-def test_a_second_layer_needs_no_analysis_more():
-    """With torch's own tracing, in a process without Triton's interpreter."""
-    layer = PROGRAM.partition("lengths = ")[0]
+def test_real_methods_need_few_analyses_and_hand_no_float_to_a_kernel():
+    """With torch's own tracing, in a process without Triton's interpreter. Inductor types a float argument as float64, and
+    then everything that it touches is computed so."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "0"}
-    done = subprocess.run([sys.executable, "-c", layer + TWICE], env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", TRACED], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -25,12 +25,14 @@ def unpack_scales(pair):
 
 
 @triton.jit
-def rms_norm_kernel(x_ptr, norm_ptr, y_ptr, x_stride, eps, K: tl.constexpr, BLOCK_K: tl.constexpr):
+def rms_norm_kernel(
+    x_ptr, norm_ptr, y_ptr, x_stride, K: tl.constexpr, EPS: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
     m = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     x = tl.load(x_ptr + m * x_stride + k, mask=k < K, other=0.0).to(tl.float32)
     norm = tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-    y = x * (1.0 / tl.sqrt(tl.sum(x * x, axis=0) / K + eps)) * (1.0 + norm)
+    y = x * (1.0 / tl.sqrt(tl.sum(x * x, axis=0) / K + EPS)) * (1.0 + norm)
     tl.store(y_ptr + m * K + k, y.to(y_ptr.dtype.element_ty), mask=k < K)
 
 
@@ -181,7 +183,7 @@ def launch_rms_norm(*, x: Tensor, norm_weight: Tensor, eps: float, dtype: torch.
     features = x.shape[1]
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     block = triton.next_power_of_2(features)
-    wrap_triton(rms_norm_kernel)[(x.shape[0],)](x, norm_weight, y, x.stride(0), eps, K=features, BLOCK_K=block)
+    wrap_triton(rms_norm_kernel)[(x.shape[0],)](x, norm_weight, y, x.stride(0), K=features, EPS=eps, BLOCK_K=block)
     return y
 
 

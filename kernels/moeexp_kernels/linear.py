@@ -95,9 +95,9 @@ def reference_linear(
 
 @triton.jit
 def gemv_kernel(
-    x_ptr, w_ptr, s_ptr, norm_ptr, res_ptr, y_ptr, x_stride, res_stride, eps,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr,
-    WORDS: tl.constexpr, CHUNK: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    x_ptr, w_ptr, s_ptr, norm_ptr, res_ptr, y_ptr, x_stride, res_stride,
+    EPS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
+    HALF: tl.constexpr, WORDS: tl.constexpr, CHUNK: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     PLANES: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
     CACHE: tl.constexpr,
 ):  # fmt: skip
@@ -119,7 +119,7 @@ def gemv_kernel(
     res_ptr += ready
     y_ptr += ready
     x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit, r = load_row_features(
-        x_ptr + m * x_stride, norm_ptr, eps, HAS_NORM, K, GROUP, BITS, WORDS, CHUNK, PLANES
+        x_ptr + m * x_stride, norm_ptr, EPS, HAS_NORM, K, GROUP, BITS, WORDS, CHUNK, PLANES
     )
     for tile in range(TILES):
         here = row + tile * BLOCK_N
@@ -219,8 +219,9 @@ def launch_gemv(
     grid = (x.shape[0] * triton.cdiv(rows, config["BLOCK_N"] * config["TILES"]),)
     wrap_triton(gemv_kernel)[grid](
         x, weight, weight if scales is None else scales, x if norm_weight is None else norm_weight,
-        x if residual is None else residual, out, x.stride(0), 0 if residual is None else residual.stride(0), eps,
-        M=x.shape[0], N=rows, K=features, GROUP=group, BITS=bits, HALF=weight.dtype == torch.float16, WORDS=words, CHUNK=chunk,
+        x if residual is None else residual, out, x.stride(0), 0 if residual is None else residual.stride(0),
+        EPS=eps, M=x.shape[0], N=rows, K=features, GROUP=group, BITS=bits, HALF=weight.dtype == torch.float16,
+        WORDS=words, CHUNK=chunk,
         HAS_NORM=norm_weight is not None, HAS_RESIDUAL=residual is not None, FAST=x.is_cuda,
         PLANES=planes(x.dtype), OVERLAP=can_overlap(x),
         **config,

@@ -117,8 +117,8 @@ def _(
 
 @triton.jit
 def swiglu_rows(
-    x_ptr, norm_ptr, w_ptr, s_ptr, act_ptr, factor, first, eps,
-    WIDTH: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr,
+    x_ptr, norm_ptr, w_ptr, s_ptr, act_ptr, factor, first,
+    EPS: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr,
     WORDS: tl.constexpr, CHUNK: tl.constexpr, PLANES: tl.constexpr, FAST: tl.constexpr, BLOCK_I: tl.constexpr,
     CACHE: tl.constexpr,
 ):  # fmt: skip
@@ -128,7 +128,7 @@ def swiglu_rows(
     gate_words, gate_pair = load_rows(w_ptr, s_ptr, row, mask, K, GROUP, BITS, WORDS, CHUNK, CACHE)
     up_words, up_pair = load_rows(w_ptr, s_ptr, row + WIDTH, mask, K, GROUP, BITS, WORDS, CHUNK, CACHE)
     x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit, r = load_row_features(
-        x_ptr, norm_ptr, eps, True, K, GROUP, BITS, WORDS, CHUNK, PLANES
+        x_ptr, norm_ptr, EPS, True, K, GROUP, BITS, WORDS, CHUNK, PLANES
     )
     gate = r * dot_rows(
         gate_words, gate_pair, x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit,
@@ -144,8 +144,8 @@ def swiglu_rows(
 @triton.jit
 def gate_up_kernel(
     x_ptr, norm_ptr, ids_ptr, weights_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, shared_gate_ptr, act_ptr,
-    x_stride, eps,
-    TOP_K: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr, PLANES: tl.constexpr, FAST: tl.constexpr,
+    x_stride,
+    EPS: tl.constexpr, TOP_K: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr, PLANES: tl.constexpr, FAST: tl.constexpr,
     OVERLAP: tl.constexpr,
     WIDTH: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, WORDS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -173,19 +173,19 @@ def gate_up_kernel(
             if BITS <= 8:
                 s_ptr += expert * (2 * WIDTH * 2 * (K // GROUP))
             swiglu_rows(
-                x_ptr, norm_ptr, w_ptr, s_ptr, act_ptr, share, first, eps,
-                WIDTH, K, GROUP, BITS, HALF, WORDS, CHUNK, PLANES, FAST, BLOCK_I, CACHE,
+                x_ptr, norm_ptr, w_ptr, s_ptr, act_ptr, share, first,
+                EPS, WIDTH, K, GROUP, BITS, HALF, WORDS, CHUNK, PLANES, FAST, BLOCK_I, CACHE,
             )  # fmt: skip
     elif first < SWIDTH:
         k = tl.arange(0, K_PADDED)
         mask = k < K
         x = tl.load(x_ptr + k, mask=mask, other=0.0).to(tl.float32)
-        r = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / K + eps)
+        r = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / K + EPS)
         x *= 1.0 + tl.load(norm_ptr + k, mask=mask, other=0.0).to(tl.float32)
         gate = r * tl.sum(x * tl.load(shared_gate_ptr + k, mask=mask, other=0.0).to(tl.float32), axis=0)
         swiglu_rows(
-            x_ptr, norm_ptr, shared_w_ptr, shared_s_ptr, act_ptr, tl.sigmoid(gate), first, eps,
-            SWIDTH, K, SGROUP, SBITS, SHALF, SWORDS, SCHUNK, PLANES, FAST, BLOCK_I, CACHE,
+            x_ptr, norm_ptr, shared_w_ptr, shared_s_ptr, act_ptr, tl.sigmoid(gate), first,
+            EPS, SWIDTH, K, SGROUP, SBITS, SHALF, SWORDS, SCHUNK, PLANES, FAST, BLOCK_I, CACHE,
         )  # fmt: skip
 
 
@@ -376,8 +376,8 @@ def decode_with(
     grid = (triton.cdiv(max(width, shared_width), first["BLOCK_I"]), top_k + 1, rows)
     wrap_triton(gate_up_kernel)[grid](
         flat, norm_weight, ids, weights, gate_up, stored(gate_up_scales, gate_up),
-        shared_gate_up, stored(shared_gate_up_scales, shared_gate_up), shared_gate, act, flat.stride(0), eps,
-        TOP_K=top_k, K=features, K_PADDED=triton.next_power_of_2(features), FAST=x.is_cuda,
+        shared_gate_up, stored(shared_gate_up_scales, shared_gate_up), shared_gate, act, flat.stride(0),
+        EPS=eps, TOP_K=top_k, K=features, K_PADDED=triton.next_power_of_2(features), FAST=x.is_cuda,
         PLANES=planes(x.dtype), OVERLAP=can_overlap(x),
         **format_constants(weight=gate_up, width=width, features=features, bits=up[0], group=up[1]),
         **format_constants(

@@ -158,7 +158,7 @@ def features_of_words(
 
 @triton.jit
 def load_row_features(
-    x_ptr, norm_ptr, eps, HAS_NORM: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
+    x_ptr, norm_ptr, EPS: tl.constexpr, HAS_NORM: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
     WORDS: tl.constexpr, CHUNK: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
     """One row x [K] as `features_of_words`, and r: the normed row is r * x. The factor r = 1 / rms need not be known before
@@ -174,7 +174,7 @@ def load_row_features(
     r = 1.0
     if HAS_NORM:
         squares = low * low + high * high if BITS == 4 else low * low
-        r = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / K + eps)
+        r = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / K + EPS)
         low *= 1.0 + tl.load(norm_ptr + k, mask=mask, other=0.0).to(tl.float32)
         if BITS == 4:
             high *= 1.0 + tl.load(norm_ptr + k + half, mask=mask, other=0.0).to(tl.float32)
