@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 
 import torch
 from moeexp_kernels import dispatch, registry
-from moeexp_kernels.overlap import OVERLAPPING
+from moeexp_kernels.graph_edges import start_early
 from moeexp_runner.arena import Arena
 from moeexp_runner.binding import CompiledMethod, assert_shared
 from moeexp_runner.explicit import ExplicitState
@@ -172,15 +172,15 @@ def build_stack(
             takes_live=recipe.takes_live,
             prefill_graph_lengths=cfg.prefill_graph_lengths,
             ahead=cfg.loop_ahead,
-            early=early_kernels(cfg, device),
+            early=early_start(cfg, device),
         )
     return Stack(model.arch, model, session, session.arena, names, device, artifacts)
 
 
-def early_kernels(cfg: Config, device: torch.device) -> tuple[str, ...]:
-    """Kernels of a captured decode step that may start before the previous one ends."""
+def early_start(cfg: Config, device: torch.device) -> Callable[[int], int] | None:
+    """What lets kernels of a captured decode step start before the previous one ends, as a session takes it."""
     capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    return OVERLAPPING if cfg.cuda_graph and cfg.overlap and capable else ()
+    return start_early if cfg.cuda_graph and cfg.overlap and capable else None
 
 
 def sampler_of(cfg: SamplerConfig, implementation: str, *, device: torch.device | str) -> Sampler:

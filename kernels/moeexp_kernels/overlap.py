@@ -11,7 +11,7 @@ The order is kept by the pointers and not by a side effect: torch takes a kernel
 effects for one that writes all its arguments.
 
 Without a programmatic edge (an ordinary launch) both instructions do nothing. Edges are made programmatic after capture,
-by `moeexp_runner.overlap`, which takes the names below as the kernels that it may start early.
+by `graph_edges`, for the kernels named below alone.
 Source: CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization".
 """
 

@@ -7,13 +7,11 @@ graph's memory: they hold until the next replay.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from .overlap import start_early
 
 WARM_UPS = 3
 
@@ -21,8 +19,9 @@ WARM_UPS = 3
 class GraphedMethod:
     """`inputs` are the static tensors that the graph will read; the caller copies values into them before `replay`.
 
-    `pool`: a `torch.cuda.graph_pool_handle()` that graphs which never run at the same time may share. `early`: names of
-    kernels that may start while the kernel before them runs, see `overlap.py`; `early_edges` says how many do."""
+    `pool`: a `torch.cuda.graph_pool_handle()` that graphs which never run at the same time may share. `early`: lets
+    kernels of a `cudaGraph_t` that is not yet instantiated start while the kernel before them runs, and returns how many do,
+    which `early_edges` says from then on."""
 
     def __init__(
         self,
@@ -30,7 +29,7 @@ class GraphedMethod:
         inputs: tuple[Tensor, ...],
         *,
         pool: tuple[int, int] | None = None,
-        early: Collection[str] = (),
+        early: Callable[[int], int] | None = None,
     ):
         self.method, self.inputs, self.state, self.pool, self.early = method, inputs, "eager", pool, early
         self.early_edges = 0
@@ -58,12 +57,12 @@ class GraphedMethod:
     def capture(self) -> None:
         """Records one call. State that the method mutates stays as it is (nothing runs during capture)."""
         self._require("warm")
-        graph = torch.cuda.CUDAGraph(keep_graph=True) if self.early else torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph(keep_graph=True) if self.early is not None else torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, **({} if self.pool is None else {"pool": self.pool})):
                 output = self.method(*self.inputs)
-            if self.early:
-                self.early_edges = start_early(graph.raw_cuda_graph(), self.early)
+            if self.early is not None:
+                self.early_edges = self.early(graph.raw_cuda_graph())
                 graph.instantiate()
         except Exception as error:
             del graph

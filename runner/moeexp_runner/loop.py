@@ -5,7 +5,7 @@ Shape letters: B batch, S max_seq_len.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class Loop:
         positions: Tensor,
         max_seq_len: int,
         ahead: int,
-        early: Collection[str] = (),
+        early: Callable[[int], int] | None = None,
     ):
         if ahead < 1:
             raise ValueError(f"ahead={ahead} must be at least 1: the step whose token is read next")

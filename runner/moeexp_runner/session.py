@@ -5,7 +5,7 @@ Shape letters: B batch, T tokens of a prompt, n positions whose logits are wante
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class Session:
     cuda_graph  False, "decode" (or True), "loop" (sampling and feedback inside), "all" (and prefill, at given lengths)
     takes_live  prefill has one more input, live [B]: how many of its tokens count
     ahead       steps that "loop" runs beyond the token that the host has read
-    early       kernels of a captured decode step that may start before the previous one ends, by name (`overlap.py`)
+    early       lets kernels of a captured decode step start before the previous one ends, as in `GraphedMethod`
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Session:
         takes_live: bool = False,
         prefill_graph_lengths: Sequence[int] = (),
         ahead: int = 8,
-        early: Collection[str] = (),
+        early: Callable[[int], int] | None = None,
     ):
         assert not (copy_outputs and cuda_graph in ("loop", "all")), "sampling inside a graph reads no host copy"
         self.arena, self.batch, self.max_seq_len, self.vocab_size = arena, batch, max_seq_len, vocab_size

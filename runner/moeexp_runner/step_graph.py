@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class StepGraph:
         *,
         after: Callable[[Tensor], None] | None = None,
         alternate: bool = True,
-        early: Collection[str] = (),
+        early: Callable[[int], int] | None = None,
     ):
         self.method, self.inputs, self._state, self._after = method, inputs, state, after
         self._away: dict[str, Tensor] | None = None

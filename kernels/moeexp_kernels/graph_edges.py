@@ -1,7 +1,7 @@
 """Turns a captured graph's edges into programmatic ones, so that a kernel starts while the one before it still runs.
 
 Works on the graph and not on launches, because it then serves every way to make a method: neither AOTInductor nor eager
-code needs to know. Only a kernel that waits by itself (`griddepcontrol.wait`) may start early; the caller names those.
+code needs to know. Only a kernel that waits by itself may start early: those of `overlap.OVERLAPPING`.
 Source: CUDA driver API, graph management, `CUgraphEdgeData` (CUDA 12.3 and later; kernels of sm_90 and later).
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Collection
+
+from .overlap import OVERLAPPING
 
 KERNEL_NODE = 0
 # Memory that the graph allocates and frees itself, as captures do under cudaMallocAsync. The driver lets no edge of such a
@@ -32,11 +34,11 @@ class _KernelNodeParams(ctypes.Structure):
     ]
 
 
-def start_early(graph: int, kernels: Collection[str]) -> int:
-    """Makes every full edge between two kernels named in `kernels` programmatic. Both must be: the earlier one is to let go
-    only when all before it is complete, on which the later one may rely. graph: a `cudaGraph_t` that is not yet
-    instantiated. Returns how many edges were changed, 0 for a graph that allocates memory itself; `RuntimeError` where the
-    driver fails."""
+def start_early(graph: int, *, pairs: Collection[tuple[str, str]] | None = None) -> int:
+    """Makes every full edge between two of the kernels `OVERLAPPING` programmatic, or only those between the named `pairs`
+    (earlier, later). Both kernels must wait: the earlier one is to let go only when all before it is complete, on which the
+    later one may rely. graph: a `cudaGraph_t` that is not yet instantiated. Returns how many edges were changed, 0 for a
+    graph that allocates memory itself; `RuntimeError` where the driver fails."""
     cuda = ctypes.CDLL("libcuda.so.1")
     handle = ctypes.c_void_p(graph)
     count = ctypes.c_size_t()
@@ -50,7 +52,9 @@ def start_early(graph: int, kernels: Collection[str]) -> int:
         return 0
     changed = 0
     for source, target, edge in zip(sources, targets, data, strict=True):
-        if edge.type == PROGRAMMATIC_TYPE or not {_kernel_name(cuda, source), _kernel_name(cuda, target)} <= set(kernels):
+        names = _kernel_name(cuda, source), _kernel_name(cuda, target)
+        wanted = set(names) <= set(OVERLAPPING) and (pairs is None or names in pairs)
+        if edge.type == PROGRAMMATIC_TYPE or not wanted:
             continue
         one = ((ctypes.c_void_p * 1)(source), (ctypes.c_void_p * 1)(target))
         _call(cuda, "cuGraphRemoveDependencies_v2", handle, *one, (_EdgeData * 1)(edge), ctypes.c_size_t(1))
