@@ -8,7 +8,7 @@ from pathlib import Path
 import kernels_common  # noqa: F401  before triton
 import moeexp_kernels
 import torch
-from moeexp_kernels.overlap import OVERLAPPING, can_overlap
+from moeexp_kernels.overlap import OVERLAPPING, WITHIN_AN_OP, can_overlap
 
 SOURCES = sorted(Path(moeexp_kernels.__path__[0]).glob("*.py"))
 
@@ -34,6 +34,10 @@ def test_each_waits_exactly_once_and_uses_what_it_waited_for():
         text = kernels()[name]
         assert text.count("= after_previous(OVERLAP)") == 1, name
         assert "ready = after_previous(OVERLAP)" in text and text.count("ready") >= 3, name
+
+
+def test_pairs_within_an_op_are_kernels_that_wait():
+    assert all(earlier != later and {earlier, later} <= set(OVERLAPPING) for earlier, later in WITHIN_AN_OP)
 
 
 def test_a_cpu_tensor_asks_no_gpu():

@@ -11,6 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..graph_edges import start_early
+from ..overlap import WITHIN_AN_OP
+
 DECODE_CALLS = 64  # calls in a graph, so that one event's resolution does not show
 REPLAYS = 15
 READ_BLOCK = 4096  # int32 words a program
@@ -23,16 +26,20 @@ def cold_bytes(device: torch.device) -> int:
 
 
 def graph_samples(call: Callable[[dict], object], copies: list[dict], *, calls: int, replays: int = REPLAYS) -> list[float]:
-    """Microseconds of one `call(copy)`, one sample per replay of a graph of `calls` calls that go round the copies.
+    """Microseconds of one `call(copy)`, one sample per replay of a graph of `calls` calls that go round the copies. The
+    kernels of one call may start early, as in a decode step, but no call before the one before it is complete.
 
     The first call compiles; the one before the capture is for what an op does only once (cuBLAS handles, workspaces)."""
     for _ in range(2):
         call(copies[0])
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
     with torch.cuda.graph(graph):
         for copy in islice(cycle(copies), calls):
             call(copy)
+    if torch.cuda.get_device_capability() >= (9, 0):  # elsewhere the kernels do not wait by themselves
+        start_early(graph.raw_cuda_graph(), pairs=WITHIN_AN_OP)
+    graph.instantiate()
     samples = []
     for replay in range(replays + 2):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
