@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from moeexp_runner import timing
 from moeexp_runner.session import Session
 from moeexp_runner.token_split import token_split
 
+from . import STARTED
 from .benchmark import Benchmark
 from .devices import others_on
 from .evaluate import bits_per_byte
@@ -83,6 +85,8 @@ class Run:
         self.benchmark = Benchmark(cfg, self.stack.session, self.on_device, self.eos, self.record)
         shown = [decode(row) for row in self.prompt.tolist()] if decode and cfg.prompt is not None else None
         self.record.set(quantised_coverage=round(share, 6), ops=_ops(self.stack, cfg.dispatch), prompt_text=shown)
+        self.stack.session.generate(self.on_device, 1)
+        self.record.set(first_token_s=round(time.monotonic() - STARTED, 3))  # imports, weights and compiling included
         if cfg.overlap and early_starts(self.stack.session) == 0:  # a GPU before Hopper, or ops that cannot
             self.record.data["not_applicable"].append("overlap")
 

@@ -77,6 +77,7 @@ KEYS = (
     "phases_s",
     "memory_gib",
     "quantised_coverage",
+    "first_token_s",
     "ops",
     "not_applicable",
     "environment",

@@ -152,6 +152,8 @@ def _speed_rows(record: dict[str, Any]) -> list[Row]:
     if record["prefill_tok_s"] is not None:
         first = f", first token after {number(1e3 * record['ttft_s'])} ms" if record["ttft_s"] is not None else ""
         rows.append(("prefill", f"{number(record['prefill_tok_s'])} tok/s{first}"))
+    if record["first_token_s"] is not None:
+        rows.append(("ready", f"the first token of all came {number(record['first_token_s'])} s after the process started"))
     if record["bandwidth_share"] is not None:
         rows.append(("bandwidth", f"{record['bandwidth_share']:.1%} of the measured read bandwidth"))
     if record["bits_per_byte"] is not None:

@@ -42,6 +42,7 @@ def test_float32_run_is_checked_and_published(run, quant):
     assert record["bytes_per_token"]["total"] > 0
     if quant != "none":
         assert record["quantised_coverage"] > 0.9
+    assert record["first_token_s"] > 0
 
 
 def test_bfloat16_run_passes_both_parts(run):
