@@ -17,7 +17,7 @@ from moeexp_kernels.bench.candidates import targets
 from moeexp_kernels.bench.case import Source, count_for, ratios, red
 from moeexp_kernels.bench.cases import BUILDERS, Spec, build, specs
 from moeexp_kernels.bench.peers import executorch, torch_int4, torch_ops
-from moeexp_kernels.bench.peers.peer import delta_expected, delta_inputs
+from moeexp_kernels.bench.peers.peer import WHOLE, delta_expected, delta_inputs
 from moeexp_kernels.bench.shapes import FULL
 from moeexp_kernels.linear import dequantise
 
@@ -198,16 +198,21 @@ def test_the_table_and_the_json_say_what_was_measured(tmp_path):
     peers = [
         measure.PeerRow("torch", "mm", "the product", us=3.04),
         measure.PeerRow("gemlite", "gemv", "the product", problem="output 0: RMSE ratio 1.0e+00"),
+        measure.PeerRow("fla", "norm + mm", WHOLE, us=5.0),
     ]
     rows = [row_of(peers=peers), row_of(phase="prefill", flops=4_000_000_000, us=20.0), row_of(us=None, problem="y: red")]
     environment = {
         "gpu": "G", "driver": "1", "torch": "2", "triton": "3", "table": "sm_90", "read_tb_s": 3.2, "command": "bench",
     }  # fmt: skip
     text = table.markdown(rows, environment, {"flash-linear-attention": "No module named 'fla'"})
-    assert "| linear | out 8x8 | 1 | 2.0 | 4.0 | 2.00 | 62 % | 1.5 | torch `mm` 3.0, gemlite `gemv`: no time (output" in text
+    assert "| linear | out 8x8 | 1 | 2.0 | 4.0 | 2.00 | 62 % | 1.5 | fla `norm + mm` 5.0, torch `mm` 3.0 (part), " in text
+    assert "gemlite `gemv`: no time (output" in text
     assert "| 1 prefill | 20.0 | 4.0 | 0.20 | 200 TFLOP/s |" in text
     assert "no time: y: red" in text
     assert "* flash-linear-attention is not here: No module named 'fla'." in text and "* torch `mm` does the product." in text
+    assert text.count("norm + mm") == 1, "of a peer that does all of the work there is nothing to say below"
+    assert "\n(part): that peer does only this of the op's work" in text and text.index("(part): ") < text.index("* torch `mm`")
+    assert "(part)" not in table.markdown([row_of(peers=peers[2:])], environment, {})
     table.write_json(tmp_path / "out.json", rows, environment, {})
     document = json.loads((tmp_path / "out.json").read_text())
     assert document["rows"][0]["peers"][0]["us"] == 3.04 and document["rows"][2]["problem"] == "y: red"

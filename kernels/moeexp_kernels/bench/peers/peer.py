@@ -13,6 +13,7 @@ from ..case import Result, ratios
 
 # Peers store results and some partial results in bfloat16, and round where we do not; a wrong one is off by far more.
 PEER_GATE = 2e-2
+WHOLE = "all"  # what a peer covers that does all of our op's work
 
 
 class Unavailable(Exception):
@@ -22,7 +23,7 @@ class Unavailable(Exception):
 @dataclass
 class Peer:
     name: str
-    covers: str  # which part of our op it does
+    covers: str  # which part of our op it does, or WHOLE
     call: Callable[[dict], Any]  # with one of `copies`
     copies: list[dict]
     expected: Callable[[], tuple[Tensor, ...]]  # what call(copies[0]) must return, float32
