@@ -37,6 +37,12 @@ class Peer:
         return [ratios(f"output {i}", a.float().reshape(e.shape), e.float(), PEER_GATE) for i, (a, e) in enumerate(pairs)]
 
 
+def hold(copy: dict, *states: Tensor) -> None:
+    """What a call wrote to new memory, where our op updates the old: held by the copy, as a cache holds it. Let go, the next
+    call would be given the same memory, whose lines are still in L2."""
+    copy["held"] = states
+
+
 def delta_inputs(arguments: dict) -> dict[str, Tensor]:
     """q, k [B,T,Hk,Dk], v [B,T,Hv,Dv] after conv and SiLU (q and k not normalised), raw gates a, b [B,T,Hv]: what peers
     of the delta rule start from. In proj's dtype."""
