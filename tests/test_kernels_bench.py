@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
+import weakref
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import kernels_common as common
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from moeexp_kernels import tuning
 from moeexp_kernels.bench import measure, table
@@ -16,8 +21,8 @@ from moeexp_kernels.bench.__main__ import main, measure_or_say
 from moeexp_kernels.bench.candidates import targets
 from moeexp_kernels.bench.case import Source, count_for, ratios, red
 from moeexp_kernels.bench.cases import BUILDERS, Spec, build, specs
-from moeexp_kernels.bench.peers import executorch, torch_int4, torch_ops
-from moeexp_kernels.bench.peers.peer import delta_expected, delta_inputs
+from moeexp_kernels.bench.peers import executorch, fla, torch_int4, torch_ops
+from moeexp_kernels.bench.peers.peer import WHOLE, delta_expected, delta_inputs
 from moeexp_kernels.bench.shapes import FULL
 from moeexp_kernels.linear import dequantise
 
@@ -148,6 +153,150 @@ def test_what_delta_rule_peers_get_is_what_our_op_computes(spec):
     common.assert_close_ratio(state, fresh["recurrent_state"], 2e-2)
 
 
+class StandInFla:
+    """flash-linear-attention's functions that the adapter calls: its layouts and conventions, in plain torch, by definition.
+
+    Also refuses what the library would copy first, unseen: the peer would be timed with copies that it need not make."""
+
+    @staticmethod
+    def uncopied(**tensors):
+        copied = [name for name, tensor in tensors.items() if not tensor.is_contiguous()]
+        assert not copied, f"the library would copy {copied}"
+
+    def causal_conv1d(self, *, x, weight, initial_state, output_final_state, activation):
+        self.uncopied(weight=weight, initial_state=initial_state)
+        width = weight.shape[1]
+        assert initial_state.shape == (x.shape[0], x.shape[2], width) and activation == "silu" and output_final_state
+        inputs = torch.cat([initial_state[..., 1:], x.transpose(1, 2)], dim=-1)
+        y = F.conv1d(inputs.float(), weight.float()[:, None], groups=x.shape[2])
+        return F.silu(y).transpose(1, 2).to(x.dtype).contiguous(), inputs[..., -width:].contiguous()
+
+    def causal_conv1d_update(self, *, x, cache, weight, activation):
+        y, state = StandInFla.causal_conv1d(
+            self, x=x, weight=weight, initial_state=cache, output_final_state=True, activation=activation
+        )
+        cache.copy_(state)
+        return y, cache
+
+    def chunk_gated_delta_rule(
+        self, *, q, k, v, g, beta, A_log, dt_bias, initial_state, output_final_state, **switches
+    ):  # fmt: skip
+        self.uncopied(q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state)
+        names = ("use_qk_l2norm_in_kernel", "use_gate_in_kernel", "use_beta_sigmoid_in_kernel")
+        assert output_final_state and switches == dict.fromkeys(names, True)
+        ratio, state, outputs = v.shape[2] // q.shape[2], initial_state.clone(), []
+        decay = (-A_log.exp() * F.softplus(g.float() + dt_bias)).exp()
+        for t in range(q.shape[1]):
+            q_t, k_t = (F.normalize(x[:, t].float(), dim=-1).repeat_interleave(ratio, 1) for x in (q, k))
+            state = state * decay[:, t, :, None, None]
+            delta = beta[:, t, :, None].float().sigmoid() * (v[:, t].float() - (k_t[..., None] * state).sum(-2))
+            state = state + k_t[..., None] * delta[..., None, :]
+            outputs.append((q_t[..., None] * state).sum(-2) * q.shape[-1] ** -0.5)
+        return torch.stack(outputs, 1).to(v.dtype), state
+
+    def fused_recurrent_gated_delta_rule(self, **arguments):
+        return StandInFla.chunk_gated_delta_rule(self, **arguments)
+
+    def rms_norm_gated(self, x, g, weight, bias, *, activation, eps):
+        self.uncopied(x=x, g=g, weight=weight)
+        assert bias is None and activation == "silu"
+        return (F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps) * F.silu(g.float())).to(x.dtype)
+
+    def install(self, monkeypatch):
+        modules = {
+            "ops.gated_delta_rule": ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"),
+            "modules.convolution": ("causal_conv1d", "causal_conv1d_update"),
+            "modules.fused_norm_gate": ("rms_norm_gated",),
+        }
+        for parent in ("fla", "fla.ops", "fla.modules"):
+            monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
+        for path, names in modules.items():
+            module = ModuleType(f"fla.{path}")
+            for name in names:
+                setattr(module, name, getattr(self, name))
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+def install_library(monkeypatch):
+    """The library itself, in Triton's interpreter where there is no GPU: untuned there, and with its token loop in place of
+    its chunks, whose kernels call methods of what the interpreter holds as plain integers."""
+    if common.DEVICE != "cpu":
+        return
+    import fla.ops.gated_delta_rule as rules
+    from triton.runtime.autotuner import Autotuner
+
+    run = Autotuner.run
+
+    def untuned(self, *arguments, **options):
+        monkeypatch.setattr(self, "configs", self.configs[:1])
+        return run(self, *arguments, **options)
+
+    monkeypatch.setattr(Autotuner, "run", untuned)
+    monkeypatch.setattr(rules, "chunk_gated_delta_rule", rules.fused_recurrent_gated_delta_rule)
+
+
+DELTA_SPECS = [Spec("gdn", "decode", 1), Spec("gdn", "decode", 2), Spec("gdn", "prefill", 2), Spec("gdn", "prefill", 20)]
+
+
+@pytest.mark.parametrize("library", ["stand-in", *(["installed"] if find_spec("fla") else [])])
+@pytest.mark.parametrize("spec", DELTA_SPECS, ids=str)
+def test_flash_linear_attention_as_a_peer_is_right_and_stays_so_when_called_again(library, spec, monkeypatch):
+    StandInFla().install(monkeypatch) if library == "stand-in" else install_library(monkeypatch)
+    case = case_of(spec)
+    before = [{k: v.clone() for k, v in copy.items() if torch.is_tensor(v)} for copy in case.copies]
+    rule, whole = (make(case) for make in fla.OPS["gdn"])
+    assert "no conv" in rule.covers and whole.covers == WHOLE
+    for peer in (rule, whole):
+        first = peer.check()
+        assert red(first) is None
+        for _ in range(6):
+            for copy in peer.copies:
+                out = peer.call(copy)
+        assert all(torch.isfinite(tensor).all() for tensor in out)
+        assert peer.check() == first
+    assert len(first) >= 3, "output, recurrent state, conv state"
+    for copy, old in zip(case.copies, before, strict=True):
+        assert all(torch.equal(copy[name], old[name]) for name in old), "another peer would start from other inputs"
+
+
+@pytest.mark.parametrize("spec", DELTA_SPECS[1:3], ids=str)
+def test_the_new_state_of_a_peer_stays_so_that_the_next_call_writes_elsewhere(spec, monkeypatch):
+    StandInFla().install(monkeypatch)
+    for make in fla.OPS["gdn"]:
+        peer = make(case_of(spec))
+        states = [weakref.ref(peer.call(copy)[1]) for copy in peer.copies]
+        assert all(state() is not None for state in states)
+
+
+def no_update(self, *, x, cache, weight, activation):
+    return StandInFla.causal_conv1d_update(self, x=x, cache=cache.clone(), weight=weight, activation=activation)[0], cache
+
+
+def no_gate(self, x, g, weight, bias, *, activation, eps):
+    return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
+
+
+def old_state(self, *, initial_state, **arguments):
+    return StandInFla.chunk_gated_delta_rule(self, initial_state=initial_state, **arguments)[0], initial_state
+
+
+@pytest.mark.parametrize("spec", DELTA_SPECS[:2], ids=str)
+@pytest.mark.parametrize(
+    ("function", "broken", "output"),
+    [
+        ("causal_conv1d_update", no_update, 2),
+        ("rms_norm_gated", no_gate, 0),
+        ("fused_recurrent_gated_delta_rule", old_state, 1),
+    ],
+)
+def test_a_peer_that_leaves_out_work_of_the_whole_op_gets_no_time(function, broken, output, spec, monkeypatch):
+    library = type("Broken", (StandInFla,), {function: broken})()
+    library.install(monkeypatch)
+    monkeypatch.setattr(measure, "graph_samples", lambda *_, **__: pytest.fail("a wrong peer was timed"))
+    row = measure.measure_peer(fla.NAME, fla.whole_op(case_of(spec)), spec.phase)
+    assert row.us is None and row.problem.startswith(f"output {output}")
+
+
 def test_no_memory_is_met_again_before_the_cache_has_turned_over():
     assert count_for(100, 30) * 30 >= 100 + 30
     assert count_for(0, 10) == 2
@@ -198,16 +347,21 @@ def test_the_table_and_the_json_say_what_was_measured(tmp_path):
     peers = [
         measure.PeerRow("torch", "mm", "the product", us=3.04),
         measure.PeerRow("gemlite", "gemv", "the product", problem="output 0: RMSE ratio 1.0e+00"),
+        measure.PeerRow("fla", "norm + mm", WHOLE, us=5.0),
     ]
     rows = [row_of(peers=peers), row_of(phase="prefill", flops=4_000_000_000, us=20.0), row_of(us=None, problem="y: red")]
     environment = {
         "gpu": "G", "driver": "1", "torch": "2", "triton": "3", "table": "sm_90", "read_tb_s": 3.2, "command": "bench",
     }  # fmt: skip
     text = table.markdown(rows, environment, {"flash-linear-attention": "No module named 'fla'"})
-    assert "| linear | out 8x8 | 1 | 2.0 | 4.0 | 2.00 | 62 % | 1.5 | torch `mm` 3.0, gemlite `gemv`: no time (output" in text
+    assert "| linear | out 8x8 | 1 | 2.0 | 4.0 | 2.00 | 62 % | 1.5 | fla `norm + mm` 5.0, torch `mm` 3.0 (part), " in text
+    assert "gemlite `gemv`: no time (output" in text
     assert "| 1 prefill | 20.0 | 4.0 | 0.20 | 200 TFLOP/s |" in text
     assert "no time: y: red" in text
     assert "* flash-linear-attention is not here: No module named 'fla'." in text and "* torch `mm` does the product." in text
+    assert text.count("norm + mm") == 1, "of a peer that does all of the work there is nothing to say below"
+    assert "\n(part): that peer does only this of the op's work" in text and text.index("(part): ") < text.index("* torch `mm`")
+    assert "(part)" not in table.markdown([row_of(peers=peers[2:])], environment, {})
     table.write_json(tmp_path / "out.json", rows, environment, {})
     document = json.loads((tmp_path / "out.json").read_text())
     assert document["rows"][0]["peers"][0]["us"] == 3.04 and document["rows"][2]["problem"] == "y: red"

@@ -8,10 +8,10 @@ import kernels_common as common
 import pytest
 import torch
 from moeexp_kernels import tuning
-from moeexp_kernels.bench import timing
+from moeexp_kernels.bench import measure, timing
 from moeexp_kernels.bench.__main__ import main
 from moeexp_kernels.bench.case import red
-from moeexp_kernels.bench.cases import BUILDERS, build, specs
+from moeexp_kernels.bench.cases import BUILDERS, Spec, build, specs
 from moeexp_kernels.bench.shapes import FULL
 
 
@@ -19,6 +19,26 @@ from moeexp_kernels.bench.shapes import FULL
 def test_every_case_agrees_with_its_reference(spec):
     with torch.no_grad():
         assert red(build(spec, FULL, "cuda", cold=0).check()) is None
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [Spec("gdn", "decode", 1), Spec("gdn", "decode", 2), Spec("gdn", "prefill", 512), Spec("sample", "decode", 2)],
+    ids=str,
+)
+def test_the_peers_that_are_here_are_right_before_and_after_their_replays(spec):
+    """Those of an op with a state, where flash-linear-attention or ExecuTorch is installed; and torch, which always is."""
+    with torch.no_grad():
+        case, absent = build(spec, FULL, "cuda", cold=0), measure.unavailable_sources()
+        peers = [
+            make(case) for name, module in measure.SOURCES.items() if name not in absent
+            for make in module.OPS.get(spec.op, [])
+        ]  # fmt: skip
+        assert peers or spec.op == "gdn"
+        for peer in filter(None, peers):
+            assert red(peer.check()) is None, peer.name
+            samples = timing.graph_samples(peer.call, peer.copies, calls=2 * len(peer.copies))
+            assert min(samples) > 0 and red(peer.check()) is None, peer.name
 
 
 def test_a_read_of_everything_is_near_what_a_copy_shows():

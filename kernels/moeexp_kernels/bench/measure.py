@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from .. import tuning
 from .case import Case, red
 from .peers import SOURCES, Peer, Unavailable
+from .peers.peer import WHOLE
 from .timing import Reader, calls_for, graph_samples
 
 
@@ -18,6 +19,11 @@ class PeerRow:
     covers: str
     us: float | None = None
     problem: str | None = None  # why there is no time
+
+    @property
+    def part(self) -> bool:
+        """Its time is of less work than our op's."""
+        return self.covers != WHOLE
 
 
 @dataclass

@@ -14,7 +14,9 @@ RULE = "|---|---|---|---|---|---|---|---|---|"
 
 def peer_text(peer: PeerRow) -> str:
     name = f"{peer.source} `{peer.name}`"
-    return f"{name} {peer.us:.1f}" if peer.us is not None else f"{name}: no time ({peer.problem})"
+    if peer.us is None:
+        return f"{name}: no time ({peer.problem})"
+    return f"{name} {peer.us:.1f}{' (part)' if peer.part else ''}"
 
 
 def line(row: Row) -> str:
@@ -22,7 +24,7 @@ def line(row: Row) -> str:
     if row.us is None:
         return f"| {row.op} | {row.shape} | {tokens} | no time: {row.problem} | | | | | |"
     assert row.share is not None and row.read_us is not None
-    peers = ", ".join(map(peer_text, row.peers))
+    peers = ", ".join(map(peer_text, sorted(row.peers, key=lambda peer: peer.part)))  # those of the same work first
     speed = f"{row.moved / row.us * 1e-6:.2f}"
     share, plain = f"{100 * row.share:.0f} %", f"{row.read_us:.1f}"
     if row.phase == "prefill" and row.flops:  # there the tensor cores are the limit, not the memory
@@ -41,7 +43,10 @@ def markdown(rows: list[Row], environment: dict, absent: dict[str, str]) -> str:
         f"starting early as in a decode step; `{environment['command']}`",
         "", HEADER, RULE, *map(line, rows), "",
     ]  # fmt: skip
-    covers = {f"{peer.source} `{peer.name}`": peer.covers for row in rows for peer in row.peers if peer.us is not None}
+    timed = [peer for row in rows for peer in row.peers if peer.us is not None]
+    covers = {f"{peer.source} `{peer.name}`": peer.covers for peer in timed if peer.part}
+    if covers:
+        text += ["(part): that peer does only this of the op's work; a time without the mark is of all of it.", ""]
     text += [f"* {name} does {what}." for name, what in sorted(covers.items())]
     text += [f"* {name} is not here: {reason}." for name, reason in sorted(absent.items())]
     return "\n".join(text)

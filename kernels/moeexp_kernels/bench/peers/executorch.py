@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...linear import dequantise, rms_norm
 from ..case import Case
-from .peer import Peer, Unavailable, delta_expected, delta_inputs
+from .peer import Peer, Unavailable, delta_expected, delta_inputs, hold
 from .torch_int4 import natural_codes
 from .torch_ops import attention as torch_attention
 
@@ -124,6 +124,7 @@ def experts(case: Case) -> Peer:
 
 
 def delta_rule(case: Case) -> Peer | None:
+    """A part only: none of its Triton ops is a conv or a gated norm, with which it would be our op's work."""
     if case.phase != "decode":
         return None
     op, arguments = load("fused_deltanet_decode").fused_deltanet_decode, case.copies[0]
@@ -132,9 +133,16 @@ def delta_rule(case: Case) -> Peer | None:
         inputs = delta_inputs(copy)
         qkv = torch.cat([inputs[name].flatten(1) for name in "qkv"], dim=1)
         return {
-            "qkv": qkv, "alpha": inputs["a"][:, 0].contiguous(), "beta_raw": inputs["b"][:, 0].contiguous(),
-            "A_log": copy["a_log"], "dt_bias": copy["dt_bias"], "state": copy["recurrent_state"],
+            "inputs": {
+                "qkv": qkv, "alpha": inputs["a"][:, 0].contiguous(), "beta_raw": inputs["b"][:, 0].contiguous(),
+                "A_log": copy["a_log"], "dt_bias": copy["dt_bias"], "state": copy["recurrent_state"],
+            }
         }  # fmt: skip
+
+    def call(copy: dict) -> tuple[Tensor, Tensor]:
+        o, state = op(**copy["inputs"])
+        hold(copy, state)
+        return o, state
 
     def expected() -> tuple[Tensor, Tensor]:
         o, state = delta_expected(arguments, delta_inputs(arguments))
@@ -142,7 +150,7 @@ def delta_rule(case: Case) -> Peer | None:
 
     return Peer(
         name="fused_deltanet_decode", covers="the delta rule, l2 norms and gates; no conv, no gated norm",
-        call=lambda copy: op(**copy), copies=[prepare(copy) for copy in case.copies], expected=expected,
+        call=call, copies=[prepare(copy) for copy in case.copies], expected=expected,
     )  # fmt: skip
 
 

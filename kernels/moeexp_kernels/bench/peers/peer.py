@@ -13,6 +13,7 @@ from ..case import Result, ratios
 
 # Peers store results and some partial results in bfloat16, and round where we do not; a wrong one is off by far more.
 PEER_GATE = 2e-2
+WHOLE = "all"  # what a peer covers that does all of our op's work
 
 
 class Unavailable(Exception):
@@ -22,7 +23,7 @@ class Unavailable(Exception):
 @dataclass
 class Peer:
     name: str
-    covers: str  # which part of our op it does
+    covers: str  # which part of our op it does, or WHOLE
     call: Callable[[dict], Any]  # with one of `copies`
     copies: list[dict]
     expected: Callable[[], tuple[Tensor, ...]]  # what call(copies[0]) must return, float32
@@ -34,6 +35,12 @@ class Peer:
         expected = self.expected()
         pairs = zip(out[: len(expected)], expected, strict=True)
         return [ratios(f"output {i}", a.float().reshape(e.shape), e.float(), PEER_GATE) for i, (a, e) in enumerate(pairs)]
+
+
+def hold(copy: dict, *states: Tensor) -> None:
+    """What a call wrote to new memory, where our op updates the old: held by the copy, as a cache holds it. Let go, the next
+    call would be given the same memory, whose lines are still in L2."""
+    copy["held"] = states
 
 
 def delta_inputs(arguments: dict) -> dict[str, Tensor]:

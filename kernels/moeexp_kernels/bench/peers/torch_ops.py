@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...linear import dequantise
 from ..case import Case
-from .peer import Peer
+from .peer import WHOLE, Peer
 
 NAME = "torch"
 COMPILES = False
@@ -60,7 +60,7 @@ def argmax(case: Case) -> Peer:
     copies = [{"x": copy["logits"]} for copy in case.copies]
     # Compared as numbers: an index that is off at all is off by thousands of rows of the vocabulary.
     return Peer(
-        name="argmax", covers="all", call=lambda copy: copy["x"].argmax(-1), copies=copies,
+        name="argmax", covers=WHOLE, call=lambda copy: copy["x"].argmax(-1), copies=copies,
         expected=lambda: (case.copies[0]["logits"].float().argmax(-1).float(),),
     )  # fmt: skip
 
