@@ -221,5 +221,6 @@ def state_shapes(
         else:
             cache = (batch, arch.num_key_value_heads, max_seq_len, arch.head_dim)
             shapes[f"layers.{i}.k_cache"] = shapes[f"layers.{i}.v_cache"] = (cache, dtype)
-        shapes[f"layers.{i}.expert_ids"] = ((batch, max_seq_len, arch.num_experts_per_tok), torch.int32)
+        # The last slot is no position's: a router counts in it (moeexp_kernels.router).
+        shapes[f"layers.{i}.expert_ids"] = ((batch, max_seq_len + 1, arch.num_experts_per_tok), torch.int32)
     return shapes

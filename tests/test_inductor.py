@@ -147,9 +147,10 @@ model = load(
     arch, Random(arch, 0), dtype=torch.bfloat16, device=torch.device("cpu"), bits=4, group_size=32, skip=NEVER_QUANTISED
 )
 model.attach_state(Arena(state_shapes(arch, batch=1, max_seq_len=64, dtype=torch.bfloat16), device="cpu").tensors)
-names = registry.resolve(default="triton", chosen={}, device="cuda")
-ops = {op: registry.implementation(op, name) for op, name in names.items()}
-for method in ("prefill", "decode"):
+written = {}
+for method, router in (("prefill", "triton"), ("decode", "triton"), ("decode", "fused")):
+    names = registry.resolve(default="triton", chosen={"router": router}, device="cuda")
+    ops = {op: registry.implementation(op, name) for op, name in names.items()}
     known.clear()
     program = export_method(method, model, ops, batch=1, max_seq_len=64)
     with torch.no_grad():
@@ -160,12 +161,20 @@ for method in ("prefill", "decode"):
         run_time = {parameter.name for parameter in kernel.params if not parameter.is_constexpr}
         floats = [name for name, *kind in filter(None, arguments) if name in run_time and kind[0][0] == "float"]
         assert not floats, (kernel.fn.__name__, floats)
+    for key, result in known.items():
+        # Names up to torch 2.12, and after: the dependences of each access.
+        written[key[0].fn.__name__] = set(
+            result if isinstance(result, list) else (dependence.name for dependence in result.read_writes.writes)
+        )
+results = {"ids_ptr", "weights_ptr", "trace_ptr"}
+assert written["choose_experts_kernel"] == results, written
+assert written["router_kernel"] == results | {"logits_ptr"}, written
 """
 
 
 def test_real_methods_need_few_analyses_and_hand_no_float_to_a_kernel():
     """With torch's own tracing, in a process without Triton's interpreter. Inductor types a float argument as float64, and
-    then everything that it touches is computed so."""
+    then everything that it touches is computed so. What a kernel writes is seen past a barrier and within a branch."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", TRACED], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

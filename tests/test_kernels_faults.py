@@ -11,7 +11,7 @@ from functools import partial
 import kernels_common as common
 import pytest
 import torch
-from moeexp_kernels import attention, dispatch, moe, moe_prefill, qk_norm_rope, router, sample
+from moeexp_kernels import attention, dispatch, moe, moe_prefill, qk_norm_rope, router, router_fused, sample
 from moeexp_kernels.gated_delta import gdn_decode
 from moeexp_kernels.gated_delta_prefill import gdn_prefill
 from moeexp_kernels.linear import linear
@@ -108,9 +108,9 @@ def routed(op, tokens):
     return lambda: op(x=x, **arguments)
 
 
-def router_of(rows):
+def router_of(rows, op=router.router):
     x = common.randn(1, rows, 64, seed=1)
-    return lambda: route(router.router, x, E=7, k=3)
+    return lambda: route(op, x, E=7, k=3)
 
 
 def attend(op, tokens, position):
@@ -142,6 +142,7 @@ CALLS = {
     "moe prefill": lambda: routed(moe_prefill.moe_prefill, 9),
     "router, few rows": lambda: router_of(2),
     "router, many rows": lambda: router_of(11),
+    "fused router, few rows": lambda: router_of(3, router_fused.router_fused),
     "gdn decode": lambda: delta(gdn_decode, 1),
     "gdn prefill": lambda: delta(gdn_prefill, 19),
     "attention, splitk": lambda: attend(attention.sdpa_decode_splitk, 1, 36),
@@ -239,13 +240,14 @@ def test_positions_and_frequencies_of_another_layout_are_refused():
     caches = {name: case[name] for name in ("k_cache", "v_cache")}
     rope_arguments = {"qkv": case["qkv"], **make_weights(32, 8), "positions": positions, "num_heads": 4, "eps": 1e-6, **caches}
     x = common.randn(2, 1, 64, seed=1)
-    trace = torch.zeros(2, 8, 2, dtype=torch.int32, device=common.DEVICE)
+    trace = torch.zeros(2, 9, 2, dtype=torch.int32, device=common.DEVICE)
     router_arguments = {
         "x": x, "norm_weight": common.randn(64, seed=2), "weight": common.randn(4, 64, seed=3), "eps": 1e-6, "top_k": 2,
         "positions": positions, "expert_ids": trace,
     }  # fmt: skip
     calls = [(op, case) for op in (attention.sdpa_decode_splitk, attention.sdpa_decode_tiled, attention.sdpa_prefill)]
     calls += [(qk_norm_rope.qk_norm_rope, rope_arguments), (router.router, router_arguments)]
+    calls += [(router_fused.router_fused, router_arguments)]
     for op, arguments in calls:
         for wrong, word in ((strided(positions), "strides"), (positions.int(), "int32"), (positions[:1], "(2,)")):
             common.expect_value_error(
@@ -254,7 +256,8 @@ def test_positions_and_frequencies_of_another_layout_are_refused():
     wrong = {**rope_arguments, "inv_freq": rope_arguments["inv_freq"].double()}
     common.expect_value_error(lambda: qk_norm_rope.qk_norm_rope(**wrong), "inv_freq", "float64", "float32")
     wrong = {**router_arguments, "norm_weight": strided(router_arguments["norm_weight"])}
-    common.expect_value_error(lambda: router.router(**wrong), "norm_weight", "strides")
+    for op in (router.router, router_fused.router_fused):
+        common.expect_value_error(lambda op=op: op(**wrong), "norm_weight", "strides")
 
 
 # --- routing

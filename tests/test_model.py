@@ -93,11 +93,11 @@ def test_logit_positions_select_rows():
 
 def test_expert_ids_are_traced_by_position():
     model, arena, ops = build(NANO)
-    arena.tensors["layers.0.expert_ids"].fill_(-7)
+    arena.tensors["layers.0.expert_ids"][:, :-1].fill_(-7)
     tokens = torch.randint(0, NANO.vocab_size, (1, 5))
     model(tokens, torch.tensor([10]), None, ops=ops, phase="prefill")
     trace = arena.tensors["layers.0.expert_ids"]
-    assert (trace[:, :10] == -7).all() and (trace[:, 15:] == -7).all()
+    assert (trace[:, :10] == -7).all() and (trace[:, 15:-1] == -7).all() and (trace[:, -1] == 0).all()
     chosen = trace[:, 10:15]
     assert chosen.min() >= 0 and chosen.max() < NANO.num_experts
     assert (chosen[..., 0] != chosen[..., 1]).all()

@@ -27,6 +27,7 @@ from .tuning import architecture
 OVERLAPPING = (
     "gemv_kernel",
     "choose_experts_kernel",
+    "router_kernel",
     "gate_up_kernel",
     "down_kernel",
     "_decode_kernel",

@@ -14,6 +14,7 @@ from . import (
     moe_prefill,
     qk_norm_rope,
     router,
+    router_fused,
     sample,
     user_ops,
 )
@@ -37,7 +38,7 @@ OPS: dict[str, dict[str, Callable]] = {
         "splitk": attention.sdpa_decode_splitk,
         "tiled": attention.sdpa_decode_tiled,
     },
-    "router": {"reference": router.reference_router, "triton": router.router},
+    "router": {"reference": router.reference_router, "triton": router.router, "fused": router_fused.router_fused},
     "moe_prefill": {"reference": moe.reference_moe_prefill, "triton": moe_prefill.moe_prefill},
     "moe_decode": {"reference": moe.reference_moe_decode, "triton": moe.moe_decode},
     "sample": {"reference": sample.reference_greedy, "triton": sample.greedy},

@@ -57,10 +57,11 @@ def test_bench_writes_a_table_and_its_numbers(tmp_path, capsys):
     path = tmp_path / "bench.json"
     assert main(["router", "sample", "--quick", "--json", str(path), "--jobs", "1"]) == 0
     document = json.loads(path.read_text())
-    assert [row["op"] for row in document["rows"]] == ["router", "router", "sample"]
+    assert [row["op"] for row in document["rows"]] == ["router", "router", "router", "sample"]
+    assert [row["tables"].keys() for row in document["rows"][:3]] == [{"router_gemv"}, {"router_fused"}, {"router_gemm"}]
     for row in document["rows"]:
         assert row["problem"] is None and row["us"] > 0 and 0 < row["share"] < 1.2 and len(row["samples"]) >= 10
-    assert [peer["name"] for peer in document["rows"][2]["peers"]] == ["argmax"]
+    assert [peer["name"] for peer in document["rows"][3]["peers"]] == ["argmax"]
     out = capsys.readouterr().out
     assert document["environment"]["gpu"] in out and "| router |" in out
 
@@ -77,6 +78,7 @@ def test_tune_writes_the_table_of_this_architecture(tmp_path, monkeypatch):
         written = json.loads((tmp_path / f"{name}.json").read_text())
         key = f"plain16/{FULL.experts}x{FULL.hidden}"
         assert set(written["router_gemv"][key]) == {"BLOCK_N", "TILES", "CACHE", "num_warps"}
+        assert set(written["router_fused"][key]) == {"BLOCK_N", "CACHE", "num_warps"}
         assert written["_about"]["device"] == torch.cuda.get_device_name()
         assert tuning.source("router_gemv", key) == name
     finally:
