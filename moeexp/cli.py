@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import secrets
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -22,15 +23,15 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from moeexp import launcher, schema
-from moeexp.composition_error import explain
+from moeexp.composition_error import HELP, explain
 from moeexp.job import FAILED, INTERRUPTED, INVALID, OK, Experiment, Job, default_experiment, run_job, say
 from moeexp.objective import objective
 from moeexp.record import read_record
 from moeexp.sweep import Sweep
 
 MULTIRUN = ("-m", "--multirun")
-# What only a sweep can do: a single run that asks for it is a sweep of one.
-AS_A_SWEEP = ("dry_run=true", "launcher.isolation=run", "launcher.isolation=group")
+# What only a sweep can do (a time limit, a GPU of one's own, …): a single run that asks for it is a sweep of one.
+AS_A_SWEEP = ("dry_run=true", "launcher.")
 
 
 @dataclass
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None, *, experiment: Experiment = def
     # argparse takes overrides before a flag or after it, not both.
     arguments.sort(key=lambda argument: argument not in MULTIRUN)
     session = Session(["python", "-m", "moeexp", *arguments], experiment)
-    if arguments and arguments[0] not in MULTIRUN and any(text in AS_A_SWEEP for text in arguments):
+    if arguments and arguments[0] not in MULTIRUN and any(text.startswith(AS_A_SWEEP) for text in arguments):
         arguments.insert(0, "-m")
     session.register()
 
@@ -105,15 +106,21 @@ def _guarded(command: Callable[[], Any], arguments: list[str], session: Session)
     return OK
 
 
+def _one_line(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """Instead of Hydra's usage, which names none of our settings."""
+    raise ValueError(f"{message}; {HELP}")
+
+
 @contextmanager
 def _hydra_process_state(arguments: list[str]) -> Iterator[None]:
-    """Hydra reads sys.argv, and raises (rather than prints and exits) only where HYDRA_FULL_ERROR is set."""
-    argv, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    """Hydra reads sys.argv through argparse, and raises (rather than prints and exits) only where HYDRA_FULL_ERROR is set."""
+    argv, full, usage = sys.argv, os.environ.get("HYDRA_FULL_ERROR"), argparse.ArgumentParser.error
     sys.argv, os.environ["HYDRA_FULL_ERROR"] = ["moeexp", *arguments], "1"
+    argparse.ArgumentParser.error = _one_line  # type: ignore[method-assign]
     try:
         yield
     finally:
-        sys.argv = argv
+        sys.argv, argparse.ArgumentParser.error = argv, usage  # type: ignore[method-assign]
         if full is None:
             del os.environ["HYDRA_FULL_ERROR"]
         else:

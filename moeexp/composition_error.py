@@ -19,6 +19,13 @@ def explain(error: BaseException) -> str:
     if isinstance(error, OverrideParseException):
         hint = """quote a value with special characters twice, as in 'prompt="1, 2"'"""
         return f"{error.override!r} is not of the form key=value that Hydra reads; {hint}"
+    ambiguous = re.search(r"Ambiguous value for argument '(.+?)'\s", f"{error} ")
+    if ambiguous:
+        key, _, value = ambiguous[1].partition("=")
+        return (
+            f"{ambiguous[1]!r} may be one value or several: -m sweeps over several, and '{key}=\"{value}\"' in quotes "
+            "twice is one"
+        )
     plugin = re.search(r"hydra_plugins\.hydra_(optuna|submitit|ray)_", str(error))
     if plugin and isinstance(error, (ImportError, RuntimeError)):
         return f"the Hydra plugin for {plugin[1]} is not installed here: pip install 'moeexp[{plugin[1]}]'"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from moeexp.arguments import Parser
 from moeexp.probes import ANSWER, PROBES, Finding
 from moeexp.tracker import wandb_mode
 
@@ -89,11 +89,15 @@ def show(facts: dict[str, Any], findings: dict[str, Finding], console: Console) 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 nothing that a run needs is broken, 1 something is."""
-    parser = argparse.ArgumentParser("python -m moeexp.doctor", description="Versions and known traps of this machine.")
+    """Exit code: 0 nothing that a run needs is broken, 1 something is, 2 invalid arguments."""
+    parser = Parser("python -m moeexp.doctor", description="Versions and known traps of this machine.")
     parser.add_argument("--quick", action="store_true", help="leave out the probes that compile")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    options = parser.parse_args(arguments)
+    try:
+        options = parser.parse_args(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     console = Console(stderr=True)
     findings, seconds = {}, {}
     try:

@@ -9,10 +9,34 @@ import torch
 from moeexp_runner.session import Session
 from torch import Tensor
 
+from .phases import Phases
+from .prompts import Text
+from .record import Record
+from .schema import Config
+from .validate import heldout_file
+
 # Non-overlapping windows, each from reset state; the first token of a window has no context and is not scored.
 WINDOW = 1024
 # Logits held at once: the prefill of a window is repeated for further slices of its positions.
 SLICE_ELEMENTS = 1 << 28
+
+
+def record_quality(cfg: Config, session: Session, text: Text, record: Record, phases: Phases) -> None:
+    """Bits per byte of a model with weights of its own on held-out text, into the record, unless its check failed."""
+    heldout = heldout_file(cfg.model)
+    if not cfg.eval_bytes or heldout is None or cfg.model.weights == "random":
+        return
+    if text.encode is None or text.decode is None:
+        record.note("no bits per byte: the snapshot brings no tokenizer, so held-out text has no tokens")
+        return
+    if (record.data["check"] or {}).get("passed") is False:
+        return
+    decode, piece = text.decode, heldout.read_bytes()[: cfg.eval_bytes].decode(errors="ignore")
+    count = len if cfg.model.tokenizer == "bytes" else lambda ids: len(decode(ids).encode())
+    with phases("bits per byte"):
+        quality = bits_per_byte(session, text.encode(piece), count)
+    quality |= {"file": heldout.name, "eval_bytes": len(piece.encode())}
+    record.set(bits_per_byte=quality["bits_per_byte"], evaluation=quality)
 
 
 def bits_per_byte(

@@ -17,18 +17,18 @@ from moeexp_runner.token_split import token_split
 from . import STARTED
 from .benchmark import Benchmark
 from .devices import others_on
-from .evaluate import bits_per_byte
+from .evaluate import record_quality
 from .factory import Stack, build_model, build_stack, check_coverage, python_callbacks
 from .floor import bytes_per_step
 from .model import Qwen35MoE
 from .phases import Phases
-from .prompts import Text, prompt_tokens, text_of
+from .prompts import prompt_tokens, text_of
 from .record import Record
 from .schema import Config, QuantConfig
 from .telemetry import Telemetry, watch
 from .trace import write_trace
 from .transformers_engine import run_transformers
-from .validate import heldout_file, load_architecture
+from .validate import load_architecture
 from .verification import References, verify
 from .weights import NEVER_QUANTISED
 
@@ -126,14 +126,7 @@ class Run:
         ids = self.benchmark.ids
         _compare_ids(record, ids, stopped_early=self.eos is not None)
         record.set(generated_ids=ids, generated_text=[decode(row) for row in ids] if decode else None)
-        heldout = heldout_file(cfg.model)
-        wanted = bool(cfg.eval_bytes) and heldout is not None and cfg.model.weights != "random"
-        if wanted and self.text.encode is None:
-            record.note("no bits per byte: the snapshot brings no tokenizer, so held-out text has no tokens")
-        elif wanted and (record.data["check"] or {}).get("passed") is not False:
-            with self.phases("bits per byte"):
-                quality = _quality(cfg, self.stack, heldout, self.text)
-                record.set(bits_per_byte=quality["bits_per_byte"], evaluation=quality)
+        record_quality(cfg, self.stack.session, self.text, record, self.phases)
         if cfg.profile == "trace":
             with self.phases("trace"):
                 path = self.run_dir / "trace.json"
@@ -154,14 +147,6 @@ def _compare_ids(record: Record, ids: list[list[int]], *, stopped_early: bool) -
     if not same:
         check["passed"] = False
         check["failures"].append("benchmark: the timed generation chose other tokens than the checked one")
-
-
-def _quality(cfg: Config, stack: Stack, heldout: Path, text: Text) -> dict[str, Any]:
-    assert text.encode is not None and text.decode is not None, "held-out text needs a model with text"
-    decode, piece = text.decode, heldout.read_bytes()[: cfg.eval_bytes].decode(errors="ignore")
-    count = len if cfg.model.tokenizer == "bytes" else lambda ids: len(decode(ids).encode())
-    result = bits_per_byte(stack.session, text.encode(piece), count)
-    return result | {"file": heldout.name, "eval_bytes": len(piece.encode())}
 
 
 def _ops(stack: Stack, dispatch: str) -> dict[str, Any]:

@@ -145,7 +145,10 @@ def _describe(error: BaseException | None, phases: Phases) -> dict[str, Any] | N
     if error is None:
         return None
     lines = "".join(traceback.format_exception(error))
-    return {"type": type(error).__name__, "message": str(error), "phase": phases.failed, "traceback": lines}
+    message = str(error)
+    if not message and isinstance(error, KeyboardInterrupt):
+        message = f"interrupted during {phases.failed}" if phases.failed else "interrupted"
+    return {"type": type(error).__name__, "message": message, "phase": phases.failed, "traceback": lines}
 
 
 def _report(error: BaseException, record: Record, phases: Phases) -> None:

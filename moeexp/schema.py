@@ -187,3 +187,8 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     from moeexp.adopt import adopt  # imports this module
 
     return adopt(config, overrides)
+
+
+def model_label(name: str, weights: str) -> str:
+    """What to call a model: a snapshot by its folder, whatever `model=` it was chosen under."""
+    return name if weights in ("shipped", "random") else Path(weights).expanduser().absolute().name

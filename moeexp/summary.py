@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moeexp.report import footnotes, markdown, number, table, why
+from moeexp.schema import model_label
 
 COLOURS = {"ok": "green", "running": "yellow", "unsupported": "yellow", "interrupted": "yellow"}
 MAX_TEXT = 600
@@ -95,7 +96,8 @@ def _view(records: Sequence[dict[str, Any]]) -> Table:
 
 def _findings(record: dict[str, Any]) -> list[Row]:
     config, status = record["config"], record["status"]
-    point = [config["model"]["name"], f"quant {config['quant']['name']}", config["export"], config["dtype"]]
+    model = model_label(config["model"]["name"], config["model"]["weights"])
+    point = [model, f"quant {config['quant']['name']}", config["export"], config["dtype"]]
     if config.get("engine") == "transformers":
         point[2] = "transformers"
     point += [f"graph {config['cuda_graph']}"] if config["cuda_graph"] else []

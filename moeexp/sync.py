@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import subprocess
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from moeexp.arguments import Parser
 from moeexp.record import read_record
 from moeexp.tracker import wandb_mode
 
@@ -73,13 +73,13 @@ def upload(runs: Sequence[OfflineRun], *, seconds: float) -> list[OfflineRun]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 all is uploaded, 1 something is not, 2 invalid input or not logged in, 130 interrupted."""
-    parser = argparse.ArgumentParser("python -m moeexp.sync", description="Upload runs that W&B logged offline.")
+    parser = Parser("python -m moeexp.sync", description="Upload runs that W&B logged offline.")
     parser.add_argument("folders", nargs="*", metavar="DIR", type=Path, help="default: outputs and multirun, if there")
     parser.add_argument("--dry-run", action="store_true", help="say what would be uploaded and stop")
     parser.add_argument("--timeout", type=float, default=SECONDS, metavar="SECONDS", help="for each run (default: 60)")
-    options = parser.parse_args(arguments)
     default = [Path(name) for name in DEFAULT_FOLDERS if Path(name).is_dir()]
     try:
+        options = parser.parse_args(arguments)
         runs = find(options.folders or default)
         waiting = [run for run in runs if not run.synced]
         for run in runs:

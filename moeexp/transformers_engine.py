@@ -15,6 +15,7 @@ from .architecture import Architecture
 from .benchmark import Benchmark
 from .check import Trace, check_tokens
 from .dequantised import DequantisedWeights
+from .evaluate import record_quality
 from .factory import build_model
 from .floor import bytes_per_step
 from .model import Qwen35MoE
@@ -33,17 +34,18 @@ HEADROOM = 1.15
 class TransformersSession:
     """What `moeexp_runner.timing` times, of a `Qwen3_5MoeForCausalLM`. Greedy."""
 
-    def __init__(self, model: nn.Module, *, batch: int):
-        self.model, self.batch = model, batch
-        self.device = model.device
+    def __init__(self, model: nn.Module, *, batch: int, max_seq_len: int):
+        self.model, self.batch, self.max_seq_len = model, batch, max_seq_len
+        self.device, self.vocab_size = model.device, model.config.vocab_size
 
     def reset(self) -> None:
         """Every call begins with a cache of its own."""
 
     @torch.no_grad()
-    def prefill(self, tokens: Tensor) -> Tensor:
-        """tokens [B, T] int64. Logits of the last position [B, 1, V]."""
-        return self.model(input_ids=tokens, use_cache=True, logits_to_keep=1).logits
+    def prefill(self, tokens: Tensor, logit_positions: Tensor | None = None) -> Tensor:
+        """tokens [B, T] int64; logit_positions [n] int64, by default the last. Logits [B, n, V]."""
+        kept = 1 if logit_positions is None else logit_positions
+        return self.model(input_ids=tokens, use_cache=True, logits_to_keep=kept).logits
 
     def generate(
         self, tokens: Tensor, new_tokens: int, *, on_token: Callable[[list[int], int], bool | None] | None = None
@@ -108,7 +110,7 @@ def run_transformers(cfg: Config, *, run_dir: Path, record: Record, phases: Phas
         model = convert(ours, arch, dtype=getattr(torch, cfg.dtype))
         del ours
         gc.collect()
-    session = TransformersSession(model, batch=cfg.batch)
+    session = TransformersSession(model, batch=cfg.batch, max_seq_len=cfg.max_seq_len)
     prompt = prompt.to(session.device)
     record.set(ops={"implementations": {"engine": describe(model)}, "python_callbacks": None, "compiled": {}})
     benchmark = Benchmark(cfg, session, prompt, None, record)  # type: ignore[arg-type]
@@ -132,6 +134,7 @@ def run_transformers(cfg: Config, *, run_dir: Path, record: Record, phases: Phas
     )
     if cfg.check != "off":
         record.set(check=check(cfg, arch, model, prompt, benchmark.ids, phases))
+    record_quality(cfg, session, text, record, phases)  # type: ignore[arg-type]
 
 
 def convert(ours: Qwen35MoE, arch: Architecture, *, dtype: torch.dtype) -> nn.Module:

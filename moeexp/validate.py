@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from moeexp.architecture import Architecture
-from moeexp.schema import Config, ModelConfig, QuantConfig, SamplerConfig
+from moeexp.schema import Config, ModelConfig, QuantConfig, SamplerConfig, model_label
 
 DEFAULT_PROMPT = "In the beginning"
 DEFAULT_PROMPT_LEN = 32
@@ -271,7 +271,8 @@ def _check_prompt(cfg: Config, arch: Architecture) -> None:
     length = cfg.prompt_len
     if cfg.prompt is not None:
         if tokenizer == "none":
-            raise ValueError(f"prompt is text, and model={cfg.model.name} has none: use prompt_ids or prompt_len")
+            label = model_label(cfg.model.name, cfg.model.weights)
+            raise ValueError(f"prompt is text, and {label} has no tokenizer: use prompt_ids or prompt_len")
         if not cfg.prompt:
             raise ValueError("prompt is empty: give at least one character, or leave it out for the default")
         length = len(cfg.prompt.encode()) if tokenizer == "bytes" else None

@@ -93,7 +93,7 @@ def test_interrupted_keeps_samples(tmp_path, capsys):
     assert run("seed=4") == 130
     (record,) = records(tmp_path)
     assert record["status"] == "interrupted" and record["token_latencies_ms"]["samples"] == [1.0, 2.0]
-    assert "interrupted" in capsys.readouterr().err
+    assert record["error"]["message"].startswith("interrupted") and "interrupted" in capsys.readouterr().err
 
 
 def test_an_exit_inside_a_run_is_a_failure(tmp_path):
@@ -126,13 +126,15 @@ def test_check_off_is_ok_and_publishes_no_speed(tmp_path):
         (["new_tokens=abc"], ["new_tokens=abc", "Integer"]),
         (["prompt_ids=[a]"], ["prompt_ids[0]=a"]),
         (["shared_stream=banana"], ["shared_stream=banana", "bool"]),
-        (["cuda_graph=false,true"], ["--multirun"]),
+        (["cuda_graph=false,true"], ["-m sweeps over several"]),
         (["cuda_graph=["], ["cuda_graph"]),
         (["x"], ["'x'"]),
         (["model=[1]"], ["Hydra"]),
         (["cuda_graph=banana"], ["allowed: false, true, decode, loop, all"]),
         (["dispatch=cond", "state=shared"], ["torch.cond", "state=explicit"]),
         (["--config-name=foo"], ["foo"]),
+        (["--banana"], ["--banana", "--help"]),
+        (["prompt=a, b"], ["'prompt=a, b'", "-m sweeps over several", "'prompt=\"a, b\"'"]),
         (["--multirun", "quant=int4,int9"], ["quant=int9"]),
     ],
 )
@@ -156,6 +158,12 @@ def test_state_of_the_process_is_restored(monkeypatch):
     argv = list(sys.argv)
     assert main(["foo=1"]) == 2
     assert sys.argv == argv and "HYDRA_FULL_ERROR" not in os.environ
+
+
+def test_a_time_limit_makes_a_single_run_a_sweep_of_one(tmp_path):
+    assert run("launcher.timeout_s=60", HERE) == 0
+    (record,) = records(tmp_path, "multirun")
+    assert record["status"] == "ok" and not list((tmp_path / "outputs").rglob("record.json"))
 
 
 def test_run_folders_of_one_second_differ(tmp_path):

@@ -159,3 +159,9 @@ def test_what_compiles():
     # Torch versions differ in it; that the two ways of telling exist is what matters.
     finding = doctor.probe("one-element buffer")
     assert (finding.verdict, "1, 1, 1" in finding.detail) in (("trap", True), ("ok", False))
+
+
+def test_an_unknown_argument_is_one_line(capsys):
+    assert doctor.main(["--banana"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "--banana" in line and "python -m moeexp.doctor --help" in line

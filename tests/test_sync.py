@@ -127,3 +127,9 @@ def test_a_run_that_wandb_itself_wrote_is_found(tmp_path):
     run.finish()
     (found,) = sync.find([tmp_path / "outputs"])
     assert found.folder == Path(run.dir).parent and not found.synced and found.what == "no record"
+
+
+def test_an_unknown_argument_is_one_line(capsys):
+    assert sync.main(["--banana"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "--banana" in line and "python -m moeexp.sync --help" in line

@@ -35,7 +35,7 @@ def test_it_has_our_weights_and_takes_ours_away():
 
 def test_tokens_arrive_one_by_one():
     model, _, _ = converted()
-    session, prompt = transformers_engine.TransformersSession(model, batch=2), torch.tensor([[3, 5], [8, 1]])
+    session, prompt = transformers_engine.TransformersSession(model, batch=2, max_seq_len=64), torch.tensor([[3, 5], [8, 1]])
     samples = Samples()
     ids = time_generation(session, prompt, 4, samples)
     assert len(ids) == 2 and all(len(row) == 4 for row in ids)
@@ -48,6 +48,18 @@ def test_tokens_arrive_one_by_one():
     logits = model(input_ids=full[:, :-1]).logits
     assert torch.equal(logits[:, 1:].argmax(-1), torch.tensor(ids))
     torch.testing.assert_close(session.prefill(prompt)[:, 0], logits[:, 1], rtol=1e-3, atol=1e-4)
+    some = session.prefill(full[:, :-1], torch.tensor([0, 2]))
+    torch.testing.assert_close(some, logits[:, [0, 2]], rtol=1e-3, atol=1e-4)
+
+
+def test_bits_per_byte_are_those_of_our_methods(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["model=tiny", "tracker=jsonl", "quant=none", "prompt_len=9", "new_tokens=2", "eval_bytes=600"]
+    arguments += ["repeats=1", "min_samples=1", "min_time_s=0", "check=off", "export=eager"]
+    for engine in ("moeexp", "transformers"):
+        assert main([*arguments, f"engine={engine}"]) == 0
+    ours, theirs = (record["bits_per_byte"] for record in map(read_record, sorted(Path("outputs").rglob("record.json"))))
+    assert 1 < theirs < 2 and abs(ours - theirs) < 1e-3
 
 
 @pytest.mark.parametrize("more", [[], ["dtype=bfloat16", "batch=2"]])
