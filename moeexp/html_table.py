@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from moeexp.markdown_report import times
-from moeexp.report import cell_of, number
+from moeexp.report import cell_of, number, why
 from moeexp.runs import Run
 from moeexp.statistics import Speed, ratio
 
@@ -25,8 +25,10 @@ class Cell:
 
 
 def ranking(ranked: Sequence[Run]) -> str:
-    """Every run, fastest first, a column for each setting that differs and each figure that some run has."""
-    axes = list(dict.fromkeys(axis for run in ranked for axis in run.settings))
+    """Every run, fastest first, a column for each setting that differs and each figure that some run has. In place of
+    figures, a run that has none says why."""
+    settings = [run.settings | run.asked for run in ranked]
+    axes = list(dict.fromkeys(axis for one in settings for axis in one))
     first: dict[tuple, Speed] = {}
     for run in sorted(ranked, key=lambda run: run.record["started"]):
         if run.speed:
@@ -48,13 +50,17 @@ def ranking(ranked: Sequence[Run]) -> str:
     for index, run in enumerate(ranked):
         cells = [_cell(Cell(str(index + 1), index + 1), "number")]
         cells += [_cell(of_runs[index], "" if name == "cell" else "number") for name, of_runs in speed]
-        cells += [_axis_cell(axis, run.settings[axis]) for axis in axes]
+        cells += [_axis_cell(axis, settings[index][axis]) for axis in axes]
         status = run.record["status"]
         cells.append(_axis_cell("status", status, f"status {status}"))
-        cells += [_cell(of_runs[index], "number") for _, of_runs in rest]
+        reason = why(run.record) if status != "ok" else None
+        if rest and reason and all(of_runs[index].value is None for _, of_runs in rest):
+            cells.append(f'<td class="why" colspan="{len(rest)}"><div>{escape(reason)}</div></td>')
+        else:
+            cells += [_cell(of_runs[index], "number") for _, of_runs in rest]
         rows.append(f'<tr data-run="{escape(run.id)}">{"".join(cells)}</tr>')
     table = f'<table id="ranked"><thead><tr>{"".join(header)}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-    return _filters(ranked, axes) + f'<div class="scroll">{table}</div>'
+    return _filters(settings, ranked, axes) + f'<div class="scroll">{table}</div>'
 
 
 def plain(header: Sequence[str], rows: Sequence[Sequence[str]], css: Sequence[str] = ()) -> str:
@@ -68,8 +74,8 @@ def plain(header: Sequence[str], rows: Sequence[Sequence[str]], css: Sequence[st
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _filters(ranked: Sequence[Run], axes: Sequence[str]) -> str:
-    choices = {axis: list(dict.fromkeys(run.settings[axis] for run in ranked)) for axis in axes}
+def _filters(settings: Sequence[dict[str, str]], ranked: Sequence[Run], axes: Sequence[str]) -> str:
+    choices = {axis: list(dict.fromkeys(one[axis] for one in settings)) for axis in axes}
     choices["status"] = list(dict.fromkeys(run.record["status"] for run in ranked))
     boxes = ""
     for axis, values in choices.items():
