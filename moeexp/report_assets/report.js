@@ -54,6 +54,8 @@
   }
   for (const filter of filters) filter.addEventListener("change", apply);
   search.addEventListener("input", apply);
+  const all = document.getElementById("all-columns");
+  all?.addEventListener("change", () => table.classList.toggle("all", all.checked));
   for (const details of document.querySelectorAll("details[data-record]")) {
     details.addEventListener("toggle", () => {
       const target = details.querySelector("pre");
