@@ -18,7 +18,7 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from moeexp import schema, validate
+from moeexp import report, schema, validate
 from moeexp.adopt import adopt
 from moeexp.devices import Gpu
 from moeexp.record import config_hash
@@ -154,7 +154,7 @@ def cells_of(composer: Composer, jobs: Sequence[Sequence[str]], first: int) -> l
     for cell in cells:
         # What tells it from the others; all that it sets, where there are no others.
         own = [text for text in cell.overrides if counts[text] < len(cells)]
-        cell.title = cell.design["cell"] if cell.design else " ".join(own or cell.overrides) or "(defaults)"
+        cell.title = cell.design["cell"] if cell.design else " ".join(map(_shown, own or cell.overrides)) or "(defaults)"
     return cells
 
 
@@ -173,6 +173,11 @@ def _design(
             kept = [text for text in job if text.partition("=")[0].lstrip("+~") not in keys]
             # Emptied, so that these overrides alone compose this cell again.
             yield [*kept, *cell.set, "launcher.cells=[]"], {"name": launcher.design, "cell": cell.name, "index": index}
+
+
+def _shown(override: str) -> str:
+    key, is_set, value = override.partition("=")
+    return key + is_set + report.unescaped(value)
 
 
 def _wanted(names: list[str], only: list[str]) -> set[int]:

@@ -23,7 +23,8 @@ LONG = 60  # characters of a setting in a label
 
 def label_of(run: Run) -> str:
     """What tells this run from the others."""
-    settings = [(axis, value if len(value) <= LONG else value[:LONG] + "…") for axis, value in run.settings.items()]
+    own = run.settings if run.prepared else run.settings | run.asked
+    settings = [(axis, value if len(value) <= LONG else value[:LONG] + "…") for axis, value in own.items()]
     return cell_of(run.record) or settings_text(settings) or run.id
 
 
@@ -33,7 +34,7 @@ def _waterfall(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
         of = settings_text(steps[0].run.workload)
         most = max(step.run.speed.tok_s for step in steps if step.run.speed)
         drawn, before = [], None
-        for step in steps:
+        for step in (step for step in steps if step.run.prepared):  # the table lists the others
             drawn.append(_step(step, before))
             before = step.run.speed.tok_s if step.run.speed else before
         text += (f"<h3>{escape(of)}</h3>" if of else "") + charts.rows(drawn, Scale(0, most), "tok/s")
@@ -210,16 +211,18 @@ def _time_split(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
 
 def _environment(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
     rows = []
+    # A cell that never ran knows no machine.
+    ran = [run for run in runs if run.prepared] or runs
     for name in CONDITIONS:
         values: dict[str, list[str]] = {}
-        for run in runs:
+        for run in ran:
             value = conditions(run.record)[name]
             if value is not None:
                 values.setdefault(str(value), []).append(run.id)
         parts = [value if len(values) == 1 else f"{value} ({len(ids)} runs)" for value, ids in values.items()]
         if parts:
             rows.append([name, "; ".join(parts)])
-    versions = (runs[0].record["environment"] or {}).get("versions") or {}
+    versions = (ran[0].record["environment"] or {}).get("versions") or {}
     rows.append(["versions of the first run", ", ".join(f"{k} {v}" for k, v in versions.items() if v)])
     table = html_table.plain(["condition", "value"], rows, ["", "wrap"])
     return table + (_telemetry(ranked) or _gpu_states(ranked))

@@ -28,9 +28,9 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inli
 
 
 def page(records: Sequence[dict[str, Any]], *, title: str) -> str:
-    """The whole file. Runs are ranked by decode speed; those without one come last."""
+    """The whole file. Runs are ranked by decode speed; those without one come after them, and last what never ran."""
     runs = runs_of(records)
-    ranked = sorted(runs, key=lambda run: -run.speed.tok_s if run.speed else 0.0)
+    ranked = sorted(runs, key=lambda run: (not run.prepared, -run.speed.tok_s if run.speed else 0.0))
     sections = [(name, text) for name, draw in SECTIONS.items() if (text := draw(runs, ranked))]
     sections = [("Ranking", html_table.ranking(ranked)), *sections, ("Runs", _runs(ranked))]
     links = "".join(f'<a href="#{_anchor(name)}">{escape(name)}</a>' for name, _ in sections)
@@ -75,7 +75,8 @@ def _subtitle(records: Sequence[dict[str, Any]]) -> str:
     shown = "".join(f"<div><code>{escape(command)}</code></div>" for command in list(commands)[:5])
     more = f'<div class="soft">and {len(commands) - 5} more commands</div>' if len(commands) > 5 else ""
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return f'<div class="soft">{len(records)} runs, started {escape(records[0]["started"])}; made {made}</div>{shown}{more}'
+    started = escape(min(record["started"] for record in records))
+    return f'<div class="soft">{len(records)} runs, started {started}; made {made}</div>{shown}{more}'
 
 
 def _tiles(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
@@ -90,7 +91,7 @@ def _tiles(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
             gain = ratio(best.speed, same[0].speed)
             spread = f", 95 % interval {three(gain.low)} to {three(gain.high)}" if gain.low and gain.high else ""
             tiles.insert(1, (f"× {three(gain.value)}", f"over the first, {label_of(same[0])}{spread}"))
-    machines = dict.fromkeys(_machine(run.record) for run in runs)
+    machines = dict.fromkeys(_machine(run.record) for run in [run for run in runs if run.prepared] or runs)
     tiles.append((next(iter(machines)), "and others, see Environment" if len(machines) > 1 else "measured on"))
     return '<div class="tiles">' + "".join(
         f'<div class="tile"><b>{escape(value)}</b><span>{escape(text)}</span></div>' for value, text in tiles

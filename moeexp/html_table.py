@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 from moeexp.markdown_report import times
-from moeexp.report import cell_of, number
+from moeexp.report import cell_of, number, why
 from moeexp.runs import Run
 from moeexp.statistics import Speed, ratio
 
 SPEED = "decode tok/s"
 FIRST = ("cell", SPEED)
+# Looked at now and then: with all of them the table would be wider than a screen. A box shows them.
+RARE = ("p99 ms", "first token ms", "bandwidth %", "kernels/token", "J/token")
+ROOM = 5  # columns for axes, or for the names of a design's cells, which say more in less
 FEW = 40  # levels of an axis that a filter lists; a longer list is searched
 
 
@@ -25,8 +29,10 @@ class Cell:
 
 
 def ranking(ranked: Sequence[Run]) -> str:
-    """Every run, fastest first, a column for each setting that differs and each figure that some run has."""
-    axes = list(dict.fromkeys(axis for run in ranked for axis in run.settings))
+    """Every run, fastest first, a column for each setting that differs and each figure that some run has. In place of
+    figures, a run that has none says why."""
+    settings = [run.settings | run.asked for run in ranked]
+    axes = list(dict.fromkeys(axis for one in settings for axis in one))
     first: dict[tuple, Speed] = {}
     for run in sorted(ranked, key=lambda run: run.record["started"]):
         if run.speed:
@@ -39,22 +45,31 @@ def ranking(ranked: Sequence[Run]) -> str:
     names = [cell_of(run.record) for run in ranked]
     if any(names):
         columns.insert(0, ("cell", [Cell(name or "–", name) for name in names]))
+    hidden = set(RARE)
+    if all(names) and len(set(names)) == len(names) and len(axes) + 1 > ROOM:
+        hidden |= set(axes)
     # The speed stands before the settings: a phone shows the first columns only.
     speed = [column for column in columns if column[0] in FIRST]
     rest = [column for column in columns if column[0] not in FIRST]
     header = [_header(name, name != "cell") for name in ("#", *(name for name, _ in speed))]
-    header += [_header(name, False) for name in (*axes, "status")] + [_header(name, True) for name, _ in rest]
+    header += [_header(name, False, name in hidden) for name in (*axes, "status")]
+    header += [_header(name, True, name in hidden) for name, _ in rest]
     rows = []
     for index, run in enumerate(ranked):
         cells = [_cell(Cell(str(index + 1), index + 1), "number")]
-        cells += [_cell(of_runs[index], "" if name == "cell" else "number") for name, of_runs in speed]
-        cells += [_axis_cell(axis, run.settings[axis]) for axis in axes]
+        cells += [_cell(of_runs[index], "cell" if name == "cell" else "number") for name, of_runs in speed]
+        cells += [_axis_cell(axis, settings[index][axis], "rare" * (axis in hidden)) for axis in axes]
         status = run.record["status"]
         cells.append(_axis_cell("status", status, f"status {status}"))
-        cells += [_cell(of_runs[index], "number") for _, of_runs in rest]
+        reason = why(run.record) if status != "ok" else None
+        if rest and reason and all(of_runs[index].value is None for _, of_runs in rest):
+            cells.append(f'<td class="why" colspan="{len(rest)}"><div>{escape(reason)}</div></td>')
+        else:
+            cells += [_cell(of_runs[index], "number rare" if name in hidden else "number") for name, of_runs in rest]
         rows.append(f'<tr data-run="{escape(run.id)}">{"".join(cells)}</tr>')
     table = f'<table id="ranked"><thead><tr>{"".join(header)}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-    return _filters(ranked, axes) + f'<div class="scroll">{table}</div>'
+    more = [name for name in (*axes, *(name for name, _ in rest)) if name in hidden]
+    return _filters(settings, ranked, axes, more) + f'<div class="scroll">{table}</div>'
 
 
 def plain(header: Sequence[str], rows: Sequence[Sequence[str]], css: Sequence[str] = ()) -> str:
@@ -68,8 +83,11 @@ def plain(header: Sequence[str], rows: Sequence[Sequence[str]], css: Sequence[st
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _filters(ranked: Sequence[Run], axes: Sequence[str]) -> str:
-    choices = {axis: list(dict.fromkeys(run.settings[axis] for run in ranked)) for axis in axes}
+def _filters(
+    settings: Sequence[dict[str, str]], ranked: Sequence[Run], axes: Sequence[str], more: Sequence[str]
+) -> str:
+    """A choice for each axis, the search, and the box that shows the columns `more`."""
+    choices = {axis: list(dict.fromkeys(one[axis] for one in settings)) for axis in axes}
     choices["status"] = list(dict.fromkeys(run.record["status"] for run in ranked))
     boxes = ""
     for axis, values in choices.items():
@@ -80,22 +98,35 @@ def _filters(ranked: Sequence[Run], axes: Sequence[str]) -> str:
                 f"{options}</select></label>"
             )
     search = '<label>search<input id="search" type="search" placeholder="any text"></label>'
-    return f'<div class="filters">{boxes}{search}<span id="count"></span></div>'
+    box = ""
+    if more:
+        said = escape(f"also {', '.join(more)}")
+        box = f'<label class="box" title="{said}"><input id="all-columns" type="checkbox">all columns</label>'
+    return f'<div class="filters">{boxes}{search}{box}<span id="count"></span></div>'
 
 
-def _header(name: str, is_number: bool) -> str:
-    css = ' class="number"' if is_number else ""
-    return f'<th{css} scope="col"><button type="button">{escape(name)}</button></th>'
+def _header(name: str, is_number: bool, rare: bool = False) -> str:
+    names = " ".join(["number"] * is_number + ["rare"] * rare)
+    css = f' class="{names}"' if names else ""
+    return f'<th{css} scope="col"><button type="button">{_breakable(name)}</button></th>'
+
+
+def _breakable(text: str) -> str:
+    """Escaped, and with places where a narrow column may break it: a setting's name is one long word."""
+    return re.sub(r"([_.:])(?=\w)", r"\1<wbr>", escape(text))
 
 
 def _axis_cell(axis: str, text: str, css: str = "") -> str:
     wide = " wrap" if len(text) > 40 else ""
-    return f'<td class="{css}{wide}" data-axis="{escape(axis)}" data-value="{escape(text)}">{escape(text)}</td>'
+    return f'<td class="{css}{wide}" data-axis="{escape(axis)}" data-value="{escape(text)}">{_breakable(text)}</td>'
 
 
 def _cell(cell: Cell, css: str) -> str:
     value = "" if cell.value is None else escape(str(cell.value))
-    return f'<td class="{css} {cell.css}" data-value="{value}">{escape(cell.text)}</td>'
+    # An interval may stand below its value, and neither breaks in itself.
+    at, bracket, interval = escape(cell.text).partition(" [")
+    text = f"<span>{at}</span> <span>[{interval}</span>" if bracket else at
+    return f'<td class="{css} {cell.css}" data-value="{value}">{text}</td>'
 
 
 def _figure(get: Callable[[dict[str, Any]], Any], scale: float = 1.0) -> Callable[[Run, dict], Cell]:

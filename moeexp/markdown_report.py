@@ -52,9 +52,11 @@ def _waterfalls(runs: Sequence[Run]) -> str:
 
 def _bars(steps: Sequence[Step]) -> list[str]:
     most = max(step.run.speed.tok_s for step in steps if step.run.speed)
-    width = max(len(step.label) for step in steps)
+    width = max(len(step.label) for step in steps if step.run.prepared)
     lines = []
     for step in steps:
+        if not step.run.prepared:
+            continue  # the table lists it
         if step.run.speed is None:
             lines.append(f"{step.label:<{width}}  {step.run.record['status']}")
             continue

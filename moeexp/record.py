@@ -215,6 +215,12 @@ def read_record(path: Path) -> dict[str, Any]:
     return data
 
 
+def is_prepared(record: dict[str, Any]) -> bool:
+    """Whether the run began: its config is then the resolved one. A cell that was refused, or killed before, has the
+    config as it was composed, with every `auto` and null still in it, and says nothing of a machine."""
+    return record["environment"] is not None
+
+
 def head(path: Path) -> dict[str, Any]:
     """{id, config_hash, code_fingerprint, status, started, finished} from a record's first lines; {} where the file is
     no record, or one of another schema version. A sweep looks at thousands, and a record has up to 200 KB."""

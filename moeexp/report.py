@@ -3,32 +3,46 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from moeexp.record import SPEEDS, read_record, write_atomically
+from moeexp.record import SPEEDS, is_prepared, read_record, write_atomically
 
 MEASURED = ("decode tok/s", "prefill tok/s", "TTFT ms", "bits/byte", "peak GiB")
+# What Hydra's grammar escapes in a value without quotes.
+ESCAPED = re.compile(r"\\([\\()\[\]{}:=, \t])")
 RANDOM_WEIGHTS = "random weights: routing is near uniform there and prefill touches every expert"
 
 
 def load_records(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """Every `record.json` under the folders, in the order in which the runs started. `ValueError` if there is none."""
+    """Every `record.json` under the folders, in the order in which the runs started; what was refused comes last.
+    `ValueError` if there is none."""
     paths: dict[Path, None] = {}
     for folder in folders:
         found = [folder] if folder.is_file() else sorted(folder.rglob("record.json"))
         if not found:
             raise ValueError(f"{folder} holds no record.json: give a run's or a sweep's folder")
         paths |= dict.fromkeys(path.resolve() for path in found)
-    return sorted(map(read_published, paths), key=lambda record: (record["started"], _numbered(record["id"])))
+
+    def order(record: dict[str, Any]) -> tuple:
+        # A sweep refuses its cells before it runs the first.
+        return is_refused(record), record["started"], _numbered(record["id"])
+
+    return sorted(map(read_published, paths), key=order)
 
 
 def read_published(path: Path) -> dict[str, Any]:
     """A record without the speeds that it may not publish yet: a run that still goes on may have timed before its check."""
     record = read_record(path)
     return record if record["status"] == "ok" else record | dict.fromkeys(SPEEDS)
+
+
+def is_refused(record: dict[str, Any]) -> bool:
+    """Whether its config may not run, so that nothing of it did."""
+    return record["status"] == "unsupported" and not is_prepared(record)
 
 
 def table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -40,7 +54,7 @@ def table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]
     first = (["cell"] if named else []) + axes
     header = [*(first or ["run"]), "status", *MEASURED]
     settings = [
-        ([cell] if named else []) + [_setting(record, axis) for axis in axes] or [record["id"]]
+        ([cell] if named else []) + [setting(record, axis) for axis in axes] or [record["id"]]
         for cell, record in zip(cells, records, strict=True)
     ]
     return header, [[*chosen, *_results(record)] for chosen, record in zip(settings, records, strict=True)]
@@ -66,8 +80,9 @@ def footnotes(records: Sequence[dict[str, Any]]) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for record in records:
         if record["status"] != "ok":
-            reasons.setdefault(f"{record['status']}: {why(record) or 'no reason recorded'}", []).append(record["id"])
-    return notes + [f"{', '.join(ids)} {reason}" for reason, ids in reasons.items()]
+            name = f"{cell_of(record)} ({record['id']})" if cell_of(record) else record["id"]
+            reasons.setdefault(f"{record['status']}: {why(record) or 'no reason recorded'}", []).append(name)
+    return notes + [f"{', '.join(names)} {reason}" for reason, names in reasons.items()]
 
 
 def why(record: dict[str, Any]) -> str | None:
@@ -81,18 +96,28 @@ def why(record: dict[str, Any]) -> str | None:
 
 def varying(records: Sequence[dict[str, Any]]) -> list[str]:
     """The groups and fields that some command line or sweep set and that differ between the records."""
-    keys = dict.fromkeys(key for record in records for key in _overrides(record))
-    return [key for key in keys if len({_setting(record, key) for record in records}) > 1]
+    keys = dict.fromkeys(key for record in records for key in overrides_of(record))
+
+    def values(key: str) -> set[str]:
+        # What a cell that never ran leaves to resolving (`auto`, null) is no other value than what the others resolved.
+        return {setting(record, key) for record in records if is_prepared(record) or key in overrides_of(record)}
+
+    return [key for key in keys if len(values(key)) > 1]
 
 
-def _overrides(record: dict[str, Any]) -> dict[str, str]:
+def overrides_of(record: dict[str, Any]) -> dict[str, str]:
     pairs = (override.partition("=") for override in record["overrides"])
-    return {key.lstrip("+~"): value for key, _, value in pairs if not key.startswith("tracker")}
+    return {key.lstrip("+~"): unescaped(value) for key, _, value in pairs if not key.startswith("tracker")}
 
 
-def _setting(record: dict[str, Any], key: str) -> str:
+def unescaped(value: str) -> str:
+    """An override's value as one would write it alone: a sweeper hands on `module:function` as `module\\:function`."""
+    return value if value[:1] in ("'", '"') else ESCAPED.sub(r"\1", value)
+
+
+def setting(record: dict[str, Any], key: str) -> str:
     """What was asked for, as it was written, else what the config has."""
-    value: Any = _overrides(record).get(key)
+    value: Any = overrides_of(record).get(key)
     if value is None:
         value = record["config"]
         for name in key.split("."):

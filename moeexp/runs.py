@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moeexp import statistics
+from moeexp.record import is_prepared
+from moeexp.report import cell_of, overrides_of, setting
 from moeexp.statistics import Speed
 
 # What is decoded: two runs that differ here do not do the same work, so their ratio is no optimisation's gain.
@@ -22,15 +24,24 @@ GROUPS = ("model", "quant", "sampler")
 
 @dataclass(eq=False)
 class Run:
-    """One record. `settings`: {axis: value as text} of every axis that differs within the set of runs."""
+    """One record.
+
+    `settings`: {axis: value as text} of every axis in which those differ that began to run. `asked`: the same of each
+    override by which only a cell that never ran differs from them: a value that was refused is seen, and is no level of
+    anything."""
 
     record: dict[str, Any]
     speed: Speed | None
     settings: dict[str, str] = field(default_factory=dict)
+    asked: dict[str, str] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
         return self.record["id"]
+
+    @property
+    def prepared(self) -> bool:
+        return is_prepared(self.record)
 
     @property
     def workload(self) -> tuple[tuple[str, str], ...]:
@@ -44,15 +55,55 @@ class Run:
 
 def runs_of(records: Sequence[dict[str, Any]]) -> list[Run]:
     """In the order of the records. Records that have the same settings throughout get empty `settings`."""
-    flat = [flatten(record["config"]) | {MACHINE: machine(record)} for record in records]
+    configs = [flatten(record["config"]) | {MACHINE: machine(record)} for record in records]
+    # A config that was never resolved differs from a resolved one in whatever resolving fills in.
+    resolved = [(r, c) for r, c in zip(records, configs, strict=True) if is_prepared(r)]
+    flat = [config for _, config in resolved] or configs
     axes = dict.fromkeys(axis for config in flat for axis in config)
     # A record from before there was a setting does not differ in it.
     differing = [axis for axis in axes if len({config[axis] for config in flat if axis in config}) > 1]
     differing = _without_consequences(differing, flat)
-    return [
-        Run(record, statistics.speed_of(record), {axis: config.get(axis, "–") for axis in differing})
-        for record, config in zip(records, flat, strict=True)
-    ]
+    asked = _refused_axes(records, differing)
+    resolved_as = {axis: _resolved_as(axis, resolved) for axis in differing}
+    runs = []
+    for record, config in zip(records, configs, strict=True):
+        settings = {axis: config.get(axis, "–") for axis in differing}
+        if not is_prepared(record):
+            # As those of its sweep have it that asked for the same, so that it lies with them; else as it was asked for.
+            settings |= {a: found for a in differing if (found := resolved_as[a].get(_deciding(a, record))) is not None}
+        runs.append(Run(record, statistics.speed_of(record), settings, {key: setting(record, key) for key in asked}))
+    return runs
+
+
+def _refused_axes(records: Sequence[dict[str, Any]], axes: Sequence[str]) -> list[str]:
+    """The overrides, beyond `axes`, that gave a cell that never ran a value that no other has. A design's cells have
+    names, which say it."""
+    ran = [record for record in records if is_prepared(record)]
+    never = [record for record in records if not is_prepared(record) and not cell_of(record)]
+    found = []
+    for key in dict.fromkeys(key for record in never for key in overrides_of(record)):
+        group = key.split(".")[0]
+        if not ran or key in axes or group in HOUSEKEEPING or group not in never[0]["config"]:
+            continue
+        known = {setting(record, key) for record in ran}
+        if any(key in overrides_of(record) and setting(record, key) not in known for record in never):
+            found.append(key)
+    return found
+
+
+def _resolved_as(axis: str, resolved: Sequence[tuple[dict[str, Any], dict[str, str]]]) -> dict[tuple, str]:
+    """{what decides it: the axis's value}, where the runs agree on that."""
+    found: dict[tuple, set[str]] = {}
+    for record, config in resolved:
+        found.setdefault(_deciding(axis, record), set()).add(config.get(axis, "–"))
+    return {key: values.pop() for key, values in found.items() if len(values) == 1}
+
+
+def _deciding(axis: str, record: dict[str, Any]) -> tuple:
+    """A record's sweep, whose cells differ in overrides alone, and those of them that an axis's resolved value hangs on."""
+    groups = (axis.split(".")[0], "model", "device")
+    chosen = {key: value for key, value in overrides_of(record).items() if key.split(".")[0] in groups}
+    return record["id"].rpartition(".")[0] or record["id"], tuple(sorted(chosen.items()))
 
 
 def machine(record: dict[str, Any]) -> str:

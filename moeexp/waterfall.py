@@ -26,7 +26,7 @@ def waterfalls(runs: Sequence[Run]) -> list[list[Step]]:
         by_workload.setdefault(run.workload, []).append(run)
     found = []
     for group in by_workload.values():
-        path = group if is_ladder(group) else steepest(group)
+        path = _rungs(group) if is_ladder(group) else steepest(group)
         if sum(run.speed is not None for run in path) > 1:
             found.append(_steps(path))
     return found
@@ -35,6 +35,14 @@ def waterfalls(runs: Sequence[Run]) -> list[list[Step]]:
 def is_ladder(runs: Sequence[Run]) -> bool:
     """Whether the runs are rungs that a design put in order."""
     return all("ladder" in ((run.record.get("design") or {}).get("name") or "") for run in runs)
+
+
+def _rungs(ladder: Sequence[Run]) -> list[Run]:
+    """In the design's order: a sweep refuses some cells before it runs any, and starts others a group at a time."""
+    designs = [run.record["design"] for run in ladder]
+    names = [design["name"] for design in designs]
+    order = sorted(range(len(ladder)), key=lambda i: (names.index(names[i]), designs[i]["index"]))
+    return [ladder[i] for i in order]
 
 
 def steepest(runs: Sequence[Run]) -> list[Run]:

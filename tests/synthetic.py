@@ -79,6 +79,17 @@ def record(
     return run.data | values
 
 
+def refused(*overrides: str, id: str = "ab.0", message: str = "not here", **values: Any) -> dict[str, Any]:
+    """As a sweep records a cell that may not run: the config as it was composed, no environment, nothing measured."""
+    config = plain(compose(["model=nano", *overrides]))
+    run = Record(Path("nowhere"), id=id, config=config, command=["python", "-m", "moeexp", "-m"], overrides=list(overrides))
+    run.write = lambda: None  # type: ignore[method-assign]  kept in memory
+    error = {"type": "ValueError", "message": message, "phase": None, "traceback": None}
+    run.finish("unsupported", error=values.pop("error", error))
+    run.data["started"] = "2026-01-01T00:00:00+00:00"
+    return run.data | values
+
+
 def grid(speeds: dict[tuple[str, ...], float], **values: Any) -> list[dict[str, Any]]:
     """{overrides: ms per token} -> records in that order."""
     return [

@@ -58,6 +58,13 @@ def test_a_design_is_its_cells(composer):
     assert schema.compose(found[0].overrides) == found[0].given
 
 
+def test_a_title_has_no_escapes(composer):
+    jobs = [[r"ops.router=own\:router", r"prompt=a\ \(b\)"], ["ops.router=null", r"prompt='a\:b'"]]
+    found = cells.cells_of(composer, [["model=nano", *job] for job in jobs], 0)
+    assert [cell.title for cell in found] == ["ops.router=own:router prompt=a (b)", r"ops.router=null prompt='a\:b'"]
+    assert found[0].given.ops.router == "own:router" and found[0].given.prompt == "a (b)"
+
+
 def test_a_design_that_cannot_be_read(composer):
     for job, words in (
         (["experiment=ladder", "launcher.only=[nosuch]"], "allowed: 0 \\(transformers eager\\)"),

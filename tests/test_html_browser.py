@@ -1,6 +1,7 @@
 """The HTML report in headless Chromium, without a network: no console error, charts drawn, filter and sort work, and
 nothing wider than the window, on a desk and on a phone."""
 
+import itertools
 import json
 import re
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 from html import unescape
 
 import pytest
+import synthetic
 from test_html_report import records
 
 from moeexp import html_report
@@ -99,6 +101,49 @@ def test_the_page_works(report, width):
     assert found["fewer_shapes"] < 0.7 * found["shapes"]
     assert found["searched"] == ["ab.4"]
     assert json.loads(found["record"])["id"] == "ab.3"
+
+
+AXES = {
+    "quant": ("none", "int4"), "dispatch": ("single", "dual"), "state": ("explicit", "shared"),
+    "skip_output_copy": ("false", "true"), "ops.gdn_decode": ("reference", "einsum"),
+}  # fmt: skip
+
+WIDTHS = """<!doctype html><body style="margin:0">
+<iframe src="wide.html" style="border:0;width:1280px;height:900px"></iframe><pre id="found"></pre><script>
+document.querySelector("iframe").addEventListener("load", (event) => {
+  const page = event.target.contentWindow.document, table = page.querySelector("#ranked"), box = table.parentElement;
+  const seen = () => [...table.tHead.rows[0].cells].filter((c) => c.getClientRects().length).map((c) => c.textContent);
+  const found = { beyond: box.scrollWidth - box.clientWidth, some: seen() };
+  found.heights = [...table.tBodies[0].rows].map((row) => row.getBoundingClientRect().height);
+  page.querySelector("#all-columns").click();
+  found.all = seen();
+  document.getElementById("found").textContent = JSON.stringify(found);
+});
+</script>"""
+
+
+def wide(design):
+    """A grid over five axes in which every figure was measured, and a cell that was refused."""
+    speeds = {tuple(map("=".join, zip(AXES, levels, strict=True))): 3 * 0.93**i for i, levels in
+              enumerate(itertools.product(*AXES.values()))}  # fmt: skip
+    found = synthetic.grid(speeds, joules_per_token=0.4123, bits_per_byte=1.93421)
+    message = "cuda_graph=true needs CUDA, and torch finds no CUDA GPU here: use cuda_graph=false, or run where there is one"
+    found.append(synthetic.refused("quant=none", "ops.gdn_decode=chunked", id="ab.99", message=message))
+    for one in found if design else []:
+        one["design"] = {"name": "grid", "cell": f"single method, dispatch inside, {one['id']}", "index": 0}
+    return found
+
+
+@pytest.mark.parametrize("design", [False, True])
+def test_the_ranking_of_five_axes_fits_a_screen(tmp_path, design):
+    (tmp_path / "wide.html").write_text(html_report.page(wide(design), title="t"), encoding="utf-8")
+    (tmp_path / "probe.html").write_text(WIDTHS)
+    dom, console = chromium(tmp_path, "--window-size=1400,1000", "--dump-dom", (tmp_path / "probe.html").as_uri())
+    assert console == []
+    found = json.loads(unescape(re.search(r'<pre id="found">(.*?)</pre>', dom, re.DOTALL)[1]))
+    assert found["beyond"] <= 0 and max(found["heights"]) < 80
+    more = {"p99 ms", "first token ms", "bandwidth %", "kernels/token", "J/token"} | (AXES.keys() if design else set())
+    assert set(found["all"]) - set(found["some"]) == more and len(found["all"]) == 19 + design
 
 
 def test_a_broken_page_would_be_noticed(report):

@@ -65,6 +65,22 @@ def test_a_default_is_compared_with_what_another_run_set(tmp_path):
     assert header[:2] == ["quant", "batch"] and [row[:2] for row in rows] == [["int4", "1"], ["int8", "2"]]
 
 
+def test_users_ops_are_named_as_they_are_written():
+    records = [synthetic.record(id="a"), synthetic.record(id="b")]
+    records[0]["overrides"], records[1]["overrides"] = [r"ops.router=own\:router"], ["ops.router=auto"]
+    header, rows = report.table(records)
+    assert header[0] == "ops.router" and [row[0] for row in rows] == ["own:router", "auto"]
+
+
+def test_what_was_refused_comes_last(tmp_path):
+    """A sweep records its refused cells before it runs the first."""
+    refused = synthetic.refused("cuda_graph=true", id="a.0", started="2026-01-01T00:00:00+00:00")
+    ran = [synthetic.record(id=f"a.{i}", started=f"2026-01-01T00:00:0{i}+00:00") for i in (1, 2)]
+    failed = synthetic.refused(id="a.3", started="2026-01-01T00:00:01+00:00") | {"status": "failed"}
+    synthetic.write(tmp_path, [refused, *ran, failed])
+    assert [one["id"] for one in report.load_records([tmp_path])] == ["a.1", "a.3", "a.2", "a.0"]
+
+
 def test_a_run_that_is_not_over_publishes_no_speed(tmp_path):
     running = synthetic.record(id="a") | {"status": "running", "decode_tok_s": 777.0, "finished": None}
     synthetic.write(tmp_path, [running, synthetic.record(id="b")])

@@ -25,8 +25,11 @@
     document.getElementById("count").textContent = `${shown.size} of ${body.rows.length} runs`;
   }
 
-  function compare(a, b, direction) {
-    const [x, y] = [a.dataset.value, b.dataset.value];
+  // The reason of a run without figures spans their columns, and is the last cell of its row.
+  const valueOf = (row, column) => row.cells[column]?.dataset.value ?? "";
+
+  function compare(a, b, column, direction) {
+    const [x, y] = [valueOf(a, column), valueOf(b, column)];
     // What was not measured stays last, whichever way the column is sorted.
     if (x === "" || y === "") return (x === "") - (y === "");
     const [p, q] = [Number(x), Number(y)];
@@ -42,7 +45,7 @@
     for (const one of table.tHead.rows[0].cells) one.removeAttribute("aria-sort");
     header.setAttribute("aria-sort", wanted);
     const direction = wanted === "ascending" ? 1 : -1;
-    const rows = [...body.rows].sort((a, b) => compare(a.cells[column], b.cells[column], direction));
+    const rows = [...body.rows].sort((a, b) => compare(a, b, column, direction));
     body.append(...rows);
   }
 
@@ -51,6 +54,8 @@
   }
   for (const filter of filters) filter.addEventListener("change", apply);
   search.addEventListener("input", apply);
+  const all = document.getElementById("all-columns");
+  all?.addEventListener("change", () => table.classList.toggle("all", all.checked));
   for (const details of document.querySelectorAll("details[data-record]")) {
     details.addEventListener("toggle", () => {
       const target = details.querySelector("pre");
