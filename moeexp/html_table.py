@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from moeexp.markdown_report import times
-from moeexp.report import cell_of, number
+from moeexp.report import cell_of, in_time, number
 from moeexp.runs import Run
 from moeexp.statistics import Speed, ratio
 
@@ -28,7 +28,7 @@ def ranking(ranked: Sequence[Run]) -> str:
     """Every run, fastest first, a column for each setting that differs and each figure that some run has."""
     axes = list(dict.fromkeys(axis for run in ranked for axis in run.settings))
     first: dict[tuple, Speed] = {}
-    for run in sorted(ranked, key=lambda run: run.record["started"]):
+    for run in sorted(ranked, key=lambda run: in_time(run.record)):
         if run.speed:
             first.setdefault(run.workload, run.speed)
     columns: list[tuple[str, list[Cell]]] = []

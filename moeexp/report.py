@@ -22,7 +22,7 @@ def load_records(folders: Sequence[Path]) -> list[dict[str, Any]]:
         if not found:
             raise ValueError(f"{folder} holds no record.json: give a run's or a sweep's folder")
         paths |= dict.fromkeys(path.resolve() for path in found)
-    return sorted(map(read_published, paths), key=lambda record: (record["started"], _numbered(record["id"])))
+    return sorted(map(read_published, paths), key=in_time)
 
 
 def read_published(path: Path) -> dict[str, Any]:
@@ -127,10 +127,10 @@ def _is_marked(record: dict[str, Any]) -> bool:
     return bool(record["random_weights"] and record["decode_tok_s"] is not None)
 
 
-def _numbered(id: str) -> tuple[str, int]:
-    """Sorts run 10 of a sweep after run 9."""
-    stem, _, number = id.rpartition(".")
-    return (stem, int(number)) if number.isdigit() else (id, 0)
+def in_time(record: dict[str, Any]) -> tuple[str, str, int]:
+    """Sorts records in the order in which they started, those of a group in that of the sweep: run 10 after run 9."""
+    stem, _, number = record["id"].rpartition(".")
+    return (record["started"], *((stem, int(number)) if number.isdigit() else (record["id"], 0)))
 
 
 class _Parser(argparse.ArgumentParser):

@@ -99,6 +99,16 @@ def test_the_ranking_is_by_speed_and_its_filters_know_every_level(page):
     assert {"=none", "=int4", "=int8", "=eager", "=aoti", "=ok", "=unsupported", ""} == options
 
 
+def test_the_first_run_is_the_first_also_of_those_that_started_together():
+    found = synthetic.grid({("quant=none",): 4.0, ("quant=int4",): 3.0, ("quant=int8",): 1.0}, group={"id": "g"})
+    rows = section(html_report.page(found, title="t"), "ranking").split("<tr data-run=")[1:]
+    assert "1, the first" in rows[2] and rows[2].startswith('"ab.0"') and "faster" in rows[0]
+
+
+def section(text, name):
+    return text.split(f'<h2 id="{name}">')[1].split("<h2")[0]
+
+
 def test_shapes_lie_within_their_charts(page):
     for tag, a in page.elements:
         if tag == "rect":
