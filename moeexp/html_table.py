@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from moeexp.markdown_report import times
+from moeexp.markdown_report import legend, times
 from moeexp.report import cell_of, in_time, number
 from moeexp.runs import Run
 from moeexp.statistics import Speed, ratio
@@ -54,7 +54,13 @@ def ranking(ranked: Sequence[Run]) -> str:
         cells += [_cell(of_runs[index], "number") for _, of_runs in rest]
         rows.append(f'<tr data-run="{escape(run.id)}">{"".join(cells)}</tr>')
     table = f'<table id="ranked"><thead><tr>{"".join(header)}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-    return _filters(ranked, axes) + f'<div class="scroll">{table}</div>'
+    gains = [ratio(run.speed, first[run.workload]) for run in ranked if run.speed]
+    return _filters(ranked, axes) + f'<div class="scroll">{table}</div>' + below(legend(gains))
+
+
+def below(line: str) -> str:
+    """A line under a table or a chart; nothing for an empty one."""
+    return f'<p class="soft">{escape(line)}</p>' if line else ""
 
 
 def plain(header: Sequence[str], rows: Sequence[Sequence[str]], css: Sequence[str] = ()) -> str:

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from moeexp.conditions import group_name
 from moeexp.record import SPEEDS, read_record, write_atomically
 
 MEASURED = ("decode tok/s", "prefill tok/s", "TTFT ms", "bits/byte", "peak GiB")
+APART = "†"  # marks what was not timed in turns with what it is held against
 RANDOM_WEIGHTS = "random weights: routing is near uniform there and prefill touches every expert"
 
 
@@ -43,7 +45,10 @@ def table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]
         ([cell] if named else []) + [_setting(record, axis) for axis in axes] or [record["id"]]
         for cell, record in zip(cells, records, strict=True)
     ]
-    return header, [[*chosen, *_results(record)] for chosen, record in zip(settings, records, strict=True)]
+    marks = [APART * apart for apart in _apart(records)]
+    return header, [
+        [*chosen, *_results(record, mark)] for chosen, record, mark in zip(settings, records, marks, strict=True)
+    ]
 
 
 def cell_of(record: dict[str, Any]) -> str | None:
@@ -63,6 +68,8 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
 def footnotes(records: Sequence[dict[str, Any]]) -> list[str]:
     """What the table's marks mean, and why each run that is not ok is not."""
     notes = [f"\\* {RANDOM_WEIGHTS}"] if any(_is_marked(record) for record in records) else []
+    if any(_apart(records)):
+        notes.append(f"{APART} not timed in turns with the first run: run-to-run noise is part of what lies between them")
     reasons: dict[str, list[str]] = {}
     for record in records:
         if record["status"] != "ok":
@@ -103,12 +110,28 @@ def _setting(record: dict[str, Any], key: str) -> str:
     return "–" if value is None else text.lower() if text in ("True", "False") else text
 
 
-def _results(record: dict[str, Any]) -> list[str]:
+def _apart(records: Sequence[dict[str, Any]]) -> list[bool]:
+    """Whether each took no turns with the first run of its workload, which is what a reader holds it against."""
+    from moeexp.runs import WORKLOAD, machine
+
+    first: dict[tuple, dict[str, Any]] = {}
+    found = []
+    for record in records:
+        if record["decode_tok_s"] is None:
+            found.append(False)
+            continue
+        work = (machine(record), *(str(record["config"].get(key)) for key in WORKLOAD))
+        base, group = first.setdefault(work, record), group_name(record)
+        found.append(record is not base and (group is None or group != group_name(base)))
+    return found
+
+
+def _results(record: dict[str, Any], apart: str) -> list[str]:
     memory, ttft = record["memory_gib"] or {}, record["ttft_s"]
     mark = r"\*" if _is_marked(record) else ""
     return [
         record["status"],
-        number(record["decode_tok_s"]) + mark,
+        number(record["decode_tok_s"]) + mark + apart,
         number(record["prefill_tok_s"]),
         number(None if ttft is None else 1e3 * ttft),
         number(record["bits_per_byte"]),
@@ -121,6 +144,10 @@ def number(value: Any) -> str:
     if not isinstance(value, (int, float)):
         return "–" if value is None else str(value)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def percent(part: float) -> str:
+    return f"{100 * part:.0f} %"
 
 
 def _is_marked(record: dict[str, Any]) -> bool:

@@ -49,10 +49,19 @@ def runs_of(records: Sequence[dict[str, Any]]) -> list[Run]:
     # A record from before there was a setting does not differ in it.
     differing = [axis for axis in axes if len({config[axis] for config in flat if axis in config}) > 1]
     differing = _without_consequences(differing, flat)
+    same = [(_repeated(config), record["code_fingerprint"]) for record, config in zip(records, flat, strict=True)]
+    speeds = statistics.with_repeats(
+        [statistics.speed_of(record) for record in records], same, [config[MACHINE] for config in flat]
+    )
     return [
-        Run(record, statistics.speed_of(record), {axis: config.get(axis, "–") for axis in differing})
-        for record, config in zip(records, flat, strict=True)
+        Run(record, speed, {axis: config.get(axis, "–") for axis in differing})
+        for record, speed, config in zip(records, speeds, flat, strict=True)
     ]
+
+
+def _repeated(config: dict[str, str]) -> tuple[tuple[str, str], ...]:
+    """Equal for two runs that only repeat one another."""
+    return tuple(sorted((axis, value) for axis, value in config.items() if axis not in statistics.REPEATED))
 
 
 def machine(record: dict[str, Any]) -> str:
