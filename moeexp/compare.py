@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from moeexp.conditions import conditions
+from moeexp.arguments import Parser
+from moeexp.conditions import conditions, differing
 from moeexp.markdown_report import times
-from moeexp.report import number, read_published, why
+from moeexp.report import number, percent, read_published, why
 from moeexp.reproduce import find
 from moeexp.runs import HOUSEKEEPING, as_text, runs_of, settings_text
-from moeexp.statistics import paired, ratio, speed_of
+from moeexp.statistics import ratio, speed_of
 
 TOP_KERNELS = 15
 # Of a phase or a kernel, a change below this is noise that nobody looks for.
@@ -26,7 +26,7 @@ def explain(a: dict[str, Any], b: dict[str, Any]) -> str:
     """The whole comparison as text; only what differs is listed."""
     parts: dict[str, list[Line]] = {
         "config": _nested(a["config"], b["config"], skip=HOUSEKEEPING),
-        "conditions": _flat(conditions(a), conditions(b)),
+        "conditions": _conditions(a, b),
         "environment": _nested(a["environment"] or {}, b["environment"] or {}, skip=("gpu_before", "gpu_after")),
         "ops": _nested(a["ops"] or {}, b["ops"] or {}),
         "check": _checks(a, b),
@@ -49,16 +49,22 @@ def verdict(a: dict[str, Any], b: dict[str, Any]) -> str:
         silent = [name for name, speed in (("A", before), ("B", after)) if speed is None]
         return f"no speeds to compare: {' and '.join(silent)} publishes none"
     found = ratio(after, before)
-    lines = [f"decode: B has {times(found)} of A's speed: {found.verdict}"]
+    lines = [f"decode: B has {times(found, marked=False)} of A's speed: {found.phrase}"]
     one, two = runs_of([a, b])
     if one.workload != two.workload:
         lines.append(f"not the same work: A {settings_text(one.workload)}; B {settings_text(two.workload)}")
-    if not paired(before, after):
-        lines.append("not timed in turns: drift of the machine between the two is in this ratio, not in its interval")
-    differing = [name for name, x in conditions(a).items() if x != conditions(b)[name]]
-    if differing:
-        lines.append(f"unlike conditions ({', '.join(differing)}): the ratio is not the settings' alone")
+    if not found.in_turns:
+        lines.append(f"not timed in turns: the interval allows for run-to-run noise of {percent(found.run_to_run)}")
+    unlike = differing(a, b)
+    if unlike:
+        lines.append(f"unlike conditions ({', '.join(unlike)}): the ratio is not the settings' alone")
     return "\n".join(lines)
+
+
+def _conditions(a: dict[str, Any], b: dict[str, Any]) -> list[Line]:
+    unlike = differing(a, b)
+    left, right = ({name: conditions(one)[name] for name in unlike} for one in (a, b))
+    return _flat(left, right)
 
 
 def _name(record: dict[str, Any]) -> str:
@@ -153,13 +159,8 @@ def _columns(lines: Sequence[Line]) -> str:
     return "".join(f"  {key:<{first}}  {x:<{second}}  {y}".rstrip() + "\n" for key, x, y in lines)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; python -m moeexp.compare --help says what there is")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = _Parser(prog="python -m moeexp.compare", description="What differs between two records, and how much.")
+    parser = Parser(prog="python -m moeexp.compare", description="What differs between two records, and how much.")
     parser.add_argument("a", metavar="A", type=Path, help="a record.json, or the folder of one run")
     parser.add_argument("b", metavar="B", type=Path)
     try:

@@ -10,12 +10,37 @@ from typing import Any
 HARMLESS = ("sync boost",)
 # Of the samples taken while a run was timed: below this, a reason to slow down passed unnoticed.
 NOTICED = 0.05
+# Two runs of which other processes left one more than this many times the CPU that they left the other were not under the
+# same load. Up to there it is within the run-to-run noise of a CPU (`statistics.RUN_TO_RUN`).
+UNLIKE_LOAD = 4 / 3
+# What of a record's `group` is the same for all of its runs and for no others.
+GROUP_KEYS = ("id", "name", "members", "runs", "order")
+LOAD = "load of other processes (cores per core)"
 
 
 def throttling(record: dict[str, Any]) -> list[str]:
     """The reasons for which the GPU lowered its clocks while this run was timed."""
     reasons = (record.get("telemetry") or {}).get("throttle_reasons") or {}
     return sorted(name for name, share in reasons.items() if share >= NOTICED and name not in HARMLESS)
+
+
+def group_name(record: dict[str, Any]) -> str | None:
+    """Names the runs that were timed in turns with this one; None if it ran by itself."""
+    group = record.get("group") or {}
+    name = next((group[key] for key in GROUP_KEYS if isinstance(group.get(key), (str, list)) and group[key]), None)
+    return None if name is None else f"{name}"
+
+
+def other_load(record: dict[str, Any]) -> float | None:
+    """Cores' worth of work that other processes did while this run was timed, per core that it could use; None where that
+    is not known, as in older records."""
+    seen = (record.get("telemetry") or {}).get("other_load")
+    return round(seen["cores"] / seen["of"], 2) if seen else None
+
+
+def cpu_left(load: float) -> float:
+    """Of each core, by other processes. Beside those that want all of it a run has still got its turn."""
+    return max(1 - load, 0.01)
 
 
 def _environment(*path: str) -> Callable[[dict[str, Any]], Any]:
@@ -50,6 +75,7 @@ CONDITIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "weights": _weights,
     "other processes on the GPU": lambda record: _environment("gpu_other_processes")(record) or None,
     "throttled by": lambda record: ", ".join(throttling(record)) or None,
+    LOAD: other_load,
 }
 
 
@@ -57,10 +83,16 @@ def conditions(record: dict[str, Any]) -> dict[str, Any]:
     return {name: get(record) for name, get in CONDITIONS.items()}
 
 
+def differing(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """The names of the conditions in which two records differ."""
+    left, right = conditions(a), conditions(b)
+    return [name for name in CONDITIONS if not _alike(name, left[name], right[name])]
+
+
 def unlike(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """One phrase for each condition in which two records differ; empty for a fair comparison."""
     left, right = conditions(a), conditions(b)
-    return [f"{name}: {_text(left[name])} / {_text(right[name])}" for name in CONDITIONS if left[name] != right[name]]
+    return [f"{name}: {_text(left[name])} / {_text(right[name])}" for name in differing(a, b)]
 
 
 def odd_ones(records: Sequence[dict[str, Any]]) -> list[str]:
@@ -68,7 +100,8 @@ def odd_ones(records: Sequence[dict[str, Any]]) -> list[str]:
     measured = [record for record in records if record["decode_tok_s"] is not None]
     lines = []
     for name, get in CONDITIONS.items():
-        values = Counter(get(record) for record in measured)
+        get = _levels(measured) if name == LOAD else get
+        values = Counter(map(get, measured))
         if len(values) > 1:
             parts = [
                 f"{_text(value)} ({_ids([record['id'] for record in measured if get(record) == value])})"
@@ -76,6 +109,25 @@ def odd_ones(records: Sequence[dict[str, Any]]) -> list[str]:
             ]
             lines.append(f"unlike conditions, {name}: " + "; ".join(parts))
     return lines
+
+
+def _alike(name: str, x: Any, y: Any) -> bool:
+    if name == LOAD:  # no two are ever equal, and an older record does not tell
+        return x is None or y is None or max(cpu_left(x), cpu_left(y)) <= UNLIKE_LOAD * min(cpu_left(x), cpu_left(y))
+    return x == y
+
+
+def _levels(records: Sequence[dict[str, Any]]) -> Callable[[dict[str, Any]], str | None]:
+    """Sorts a record by whether its load is like the lowest of all. One that does not tell counts as like it."""
+    loads = [load for record in records if (load := other_load(record)) is not None]
+    least = min(loads, default=None)
+
+    def level(record: dict[str, Any]) -> str | None:
+        low = _alike(LOAD, other_load(record), least)
+        same = [load for load in loads if _alike(LOAD, load, least) == low]
+        return " to ".join(dict.fromkeys(f"{end:g}" for end in (min(same), max(same)))) if loads else None
+
+    return level
 
 
 def _ids(ids: Sequence[str], shown: int = 6) -> str:

@@ -8,9 +8,18 @@ from typing import Any
 
 from moeexp import charts, html_table
 from moeexp.charts import Bar, Point, Row, Scale
-from moeexp.conditions import CONDITIONS, conditions
+from moeexp.conditions import CONDITIONS, LOAD, conditions
 from moeexp.effects import MEANING, interactions, main_effects
-from moeexp.markdown_report import drift, stack_line, stack_table, steps_table, three, times
+from moeexp.markdown_report import (
+    legend,
+    stack_legend,
+    stack_line,
+    stack_table,
+    steps_legend,
+    steps_table,
+    three,
+    times,
+)
 from moeexp.report import cell_of, number
 from moeexp.runs import Run, settings_text
 from moeexp.stack import stacks
@@ -39,7 +48,7 @@ def _waterfall(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
             before = step.run.speed.tok_s if step.run.speed else before
         text += (f"<h3>{escape(of)}</h3>" if of else "") + charts.rows(drawn, Scale(0, most), "tok/s")
         text += html_table.plain(*steps_table(steps), ["wrap", "number", "number"])
-        text += f'<p class="soft">{escape(drift(steps))}</p>'
+        text += html_table.below(steps_legend(steps))
     head = "<p>Decode speed, and what each step gained over the one before, with its 95 % interval.</p>"
     return head + text if text else ""
 
@@ -53,9 +62,10 @@ def _step(step: Step, before: float | None) -> Row:
     else:
         # Colour is for what is more than noise; without an interval nobody knows.
         kind = {"no difference": "level", "slower": "loss"}.get(step.gain.verdict, "gain" if speed >= before else "loss")
+        kind = "level" if step.gain.unlike_load else kind
         change = Bar(before, speed, kind, f"{number(before)} to {number(speed)} tok/s")
         bars = [Bar(0, min(before, speed), "before"), change]
-    note = f"{times(step.gain)} {step.gain.verdict}" if step.gain else ""
+    note = f"{times(step.gain)} {step.gain.phrase}" if step.gain else ""
     return Row(step.label, f"{number(speed)} tok/s", bars, note, run=step.run.id)
 
 
@@ -141,14 +151,15 @@ def _effects(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
         pairs = f"{effect.pairs} pair{'s' if effect.pairs > 1 else ''}"
         spread = f", {three(effect.least)} to {three(effect.most)}" if effect.pairs > 1 else ""
         label = f"{effect.axis}: {effect.base} → {effect.level}"
-        drawn.append(Row(label, times(found), bars, f"{found.verdict}; {pairs}{spread}"))
+        drawn.append(Row(label, times(found), bars, f"{found.phrase}; {pairs}{spread}"))
     values = [v for effect in effects for v in (effect.ratio.value, effect.ratio.low, effect.ratio.high) if v]
     scale = Scale(min(*values, 1.0) / 1.05, max(*values, 1.0) * 1.05, log=True)
     head = (
         "<p>What each setting does to decode speed: geometric mean over pairs of runs that differ in it alone, with "
         "the 95 % interval of each by itself; where that spans 1 there is no difference to speak of.</p>"
     )
-    return head + charts.rows(drawn, scale, "× speed", zero=1.0)
+    marks = html_table.below(legend(effect.ratio for effect in effects))
+    return head + charts.rows(drawn, scale, "× speed", zero=1.0) + marks
 
 
 def _interactions(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
@@ -168,9 +179,11 @@ def _interactions(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
     names = ("verdict", "setting", "with", "first alone", "second alone", "together", "against the product")
     head = "".join(f"<th{NUMBER if column > 2 else ''}>{name}</th>" for column, name in enumerate(names))
     seen = dict.fromkeys(one.verdict for one in found)
-    legend = "; ".join(f"{word}: {MEANING[word]}" for word in seen if word in MEANING)
+    meaning = "; ".join(f"{word}: {MEANING[word]}" for word in seen if word in MEANING)
     table = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-    return f"<p>Two settings together against the product of what each does alone. {escape(legend)}.</p>{table}"
+    return f"<p>Two settings together against the product of what each does alone. {escape(meaning)}.</p>{table}" + (
+        html_table.below(legend(one.ratio for one in found))
+    )
 
 
 def _stack(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
@@ -178,7 +191,7 @@ def _stack(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
     for stack in stacks(runs):
         of = f"{settings_text(stack.baseline.point)} → {settings_text(stack.full.point)}"
         text += f"<h3>{escape(of)}</h3>" + html_table.plain(*stack_table(stack), ["", "", "number", "number"])
-        text += f"<p>{escape(stack_line(stack))}</p>"
+        text += f"<p>{escape(stack_line(stack))}</p>" + html_table.below(stack_legend(stack))
     return text
 
 
@@ -213,7 +226,7 @@ def _environment(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
     rows = []
     # A cell that never ran knows no machine.
     ran = [run for run in runs if run.prepared] or runs
-    for name in CONDITIONS:
+    for name in (name for name in CONDITIONS if name != LOAD):  # of each run, under "While timed"
         values: dict[str, list[str]] = {}
         for run in ran:
             value = conditions(run.record)[name]
@@ -236,7 +249,8 @@ TELEMETRY = {
 
 def _telemetry(ranked: Sequence[Run]) -> str:
     """The machine while each run was timed: least, median and most of each quantity, and what slowed it down."""
-    having = [run for run in ranked[:MOST] if (run.record.get("telemetry") or {}).get("n")]
+    having = [run for run in ranked[:MOST] if run.record.get("telemetry")]
+    having = [run for run in having if run.record["telemetry"].get("n") or run.record["telemetry"].get("other_load")]
     names = [name for name in TELEMETRY if any(name in run.record["telemetry"] for run in having)]
     rows = []
     for run in having:
@@ -249,10 +263,11 @@ def _telemetry(ranked: Sequence[Run]) -> str:
         ]
         reasons = seen.get("throttle_reasons") or {}
         slowed = ", ".join(f"{reason} {share:.0%} of the time" for reason, share in reasons.items()) or "no"
-        rows.append([label_of(run), *ranges, slowed])
+        others = seen.get("other_load")
+        rows.append([label_of(run), *ranges, f"{number(others['cores'])} of {others['of']}" if others else "–", slowed])
     if not rows:
         return ""
-    header = ["run", *(f"{TELEMETRY[name]}, least – median – most" for name in names), "throttled"]
+    header = ["run", *(f"{TELEMETRY[name]}, least – median – most" for name in names), "cores other processes used", "throttled"]
     return "<h3>While timed</h3>" + html_table.plain(header, rows, ["wrap"])
 
 

@@ -89,7 +89,8 @@ def _tiles(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
         same = [run for run in runs if run.speed and run.workload == best.workload]
         if same[0] is not best:
             gain = ratio(best.speed, same[0].speed)
-            spread = f", 95 % interval {three(gain.low)} to {three(gain.high)}" if gain.low and gain.high else ""
+            spread = f", 95 % interval {three(gain.low)} to {three(gain.high)}: {gain.phrase}" if gain.low else ""
+            spread += "" if gain.in_turns else "; not timed in turns"
             tiles.insert(1, (f"× {three(gain.value)}", f"over the first, {label_of(same[0])}{spread}"))
     machines = dict.fromkeys(_machine(run.record) for run in [run for run in runs if run.prepared] or runs)
     tiles.append((next(iter(machines)), "and others, see Environment" if len(machines) > 1 else "measured on"))
@@ -105,7 +106,9 @@ def _machine(record: dict[str, Any]) -> str:
 
 
 def _flags(records: Sequence[dict[str, Any]]) -> str:
-    lines = odd_ones(records) + [note.removeprefix("\\* ") for note in report.footnotes(records)]
+    # What took no turns is marked in each table.
+    notes = [note for note in report.footnotes(records) if not note.startswith(report.APART)]
+    lines = odd_ones(records) + [note.removeprefix("\\* ") for note in notes]
     return f'<ul class="flags">{"".join(f"<li>{escape(line)}</li>" for line in lines)}</ul>' if lines else ""
 
 

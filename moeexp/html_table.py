@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from moeexp.markdown_report import times
-from moeexp.report import cell_of, number, why
+from moeexp.markdown_report import legend, times
+from moeexp.report import cell_of, in_time, number, why
 from moeexp.runs import Run
 from moeexp.statistics import Speed, ratio
 
@@ -34,7 +34,7 @@ def ranking(ranked: Sequence[Run]) -> str:
     settings = [run.settings | run.asked for run in ranked]
     axes = list(dict.fromkeys(axis for one in settings for axis in one))
     first: dict[tuple, Speed] = {}
-    for run in sorted(ranked, key=lambda run: run.record["started"]):
+    for run in sorted(ranked, key=lambda run: in_time(run.record)):
         if run.speed:
             first.setdefault(run.workload, run.speed)
     columns: list[tuple[str, list[Cell]]] = []
@@ -69,7 +69,13 @@ def ranking(ranked: Sequence[Run]) -> str:
         rows.append(f'<tr data-run="{escape(run.id)}">{"".join(cells)}</tr>')
     table = f'<table id="ranked"><thead><tr>{"".join(header)}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
     more = [name for name in (*axes, *(name for name, _ in rest)) if name in hidden]
-    return _filters(settings, ranked, axes, more) + f'<div class="scroll">{table}</div>'
+    gains = [ratio(run.speed, first[run.workload]) for run in ranked if run.speed]
+    return _filters(settings, ranked, axes, more) + f'<div class="scroll">{table}</div>' + below(legend(gains))
+
+
+def below(line: str) -> str:
+    """A line under a table or a chart; nothing for an empty one."""
+    return f'<p class="soft">{escape(line)}</p>' if line else ""
 
 
 def plain(header: Sequence[str], rows: Sequence[Sequence[str]], css: Sequence[str] = ()) -> str:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from moeexp import report
 from moeexp.conditions import odd_ones
 from moeexp.effects import MEANING, interactions, main_effects
-from moeexp.report import number
+from moeexp.report import APART, number, percent
 from moeexp.runs import Run, runs_of, settings_text
 from moeexp.stack import Part, Stack, stacks
 from moeexp.statistics import Interval
 from moeexp.waterfall import Step, waterfalls
 
 BAR = 24  # characters of the longest bar
+LOADED = "‡"  # marks a ratio of runs under unlike load
 
 
 def document(records: Sequence[dict[str, Any]]) -> str:
@@ -27,13 +28,31 @@ def document(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def times(gain: Interval | None) -> str:
-    """A ratio of speeds with its interval, as text."""
+def times(gain: Interval | None, *, marked: bool = True) -> str:
+    """A ratio of speeds with its interval, as text. `marked`: with the marks that `legend` explains."""
     if gain is None:
         return "–"
+    marks = f" {_marks(gain)}" if marked and _marks(gain) else ""
     if gain.low is None or gain.high is None:
-        return f"× {three(gain.value)}"
-    return f"× {three(gain.value)} [{three(gain.low)}, {three(gain.high)}]"
+        return f"× {three(gain.value)}{marks}"
+    return f"× {three(gain.value)} [{three(gain.low)}, {three(gain.high)}]{marks}"
+
+
+def _marks(gain: Interval) -> str:
+    return APART * (not gain.in_turns) + LOADED * gain.unlike_load
+
+
+def legend(gains: Iterable[Interval | None]) -> str:
+    """One line that explains the marks of these ratios; empty where they have none."""
+    shown = [gain for gain in gains if gain is not None]
+    noise = [gain.run_to_run for gain in shown if not gain.in_turns]
+    parts = []
+    if noise:
+        span = " to ".join(dict.fromkeys((percent(min(noise)), percent(max(noise)))))
+        parts.append(f"{APART} Not timed in turns: the interval allows for run-to-run noise of {span}.")
+    if any(gain.unlike_load for gain in shown):
+        parts.append(f"{LOADED} Other processes loaded the CPU more during one side than during the other.")
+    return " ".join(parts)
 
 
 def three(value: float) -> str:
@@ -46,7 +65,7 @@ def _waterfalls(runs: Sequence[Run]) -> str:
     for steps in waterfalls(runs):
         of = settings_text(steps[0].run.workload)
         text = f"### Speed-up{', ' + of if of else ''}\n\n```text\n" + "\n".join(_bars(steps)) + "\n```\n\n"
-        texts.append(text + _table(*steps_table(steps)) + (f"\n{drift(steps)}\n" if drift(steps) else ""))
+        texts.append(text + _table(*steps_table(steps)) + _below(steps_legend(steps)))
     return "\n".join(texts)
 
 
@@ -81,8 +100,8 @@ def steps_table(steps: Sequence[Step]) -> tuple[list[str], list[list[str]]]:
                 number(speed.tok_s if speed else None),
                 number(1e3 * record["config"]["batch"] / speed.tok_s if speed else None),
                 times(step.gain),
-                step.gain.verdict if step.gain else "" if speed else record["status"],
-                f"× {three(step.total.value)}" if step.total else "–",
+                step.gain.phrase if step.gain else "" if speed else record["status"],
+                f"× {three(step.total.value)} {_marks(step.total)}".strip() if step.total else "–",
                 number(record["kernels_per_token"]),
                 number((record.get("time_split") or {}).get("host_us")),
                 _check(record),
@@ -92,14 +111,13 @@ def steps_table(steps: Sequence[Step]) -> tuple[list[str], list[list[str]]]:
     return [header[column] for column in kept], [[row[column] for column in kept] for row in rows]
 
 
-def drift(steps: Sequence[Step]) -> str:
-    """Which steps were not timed in turns with the one that they are held against; empty if all were."""
-    apart = [step.label for step in steps if step.gain and not step.in_turns]
-    if not apart:
-        return ""
-    every = len(apart) == sum(step.gain is not None for step in steps)
-    which = "" if every else f" with the step before: {', '.join(apart)}"
-    return f"Not timed in turns{which}. Drift of the machine between runs is part of such a gain."
+def steps_legend(steps: Sequence[Step]) -> str:
+    return legend(gain for step in steps for gain in (step.gain, step.total))
+
+
+def _below(line: str) -> str:
+    """A line under a table."""
+    return f"\n{line}\n" if line else ""
 
 
 def _check(record: dict[str, Any]) -> str:
@@ -116,14 +134,15 @@ def _effects(runs: Sequence[Run]) -> str:
             f"`{effect.axis}`",
             f"{effect.base} → {effect.level}",
             times(effect.ratio),
-            effect.ratio.verdict,
+            effect.ratio.phrase,
             f"{effect.pairs}",
             f"{three(effect.least)} … {three(effect.most)}",
         ]
         for effect in effects
     ]
     header = ["setting", "change", "decode speed", "verdict", "matched pairs", "their range"]
-    return "### Effects\n\n" + _table(header, rows) + "\nOver runs that differ in this setting alone; 95 % intervals.\n"
+    head = "\nOver runs that differ in this setting alone; 95 % intervals.\n"
+    return "### Effects\n\n" + _table(header, rows) + head + _below(legend(effect.ratio for effect in effects))
 
 
 def _interactions(runs: Sequence[Run]) -> str:
@@ -143,14 +162,16 @@ def _interactions(runs: Sequence[Run]) -> str:
     ]
     header = ["setting", "with", "alone", "together", "against the product", "verdict"]
     seen = dict.fromkeys(one.verdict for one in found)
-    legend = "; ".join(f"{word}: {MEANING[word]}" for word in seen if word in MEANING)
-    return "### Interactions\n\n" + _table(header, rows) + (f"\n{legend}.\n" if legend else "")
+    meaning = "; ".join(f"{word}: {MEANING[word]}" for word in seen if word in MEANING)
+    lines = _below(f"{meaning}." if meaning else "") + _below(legend(one.ratio for one in found))
+    return "### Interactions\n\n" + _table(header, rows) + lines
 
 
 def _stacks(runs: Sequence[Run]) -> str:
     text = ""
     for stack in stacks(runs):
-        text += "### Alone and in the full stack\n\n" + _table(*stack_table(stack)) + f"\n{stack_line(stack)}\n"
+        text += "### Alone and in the full stack\n\n" + _table(*stack_table(stack)) + _below(stack_line(stack))
+        text += _below(stack_legend(stack))
     return text
 
 
@@ -168,7 +189,7 @@ def _shared(part: Part) -> str:
     verdicts = {
         "no difference": "the same in both", "faster": "more with the others", "slower": "less with the others",
     }  # fmt: skip
-    return verdicts[part.ratio.verdict]
+    return verdicts.get(part.ratio.verdict, part.ratio.verdict)
 
 
 def stack_line(stack: Stack) -> str:
@@ -177,6 +198,11 @@ def stack_line(stack: Stack) -> str:
         return line + "."
     line += f"; the product of what each buys alone: {times(stack.product)}"
     return line + f", so together {times(stack.ratio)} of it."
+
+
+def stack_legend(stack: Stack) -> str:
+    parts = [gain for part in stack.parts for gain in (part.alone, part.last)]
+    return legend([*parts, stack.together, stack.product, stack.ratio])
 
 
 def _unlike(records: Sequence[dict[str, Any]]) -> str:

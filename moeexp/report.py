@@ -7,11 +7,14 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from moeexp.arguments import Parser
+from moeexp.conditions import group_name
 from moeexp.record import SPEEDS, is_prepared, read_record, write_atomically
 
 MEASURED = ("decode tok/s", "prefill tok/s", "TTFT ms", "bits/byte", "peak GiB")
+APART = "†"  # marks what was not timed in turns with what it is held against
 # What Hydra's grammar escapes in a value without quotes.
 ESCAPED = re.compile(r"\\([\\()\[\]{}:=, \t])")
 RANDOM_WEIGHTS = "random weights: routing is near uniform there and prefill touches every expert"
@@ -29,7 +32,7 @@ def load_records(folders: Sequence[Path]) -> list[dict[str, Any]]:
 
     def order(record: dict[str, Any]) -> tuple:
         # A sweep refuses its cells before it runs the first.
-        return is_refused(record), record["started"], _numbered(record["id"])
+        return is_refused(record), in_time(record)
 
     return sorted(map(read_published, paths), key=order)
 
@@ -57,7 +60,10 @@ def table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]
         ([cell] if named else []) + [setting(record, axis) for axis in axes] or [record["id"]]
         for cell, record in zip(cells, records, strict=True)
     ]
-    return header, [[*chosen, *_results(record)] for chosen, record in zip(settings, records, strict=True)]
+    marks = [APART * apart for apart in _apart(records)]
+    return header, [
+        [*chosen, *_results(record, mark)] for chosen, record, mark in zip(settings, records, marks, strict=True)
+    ]
 
 
 def cell_of(record: dict[str, Any]) -> str | None:
@@ -77,6 +83,8 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
 def footnotes(records: Sequence[dict[str, Any]]) -> list[str]:
     """What the table's marks mean, and why each run that is not ok is not."""
     notes = [f"\\* {RANDOM_WEIGHTS}"] if any(_is_marked(record) for record in records) else []
+    if any(_apart(records)):
+        notes.append(f"{APART} not timed in turns with the first run: run-to-run noise is part of what lies between them")
     reasons: dict[str, list[str]] = {}
     for record in records:
         if record["status"] != "ok":
@@ -128,12 +136,28 @@ def setting(record: dict[str, Any], key: str) -> str:
     return "–" if value is None else text.lower() if text in ("True", "False") else text
 
 
-def _results(record: dict[str, Any]) -> list[str]:
+def _apart(records: Sequence[dict[str, Any]]) -> list[bool]:
+    """Whether each took no turns with the first run of its workload, which is what a reader holds it against."""
+    from moeexp.runs import WORKLOAD, machine
+
+    first: dict[tuple, dict[str, Any]] = {}
+    found = []
+    for record in records:
+        if record["decode_tok_s"] is None:
+            found.append(False)
+            continue
+        work = (machine(record), *(str(record["config"].get(key)) for key in WORKLOAD))
+        base, group = first.setdefault(work, record), group_name(record)
+        found.append(record is not base and (group is None or group != group_name(base)))
+    return found
+
+
+def _results(record: dict[str, Any], apart: str) -> list[str]:
     memory, ttft = record["memory_gib"] or {}, record["ttft_s"]
     mark = r"\*" if _is_marked(record) else ""
     return [
         record["status"],
-        number(record["decode_tok_s"]) + mark,
+        number(record["decode_tok_s"]) + mark + apart,
         number(record["prefill_tok_s"]),
         number(None if ttft is None else 1e3 * ttft),
         number(record["bits_per_byte"]),
@@ -148,23 +172,22 @@ def number(value: Any) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
+def percent(part: float) -> str:
+    return f"{100 * part:.0f} %"
+
+
 def _is_marked(record: dict[str, Any]) -> bool:
     return bool(record["random_weights"] and record["decode_tok_s"] is not None)
 
 
-def _numbered(id: str) -> tuple[str, int]:
-    """Sorts run 10 of a sweep after run 9."""
-    stem, _, number = id.rpartition(".")
-    return (stem, int(number)) if number.isdigit() else (id, 0)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; python -m moeexp.report --help says what there is")
+def in_time(record: dict[str, Any]) -> tuple[str, str, int]:
+    """Sorts records in the order in which they started, those of a group in that of the sweep: run 10 after run 9."""
+    stem, _, number = record["id"].rpartition(".")
+    return (record["started"], *((stem, int(number)) if number.isdigit() else (record["id"], 0)))
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="python -m moeexp.report", description="Report of every record.json under DIR…")
+    parser = Parser(prog="python -m moeexp.report", description="Report of every record.json under DIR…")
     parser.add_argument("folders", metavar="DIR", nargs="+", type=Path, help="a run's or a sweep's folder, or a record")
     parser.add_argument("--to", choices=("md", "html", "wandb"), help="default: by FILE's ending, else md")
     parser.add_argument("--out", metavar="FILE", type=Path, help="where to write; default: md to stdout, report.html")

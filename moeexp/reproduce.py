@@ -5,35 +5,35 @@
 
 from __future__ import annotations
 
-import argparse
+import math
 import os
 import secrets
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from moeexp import schema
+from moeexp.arguments import Parser
 from moeexp.composition_error import explain
-from moeexp.conditions import unlike
+from moeexp.conditions import LOAD, unlike
 from moeexp.markdown_report import times
 from moeexp.record import plain
-from moeexp.report import read_published
+from moeexp.report import percent, read_published
 from moeexp.runs import GROUPS, HOUSEKEEPING
-from moeexp.statistics import ratio, speed_of
+from moeexp.statistics import RUN_TO_RUN, ratio, speed_of
 
 AGREES, DIFFERS, INVALID = 0, 1, 2
 STDERR = 2  # what the run prints is not the answer
-# Two runs of the same thing, minutes apart, differ by a few percent more than either's own spread says.
-TOLERANCE = 0.05
 # Housekeeping that decides what is published, and from how much.
 RUN_AS_IT_WAS = ("check", "repeats", "eval_bytes", "min_samples", "min_time_s", "artifact")
-# On other hardware a speed is not judged at all.
-HARDWARE = ("GPU", "CPU", "CPU cores", "CPU threads", "power limit (W)", "throttled by", "other processes on the GPU")
+# On other hardware, or where others used it too, a speed is not judged at all.
+HARDWARE = ("GPU", "CPU", "CPU cores", "CPU threads", "power limit (W)", "throttled by", "other processes on the GPU", LOAD)
 
 
 def command_of(record: dict[str, Any]) -> str:
@@ -142,8 +142,10 @@ def run_again(record: dict[str, Any], folder: Path) -> dict[str, Any]:
     return read_published(again)
 
 
-def judge(old: dict[str, Any], new: dict[str, Any], *, tolerance: float = TOLERANCE) -> tuple[bool, list[str]]:
-    """Whether the second run says what the first did, and a line for each thing compared."""
+def judge(old: dict[str, Any], new: dict[str, Any], *, tolerance: float | None = None) -> tuple[bool, list[str]]:
+    """Whether the second run says what the first did, and a line for each thing compared.
+
+    `tolerance`: the run-to-run noise to allow for, as a part of the speed ratio; None: that of the device."""
     differing = unlike(old, new)
     lines = [f"unlike conditions  {phrase}" for phrase in differing]
     same_status = old["status"] == new["status"]
@@ -158,14 +160,15 @@ def judge(old: dict[str, Any], new: dict[str, Any], *, tolerance: float = TOLERA
             lines.append(_line("decode speed", False, "only one of the two publishes one"))
             agree = False
         return agree, lines
+    if tolerance is not None:
+        before, after = (replace(speed, run_to_run=tolerance) for speed in (before, after))
     found = ratio(after, before)
-    text = f"{before.tok_s:.4g} → {after.tok_s:.4g} tok/s, {times(found)}, {found.verdict}"
+    text = f"{before.tok_s:.4g} → {after.tok_s:.4g} tok/s, {times(found, marked=False)}, {found.phrase}"
     if any(phrase.partition(":")[0] in HARDWARE for phrase in differing):
         return agree, [*lines, f"{'decode speed':<18} {text}; not judged under unlike conditions"]
-    near = found.verdict == "no difference" or abs(found.value - 1) <= tolerance
-    if near and found.verdict != "no difference":
-        text += f", within {tolerance:.0%}"
-    return agree and near, [*lines, _line("decode speed", near, text)]
+    # The second for runs too short to have an interval.
+    near = found.verdict == "no difference" or abs(math.log(found.value)) <= math.log1p(found.run_to_run)
+    return agree and near, [*lines, _line("decode speed", near, f"{text}; {percent(found.run_to_run)} allowed for")]
 
 
 def _tokens(old: list[list[int]], new: list[list[int]]) -> str:
@@ -181,18 +184,16 @@ def _line(what: str, agrees: bool, text: str) -> str:
     return f"{what:<18} {'agrees' if agrees else 'DIFFERS'}  {text}"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; python -m moeexp.reproduce --help says what there is")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = _Parser(prog="python -m moeexp.reproduce", description="Run a record again and say whether it agrees.")
+    parser = Parser(prog="python -m moeexp.reproduce", description="Run a record again and say whether it agrees.")
     parser.add_argument("record", metavar="RECORD", type=Path, help="a record.json, or the folder of one run")
     parser.add_argument("--out", metavar="DIR", type=Path, help="the new run's folder; default: outputs/reproduce/…")
-    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="of the speed ratio; default %(default)s")
+    default = f"{RUN_TO_RUN['cuda']} on a GPU, {RUN_TO_RUN['cpu']} on a CPU"
+    parser.add_argument("--tolerance", type=float, help=f"run-to-run noise in the speed ratio; default {default}")
     try:
         options = parser.parse_args(arguments)
+        if options.tolerance is not None and not options.tolerance >= 0:
+            raise ValueError(f"--tolerance {options.tolerance} is not a part of a ratio: give 0 or more")
         old = read_published(find(options.record))
         stamp = f"{datetime.now():%Y-%m-%d-%H-%M-%S}-{secrets.token_hex(3)}"
         folder = options.out or Path("outputs") / "reproduce" / stamp

@@ -65,13 +65,17 @@ def runs_of(records: Sequence[dict[str, Any]]) -> list[Run]:
     differing = _without_consequences(differing, flat)
     asked = _refused_axes(records, differing)
     resolved_as = {axis: _resolved_as(axis, resolved) for axis in differing}
+    same = [(_repeated(config), record["code_fingerprint"]) for record, config in zip(records, configs, strict=True)]
+    speeds = statistics.with_repeats(
+        [statistics.speed_of(record) for record in records], same, [config[MACHINE] for config in configs]
+    )
     runs = []
-    for record, config in zip(records, configs, strict=True):
+    for record, speed, config in zip(records, speeds, configs, strict=True):
         settings = {axis: config.get(axis, "–") for axis in differing}
         if not is_prepared(record):
             # As those of its sweep have it that asked for the same, so that it lies with them; else as it was asked for.
             settings |= {a: found for a in differing if (found := resolved_as[a].get(_deciding(a, record))) is not None}
-        runs.append(Run(record, statistics.speed_of(record), settings, {key: setting(record, key) for key in asked}))
+        runs.append(Run(record, speed, settings, {key: setting(record, key) for key in asked}))
     return runs
 
 
@@ -104,6 +108,11 @@ def _deciding(axis: str, record: dict[str, Any]) -> tuple:
     groups = (axis.split(".")[0], "model", "device")
     chosen = {key: value for key, value in overrides_of(record).items() if key.split(".")[0] in groups}
     return record["id"].rpartition(".")[0] or record["id"], tuple(sorted(chosen.items()))
+
+
+def _repeated(config: dict[str, str]) -> tuple[tuple[str, str], ...]:
+    """Equal for two runs that only repeat one another."""
+    return tuple(sorted((axis, value) for axis, value in config.items() if axis not in statistics.REPEATED))
 
 
 def machine(record: dict[str, Any]) -> str:

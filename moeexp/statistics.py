@@ -6,7 +6,9 @@ of K rounds, which makes its variance unbiased where K is small (Rao and Wu 1988
 K - 1 degrees on the logarithm, because few rounds know their own spread badly.
 
 Two runs timed in turns in one process (`group` in their records) draw the same rounds, so that what moved both at once
-cancels in their ratio. Everything is seeded: the same records give the same numbers.
+cancels in their ratio. Between runs that took no turns the machine may have changed, of which the samples of neither say
+anything: there the interval is widened by run-to-run noise (RUN_TO_RUN, or what the report's own repeats show, if that
+is more). Everything is seeded: the same records give the same numbers.
 
 Legend: R replicates, K rounds, N samples.
 """
@@ -15,11 +17,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
+
+from moeexp.conditions import UNLIKE_LOAD, cpu_left, group_name, other_load
 
 REPLICATES = 1000
 CONFIDENCE = 0.95
@@ -27,8 +33,15 @@ MIN_SAMPLES = 8  # fewer give no interval
 BLOCKS = 10  # of consecutive samples, where a record does not say what its rounds were
 # A speed must be what one of the two statistics of its samples says, or the samples cannot tell its spread.
 SAME_SPEED = 0.01
-# What of a record's `group` is the same for all of its runs and for no others.
-GROUP_KEYS = ("id", "name", "members", "runs", "order")
+# By how much the speeds of two identical runs, each in a process of its own, differ at most 19 times in 20. On a GPU whose
+# clocks hold, processes differ by 1 to 2 % (standard deviation: allocation, placement, temperature), two of them by 2.8
+# times that. On a CPU, what other processes may take from one run and not from the other before it is flagged, UNLIKE_LOAD,
+# is a ratio of 1.33; with 5 % as on a GPU that is 1.4. Pairs of repeats on a shared machine of two cores differed by 1.06
+# to 1.26, and by 2 to 5 where its load had changed.
+RUN_TO_RUN = {"cuda": 0.05, "cpu": 0.4}
+# The axes in which two runs may differ and still be repeats of one another.
+REPEATED = ("seed",)
+NOTHING = 1e-9  # powers that cancel
 
 # Student's t, two-sided 95 %, for 1 to 30 degrees of freedom; beyond that the normal one.
 T_95 = (
@@ -40,17 +53,38 @@ NORMAL_95 = 1.960
 
 @dataclass(frozen=True)
 class Interval:
-    """A ratio or a speed with its 95 % interval; `low` and `high` are None where no samples tell the spread."""
+    """A ratio or a speed with its 95 % interval; `low` and `high` are None where no samples tell the spread.
+
+    `run_to_run`: the run-to-run noise that it allows for, as a part of a ratio; 0 where all was timed in turns.
+    `unlike_load`: other processes kept the CPU busier during some of the runs than during the others."""
 
     value: float
     low: float | None = None
     high: float | None = None
+    run_to_run: float = 0.0
+    unlike_load: bool = False
+
+    @property
+    def in_turns(self) -> bool:
+        return self.run_to_run == 0
 
     @property
     def verdict(self) -> str:
-        """Of a ratio of speeds: faster | slower | no difference (the interval spans 1) | no interval."""
+        """Of a ratio of speeds: faster | slower | no difference (the interval spans 1) | no interval | unlike load."""
         if self.low is None or self.high is None:
             return "no interval"
+        return "unlike load" if self.unlike_load else self._seen
+
+    @property
+    def phrase(self) -> str:
+        """The verdict as a reader sees it, with what limits it."""
+        if self.low is None or self.high is None:
+            return self.verdict
+        beyond = " beyond run-to-run noise" if self._seen == "no difference" and not self.in_turns else ""
+        return self._seen + beyond + (", but under unlike load" if self.unlike_load else "")
+
+    @property
+    def _seen(self) -> str:
         return "faster" if self.low > 1 else "slower" if self.high < 1 else "no difference"
 
 
@@ -59,16 +93,26 @@ class Speed:
     """A decode speed in tokens per second.
 
     `log_replicates`: float64 [R], what the logarithm of the speed came out as in each replicate, or None; `freedom`:
-    degrees of freedom; `timed_with`: names the group of runs whose rounds alternated with this one's, or None."""
+    degrees of freedom; `timed_with`: names the group of runs whose rounds alternated with this one's, or None;
+    `started`: orders runs in time; `load`: of other processes, per core, None if unknown; `run_to_run`: as RUN_TO_RUN."""
 
     tok_s: float
     log_replicates: np.ndarray | None = None
     freedom: int = 0
     timed_with: str | None = None
+    started: str = ""
+    load: float | None = None
+    run_to_run: float = RUN_TO_RUN["cpu"]
 
     @property
     def interval(self) -> Interval:
-        return interval([(self, 1.0)])
+        """Of the speed that was measured, from the noise within the run."""
+        return replace(interval([(replace(self, run_to_run=0.0), 1.0)]), unlike_load=False)
+
+    @property
+    def session(self) -> Hashable:
+        """The same for runs that were timed in turns, and for no others."""
+        return self.timed_with or id(self)
 
 
 def speed_of(record: dict[str, Any]) -> Speed | None:
@@ -79,14 +123,22 @@ def speed_of(record: dict[str, Any]) -> Speed | None:
     group = group_name(record)
     samples = np.asarray((latencies or {}).get("samples", []), dtype=np.float64)
     centre = _centre(record) if len(samples) >= MIN_SAMPLES else None
+    speed = Speed(
+        tok_s,
+        timed_with=group,
+        started=record["started"],
+        load=other_load(record),
+        run_to_run=RUN_TO_RUN.get(record["config"]["device"], RUN_TO_RUN["cpu"]),
+    )
     if centre is None or not (samples > 0).any():
-        return Speed(tok_s, timed_with=group)
+        return speed
     lengths = round_lengths(record, len(samples))
     own = str(record["id"])
     medians = replicates(samples, lengths, centre, round_seed=group or own, sample_seed=own)
     whole = float(np.median(samples) if centre == "median" else samples.mean())
     # A spread is relative: the speed itself is over all samples, of which a record may keep a part.
-    return Speed(tok_s, math.log(tok_s) + math.log(whole) - np.log(medians), max(len(lengths) - 1, 1), group)
+    logs = math.log(tok_s) + math.log(whole) - np.log(medians)
+    return replace(speed, log_replicates=logs, freedom=max(len(lengths) - 1, 1))
 
 
 def replicates(
@@ -110,11 +162,40 @@ def replicates(
 def interval(terms: Sequence[tuple[Speed, float]]) -> Interval:
     """The product of speeds, each to its power, with its interval: [(b, 1.0), (a, -1.0)] is the ratio b / a."""
     log = sum(power * math.log(speed.tok_s) for speed, power in terms)
+    noise, load = _run_to_run(terms), _load(terms)
+    found = Interval(math.exp(log), run_to_run=math.expm1(noise), unlike_load=abs(load) > math.log(UNLIKE_LOAD))
     if any(speed.log_replicates is None for speed, _ in terms):
-        return Interval(math.exp(log))
+        return found
     spread = float(np.std(sum(power * speed.log_replicates for speed, power in terms), ddof=1))
-    margin = student(min(speed.freedom for speed, _ in terms)) * spread
-    return Interval(math.exp(log), math.exp(log - margin), math.exp(log + margin))
+    margin = math.hypot(student(min(speed.freedom for speed, _ in terms)) * spread, noise)
+    return replace(found, low=math.exp(log - margin), high=math.exp(log + margin))
+
+
+def _run_to_run(terms: Sequence[tuple[Speed, float]]) -> float:
+    """How far run-to-run noise may move the logarithm of the product, 19 times in 20.
+
+    What moved a whole session of turns moved all of its runs, so that a session counts with what is left of its powers.
+    The noise is taken for the worse of two kinds: each session's own, which several pairs average out, and a step
+    somewhere in the order of time, which they do not where one level's runs all came before the other's."""
+    powers: dict[Hashable, float] = defaultdict(float)
+    starts: dict[Hashable, str] = {}
+    for speed, power in terms:
+        powers[speed.session] += power
+        starts[speed.session] = min(starts.get(speed.session, speed.started), speed.started)
+    apart = [powers[session] for session in sorted(powers, key=starts.__getitem__)]
+    if all(abs(power) < NOTHING for power in apart):
+        return 0.0
+    # RUN_TO_RUN is of a ratio, which has two sessions.
+    own = math.sqrt(sum(power * power for power in apart) / 2)
+    step = max(map(abs, accumulate(apart[:-1])), default=0.0)
+    return math.log1p(max(speed.run_to_run for speed, _ in terms)) * max(own, step)
+
+
+def _load(terms: Sequence[tuple[Speed, float]]) -> float:
+    """The logarithm of what other processes' load may have put into the product; 0 where unknown."""
+    if any(speed.load is None for speed, _ in terms):
+        return 0.0
+    return sum(power * math.log(cpu_left(speed.load)) for speed, power in terms)
 
 
 def ratio(fast: Speed, slow: Speed) -> Interval:
@@ -122,9 +203,31 @@ def ratio(fast: Speed, slow: Speed) -> Interval:
     return interval([(fast, 1.0), (slow, -1.0)])
 
 
-def paired(a: Speed, b: Speed) -> bool:
-    """Whether the two were timed in turns, so that drift of the machine is in neither's favour."""
-    return a.timed_with is not None and a.timed_with == b.timed_with
+def with_repeats(speeds: Sequence[Speed | None], same: Sequence[Hashable], machines: Sequence[str]) -> list[Speed | None]:
+    """The speeds with the run-to-run noise of their machine, where its repeats among them show more than RUN_TO_RUN.
+
+    `same`: equal for runs of one config, which differ by that noise alone."""
+    repeats: dict[tuple[str, Hashable], dict[Hashable, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for speed, key, machine in zip(speeds, same, machines, strict=True):
+        if speed is not None:
+            repeats[machine, key][speed.session].append(math.log(speed.tok_s))
+    squares: dict[str, list[float]] = defaultdict(list)
+    freedom: dict[str, int] = defaultdict(int)
+    for (machine, _), sessions in repeats.items():
+        means = [float(np.mean(logs)) for logs in sessions.values()]
+        squares[machine] += [(mean - float(np.mean(means))) ** 2 for mean in means]
+        freedom[machine] += len(means) - 1
+    # With the normal quantile: Student's would take two repeats that differ by a little for proof of much noise, and
+    # where they differ by less than they should, RUN_TO_RUN holds.
+    seen = {
+        machine: math.expm1(NORMAL_95 * math.sqrt(2 * sum(squares[machine]) / count))
+        for machine, count in freedom.items()
+        if count
+    }
+    return [
+        speed and replace(speed, run_to_run=max(speed.run_to_run, seen.get(machine, 0.0)))
+        for speed, machine in zip(speeds, machines, strict=True)
+    ]
 
 
 def student(freedom: int) -> float:
@@ -142,13 +245,6 @@ def round_lengths(record: dict[str, Any], n: int) -> list[int]:
         return [n // repeats] * repeats
     blocks = min(BLOCKS, n // 4)
     return [n // blocks + (block < n % blocks) for block in range(blocks)]
-
-
-def group_name(record: dict[str, Any]) -> str | None:
-    """Names the runs that were timed in turns with this one; None if it ran by itself."""
-    group = record.get("group") or {}
-    name = next((group[key] for key in GROUP_KEYS if isinstance(group.get(key), (str, list)) and group[key]), None)
-    return None if name is None else f"{name}"
 
 
 def _centre(record: dict[str, Any]) -> str | None:

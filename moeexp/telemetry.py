@@ -1,5 +1,6 @@
 """The machine while it is timed: the GPU's clocks, power, temperature and reasons for slowing down; a CPU's load and
-frequency. Sampled by a thread a few times a second, so that the timed thread does not notice."""
+frequency. Sampled by a thread a few times a second, so that the timed thread does not notice. And, over the whole of the
+timing, how much work other processes did on the same cores."""
 
 from __future__ import annotations
 
@@ -7,8 +8,9 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,6 +38,7 @@ class Telemetry:
         self.kind, self._read = kind, read
         self.samples: list[dict[str, float]] = []
         self.error: str | None = None
+        self.other_load: dict[str, float] | None = None
         self._start = time.monotonic()
 
     def sample(self) -> None:
@@ -47,9 +50,12 @@ class Telemetry:
             self.error = f"{type(error).__name__}: {error}"
 
     def summary(self) -> dict[str, Any] | None:
-        """{kind, n, interval_s, <quantity>: {min, median, max}, throttle_reasons, samples}; None where nothing can be read."""
+        """{kind, n, interval_s, <quantity>: {min, median, max}, throttle_reasons, other_load, samples}; None where nothing
+        can be read."""
+        others = {"other_load": self.other_load} if self.other_load else {}
         if not self.samples:
-            return None if self.error is None else {"kind": self.kind, "n": 0, "error": self.error}
+            found = others | ({"error": self.error} if self.error else {})
+            return {"kind": self.kind, "n": 0} | found if found else None
         names = [name for name in self.samples[0] if name not in ("t_s", "reasons")]
         result: dict[str, Any] = {"kind": self.kind, "n": len(self.samples), "interval_s": INTERVAL_S}
         for name in names:
@@ -58,7 +64,7 @@ class Telemetry:
         if "reasons" in self.samples[0]:
             result["throttle_reasons"] = throttled(int(sample["reasons"]) for sample in self.samples)
         step = -(-len(self.samples) // MAX_SAMPLES)
-        return result | {"samples": self.samples[::step]} | ({"error": self.error} if self.error else {})
+        return result | others | {"samples": self.samples[::step]} | ({"error": self.error} if self.error else {})
 
 
 def throttled(bits: Iterator[int]) -> dict[str, float]:
@@ -81,12 +87,53 @@ def watch(device: str) -> Iterator[Telemetry]:
     thread = threading.Thread(target=loop, name="telemetry", daemon=True)
     telemetry.sample()
     thread.start()
+    before = CpuTime.now()
     try:
         yield telemetry
     finally:
+        telemetry.other_load = before.others_until(CpuTime.now())
         ended.set()
         thread.join()
         telemetry.sample()
+
+
+@dataclass(frozen=True)
+class CpuTime:
+    """Seconds: of the clock, of work on the cores that this process may use, and of this process's own work (any thread)."""
+
+    clock: float
+    work: float | None
+    own: float
+    cores: int
+
+    @classmethod
+    def now(cls, stat: Path = Path("/proc/stat")) -> CpuTime:
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        return cls(time.monotonic(), work_on(cores, stat), time.process_time(), len(cores))
+
+    def others_until(self, end: CpuTime) -> dict[str, float] | None:
+        """{cores, of}: how many cores' worth of work other processes did, of how many cores; None where it is not known."""
+        seconds, own = end.clock - self.clock, end.own - self.own
+        if self.work is None or end.work is None or seconds <= 0 or self.cores != end.cores:
+            return None
+        work = end.work - self.work
+        if work < own / 2:  # counters that miss our own work would miss that of others
+            return None
+        return {"cores": round(max(work - own, 0.0) / seconds, 3), "of": self.cores}
+
+
+def work_on(cores: Sequence[int], stat: Path = Path("/proc/stat")) -> float | None:
+    """Seconds since the machine started in which one of these cores worked or, in a virtual machine, was given to another
+    one (`steal`). None where Linux does not tell. A container's quota is not seen."""
+    if not stat.is_file():
+        return None
+    rows = (line.split() for line in stat.read_text().splitlines())
+    ticks = {row[0]: list(map(int, row[1:9])) for row in rows if row and row[0].startswith("cpu")}
+    if not cores or any(f"cpu{core}" not in ticks for core in cores):
+        return None
+    # user nice system idle iowait irq softirq steal; what guests use is part of user.
+    work = (sum(of) - of[3] - of[4] for of in (ticks[f"cpu{core}"] for core in cores))
+    return sum(work) / os.sysconf("SC_CLK_TCK")
 
 
 def gpu_reader() -> Reader:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from moeexp.report import cell_of
 from moeexp.runs import Run, settings_text
-from moeexp.statistics import Interval, paired, ratio
+from moeexp.statistics import Interval, ratio
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,6 @@ class Step:
     label: str
     gain: Interval | None  # over the last step that has a speed
     total: Interval | None  # over the first
-    in_turns: bool = False  # timed alternately with the step that it is held against
 
 
 def waterfalls(runs: Sequence[Run]) -> list[list[Step]]:
@@ -67,7 +66,7 @@ def _steps(path: Sequence[Run]) -> list[Step]:
         label = cell_of(run.record) or _label(before, run, path)
         gain = ratio(run.speed, last.speed) if run.speed and last else None
         total = ratio(run.speed, first.speed) if run.speed and first else None
-        steps.append(Step(run, label, gain, total, bool(gain) and paired(run.speed, last.speed)))
+        steps.append(Step(run, label, gain, total))
         before = run
         if run.speed:
             first, last = first or run, run

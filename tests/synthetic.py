@@ -49,11 +49,15 @@ def record(
     samples: Sequence[float] | None = None,
     seed: int = 0,
     noise: float = 0.01,
+    device: str = "cuda",
     **values: Any,
 ) -> dict[str, Any]:
-    """A finished record whose tokens take about `ms` each, or exactly `samples`; other keys as in a record."""
+    """A finished record whose tokens take about `ms` each, or exactly `samples`; other keys as in a record. `device` is
+    what it says to have run on."""
     run = Record(Path("nowhere"), id=id, config=json.loads(config(overrides)), command=["python", "-m", "moeexp", "-m"])
-    run.set(overrides=list(overrides), random_weights=False, code_fingerprint="c0de", environment=ENVIRONMENT)
+    run.data["config"]["device"] = device
+    environment = ENVIRONMENT if device == "cuda" else ENVIRONMENT | dict.fromkeys(("gpu", "gpu_before", "gpu_after"))
+    run.set(overrides=list(overrides), random_weights=False, code_fingerprint="c0de", environment=environment)
     passed = status not in ("incorrect", "failed", "unsupported")
     gate = {"gate": "float32.logits", "value": 2e-6, "limit": 1e-4, "passed": passed, "where": "all"}
     parts = [{"name": "float32", "passed": passed, "gates": [gate]}]
@@ -88,6 +92,11 @@ def refused(*overrides: str, id: str = "ab.0", message: str = "not here", **valu
     run.finish("unsupported", error=values.pop("error", error))
     run.data["started"] = "2026-01-01T00:00:00+00:00"
     return run.data | values
+
+
+def load(cores: float, of: int = 16) -> dict[str, Any]:
+    """The telemetry of a run beside which other processes kept so many cores busy."""
+    return {"kind": "cpu", "n": 0, "other_load": {"cores": cores, "of": of}}
 
 
 def grid(speeds: dict[tuple[str, ...], float], **values: Any) -> list[dict[str, Any]]:

@@ -33,11 +33,27 @@ def test_what_differs_is_listed_under_its_heading():
     assert "not timed in turns" in text and "unlike conditions (CUDA)" in text
 
 
+def test_unlike_load_is_a_condition_and_leaves_no_verdict():
+    a, b = (synthetic.record(id=id, ms=ms, telemetry=synthetic.load(n)) for id, ms, n in (("a", 3.0, 9), ("b", 1.0, 1)))
+    text = compare.explain(a, b)
+    assert section(text, "conditions").split()[-2:] == ["0.56", "0.06"]
+    assert "faster, but under unlike load" in text and "unlike conditions (load of other processes" in text
+    b["telemetry"] = synthetic.load(7)
+    assert section(compare.explain(a, b), "conditions") == ": the same" and "unlike" not in compare.verdict(a, b)
+
+
+def test_what_took_turns_has_no_run_to_run_noise():
+    a, b = (synthetic.record(id=id, ms=ms, group={"id": "g"}) for id, ms in (("a", 1.0), ("b", 0.9)))
+    assert compare.verdict(a, b).endswith("of A's speed: faster")
+    apart = compare.verdict(a | {"group": None}, b)
+    assert "not timed in turns: the interval allows for run-to-run noise of 5 %" in apart and "†" not in apart
+
+
 def test_equal_runs_are_no_difference():
     a, b = synthetic.record(id="a"), synthetic.record(id="b", seed=4)
     text = compare.explain(a, b)
     assert section(text, "config") == ": the same" and section(text, "environment") == ": the same"
-    assert ": no difference" in text and "unlike" not in text and "time split" not in text
+    assert ": no difference beyond run-to-run noise" in text and "unlike" not in text and "time split" not in text
 
 
 def test_other_work_and_missing_speeds_are_said():

@@ -19,11 +19,12 @@ from moeexp.conditions import odd_ones, throttling, unlike
         (("random_weights",), True, "weights: trained / random"),
         (("code_fingerprint",), "bad", "code: c0de / bad"),
         (("telemetry",), {"throttle_reasons": {"hardware slowdown": 0.5}}, "throttled by: none / hardware slowdown"),
+        (("telemetry",), synthetic.load(12), "load of other processes (cores per core): 0.06 / 0.75"),
         (("environment", "gpu_other_processes"), 2, "other processes on the GPU: none / 2"),
     ],
 )
 def test_each_condition_is_seen(path, value, phrase):
-    a, b = synthetic.record(id="a"), copy.deepcopy(synthetic.record(id="b"))
+    a, b = (copy.deepcopy(synthetic.record(id=id, telemetry=synthetic.load(1))) for id in "ab")
     assert unlike(a, b) == [] and odd_ones([a, b]) == []
     place = b
     for key in path[:-1]:
@@ -43,3 +44,20 @@ def test_a_blink_and_coupled_clocks_are_no_throttling():
 def test_runs_without_a_speed_are_not_compared():
     a, b = synthetic.record(id="a"), synthetic.record(id="b", status="failed", environment=None)
     assert odd_ones([a, b]) == []
+
+
+def test_load_is_unlike_where_it_is_well_above_the_lowest():
+    loads = {"a": 0.2, "b": 3.9, "c": 4.5, "d": 9.0}
+    records = [synthetic.record(id=id, telemetry=synthetic.load(cores)) for id, cores in loads.items()]
+    records.append(synthetic.record(id="e"))
+    (line,) = odd_ones(records)
+    assert line == "unlike conditions, load of other processes (cores per core): 0.01 to 0.24 (a, b, e); 0.28 to 0.56 (c, d)"
+    assert unlike(records[1], records[2]) == unlike(records[3], records[4]) == odd_ones([records[3], records[4]]) == []
+    assert len(unlike(records[0], records[3])) == 1
+
+
+@pytest.mark.parametrize(("a", "b", "alike"), [(0, 3.9, True), (0, 4.1, False), (8, 10, True), (8, 10.5, False), (15, 16, False)])
+def test_load_counts_by_what_it_leaves(a, b, alike):
+    """Beside a process on every second core, half of the rest is half of what there was."""
+    one, two = (synthetic.record(id=f"{n}", telemetry=synthetic.load(n)) for n in (a, b))
+    assert (unlike(one, two) == []) == alike

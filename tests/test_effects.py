@@ -48,6 +48,19 @@ def test_a_setting_that_does_nothing_is_no_difference():
     assert effect.ratio.verdict == "no difference" and effect.ratio.low < 1 < effect.ratio.high
 
 
+@pytest.mark.parametrize("slow", [1.3, 2.2])
+def test_identical_arms_of_which_others_slowed_one_are_neither_faster_nor_slower(slow):
+    """Each in a process of its own on a shared CPU, one of them while other jobs ran."""
+    cells = {(f"ops.gdn_decode=mine:f{index}",): slow if index == 0 else 1.0 + 0.01 * index for index in range(8)}
+    records = synthetic.grid(cells, noise=0.005, device="cpu")
+    for index, one in enumerate(records):
+        one["telemetry"] = synthetic.load(12 if index == 0 and slow > 2 else 1)
+    runs = runs_of(records)
+    verdicts = {effect.ratio.verdict for effect in main_effects(runs)}
+    verdicts |= {step.gain.verdict for steps in waterfalls(runs) for step in steps if step.gain}
+    assert verdicts and not verdicts & {"faster", "slower"}
+
+
 def test_runs_that_differ_in_more_than_the_axis_are_no_pair():
     runs = runs_of(synthetic.grid({("quant=none", "export=eager"): 1.0, ("quant=int4", "export=aoti"): 0.5}))
     assert main_effects(runs) == [] and interactions(runs) == []
@@ -94,7 +107,7 @@ def test_a_grids_waterfall_takes_the_steepest_way():
     (steps,) = waterfalls(factorial())
     assert [step.label for step in steps] == ["quant=none export=eager", "+ export=aoti", "+ quant=int4"]
     assert steps[0].gain is None and steps[1].gain.value == pytest.approx(4, rel=0.01)
-    assert steps[2].total.value == pytest.approx(8, rel=0.02) and not steps[2].in_turns
+    assert steps[2].total.value == pytest.approx(8, rel=0.02) and not steps[2].gain.in_turns
 
 
 def test_a_ladders_waterfall_keeps_its_rungs_in_order_also_those_that_lose_or_fail():
@@ -110,6 +123,6 @@ def test_a_ladders_waterfall_keeps_its_rungs_in_order_also_those_that_lose_or_fa
         one["design"] = {"name": "ladder", "cell": name, "index": index}
     (steps,) = waterfalls(runs_of(records))
     assert [step.label for step in steps] == names
-    assert steps[1].gain.verdict == "slower" and steps[1].in_turns
+    assert steps[1].gain.verdict == "slower" and steps[1].gain.in_turns
     assert steps[2].gain is None and steps[2].run.speed is None
     assert steps[3].gain.value == pytest.approx(5, rel=0.02)  # over the last rung that has a speed

@@ -98,6 +98,38 @@ def test_the_ranking_is_by_speed_and_its_filters_know_every_level(page):
     assert {"=none", "=int4", "=int8", "=eager", "=aoti", "=ok", "=unsupported", ""} == options
 
 
+def test_the_first_run_is_the_first_also_of_those_that_started_together():
+    found = synthetic.grid({("quant=none",): 4.0, ("quant=int4",): 3.0, ("quant=int8",): 1.0}, group={"id": "g"})
+    rows = section(html_report.page(found, title="t"), "ranking").split("<tr data-run=")[1:]
+    assert "1, the first" in rows[2] and rows[2].startswith('"ab.0"') and "faster" in rows[0]
+
+
+def section(text, name):
+    return text.split(f'<h2 id="{name}">')[1].split("<h2")[0]
+
+
+def test_what_took_no_turns_is_marked_where_it_is_compared(text):
+    for name in ("ranking", "speed-up", "effects", "interactions"):
+        assert "] †<" in section(text, name) and "† Not timed in turns" in section(text, name), name
+    assert "† not timed" not in text  # of the Markdown table
+    assert "; not timed in turns</span>" in text
+    in_turns = html_report.page([one | {"group": {"id": "g"}} for one in records()], title="t")
+    assert "†" not in in_turns and "not timed in turns" not in in_turns
+
+
+def test_noise_between_processes_and_unlike_load_have_no_colour():
+    cells = {("quant=none",): 1.3, ("quant=int4",): 1.0, ("quant=int8",): 0.4}
+    found = synthetic.grid(cells, device="cpu", noise=0.002)
+    assert section(html_report.page(found, title="t"), "ranking").count(" faster") == 1
+    for one, cores in zip(found, (12, 1, 2), strict=True):
+        one["telemetry"] = synthetic.load(cores)
+    text = html_report.page(found, title="t")
+    assert " faster" not in section(text, "ranking") and "] †‡<" in section(text, "ranking")
+    assert "‡ Other processes" in section(text, "effects") and "12 of 16" in section(text, "environment")
+    assert 'class="gain"' not in section(text, "speed-up")
+    assert "unlike conditions, load of other processes" in text
+
+
 def test_shapes_lie_within_their_charts(page):
     for tag, a in page.elements:
         if tag == "rect":

@@ -6,7 +6,7 @@ import pytest
 import synthetic
 from rich.console import Console
 
-from moeexp import record, report, summary
+from moeexp import markdown_report, record, report, summary
 from moeexp.record import Record, plain, read_record
 from moeexp.schema import compose
 from moeexp.validate import resolve
@@ -97,6 +97,38 @@ def test_the_cells_of_a_design_are_shown_by_their_names():
     again = [one | {"design": {"name": "ladder", "cell": "rung 0", "index": 0}} for one in records]
     assert report.table(again)[0][:3] == ["cell", "quant", "batch"]
     assert report.table([designed[0], records[1]])[0][:2] == ["quant", "batch"]
+
+
+def test_what_took_no_turns_with_the_first_is_marked():
+    cells = {("quant=none", "batch=1"): 1.0, ("quant=int4", "batch=1"): 0.5, ("quant=none", "batch=2"): 1.2}
+    records = synthetic.grid(cells)
+    text = report.markdown(records)
+    assert text.count("†") == 2 and "- † not timed in turns with the first run" in text
+    (marked,) = [line for line in text.splitlines() if line.startswith("|") and "†" in line]
+    assert marked.startswith("| int4 | 1 |")  # the first of another workload is held against nothing
+    text = report.markdown([one | {"group": {"id": "g"}} for one in records])
+    assert "†" not in text
+
+
+def test_each_part_of_a_document_marks_it():
+    cells = {("quant=none", "export=eager"): 4.0, ("quant=int4", "export=eager"): 3.9, ("quant=none", "export=aoti"): 1.0}
+    text = markdown_report.document(synthetic.grid(cells))
+    for title in ("Speed-up", "Effects"):
+        part = text.split(f"### {title}")[1].split("###")[0]
+        assert "] † |" in part
+        assert "† Not timed in turns: the interval allows for run-to-run noise of 5 %." in part
+    assert "| no difference beyond run-to-run noise |" in text
+    apart = markdown_report.document([one | {"group": {"id": "g"}} for one in synthetic.grid(cells)])
+    assert "†" not in apart and "beyond" not in apart
+
+
+def test_a_document_marks_unlike_load():
+    records = synthetic.grid({("quant=none",): 3.0, ("quant=int4",): 1.0}, device="cpu")
+    for one, cores in zip(records, (12, 1), strict=True):
+        one["telemetry"] = synthetic.load(cores)
+    text = markdown_report.document(records)
+    assert "‡ Other processes loaded the CPU" in text and "| faster, but under unlike load |" in text
+    assert "- unlike conditions, load of other processes" in text
 
 
 def test_runs_that_differ_in_nothing_are_told_apart_by_id(tmp_path):

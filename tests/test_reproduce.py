@@ -72,9 +72,28 @@ def test_the_same_again_agrees():
 def test_a_small_drift_agrees_and_a_large_one_does_not():
     old = synthetic.record(id="a", noise=0.001)
     agree, text = lines_of(old, synthetic.record(id="b", ms=1.03, noise=0.001))
-    assert agree and "within 5%" in text and "slower" in text
+    assert agree and "no difference beyond run-to-run noise; 5 % allowed for" in text
     agree, text = lines_of(old, synthetic.record(id="b", ms=1.1, noise=0.001))
     assert not agree and "decode speed       DIFFERS" in text
+
+
+def test_on_a_shared_cpu_more_drift_agrees_but_not_any():
+    old = synthetic.record(id="a", noise=0.001, device="cpu")
+    agree, text = lines_of(old, synthetic.record(id="b", ms=1 / 1.26, noise=0.001, device="cpu"))
+    assert agree and "beyond run-to-run noise; 40 % allowed for" in text
+    agree, text = lines_of(old, synthetic.record(id="b", ms=1.6, noise=0.001, device="cpu"))
+    assert not agree and "slower" in text
+
+
+def test_under_unlike_load_speed_is_not_judged():
+    old, new = (synthetic.record(id=f"{n}", ms=n, device="cpu", telemetry=synthetic.load(4 * n)) for n in (1, 3))
+    agree, text = lines_of(old, new)
+    assert agree and "unlike conditions  load of other processes" in text and "not judged" in text
+
+
+def test_a_speed_without_an_interval_agrees_within_the_noise():
+    old, near, far = (synthetic.record(id=f"{ms}", samples=[ms] * 5) for ms in (1.0, 1.04, 1.2))
+    assert lines_of(old, near)[0] and not lines_of(old, far)[0]
 
 
 def test_other_tokens_or_another_status_do_not_agree():
@@ -107,6 +126,9 @@ def test_main_says_by_its_exit_code(tmp_path, monkeypatch, capsys):
     assert run_main(folder, monkeypatch, synthetic.record(ms=2.0)) == 1
     assert "it does NOT agree" in capsys.readouterr().out
     assert run_main(folder, monkeypatch, synthetic.record(ms=2.0), "--tolerance", "1.5") == 0
+    assert run_main(folder, monkeypatch, synthetic.record(ms=1.03), "--tolerance", "0") == 1
+    assert run_main(folder, monkeypatch, old, "--tolerance", "-2") == 2
+    assert "give 0 or more" in capsys.readouterr().err
     assert reproduce.main([str(tmp_path / "missing")]) == 2
     assert "is no record" in capsys.readouterr().err
     (folder / "again").mkdir()

@@ -54,8 +54,9 @@ def test_a_run_that_is_missing_leaves_a_gap_and_no_product():
     (stack,) = stacks(some)
     parts = {part.axis: part for part in stack.parts}
     assert parts["ops.gdn_decode"].alone is None and parts["quant"].last is None and parts["quant"].ratio is None
-    assert stack.product is None and stack.ratio is None and stack_line(stack).endswith("].")
-    assert "| – |" in document([run.record for run in some])
+    assert stack.product is None and stack.ratio is None and stack_line(stack).endswith("] †.")
+    text = document([run.record for run in some])
+    assert "| – |" in text and "† Not timed in turns" in text.split("full stack")[1]
 
 
 def test_two_settings_are_an_interaction_and_no_stack():

@@ -1,11 +1,14 @@
 """Intervals: that they cover what they say, that pairing and seeds do what they should, and when there is none."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import synthetic
 
 from moeexp import statistics
-from moeexp.statistics import Interval, ratio, round_lengths, speed_of
+from moeexp.runs import runs_of
+from moeexp.statistics import Interval, Speed, interval, ratio, round_lengths, speed_of
 
 
 def drifting(rng, rounds=5, per_round=40, drift=None):
@@ -19,7 +22,8 @@ def test_the_interval_of_equal_runs_spans_one_nineteen_times_in_twenty():
     for trial in range(trials):
         a = speed_of(synthetic.record(id=f"a{trial}", samples=drifting(rng)))
         b = speed_of(synthetic.record(id=f"b{trial}", samples=drifting(rng)))
-        covered += ratio(b, a).verdict == "no difference"
+        # By the rounds alone.
+        covered += ratio(replace(b, run_to_run=0.0), replace(a, run_to_run=0.0)).verdict == "no difference"
     assert 0.90 <= covered / trials <= 0.995
 
 
@@ -34,7 +38,7 @@ def test_rounds_that_were_timed_in_turns_share_their_drift():
     alone, together = (ratio(*reversed(runs[key])) for key in (True, False))
     assert alone.verdict == "no difference" and together.verdict == "faster"
     assert together.high - together.low < 0.3 * (alone.high - alone.low)
-    assert statistics.paired(*runs[False]) and not statistics.paired(*runs[True])
+    assert together.in_turns and not alone.in_turns
 
 
 def test_the_value_is_the_ratio_of_the_published_speeds_and_lies_in_its_interval():
@@ -66,7 +70,8 @@ def test_few_samples_give_a_speed_without_an_interval(samples):
     record["token_latencies_ms"] = record["token_latencies_ms"] | {"samples": samples}
     speed = speed_of(record)
     assert speed.tok_s == record["decode_tok_s"]
-    assert ratio(speed, speed_of(synthetic.record(id="b"))) == Interval(pytest.approx(1.0, rel=0.1))
+    found = ratio(speed, speed_of(synthetic.record(id="b")))
+    assert found == Interval(pytest.approx(1.0, rel=0.1), run_to_run=pytest.approx(0.05))
     assert ratio(speed, speed).verdict == "no interval"
 
 
@@ -98,3 +103,91 @@ def test_rounds_are_those_recorded_else_the_repeats_else_blocks():
 def test_students_t_is_the_table_of_any_textbook():
     assert [statistics.student(k) for k in (1, 4, 30, 1000)] == [12.706, 2.776, 2.042, 1.960]
     assert list(statistics.T_95) == sorted(statistics.T_95, reverse=True) and len(statistics.T_95) == 30
+
+
+def pair(times, device, **values):
+    """B over A, where a token of B takes a `times`-th of A's, both of tight samples."""
+    a, b = (
+        synthetic.record(id=id, ms=ms, seed=seed, noise=0.002, device=device, **values)
+        for id, ms, seed in (("a", 1.0, 1), ("b", 1.0 / times, 2))
+    )
+    return ratio(speed_of(b), speed_of(a))
+
+
+@pytest.mark.parametrize(("device", "drift"), [("cpu", 1.3), ("cpu", 1 / 1.3), ("cuda", 1.01), ("cuda", 0.98)])
+def test_drift_between_processes_is_no_difference(device, drift):
+    found = pair(drift, device)
+    assert found.verdict == "no difference" and found.phrase == "no difference beyond run-to-run noise"
+    assert not found.in_turns and found.run_to_run == pytest.approx(statistics.RUN_TO_RUN[device])
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_real_gain_is_faster_also_between_processes(device):
+    found = pair(3.0, device)
+    assert found.verdict == found.phrase == "faster" and not found.in_turns
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_turns_keep_the_narrow_interval(device):
+    found = pair(1.05, device, group={"id": "g"})
+    assert found.phrase == "faster" and found.in_turns and found.high / found.low < 1.01
+
+
+def test_a_speed_by_itself_has_the_noise_of_its_run_alone():
+    found = speed_of(synthetic.record(noise=0.002, device="cpu")).interval
+    assert found.in_turns and found.high / found.low < 1.01
+
+
+def seen(*repeats, device="cuda", **values):
+    """The noise that is allowed for between two other runs of a report which has these repeats, of ms each."""
+    others = [synthetic.record("quant=none", id="x", device=device), synthetic.record("quant=int8", id="y", device=device)]
+    again = [
+        synthetic.record(f"seed={index}", id=f"r{index}", ms=ms, noise=0.001, device=device, **values)
+        for index, ms in enumerate(repeats)
+    ]
+    x, y, *_ = runs_of(others + again)
+    return ratio(x.speed, y.speed).run_to_run
+
+
+def test_a_report_s_own_repeats_tell_the_run_to_run_noise_where_it_is_more():
+    assert seen() == seen(1.0) == seen(1.0, 1.01, 0.99) == pytest.approx(0.05)
+    ms = (1.0, 1.2, 0.9, 1.05)
+    assert seen(*ms) == pytest.approx(np.expm1(1.96 * 2**0.5 * np.std(np.log(ms), ddof=1)), rel=0.02)
+    assert seen(1.0, 1.1, device="cpu") == pytest.approx(0.4)
+    assert seen(1.0, 1.2, group={"id": "g"}) == pytest.approx(0.05)  # took turns
+
+
+def test_what_is_no_repeat_tells_nothing():
+    records = [synthetic.record(id=f"{i}", ms=1 + i) | {"code_fingerprint": f"{i}"} for i in range(3)]
+    assert [run.speed.run_to_run for run in runs_of(records)] == [0.05] * 3
+    records = synthetic.grid({("quant=none",): 1.0, ("quant=int4",): 0.5, ("batch=2",): 1.0})
+    assert [run.speed.run_to_run for run in runs_of(records)] == [0.05] * 3
+
+
+def test_more_pairs_average_the_noise_of_runs_but_not_a_step_between_the_levels():
+    def mean(order):
+        """Four pairs of a and b, their runs in this order."""
+        speeds = [Speed(1.0, np.zeros(9), 4, started=f"{index}", run_to_run=0.2) for index in range(len(order))]
+        return interval([(speed, (1 if level == "b" else -1) / 4) for speed, level in zip(speeds, order, strict=True)])
+
+    assert mean("aaaabbbb").run_to_run == pytest.approx(0.2)
+    assert mean("abababab").run_to_run == pytest.approx(1.2**0.5 - 1)
+    assert 1.2**0.5 - 1 <= mean("aabbaabb").run_to_run < 0.2
+
+
+def test_what_a_session_of_turns_has_in_common_cancels():
+    a, b, c, d = (Speed(1.0, np.zeros(9), 4, timed_with=name, run_to_run=0.2) for name in "ggh" + "h")
+    assert interval([(b, 0.5), (a, -0.5), (d, 0.5), (c, -0.5)]).in_turns
+    assert interval([(b, 1), (a, -1), (d, -1), (c, 1)]).in_turns  # an interaction over two groups
+    assert interval([(c, 0.5), (a, -0.5), (d, 0.5), (b, -0.5)]).run_to_run == pytest.approx(0.2)
+
+
+def test_unlike_load_allows_no_verdict():
+    quiet, busy = (synthetic.record(id=f"{n}", device="cpu", telemetry=synthetic.load(n)) for n in (1, 12))
+    found = ratio(speed_of(quiet), replace(speed_of(busy), tok_s=300.0))
+    assert found.unlike_load and found.verdict == "unlike load"
+    assert found.phrase == "faster, but under unlike load" and found.low > 1
+    alike = synthetic.record(id="c", device="cpu", telemetry=synthetic.load(3))
+    unknown = synthetic.record(id="d", device="cpu")
+    assert not ratio(speed_of(quiet), speed_of(alike)).unlike_load
+    assert not ratio(speed_of(busy), speed_of(unknown)).unlike_load

@@ -1,5 +1,6 @@
 """The machine while it is timed, with a GPU that is made up."""
 
+import subprocess
 import sys
 import threading
 import time
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from moeexp import telemetry
-from moeexp.telemetry import Telemetry, gpu_reader, read_cpu, read_gpu, throttled, watch
+from moeexp.telemetry import CpuTime, Telemetry, gpu_reader, read_cpu, read_gpu, throttled, watch, work_on
 
 NVML = SimpleNamespace(
     NVML_CLOCK_SM=1, NVML_CLOCK_MEM=2, NVML_TEMPERATURE_GPU=0,
@@ -84,3 +85,51 @@ def test_it_samples_while_the_block_runs_and_not_after(monkeypatch):
     count = len(found.samples)
     assert 5 <= count <= 22 and not any(thread.name == "telemetry" for thread in threading.enumerate())
     assert found.samples[0]["t_s"] < 0.05 and found.samples[-1]["t_s"] >= 0.2
+
+
+STAT = """cpu  900 0 100 9000 50 0 0 20 0 0
+cpu0 400 0 50 4500 25 1 2 10 7 0
+cpu1 500 0 50 4500 25 0 0 10 0 0
+intr 5 0
+"""
+
+
+def test_work_is_all_but_idling_on_the_cores_that_are_ours(tmp_path):
+    stat = tmp_path / "stat"
+    stat.write_text(STAT)
+    tick = 1 / telemetry.os.sysconf("SC_CLK_TCK")
+    assert work_on([0], stat) == pytest.approx(463 * tick) and work_on([0, 1], stat) == pytest.approx(1023 * tick)
+    assert work_on([2], stat) is None and work_on([], stat) is None and work_on([0], tmp_path / "missing") is None
+
+
+def test_the_load_of_others_is_what_is_not_our_own():
+    start = CpuTime(clock=10.0, work=100.0, own=5.0, cores=4)
+    assert start.others_until(CpuTime(12.0, 107.0, 8.0, 4)) == {"cores": 2.0, "of": 4}
+    assert start.others_until(CpuTime(12.0, 102.9, 8.0, 4)) == {"cores": 0.0, "of": 4}
+    for unknown in (CpuTime(12.0, None, 8.0, 4), CpuTime(12.0, 101.0, 8.0, 4), CpuTime(12.0, 107.0, 8.0, 2)):
+        assert start.others_until(unknown) is None
+
+
+@pytest.mark.skipif(not telemetry.Path("/proc/stat").is_file(), reason="Linux tells it")
+def test_another_process_is_seen_and_our_own_work_is_not():
+    def burn(seconds):
+        start = time.process_time()
+        while time.process_time() - start < seconds:
+            pass
+
+    with watch("cpu") as quiet:
+        burn(0.5)
+    child = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        time.sleep(0.2)
+        start, before = CpuTime.now(), telemetry.Path(f"/proc/{child.pid}/stat").read_text().split()
+        time.sleep(1)
+        end, after = CpuTime.now(), telemetry.Path(f"/proc/{child.pid}/stat").read_text().split()
+    finally:
+        child.kill()
+        child.wait()
+    if quiet.other_load is None or (busy := start.others_until(end)) is None:
+        pytest.skip("the counters of this machine do not hold our own work")
+    assert quiet.summary()["other_load"]["cores"] < len(telemetry.os.sched_getaffinity(0))
+    used = (int(after[13]) - int(before[13])) / telemetry.os.sysconf("SC_CLK_TCK") / (end.clock - start.clock)
+    assert busy["cores"] > used - 0.1
