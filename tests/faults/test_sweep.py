@@ -104,7 +104,9 @@ def start(*arguments):
     call = f"import sys; from moeexp.cli import main; from sabotage import experiment; sys.exit(main({list(arguments)!r}, "
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
-    return subprocess.Popen([sys.executable, "-c", call + "experiment=experiment))"], **pipes)
+    # What starts these tests in the background may have them ignore SIGINT, and children inherit that.
+    listening = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    return subprocess.Popen([sys.executable, "-c", call + "experiment=experiment))"], **pipes, **listening)
 
 
 def until(condition, seconds=60):
