@@ -88,7 +88,8 @@ def test_logit_positions_select_rows():
     whole = model(tokens, zero, None, ops=ops, phase="prefill")
     arena.reset()
     some = model(tokens, zero, torch.tensor([8, 2]), ops=ops, phase="prefill")
-    torch.testing.assert_close(some, whole[:, [8, 2]], rtol=0, atol=1e-6)
+    # A product with another number of rows may sum in another order; a wrong row would be off by about 1.
+    torch.testing.assert_close(some, whole[:, [8, 2]], rtol=0, atol=1e-5)
 
 
 def test_expert_ids_are_traced_by_position():
