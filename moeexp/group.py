@@ -139,6 +139,7 @@ def _finish(member: Member, references: References) -> None:
     run = _run_of(member)
     member.record.set(memory_gib=memory(run.stack))
     member.record.note("memory_gib: peaks and device memory in use are those of the whole group's process")
+    member.record.note("first_token_s: from the start of the group's process, in which other runs may have been built before")
     if member.config.check == "separate":
         run.check(references)
     run.finish()
