@@ -164,9 +164,11 @@ def delayed(method):
 
 def prompt_and_step(session):
     """A prompt and a decode step that the host enqueues at once, and the state that they leave."""
+    prompt, token = tokens(21), tokens(1, seed=5)
+    torch.cuda.synchronize()  # the ids are there, or without ordering a stream would take whatever lies there for an id
     session.reset()
-    logits = session.prefill(tokens(21))
-    step = session.decode(tokens(1, seed=5)).clone()
+    logits = session.prefill(prompt)
+    step = session.decode(token).clone()
     torch.cuda.synchronize()
     return [logits.clone(), step, *session.arena.snapshot().values()]
 

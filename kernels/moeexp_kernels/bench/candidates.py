@@ -33,7 +33,8 @@ def _gemv(pairs: list[tuple[int, int, int]]) -> tuple[dict, ...]:
 GEMV = _gemv([(4, 1, 2), (8, 1, 2), (16, 1, 2), (4, 1, 4), (8, 1, 4), (16, 1, 4), (16, 1, 8), (32, 1, 8), (8, 2, 4), (8, 4, 4),
               (16, 4, 4)])  # fmt: skip
 HEAD = _gemv([(16, 1, 4), (32, 1, 4), (16, 4, 4), (16, 8, 4), (16, 16, 4), (32, 4, 8), (8, 8, 4)])
-WIDE_GEMV = _gemv([(2, 1, 2), (4, 1, 2), (8, 1, 2), (2, 1, 4), (4, 1, 4), (8, 1, 4), (16, 1, 4), (8, 1, 8)])
+WIDE_GEMV = _gemv([(2, 1, 2), (4, 1, 2), (8, 1, 2), (2, 1, 4), (4, 1, 4), (8, 1, 4), (16, 1, 4), (8, 1, 8), (4, 1, 8), (16, 1, 8),
+                   (2, 1, 1), (4, 1, 1), (4, 4, 4), (8, 4, 8)])  # fmt: skip
 ROUTER = _gemv([(1, 1, 2), (2, 1, 2), (1, 1, 4), (2, 1, 4), (4, 1, 4), (2, 1, 8)])
 ROUTER_FUSED = tuple(  # few warps choose faster, as the choice is a chain of reductions; many read faster
     {"BLOCK_N": block, "CACHE": cache, "num_warps": warps}
@@ -111,6 +112,7 @@ def targets(ops: list[str]) -> list[Target]:
     out, features, _ = linears["gdn in"]
     found += [
         Target("gemv", f"int8/{out}x{features}", (Spec("linear", "decode", 1, "gdn in", bits=8),), WIDE_GEMV),
+        Target("gemv", f"plain16/{out}x{features}", (Spec("linear", "decode", 1, "gdn in", bits=16),), WIDE_GEMV),
         Target("gemm", "int4/half", (gemm,), GEMM),
         Target("router_gemv", f"plain16/{FULL.experts}x{FULL.hidden}", (Spec("router", "decode", 1),), ROUTER),
         Target(
