@@ -18,7 +18,7 @@ FIXED = (
     "model.name", "model.weights", "model.architecture", "model.seed", "model.tokenizer",
     "quant.name", "quant.bits", "quant.group_size", "quant.skip",
     *(f"ops.{field.name}" for field in dataclasses.fields(OpsConfig) if field.name != "sample"),
-    "engine", "dispatch", "state", "export", "dtype", "device", "batch", "max_seq_len",
+    "engine", "dispatch", "state", "l2_prefetch", "export", "dtype", "device", "batch", "max_seq_len",
 )  # fmt: skip
 
 

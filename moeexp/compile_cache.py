@@ -49,6 +49,7 @@ class MethodSpec:
     device: str
     state: str = "shared"
     takes_live: bool = False
+    l2_prefetch: bool = False
 
 
 @dataclass(frozen=True)

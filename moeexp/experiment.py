@@ -18,7 +18,7 @@ from . import STARTED
 from .benchmark import Benchmark
 from .devices import others_on
 from .evaluate import record_quality
-from .factory import Stack, build_model, build_stack, check_coverage, python_callbacks
+from .factory import Stack, build_model, build_stack, check_coverage, prefetches, python_callbacks
 from .floor import bytes_per_step
 from .model import Qwen35MoE
 from .phases import Phases
@@ -89,6 +89,8 @@ class Run:
         self.record.set(first_token_s=round(time.monotonic() - STARTED, 3))  # imports, weights and compiling included
         if cfg.overlap and early_starts(self.stack.session) == 0:  # a GPU before Hopper, or ops that cannot
             self.record.data["not_applicable"].append("overlap")
+        if cfg.l2_prefetch and not prefetches(cfg) and "l2_prefetch" not in self.record.data["not_applicable"]:
+            self.record.data["not_applicable"].append("l2_prefetch")
 
     def check(self, references: References | None = None) -> None:
         """`references`: of the group, whose runs share weights."""

@@ -31,7 +31,7 @@ from .methods import (
 from .model import Qwen35MoE, state_shapes
 from .phases import Phases
 from .schema import Config, SamplerConfig
-from .validate import load_architecture, weights_folder
+from .validate import load_architecture, not_applicable, weights_folder
 from .weights import Random, Snapshot, Source, kind_of, load
 
 # Share of the quantisable weight bytes (embedding apart) that default settings must quantise: below it, something was
@@ -179,8 +179,17 @@ def build_stack(
 
 def early_start(cfg: Config, device: torch.device) -> Callable[[int], int] | None:
     """What lets kernels of a captured decode step start before the previous one ends, as a session takes it."""
-    capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    return start_early if cfg.cuda_graph and cfg.overlap and capable else None
+    return start_early if cfg.cuda_graph and cfg.overlap and _hopper(device) else None
+
+
+def prefetches(cfg: Config) -> bool:
+    """Whether l2_prefetch has something to act on, and is on."""
+    return cfg.l2_prefetch and "l2_prefetch" not in not_applicable(cfg) and _hopper(device_of(cfg))
+
+
+def _hopper(device: torch.device) -> bool:
+    """Or later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def sampler_of(cfg: SamplerConfig, implementation: str, *, device: torch.device | str) -> Sampler:
@@ -219,6 +228,10 @@ class Recipe:
         return self.cfg.cuda_graph == "all"
 
     @property
+    def l2_prefetch(self) -> bool:
+        return prefetches(self.cfg)
+
+    @property
     def methods(self) -> tuple[str, ...]:
         return OF_DISPATCH[self.cfg.dispatch]
 
@@ -229,8 +242,9 @@ class Recipe:
     def module(self, name: str) -> Method:
         """Runs as it is, on this stack's own state: several stacks may share the model."""
         return MODULES[name](
-            self.model, self.ops(), state_names=tuple(self.state), held=self.held, takes_live=self.takes_live
-        ).eval()
+            self.model, self.ops(), state_names=tuple(self.state), held=self.held, takes_live=self.takes_live,
+            l2_prefetch=self.l2_prefetch,
+        ).eval()  # fmt: skip
 
 
 def _eager_methods(recipe: Recipe, phases: Phases):
@@ -272,13 +286,14 @@ def _packaged_methods(recipe: Recipe, phases: Phases):
             device=device.type,
             state=cfg.state,
             takes_live=recipe.takes_live and name != "decode",
+            l2_prefetch=recipe.l2_prefetch and name != "prefill",
         )
 
         def export(name=name, takes_live=spec.takes_live):
             with phases(f"export {name}"):
                 return export_method(
                     name, model, recipe.ops(), batch=cfg.batch, max_seq_len=cfg.max_seq_len, takes_live=takes_live,
-                    state=recipe.state,
+                    l2_prefetch=recipe.l2_prefetch, state=recipe.state,
                 )  # fmt: skip
 
         with phases(f"compile {name}"):

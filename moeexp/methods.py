@@ -51,11 +51,12 @@ class Method(nn.Module):
         state_names: tuple[str, ...] = (),
         held: dict[str, Tensor] | None = None,
         takes_live: bool = False,
+        l2_prefetch: bool = False,
     ):
         super().__init__()
         assert not (state_names and held), "state is explicit or held, not both"
         self.model, self.ops, self.name, self.state_names, self.held = model, ops, name, state_names, held
-        self.takes_live = takes_live and name != "decode"
+        self.takes_live, self.l2_prefetch = takes_live and name != "decode", l2_prefetch
 
     def forward(self, tokens: Tensor, positions: Tensor, *more: Tensor) -> Tensor | tuple[Tensor, ...]:
         if self.name != "cond":
@@ -80,12 +81,12 @@ class Method(nn.Module):
         new = {name: tensor.clone() for name, tensor in zip(self.state_names, rest, strict=True)}
         logits = self.model(
             tokens, positions, logit_positions, ops=self.ops, phase=phase, state=new or self.held,
-            live=None if cut else live,
+            live=None if cut else live, l2_prefetch=self.l2_prefetch and phase == "decode",
         )  # fmt: skip
         return (logits, *new.values()) if new else logits
 
 
-# As in the module's docstring: (model, ops, *, state_names=(), held=None, takes_live=False).
+# As in the module's docstring: (model, ops, *, state_names=(), held=None, takes_live=False, l2_prefetch=False).
 MODULES = {name: partial(Method, name=name) for name in ("prefill", "decode", "forward", "cond")}
 
 
@@ -147,13 +148,16 @@ def export_method(
     batch: int,
     max_seq_len: int,
     takes_live: bool = False,
+    l2_prefetch: bool = False,
     state: dict[str, Tensor] | None = None,
 ) -> ExportedProgram:
     """`model` has its state attached, or `state` (an example of each tensor) is explicit. Buffers keep their names
     (`model.layers.0.…`) in every method."""
     remember_kernel_analyses()
     state = state or {}
-    module = MODULES[method](model, ops, state_names=tuple(state), takes_live=takes_live).eval()
+    module = MODULES[method](
+        model, ops, state_names=tuple(state), takes_live=takes_live, l2_prefetch=l2_prefetch
+    ).eval()
     inputs = example_inputs(
         method, batch=batch, device=model.norm.device, takes_live=takes_live, state=tuple(state.values())
     )

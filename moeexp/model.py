@@ -94,6 +94,11 @@ class DecoderLayer(nn.Module):
         self.register_buffer("input_norm", torch.empty(arch.hidden_size, dtype=torch.float32, device=device))
         self.register_buffer("post_norm", torch.empty(arch.hidden_size, dtype=torch.float32, device=device))
 
+    @property
+    def first(self) -> Linear:
+        """The layer's input projection."""
+        return self.mixer.in_proj if self.layer_type == "linear_attention" else self.mixer.qkv_proj
+
 
 class Qwen35MoE(nn.Module):
     """`forward` serves every method; `phase` ("prefill", "decode" or "single") picks the implementations of phase-bound
@@ -136,31 +141,36 @@ class Qwen35MoE(nn.Module):
         phase: str,
         state: dict[str, Tensor] | None = None,
         live: Tensor | None = None,
+        l2_prefetch: bool = False,
     ) -> Tensor:
         """tokens [B, T] int64, positions [B] int64 of each row's first token, logit_positions [n] int64 in 0..T-1 or None
         for all T. Returns logits [B, n, V] in the weights' dtype; advances the state by T tokens, that which is attached,
-        or `state` (same names) where it is given. live [B] int64 in 1..T: only so many tokens of each row count."""
+        or `state` (same names) where it is given. live [B] int64 in 1..T: only so many tokens of each row count.
+        l2_prefetch: each projection of a mixer is told the next one's weights, or the head's."""
         x = torch.nn.functional.embedding(tokens, self.embed_tokens.weight)
         counts = {} if live is None else {"live": live}
+        ahead = [*(layer.first for layer in list(self.layers)[1:]), self.head] if l2_prefetch else None
         for i, layer in enumerate(self.layers):
             mixer, held = layer.mixer, _held_state(layer, i, state)
+            proj = _linear(
+                ops, x, layer.first, norm=layer.input_norm, eps=self.arch.rms_norm_eps,
+                ahead=mixer.out_proj if ahead else None,
+            )  # fmt: skip
             if layer.layer_type == "linear_attention":
-                proj = _linear(ops, x, mixer.in_proj, norm=layer.input_norm, eps=self.arch.rms_norm_eps)
                 out = ops[f"gdn_{phase}"](
                     proj=proj, conv_weight=mixer.conv_weight, a_log=mixer.a_log[0], dt_bias=mixer.dt_bias[0],
                     norm_weight=mixer.norm, conv_state=held["conv_state"], recurrent_state=held["recurrent_state"],
                     **mixer.heads, **counts,
                 )  # fmt: skip
             else:
-                qkv = _linear(ops, x, mixer.qkv_proj, norm=layer.input_norm, eps=self.arch.rms_norm_eps)
                 q = ops["qk_norm_rope"](
-                    qkv=qkv, q_norm=mixer.q_norm, k_norm=mixer.k_norm, inv_freq=self.inv_freq[0], positions=positions,
+                    qkv=proj, q_norm=mixer.q_norm, k_norm=mixer.k_norm, inv_freq=self.inv_freq[0], positions=positions,
                     k_cache=held["k_cache"], v_cache=held["v_cache"], num_heads=mixer.num_heads, eps=mixer.eps, **counts,
                 )  # fmt: skip
                 out = ops[f"sdpa_{phase}"](
-                    q=q, qkv=qkv, k_cache=held["k_cache"], v_cache=held["v_cache"], positions=positions, **counts
+                    q=q, qkv=proj, k_cache=held["k_cache"], v_cache=held["v_cache"], positions=positions, **counts
                 )
-            x = _linear(ops, out, mixer.out_proj, residual=x)
+            x = _linear(ops, out, mixer.out_proj, residual=x, ahead=ahead[i] if ahead else None)
             x = self._moe(layer, x, ops, phase, positions=positions, expert_ids=held["expert_ids"], **counts)
         if logit_positions is not None:
             x = x.index_select(1, logit_positions)
@@ -197,9 +207,19 @@ def _held_state(layer: DecoderLayer, index: int, state: dict[str, Tensor] | None
 
 
 def _linear(
-    ops: Ops, x: Tensor, linear: Linear, *, norm: Tensor | None = None, eps: float = 0.0, residual=None
+    ops: Ops,
+    x: Tensor,
+    linear: Linear,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+    ahead: Linear | None = None,
 ) -> Tensor:
-    return ops["linear"](x=x, weight=linear.weight, scales=linear.scales, norm_weight=norm, eps=eps, residual=residual)
+    told = {} if ahead is None else {"ahead": ahead.weight, "ahead_scales": ahead.scales}
+    return ops["linear"](
+        x=x, weight=linear.weight, scales=linear.scales, norm_weight=norm, eps=eps, residual=residual, **told
+    )
 
 
 def inverse_frequencies(arch: Architecture) -> Tensor:

@@ -112,6 +112,7 @@ class Config:
     cuda_graph: Any = MISSING
     prefill_graph_lengths: list[int] = MISSING  # of cuda_graph=all
     overlap: bool = MISSING  # kernels of a captured step start before the previous one ends
+    l2_prefetch: bool = MISSING  # a projection of a decode step brings the next one's weights into L2
     loop_ahead: int = MISSING  # of cuda_graph=loop and all: steps enqueued beyond the token that the host reads
     export: str = MISSING
     dtype: str = MISSING

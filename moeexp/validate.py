@@ -117,6 +117,8 @@ def not_applicable(cfg: Config) -> list[str]:
         nothing.append("prefill_graph_lengths")  # there is no prefill to capture
     if cfg.cuda_graph is False:
         nothing.append("overlap")  # edges of a graph
+    if cfg.engine == "transformers" or cfg.device == "cpu" or cfg.dispatch == "single" or _linear_op(cfg) != "triton":
+        nothing.append("l2_prefetch")  # one method for any length tells its projections nothing; other ops would not listen
     return list(dict.fromkeys(nothing))
 
 
@@ -320,6 +322,13 @@ def _check_ops(cfg: Config, device: str) -> None:
 
     chosen = {field.name: getattr(cfg.ops, field.name) for field in fields(cfg.ops) if field.name != "default"}
     resolve_ops(default=cfg.ops.default, chosen=chosen, device=device)
+
+
+def _linear_op(cfg: Config) -> str:
+    from moeexp_kernels.registry import AUTO
+
+    name = cfg.ops.linear or cfg.ops.default
+    return AUTO[cfg.device] if name == "auto" else name
 
 
 def _check_engine(cfg: Config) -> None:

@@ -152,10 +152,12 @@ def test_skipped_kinds_do_not_bound_the_group_size():
 
 
 def test_not_applicable_on_cpu_only():
-    on_cpu = [*rules.NEEDS_CUDA_TO_MATTER, "overlap"]
+    on_cpu = [*rules.NEEDS_CUDA_TO_MATTER, "overlap", "l2_prefetch"]
     assert rules.not_applicable(resolve(nano(), cuda_available=False)) == on_cpu
     assert rules.not_applicable(resolve(nano("cuda_graph=true"), cuda_available=True)) == []
     assert rules.not_applicable(resolve(nano(), cuda_available=True)) == ["overlap"]  # edges of a graph
+    for deaf in ("dispatch=single", "ops=reference", "ops.linear=reference"):
+        assert rules.not_applicable(resolve(nano("cuda_graph=true", deaf), cuda_available=True)) == ["l2_prefetch"]
 
 
 def test_a_snapshot_gives_its_own_shapes(tmp_path):

@@ -29,6 +29,7 @@ from . import tuning
 from .checks import FLOATS, check_argument
 from .gemm import launch_gemm, launch_rms_norm
 from .overlap import after_previous, can_overlap
+from .prefetch import ahead_lengths, bring_into_l2
 from .words import dot_rows, load_row_features, load_rows
 
 MIDDLE_CODE = {4: 8, 8: 128}
@@ -95,16 +96,17 @@ def reference_linear(
 
 @triton.jit
 def gemv_kernel(
-    x_ptr, w_ptr, s_ptr, norm_ptr, res_ptr, y_ptr, x_stride, res_stride,
+    x_ptr, w_ptr, s_ptr, norm_ptr, res_ptr, y_ptr, ahead_ptr, ahead_s_ptr, x_stride, res_stride,
     EPS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
     HALF: tl.constexpr, WORDS: tl.constexpr, CHUNK: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    PLANES: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
-    CACHE: tl.constexpr,
+    PLANES: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr, AHEAD: tl.constexpr, AHEAD_SCALES: tl.constexpr,
+    BLOCK_N: tl.constexpr, TILES: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] for one m and TILES x BLOCK_N outputs n. Grid (blocks * M), m fastest: programs that share weights start
     together. One dimension, because only the first may exceed 65,535.
 
-    BITS is 32 for float32 weights; WORDS = words of a row, rounded up to a power of 2."""
+    BITS is 32 for float32 weights; WORDS = words of a row, rounded up to a power of 2; AHEAD and AHEAD_SCALES bytes at
+    `ahead_ptr` and `ahead_s_ptr` are brought into L2."""
     program = tl.program_id(0).to(tl.int64)
     m, start = program % M, program // M * (BLOCK_N * TILES)
     # From here offsets are relative to the program's first row: int32 is enough within it.
@@ -114,6 +116,10 @@ def gemv_kernel(
     rows_left = tl.minimum(N - start, BLOCK_N * TILES).to(tl.int32)
     row = tl.arange(0, BLOCK_N)
     words, pair = load_rows(w_ptr, s_ptr, row, row < rows_left, K, GROUP, BITS, WORDS, CHUNK, CACHE)
+    if AHEAD:  # behind this program's own reads, and before it waits
+        rows_left += bring_into_l2(ahead_ptr, AHEAD)
+    if AHEAD_SCALES:
+        rows_left += bring_into_l2(ahead_s_ptr, AHEAD_SCALES)
     ready = after_previous(OVERLAP)
     x_ptr += ready
     res_ptr += ready
@@ -209,6 +215,7 @@ def few_rows(rows: int | torch.SymInt) -> bool:
 def launch_gemv(
     *, x: Tensor, weight: Tensor, scales: Tensor | None, norm_weight: Tensor | None, eps: float,
     residual: Tensor | None, out: Tensor, bits: int, group: int, config: dict | None = None,
+    ahead: Tensor | None = None, ahead_scales: Tensor | None = None,
 ) -> None:  # fmt: skip
     """out [M, N] = residual + norm(x [M, K]) @ weight.T; all flat, checked, and out contiguous."""
     rows, features = weight.shape[0], x.shape[1]
@@ -217,14 +224,15 @@ def launch_gemv(
         bits=bits, rows=rows, in_features=features, arch=tuning.architecture(x.device)
     )
     grid = (x.shape[0] * triton.cdiv(rows, config["BLOCK_N"] * config["TILES"]),)
+    bring, bring_scales = ahead_lengths(ahead, ahead_scales) if can_overlap(x) else (0, 0)  # both need Hopper
     wrap_triton(gemv_kernel)[grid](
         x, weight, weight if scales is None else scales, x if norm_weight is None else norm_weight,
-        x if residual is None else residual, out, x.stride(0), 0 if residual is None else residual.stride(0),
+        x if residual is None else residual, out, weight if ahead is None else ahead,
+        weight if ahead_scales is None else ahead_scales, x.stride(0), 0 if residual is None else residual.stride(0),
         EPS=eps, M=x.shape[0], N=rows, K=features, GROUP=group, BITS=bits, HALF=weight.dtype == torch.float16,
         WORDS=words, CHUNK=chunk,
         HAS_NORM=norm_weight is not None, HAS_RESIDUAL=residual is not None, FAST=x.is_cuda,
-        PLANES=planes(x.dtype), OVERLAP=can_overlap(x),
-        **config,
+        PLANES=planes(x.dtype), OVERLAP=can_overlap(x), AHEAD=bring, AHEAD_SCALES=bring_scales, **config,
     )  # fmt: skip
 
 
@@ -236,8 +244,12 @@ def linear(
     norm_weight: Tensor | None = None,
     eps: float = 1e-6,
     residual: Tensor | None = None,
+    ahead: Tensor | None = None,
+    ahead_scales: Tensor | None = None,
 ) -> Tensor:
     """`reference_linear` on the GPU; the same arguments, by keyword. x, weight, norm_weight and residual contiguous.
+    ahead, ahead_scales: weight and scales of a linear layer that comes soon. They have no part in the result: the GEMV
+    brings them into L2, on Hopper and later (prefetch.py).
 
     `ValueError` for strides or dtypes that the kernels do not take."""
     features, out_features = x.shape[-1], weight.shape[0]
@@ -246,6 +258,9 @@ def linear(
     extra = None if residual is None else flat_rows(residual, name="residual", features=out_features)
     if norm_weight is not None:
         check_argument(norm_weight, name="norm_weight", shape=(features,), dtypes=FLOATS)
+    for tensor, name in ((ahead, "ahead"), (ahead_scales, "ahead_scales")):
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}; supported: contiguous weights")
     y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
     out = y.view(-1, out_features)
     rows = flat.shape[0]
@@ -253,7 +268,7 @@ def linear(
         if rows:
             launch_gemv(
                 x=flat, weight=weight, scales=scales, norm_weight=norm_weight, eps=eps, residual=extra, out=out,
-                bits=bits, group=group,
+                bits=bits, group=group, ahead=ahead, ahead_scales=ahead_scales,
             )  # fmt: skip
         return y
     if norm_weight is not None:
