@@ -423,13 +423,16 @@ def test_the_other_allocator(tmp_path, axes):
 
 
 def test_compiling_holds_no_copy_of_the_weights(tmp_path):
+    """Of a buffer at a time torch makes one, briefly; never of all."""
+
     class Weighted(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.register_buffer("weight", torch.zeros(2**26, 1, device="cuda"))
+            for i in range(8):
+                self.register_buffer(f"weight{i}", torch.zeros(2**23, 1, device="cuda"))
 
         def forward(self, x):
-            return self.weight.sum() + x
+            return sum((weight.sum() for weight in self.buffers()), x)
 
     module, x = Weighted(), torch.zeros(8, device="cuda")
     before = settled_memory()
@@ -437,5 +440,6 @@ def test_compiling_holds_no_copy_of_the_weights(tmp_path):
     compile_method(
         torch.export.export(module, (x,)), tmp_path / "weighted.pt2", inductor_config(method="decode", device="cuda")
     )
-    assert torch.cuda.max_memory_allocated() - before < module.weight.nbytes / 2
-    assert settled_memory() - before < module.weight.nbytes / 2
+    weights = sum(weight.nbytes for weight in module.buffers())
+    assert torch.cuda.max_memory_allocated() - before < weights / 2
+    assert settled_memory() - before < weights / 2
