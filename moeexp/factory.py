@@ -235,8 +235,16 @@ class Recipe:
     def methods(self) -> tuple[str, ...]:
         return OF_DISPATCH[self.cfg.dispatch]
 
+    def names_in(self, method: str) -> dict[str, str]:
+        """What of `names` tells one method from another: the sampler is in none, and only a decode step's router may be the
+        experts' business."""
+        names = {op: name for op, name in self.names.items() if op != "sample"}
+        return names | ({"router": "triton"} if method == "prefill" and names["router"] == "in_moe" else {})
+
     def ops(self) -> dict[str, Callable]:
         ops = {op: registry.implementation(op, name) for op, name in self.names.items()}
+        if self.names["router"] == "in_moe":
+            ops["moe_routed"] = registry.WITH_ROUTER[self.names["moe_decode"]]
         return ops | dispatch.ops(self.names) if self.cfg.dispatch == "single" else ops
 
     def module(self, name: str) -> Method:
@@ -269,14 +277,13 @@ def _torch_compiled_methods(recipe: Recipe, phases: Phases):
 
 def _packaged_methods(recipe: Recipe, phases: Phases):
     """Exports and compiles each method (or finds it compiled), loads it and binds all of them to the same tensors."""
-    cfg, model, names, device = recipe.cfg, recipe.model, recipe.names, recipe.model.norm.device
+    cfg, model, device = recipe.cfg, recipe.model, recipe.model.norm.device
     methods, artifacts = {}, {}
     for name in recipe.methods:
         spec = MethodSpec(
             method=name,
             architecture=model.arch.to_hf(),
-            # The sampler is in no method.
-            ops={op: name for op, name in registry.identities(names).items() if op != "sample"},
+            ops=registry.identities(recipe.names_in(name)),
             bits=cfg.quant.bits,
             group_size=cfg.quant.group_size,
             skip=tuple(sorted(cfg.quant.skip)),

@@ -102,7 +102,7 @@ class DecoderLayer(nn.Module):
 
 class Qwen35MoE(nn.Module):
     """`forward` serves every method; `phase` ("prefill", "decode" or "single") picks the implementations of phase-bound
-    ops: `gdn_{phase}`, `sdpa_{phase}`, `moe_{phase}`."""
+    ops: `gdn_{phase}`, `sdpa_{phase}`, `moe_{phase}`. Where `ops` has `moe_routed`, it does a decode step's router too."""
 
     def __init__(self, arch: Architecture, *, dtype: torch.dtype, device: torch.device | str):
         super().__init__()
@@ -177,19 +177,19 @@ class Qwen35MoE(nn.Module):
         return _linear(ops, x, self.head, norm=self.norm, eps=self.arch.rms_norm_eps)
 
     def _moe(self, layer: DecoderLayer, x: Tensor, ops: Ops, phase: str, **trace: Tensor) -> Tensor:
-        moe, eps = layer.moe, self.arch.rms_norm_eps
-        ids, weights = ops["router"](
-            x=x, norm_weight=layer.post_norm, weight=moe.router, eps=eps, top_k=self.arch.num_experts_per_tok,
-            **trace,
-        )  # fmt: skip
-        return ops[f"moe_{phase}"](
-            x=x, norm_weight=layer.post_norm, eps=eps, ids=ids, weights=weights,
-            gate_up=moe.gate_up.weight, gate_up_scales=moe.gate_up.scales,
-            down=moe.down.weight, down_scales=moe.down.scales,
-            shared_gate_up=moe.shared_gate_up.weight, shared_gate_up_scales=moe.shared_gate_up.scales,
-            shared_down=moe.shared_down.weight, shared_down_scales=moe.shared_down.scales,
-            shared_gate=moe.shared_gate,
-        )  # fmt: skip
+        moe, top_k = layer.moe, self.arch.num_experts_per_tok
+        common = {"x": x, "norm_weight": layer.post_norm, "eps": self.arch.rms_norm_eps}
+        experts = {
+            "gate_up": moe.gate_up.weight, "gate_up_scales": moe.gate_up.scales,
+            "down": moe.down.weight, "down_scales": moe.down.scales,
+            "shared_gate_up": moe.shared_gate_up.weight, "shared_gate_up_scales": moe.shared_gate_up.scales,
+            "shared_down": moe.shared_down.weight, "shared_down_scales": moe.shared_down.scales,
+            "shared_gate": moe.shared_gate,
+        }  # fmt: skip
+        if phase == "decode" and "moe_routed" in ops:
+            return ops["moe_routed"](router=moe.router, top_k=top_k, **common, **trace, **experts)
+        ids, weights = ops["router"](weight=moe.router, top_k=top_k, **common, **trace)
+        return ops[f"moe_{phase}"](ids=ids, weights=weights, **common, **experts)
 
 
 STATE = {

@@ -17,6 +17,7 @@ from kernels_common import (
 from moeexp_kernels import tuning
 from moeexp_kernels.moe import moe_decode, reference_moe_decode
 from moeexp_kernels.moe_prefill import block_bound, moe_prefill, sort_by_expert
+from moeexp_kernels.moe_routed import moe_routed, reference_moe_routed
 from moeexp_kernels.router import reference_router, router
 from moeexp_kernels.router_fused import router_fused
 from test_kernels_linear import quantised
@@ -284,6 +285,62 @@ def test_decode_repeats_bitwise():
     arguments = experts(D=32, E=3, width=16, shared=16, bits=4, group=16, dtype=torch.float32) | choices(1, 1, k=2, E=3)
     x = randn(1, 1, 32, seed=1)
     assert_bitwise_equal(moe_decode(x=x, **arguments), moe_decode(x=x, **arguments))
+
+
+# --- router and experts in one op ---
+
+
+def routed(*, rows, E=5, k=3, D=48, S=9, dtype=torch.float32, first=2, **sizes):
+    """Arguments of `moe_routed` but for the trace, and an empty trace."""
+    arguments = experts(D=D, E=E, dtype=dtype, **({"width": 32, "shared": 16, "group": 16, "bits": 4} | sizes))
+    arguments |= {"x": randn(*rows, D, seed=1, dtype=dtype), "router": randn(E, D, seed=5, dtype=dtype), "top_k": k}
+    arguments["positions"] = first + torch.arange(rows[0], device=DEVICE)
+    return arguments, torch.zeros(rows[0], S + 1, k, dtype=torch.int32, device=DEVICE)
+
+
+def one_op_and_two(arguments, trace):
+    """(result, trace) of `moe_routed`, and of `router` with `moe_decode`."""
+    one, two = trace.clone(), trace.clone()
+    with poisoned_empty():
+        y = moe_routed(**arguments, expert_ids=one)
+    rest = dict(arguments)
+    weight, top_k, positions = rest.pop("router"), rest.pop("top_k"), rest.pop("positions")
+    ids, weights = router(
+        x=rest["x"], norm_weight=rest["norm_weight"], weight=weight, eps=rest["eps"], top_k=top_k, positions=positions,
+        expert_ids=two,
+    )  # fmt: skip
+    return (y, one), (moe_decode(ids=ids, weights=weights, **rest), two)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"rows": (1, 1)}, {"rows": (2, 3), "first": 5, "dtype": torch.bfloat16},
+        *(pytest.param(case, marks=pytest.mark.slow) for case in (
+            {"rows": (1, 1), "bits": 16}, {"rows": (3, 1), "E": 21, "k": 1}, {"rows": (1, 8), "E": 4, "k": 4, "bits": 8},
+            {"rows": (1, 11), "k": 2},
+        )),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_experts_that_choose_are_the_chosen_ones(case):
+    """To the bit, trace included, also where positions run beyond it."""
+    arguments, trace = routed(**case)
+    (y, one), (expected, two) = one_op_and_two(arguments, trace)
+    assert_bitwise_equal(y, expected, "result")
+    assert torch.equal(one, two) and (one[:, -1] == 0).all()
+    wide = {name: value.float() if name in ("x", "router") else value for name, value in arguments.items()}
+    reference = reference_moe_routed(**wide, expert_ids=torch.zeros(one.shape[0], 64, one.shape[2], dtype=torch.int32).to(DEVICE))
+    assert_close_ratio(y.float(), reference, TOLERANCE[y.dtype], "against the reference")
+
+
+def test_experts_that_choose_refusals():
+    arguments, trace = routed(rows=(1, 1))
+    other = arguments | {"router": arguments["router"][:4].contiguous()}
+    expect_value_error(lambda: moe_routed(**other, expert_ids=trace), "4 rows", "5 experts")
+    expect_value_error(lambda: moe_routed(**arguments, expert_ids=trace.long()), "int64", "int32")
+    narrow = arguments | {"positions": arguments["positions"].int()}
+    expect_value_error(lambda: moe_routed(**narrow, expert_ids=trace), "positions", "int64")
 
 
 # --- the sort by expert ---

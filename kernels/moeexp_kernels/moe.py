@@ -10,10 +10,12 @@ width.
     shared_gate_up [2*Is, D], shared_down [D, Is] likewise; shared_gate [1, D] plain
 
 Which experts a token takes: `router.py`. Experts for a few tokens are two kernels, each a GEMV per (token, expert) with the
-shared expert as one more. Many tokens: `moe_prefill.py`.
+shared expert as one more. Many tokens: `moe_prefill.py`. With the choice of experts inside: `moe_routed.py`.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,7 @@ from . import tuning
 from .checks import FLOATS, check_argument
 from .linear import dequantise, flat_rows, planes, rms_norm, weight_format, word_counts
 from .overlap import after_previous, can_overlap
+from .router import choice, store_trace
 from .words import dot_rows, dot_words, features_of_words, float_products, load_row_features, load_rows, scaled
 
 
@@ -144,9 +147,9 @@ def swiglu_rows(
 @triton.jit
 def gate_up_kernel(
     x_ptr, norm_ptr, ids_ptr, weights_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, shared_gate_ptr, act_ptr,
-    x_stride,
-    EPS: tl.constexpr, TOP_K: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr, PLANES: tl.constexpr, FAST: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    logits_ptr, trace_ptr, positions_ptr, x_stride, T, S, trace_stride_b, trace_stride_s,
+    EPS: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr,
+    E: tl.constexpr, E_PADDED: tl.constexpr, PLANES: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr,
     WIDTH: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, WORDS: tl.constexpr,
     CHUNK: tl.constexpr,
     SWIDTH: tl.constexpr, SGROUP: tl.constexpr, SBITS: tl.constexpr, SHALF: tl.constexpr, SWORDS: tl.constexpr,
@@ -154,12 +157,17 @@ def gate_up_kernel(
     BLOCK_I: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """act [M, TOP_K * I + SI] float32: each chosen expert's activations times its share, then the shared expert's times
-    its gate. Grid (blocks of rows, TOP_K + 1, M)."""
+    its gate. Grid (blocks of rows, TOP_K + 1, M).
+
+    With E > 0 every program makes the choice itself, from logits [M, E] float32, and one of each token stores the trace;
+    with E = 0 it is given: ids and weights [M, TOP_K]."""
     ready = after_previous(OVERLAP)  # which experts to read is the previous kernel's result
     x_ptr += ready
     ids_ptr += ready
     weights_ptr += ready
     act_ptr += ready
+    logits_ptr += ready
+    trace_ptr += ready
     first = tl.program_id(0) * BLOCK_I
     slot = tl.program_id(1)
     m = tl.program_id(2).to(tl.int64)
@@ -167,8 +175,19 @@ def gate_up_kernel(
     act_ptr += m * (TOP_K * WIDTH + SWIDTH) + slot * WIDTH
     if slot < TOP_K:
         if first < WIDTH:
-            expert = tl.load(ids_ptr + m * TOP_K + slot).to(tl.int64)
-            share = tl.load(weights_ptr + m * TOP_K + slot)
+            if E:
+                ids, shares = choice(logits_ptr + m * E, E, E_PADDED, TOP_K, SLOTS, "")
+                mine = tl.arange(0, SLOTS) == slot
+                expert = tl.sum(tl.where(mine, ids, 0), axis=0).to(tl.int64)
+                share = tl.sum(tl.where(mine, shares, 0.0), axis=0)
+                if (slot == 0) & (first == 0):
+                    store_trace(
+                        ids, trace_ptr, positions_ptr, positions_ptr, m, T, S, trace_stride_b, trace_stride_s, TOP_K, SLOTS,
+                        False,
+                    )  # fmt: skip
+            else:
+                expert = tl.load(ids_ptr + m * TOP_K + slot).to(tl.int64)
+                share = tl.load(weights_ptr + m * TOP_K + slot)
             w_ptr += expert * (2 * WIDTH * (K // 2 if BITS == 4 else K))
             if BITS <= 8:
                 s_ptr += expert * (2 * WIDTH * 2 * (K // GROUP))
@@ -191,9 +210,9 @@ def gate_up_kernel(
 
 @triton.jit
 def down_kernel(
-    x_ptr, ids_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, act_ptr, y_ptr, x_stride,
-    D: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, PLANES: tl.constexpr, FAST: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    x_ptr, ids_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, act_ptr, y_ptr, logits_ptr, x_stride,
+    D: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr,
+    PLANES: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr,
     WIDTH: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, WORDS: tl.constexpr,
     CHUNK: tl.constexpr,
     SWIDTH: tl.constexpr, SGROUP: tl.constexpr, SBITS: tl.constexpr, SHALF: tl.constexpr, SWORDS: tl.constexpr,
@@ -203,12 +222,16 @@ def down_kernel(
     """y[m, d] = x[m, d] + sum over experts and i of down[expert, d, i] * act[m, expert's slot, i], shared one last.
 
     The experts' rows for one d lie side by side as [SLOTS, WORDS], SLOTS = TOP_K rounded up to a power of 2: a thread
-    keeps its slice of the activations and sums it with many rows. Grid (blocks of rows, M)."""
+    keeps its slice of the activations and sums it with many rows. Grid (blocks of rows, M). E as in `gate_up_kernel`."""
     m = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     slot = tl.arange(0, SLOTS)
     # Not the previous kernel's result but that of one before; past L1, which may hold an older token's.
-    expert = tl.load(ids_ptr + m * TOP_K + slot, mask=slot < TOP_K, other=0, cache_modifier=".cg").to(tl.int64)
+    if E:
+        ids, _ = choice(logits_ptr + m * E, E, E_PADDED, TOP_K, SLOTS, ".cg")
+        expert = tl.where(slot < TOP_K, ids, 0).to(tl.int64)
+    else:
+        expert = tl.load(ids_ptr + m * TOP_K + slot, mask=slot < TOP_K, other=0, cache_modifier=".cg").to(tl.int64)
     width: tl.constexpr = WIDTH * BITS // 32
     column = tl.arange(0, WORDS)
     # Slots first: of the dimensions without contiguous addresses, the first is spread over lanes and warps.
@@ -302,14 +325,16 @@ def expert_formats(
 
 
 def check_vectors(
-    *, x: Tensor, norm_weight: Tensor, ids: Tensor, weights: Tensor, shared_gate: Tensor
+    *, x: Tensor, norm_weight: Tensor, shared_gate: Tensor, ids: Tensor | None = None, weights: Tensor | None = None
 ) -> None:  # fmt: skip
-    """`ValueError` where what both experts' ops take beside x and the matrices is not as in the legend."""
-    features, chosen = x.shape[-1], (*x.shape[:-1], ids.shape[-1])
+    """`ValueError` where what the experts' ops take beside x and the matrices is not as in the legend."""
+    features = x.shape[-1]
     check_argument(norm_weight, name="norm_weight", shape=(features,), dtypes=FLOATS)
     check_argument(shared_gate, name="shared_gate", shape=(1, features), dtypes=FLOATS)
-    check_argument(ids, name="ids", shape=chosen, dtypes=(torch.int32,))
-    check_argument(weights, name="weights", shape=chosen, dtypes=(torch.float32,))
+    if ids is not None and weights is not None:
+        chosen = (*x.shape[:-1], ids.shape[-1])
+        check_argument(ids, name="ids", shape=chosen, dtypes=(torch.int32,))
+        check_argument(weights, name="weights", shape=chosen, dtypes=(torch.float32,))
 
 
 def format_constants(*, weight: Tensor, width: int, features: int, bits: int, group: int, prefix: str = "") -> dict:
@@ -346,12 +371,24 @@ def moe_decode(
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class ToChoose:
+    """What the experts' kernels choose from: logits [rows, E] float32, positions and trace as in `router.py`."""
+
+    logits: Tensor
+    top_k: int
+    positions: Tensor
+    expert_ids: Tensor
+    trace_length: int  # positions that the trace has
+
+
 def decode_with(
-    *, x, norm_weight, eps, ids, weights, gate_up, gate_up_scales, down, down_scales,
-    shared_gate_up, shared_gate_up_scales, shared_down, shared_down_scales, shared_gate, configs,
+    *, x, norm_weight, eps, gate_up, gate_up_scales, down, down_scales,
+    shared_gate_up, shared_gate_up_scales, shared_down, shared_down_scales, shared_gate, configs, ids=None, weights=None,
+    choose: ToChoose | None = None,
 ) -> Tensor:  # fmt: skip
-    """The body of `moe_decode`, with launch parameters to choose (None: the table's)."""
-    features, top_k = x.shape[-1], ids.shape[-1]
+    """The body of `moe_decode`, with launch parameters to choose (None: the table's); either ids and weights, or `choose`."""
+    features, top_k = x.shape[-1], choose.top_k if choose else ids.shape[-1]
     width, up, back = expert_formats(
         gate_up=gate_up, gate_up_scales=gate_up_scales, down=down, down_scales=down_scales, features=features, name=""
     )
@@ -373,12 +410,21 @@ def decode_with(
     def stored(scales: Tensor | None, weight: Tensor) -> Tensor:
         return weight if scales is None else scales
 
+    slots = triton.next_power_of_2(top_k)
+    if choose is None:
+        given, trace, counts = (ids, weights), (ids, ids, ids), (0, 0, 0, 0)
+        experts = {"E": 0, "E_PADDED": 1}
+    else:
+        held = choose.expert_ids
+        given, trace = (choose.logits, choose.logits), (choose.logits, held, choose.positions)
+        counts = (x.shape[1], choose.trace_length, held.stride(0), held.stride(1))
+        experts = {"E": gate_up.shape[0], "E_PADDED": triton.next_power_of_2(gate_up.shape[0])}
     grid = (triton.cdiv(max(width, shared_width), first["BLOCK_I"]), top_k + 1, rows)
     wrap_triton(gate_up_kernel)[grid](
-        flat, norm_weight, ids, weights, gate_up, stored(gate_up_scales, gate_up),
-        shared_gate_up, stored(shared_gate_up_scales, shared_gate_up), shared_gate, act, flat.stride(0),
-        EPS=eps, TOP_K=top_k, K=features, K_PADDED=triton.next_power_of_2(features), FAST=x.is_cuda,
-        PLANES=planes(x.dtype), OVERLAP=can_overlap(x),
+        flat, norm_weight, *given, gate_up, stored(gate_up_scales, gate_up),
+        shared_gate_up, stored(shared_gate_up_scales, shared_gate_up), shared_gate, act, *trace, flat.stride(0), *counts,
+        EPS=eps, TOP_K=top_k, SLOTS=slots, K=features, K_PADDED=triton.next_power_of_2(features), FAST=x.is_cuda,
+        PLANES=planes(x.dtype), OVERLAP=can_overlap(x), **experts,
         **format_constants(weight=gate_up, width=width, features=features, bits=up[0], group=up[1]),
         **format_constants(
             weight=shared_gate_up, width=shared_width, features=features, bits=shared_up[0], group=shared_up[1],
@@ -387,9 +433,9 @@ def decode_with(
         **first,
     )  # fmt: skip
     wrap_triton(down_kernel)[(triton.cdiv(features, second["BLOCK_D"]), rows)](
-        flat, ids, down, stored(down_scales, down), shared_down, stored(shared_down_scales, shared_down), act, y,
-        flat.stride(0), D=features, TOP_K=top_k, SLOTS=triton.next_power_of_2(top_k), FAST=x.is_cuda,
-        PLANES=planes(x.dtype), OVERLAP=can_overlap(x),
+        flat, given[0], down, stored(down_scales, down), shared_down, stored(shared_down_scales, shared_down), act, y,
+        trace[0], flat.stride(0), D=features, TOP_K=top_k, SLOTS=slots, FAST=x.is_cuda, PLANES=planes(x.dtype),
+        OVERLAP=can_overlap(x), **experts,
         **format_constants(weight=down, width=width, features=width, bits=back[0], group=back[1]),
         **format_constants(
             weight=shared_down, width=shared_width, features=shared_width, bits=shared_back[0], group=shared_back[1],

@@ -40,6 +40,7 @@ OVERLAPPING = (
 # Of these, the kernels (earlier, later) of one op: what may start early where an op is timed by itself.
 WITHIN_AN_OP = (
     ("gemv_kernel", "choose_experts_kernel"),
+    ("gemv_kernel", "gate_up_kernel"),
     ("gate_up_kernel", "down_kernel"),
     ("_decode_kernel", "_finish_kernel"),
     ("_attend_kernel", "_merge_kernel"),

@@ -12,6 +12,7 @@ from . import (
     linear,
     moe,
     moe_prefill,
+    moe_routed,
     qk_norm_rope,
     router,
     router_fused,
@@ -38,7 +39,12 @@ OPS: dict[str, dict[str, Callable]] = {
         "splitk": attention.sdpa_decode_splitk,
         "tiled": attention.sdpa_decode_tiled,
     },
-    "router": {"reference": router.reference_router, "triton": router.router, "fused": router_fused.router_fused},
+    "router": {
+        "reference": router.reference_router,
+        "triton": router.router,
+        "fused": router_fused.router_fused,
+        "in_moe": router.router,  # in a decode method: see WITH_ROUTER
+    },
     "moe_prefill": {"reference": moe.reference_moe_prefill, "triton": moe_prefill.moe_prefill},
     "moe_decode": {"reference": moe.reference_moe_decode, "triton": moe.moe_decode},
     "sample": {"reference": sample.reference_greedy, "triton": sample.greedy},
@@ -46,6 +52,9 @@ OPS: dict[str, dict[str, Callable]] = {
 
 # A draw from the softmax by the implementation of `sample` that is chosen; `OPS["sample"]` is the greedy choice.
 DRAWS: dict[str, Callable] = {"reference": sample.reference_sample, "triton": sample.sample}
+
+# A decode method's router and experts as one op, where the router is "in_moe", by the experts' implementation.
+WITH_ROUTER: dict[str, Callable] = {"triton": moe_routed.moe_routed}
 
 # What `auto` means.
 AUTO = {"cpu": "reference", "cuda": "triton"}
@@ -84,6 +93,11 @@ def resolve(*, default: str, chosen: dict[str, str | None], device: str) -> dict
                 "TRITON_INTERPRET=1 to run it (very slowly) in Triton's interpreter"
             )
         names[op] = name
+    if names["router"] == "in_moe" and names["moe_decode"] not in WITH_ROUTER:
+        raise ValueError(
+            f"ops.router=in_moe leaves the choice to the experts' kernels, and ops.moe_decode={names['moe_decode']} does not "
+            f"make one: use ops.moe_decode={' or '.join(WITH_ROUTER)}, or another router"
+        )
     return names
 
 

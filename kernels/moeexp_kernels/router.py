@@ -74,17 +74,15 @@ def reference_router(
 
 
 @triton.jit
-def choose_experts(
-    logits_ptr, ids_ptr, weights_ptr, trace_ptr, positions_ptr, lengths_ptr, m, T, S, trace_stride_b, trace_stride_s,
-    E: tl.constexpr, E_PADDED: tl.constexpr, TOP_K: tl.constexpr, K_PADDED: tl.constexpr, HAS_LIVE: tl.constexpr,
-    CACHE: tl.constexpr,
+def choice(
+    logits_ptr, E: tl.constexpr, E_PADDED: tl.constexpr, TOP_K: tl.constexpr, K_PADDED: tl.constexpr, CACHE: tl.constexpr
 ):  # fmt: skip
-    """Token m (int64): the TOP_K largest of its E logits, largest first, equal ones in the order of their indices; stores
-    ids, weights and the trace.
+    """(ids int32, shares float32), both [K_PADDED]: the TOP_K largest of E logits, largest first, equal ones in the order of
+    their indices; beyond TOP_K ids mean nothing and shares are 0.
 
     A softmax renormalised over the chosen is the softmax of the chosen logits, so that no other exp is needed."""
     e = tl.arange(0, E_PADDED)
-    logits = tl.load(logits_ptr + m * E + e, mask=e < E, other=float("-inf"), cache_modifier=CACHE)
+    logits = tl.load(logits_ptr + e, mask=e < E, other=float("-inf"), cache_modifier=CACHE)
     # The float's order as an integer's, over the reversed index: unique keys, of which the largest is the choice.
     bits = logits.to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -101,8 +99,16 @@ def choose_experts(
     values = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
     largest = tl.sum(tl.where(slot == 0, values, 0.0), axis=0)
     shares = tl.where(slot < TOP_K, tl.exp(values - largest), 0.0)
-    tl.store(ids_ptr + m * TOP_K + slot, ids, mask=slot < TOP_K)
-    tl.store(weights_ptr + m * TOP_K + slot, shares / tl.sum(shares, axis=0), mask=slot < TOP_K)
+    return ids, shares / tl.sum(shares, axis=0)
+
+
+@triton.jit
+def store_trace(
+    ids, trace_ptr, positions_ptr, lengths_ptr, m, T, S, trace_stride_b, trace_stride_s,
+    TOP_K: tl.constexpr, K_PADDED: tl.constexpr, HAS_LIVE: tl.constexpr,
+):  # fmt: skip
+    """The choice of token m (int64) of B * T into the trace, if its position counts."""
+    slot = tl.arange(0, K_PADDED)
     b = m // T
     position = tl.load(positions_ptr + b) + m % T
     # The session refuses positions outside the trace; here they must not reach other memory.
@@ -111,6 +117,22 @@ def choose_experts(
         counts = counts & (m % T < tl.load(lengths_ptr + b))
     limit = tl.where(counts, TOP_K, 0)
     tl.store(trace_ptr + b * trace_stride_b + position * trace_stride_s + slot, ids, mask=slot < limit)
+
+
+@triton.jit
+def choose_experts(
+    logits_ptr, ids_ptr, weights_ptr, trace_ptr, positions_ptr, lengths_ptr, m, T, S, trace_stride_b, trace_stride_s,
+    E: tl.constexpr, E_PADDED: tl.constexpr, TOP_K: tl.constexpr, K_PADDED: tl.constexpr, HAS_LIVE: tl.constexpr,
+    CACHE: tl.constexpr,
+):  # fmt: skip
+    """The `choice` of token m (int64), stored: ids, weights and trace."""
+    ids, shares = choice(logits_ptr + m * E, E, E_PADDED, TOP_K, K_PADDED, CACHE)
+    slot = tl.arange(0, K_PADDED)
+    tl.store(ids_ptr + m * TOP_K + slot, ids, mask=slot < TOP_K)
+    tl.store(weights_ptr + m * TOP_K + slot, shares, mask=slot < TOP_K)
+    store_trace(
+        ids, trace_ptr, positions_ptr, lengths_ptr, m, T, S, trace_stride_b, trace_stride_s, TOP_K, K_PADDED, HAS_LIVE
+    )
 
 
 @triton.jit
@@ -167,26 +189,33 @@ def empty_results(*, x: Tensor, experts: int, top_k: int) -> tuple[Tensor, Tenso
     )
 
 
-def launch_router(
-    *, x: Tensor, flat: Tensor, norm_weight: Tensor, weight: Tensor, bits: int, eps: float, top_k: int, positions: Tensor,
-    expert_ids: Tensor, live: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(ids, weights) by a kernel or two for the logits, then one for the choice; arguments checked, `flat` x as rows."""
+def launch_logits(
+    *, flat: Tensor, norm_weight: Tensor, weight: Tensor, bits: int, eps: float, out: Tensor
+) -> None:  # fmt: skip
+    """out [rows, E] float32 = norm(flat) @ weight.T, by one kernel for few rows, else by two; arguments checked."""
     experts, features = weight.shape
-    rows = flat.shape[0]
-    logits, ids, weights = empty_results(x=x, experts=experts, top_k=top_k)
-    common = {"weight": weight, "scales": None, "residual": None, "out": logits, "bits": bits, "group": features}
-    arch, key = tuning.architecture(x.device), f"{tuning.weight_class(bits)}/{experts}x{features}"
-    if few_rows(rows):
+    common = {"weight": weight, "scales": None, "residual": None, "out": out, "bits": bits, "group": features}
+    arch, key = tuning.architecture(flat.device), f"{tuning.weight_class(bits)}/{experts}x{features}"
+    if few_rows(flat.shape[0]):
         # The router's matrix is small: its row splits it so that every SM reads.
         config = tuning.lookup("router_gemv", key, arch)
         launch_gemv(x=flat, norm_weight=norm_weight, eps=eps, config=config, **common)
     else:
         h = launch_rms_norm(x=flat, norm_weight=norm_weight, eps=eps, dtype=torch.float32)
         # Three tf32 products keep float32's bits: a rounded logit would change which experts are chosen.
-        precision = "ieee" if x.dtype == torch.float32 else "tf32x3"
+        precision = "ieee" if flat.dtype == torch.float32 else "tf32x3"
         launch_gemm(x=h, precision=precision, config=tuning.lookup("router_gemm", key, arch), **common)
-    wrap_triton(choose_experts_kernel)[(rows,)](
+
+
+def launch_router(
+    *, x: Tensor, flat: Tensor, norm_weight: Tensor, weight: Tensor, bits: int, eps: float, top_k: int, positions: Tensor,
+    expert_ids: Tensor, live: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(ids, weights) by a kernel or two for the logits, then one for the choice; arguments checked, `flat` x as rows."""
+    experts = weight.shape[0]
+    logits, ids, weights = empty_results(x=x, experts=experts, top_k=top_k)
+    launch_logits(flat=flat, norm_weight=norm_weight, weight=weight, bits=bits, eps=eps, out=logits)
+    wrap_triton(choose_experts_kernel)[(flat.shape[0],)](
         logits, ids, weights, expert_ids, positions, positions if live is None else live, x.shape[1],
         trace_positions(expert_ids), expert_ids.stride(0), expert_ids.stride(1), E=experts,
         E_PADDED=triton.next_power_of_2(experts), TOP_K=top_k, HAS_LIVE=live is not None,

@@ -10,7 +10,7 @@ from moeexp_kernels.moe import moe_decode, reference_moe_decode
 from moeexp_kernels.moe_prefill import moe_prefill, sort_by_expert
 from moeexp_kernels.router import reference_router, router
 from moeexp_kernels.router_fused import router_fused
-from test_kernels_moe import choices, every_router, experts, route
+from test_kernels_moe import choices, every_router, experts, one_op_and_two, route, routed
 from tolerances import tolerance
 
 BIG = {"D": 2048, "E": 256, "width": 512, "shared": 512, "group": 128}
@@ -204,3 +204,16 @@ def test_in_a_cuda_graph():
         y.fill_(float("nan"))
         graph.replay()
         assert_bitwise_equal(y, eager)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("shapes", [BIG, SMALL], ids=["big", "small"])
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+def test_experts_that_choose_are_the_chosen_ones(tokens, shapes, bits, dtype):
+    """To the bit, over 20 runs, each of which writes a fresh trace."""
+    arguments, trace = routed(rows=(1, tokens), k=8, S=64, bits=bits, dtype=dtype, **shapes)
+    for run in range(20):
+        (y, one), (expected, two) = one_op_and_two(arguments, trace)
+        assert_bitwise_equal(y, expected, f"run {run}")
+        assert torch.equal(one, two) and one[:, 2 : 2 + tokens].any()
