@@ -236,15 +236,14 @@ class Recipe:
         return OF_DISPATCH[self.cfg.dispatch]
 
     def names_in(self, method: str) -> dict[str, str]:
-        """What of `names` tells one method from another: the sampler is in none, and only a decode step's router may be the
-        experts' business."""
-        names = {op: name for op, name in self.names.items() if op != "sample"}
+        """What of `names` is in a method: the sampler is in none, and a prefill method has no op that is for one token."""
+        other = {"prefill": "_decode", "decode": "_prefill"}.get(method, "nothing")
+        names = {op: name for op, name in self.names.items() if op != "sample" and not op.endswith(other)}
         return names | ({"router": "triton"} if method == "prefill" and names["router"] == "in_moe" else {})
 
     def ops(self) -> dict[str, Callable]:
         ops = {op: registry.implementation(op, name) for op, name in self.names.items()}
-        if self.names["router"] == "in_moe":
-            ops["moe_routed"] = registry.WITH_ROUTER[self.names["moe_decode"]]
+        ops |= registry.combined(self.names)
         return ops | dispatch.ops(self.names) if self.cfg.dispatch == "single" else ops
 
     def module(self, name: str) -> Method:

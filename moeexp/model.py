@@ -102,7 +102,8 @@ class DecoderLayer(nn.Module):
 
 class Qwen35MoE(nn.Module):
     """`forward` serves every method; `phase` ("prefill", "decode" or "single") picks the implementations of phase-bound
-    ops: `gdn_{phase}`, `sdpa_{phase}`, `moe_{phase}`. Where `ops` has `moe_routed`, it does a decode step's router too."""
+    ops: `gdn_{phase}`, `sdpa_{phase}`, `moe_{phase}`. Where `ops` has them, a decode step's `moe_routed` does router and
+    experts, and `gdn_decode_out` a delta net and its output projection."""
 
     def __init__(self, arch: Architecture, *, dtype: torch.dtype, device: torch.device | str):
         super().__init__()
@@ -157,11 +158,19 @@ class Qwen35MoE(nn.Module):
                 ahead=mixer.out_proj if ahead else None,
             )  # fmt: skip
             if layer.layer_type == "linear_attention":
-                out = ops[f"gdn_{phase}"](
-                    proj=proj, conv_weight=mixer.conv_weight, a_log=mixer.a_log[0], dt_bias=mixer.dt_bias[0],
-                    norm_weight=mixer.norm, conv_state=held["conv_state"], recurrent_state=held["recurrent_state"],
-                    **mixer.heads, **counts,
-                )  # fmt: skip
+                mixing = {
+                    "proj": proj, "conv_weight": mixer.conv_weight, "a_log": mixer.a_log[0], "dt_bias": mixer.dt_bias[0],
+                    "norm_weight": mixer.norm, "conv_state": held["conv_state"],
+                    "recurrent_state": held["recurrent_state"], **mixer.heads,
+                }  # fmt: skip
+                if phase == "decode" and "gdn_decode_out" in ops:
+                    x = ops["gdn_decode_out"](
+                        **mixing, weight=mixer.out_proj.weight, scales=mixer.out_proj.scales, residual=x,
+                        **_told(ahead[i] if ahead else None),
+                    )  # fmt: skip
+                    x = self._moe(layer, x, ops, phase, positions=positions, expert_ids=held["expert_ids"])
+                    continue
+                out = ops[f"gdn_{phase}"](**mixing, **counts)
             else:
                 q = ops["qk_norm_rope"](
                     qkv=proj, q_norm=mixer.q_norm, k_norm=mixer.k_norm, inv_freq=self.inv_freq[0], positions=positions,
@@ -216,10 +225,14 @@ def _linear(
     residual: Tensor | None = None,
     ahead: Linear | None = None,
 ) -> Tensor:
-    told = {} if ahead is None else {"ahead": ahead.weight, "ahead_scales": ahead.scales}
     return ops["linear"](
-        x=x, weight=linear.weight, scales=linear.scales, norm_weight=norm, eps=eps, residual=residual, **told
+        x=x, weight=linear.weight, scales=linear.scales, norm_weight=norm, eps=eps, residual=residual, **_told(ahead)
     )
+
+
+def _told(ahead: Linear | None) -> dict[str, Tensor | None]:
+    """What a projection is told of the one that comes next."""
+    return {} if ahead is None else {"ahead": ahead.weight, "ahead_scales": ahead.scales}
 
 
 def inverse_frequencies(arch: Architecture) -> Tensor:

@@ -68,7 +68,7 @@ def validate(cfg: Config, *, cuda_available: bool) -> None:
     arch = load_architecture(cfg.model)
     _check_prompt(cfg, arch)
     _check_quant(cfg.quant, arch)
-    _check_ops(cfg, _device(cfg, cuda_available))
+    _check_ops(cfg, _device(cfg, cuda_available), arch)
     _check_engine(cfg)
 
 
@@ -317,11 +317,17 @@ def _check_quant(quant: QuantConfig, arch: Architecture) -> None:
             )
 
 
-def _check_ops(cfg: Config, device: str) -> None:
+def _check_ops(cfg: Config, device: str, arch: Architecture) -> None:
     from moeexp_kernels.registry import resolve as resolve_ops
 
     chosen = {field.name: getattr(cfg.ops, field.name) for field in fields(cfg.ops) if field.name != "default"}
-    resolve_ops(default=cfg.ops.default, chosen=chosen, device=device)
+    names = resolve_ops(default=cfg.ops.default, chosen=chosen, device=device)
+    if names["gdn_decode"] == "with_out":
+        from moeexp_kernels.gated_delta_out import check_heads
+
+        plain = cfg.quant.bits == 16 or "out_proj" in cfg.quant.skip
+        group = None if plain else cfg.quant.group_size or default_group_size(arch, cfg.quant)
+        check_heads(arch.linear_value_head_dim, group)
 
 
 def _linear_op(cfg: Config) -> str:

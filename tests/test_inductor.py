@@ -150,10 +150,10 @@ model.attach_state(Arena(state_shapes(arch, batch=1, max_seq_len=64, dtype=torch
 linear.can_overlap = lambda tensor: True  # as on Hopper, where a GEMV has instructions of its own for that and for prefetching
 written = {}
 for method, router in (("prefill", "triton"), ("decode", "triton"), ("decode", "fused"), ("decode", "in_moe")):
-    names = registry.resolve(default="triton", chosen={"router": router}, device="cuda")
+    chosen = {"router": router, "gdn_decode": "with_out" if router == "in_moe" else None}
+    names = registry.resolve(default="triton", chosen=chosen, device="cuda")
     ops = {op: registry.implementation(op, name) for op, name in names.items()}
-    if router == "in_moe":
-        ops["moe_routed"] = registry.WITH_ROUTER[names["moe_decode"]]
+    ops |= registry.combined(names)
     known.clear()
     program = export_method(method, model, ops, batch=1, max_seq_len=64, l2_prefetch=True)
     with torch.no_grad():
@@ -174,6 +174,8 @@ for method, router in (("prefill", "triton"), ("decode", "triton"), ("decode", "
 results = {"ids_ptr", "weights_ptr", "trace_ptr"}
 assert written["choose_experts_kernel"] == results, written
 assert written["gate_up_kernel"] == {"act_ptr", "trace_ptr"} and written["down_kernel"] == {"y_ptr"}, written
+assert written["_decode_kernel"] == {"state", "raw", "squares"}, written
+assert written["gdn_out_kernel"] == {"conv_state", "y_ptr"}, written
 assert written["gemv_kernel"] == {"y_ptr"}, written
 assert written["router_kernel"] == results | {"logits_ptr"}, written
 """

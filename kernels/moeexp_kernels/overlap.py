@@ -32,6 +32,7 @@ OVERLAPPING = (
     "down_kernel",
     "_decode_kernel",
     "_finish_kernel",
+    "gdn_out_kernel",
     "_qk_norm_rope_kernel",
     "_attend_kernel",
     "_merge_kernel",
@@ -43,6 +44,7 @@ WITHIN_AN_OP = (
     ("gemv_kernel", "gate_up_kernel"),
     ("gate_up_kernel", "down_kernel"),
     ("_decode_kernel", "_finish_kernel"),
+    ("_decode_kernel", "gdn_out_kernel"),
     ("_attend_kernel", "_merge_kernel"),
 )
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from . import (
     attention,
     gated_delta,
+    gated_delta_out,
     gated_delta_prefill,
     linear,
     moe,
@@ -30,6 +31,7 @@ OPS: dict[str, dict[str, Callable]] = {
         "recurrent": gated_delta.gdn_decode,
         "einsum": gated_delta.reference_gdn_decode,
         "chunked": gated_delta_prefill.gdn_prefill,
+        "with_out": gated_delta.gdn_decode,  # in a decode method: see WITH_OUT
     },
     "qk_norm_rope": {"reference": qk_norm_rope.reference_qk_norm_rope, "triton": qk_norm_rope.qk_norm_rope},
     "sdpa_prefill": {"reference": attention.reference_sdpa_prefill, "triton": attention.sdpa_prefill},
@@ -52,6 +54,10 @@ OPS: dict[str, dict[str, Callable]] = {
 
 # A draw from the softmax by the implementation of `sample` that is chosen; `OPS["sample"]` is the greedy choice.
 DRAWS: dict[str, Callable] = {"reference": sample.reference_sample, "triton": sample.sample}
+
+# A decode method's gated delta net and its output projection as one op, where the former is "with_out", by the
+# implementation of `linear`.
+WITH_OUT: dict[str, Callable] = {"triton": gated_delta_out.gdn_decode_out}
 
 # A decode method's router and experts as one op, where the router is "in_moe", by the experts' implementation.
 WITH_ROUTER: dict[str, Callable] = {"triton": moe_routed.moe_routed}
@@ -93,12 +99,24 @@ def resolve(*, default: str, chosen: dict[str, str | None], device: str) -> dict
                 "TRITON_INTERPRET=1 to run it (very slowly) in Triton's interpreter"
             )
         names[op] = name
-    if names["router"] == "in_moe" and names["moe_decode"] not in WITH_ROUTER:
-        raise ValueError(
-            f"ops.router=in_moe leaves the choice to the experts' kernels, and ops.moe_decode={names['moe_decode']} does not "
-            f"make one: use ops.moe_decode={' or '.join(WITH_ROUTER)}, or another router"
-        )
+    pairs = (("router", "in_moe", "moe_decode", WITH_ROUTER), ("gdn_decode", "with_out", "linear", WITH_OUT))
+    for op, name, by, table in pairs:
+        if names[op] == name and names[by] not in table:
+            raise ValueError(
+                f"ops.{op}={name} leaves a part of its work to ops.{by}, and ops.{by}={names[by]} does not do it: "
+                f"use ops.{by}={' or '.join(table)}, or another ops.{op}"
+            )
     return names
+
+
+def combined(names: dict[str, str]) -> dict[str, Callable]:
+    """The ops of a decode method that do the work of two, for the implementations that `names` (op -> name) chooses."""
+    found = {}
+    if names["router"] == "in_moe":
+        found["moe_routed"] = WITH_ROUTER[names["moe_decode"]]
+    if names["gdn_decode"] == "with_out":
+        found["gdn_decode_out"] = WITH_OUT[names["linear"]]
+    return found
 
 
 def implementation(op: str, name: str) -> Callable:

@@ -134,8 +134,8 @@ def test_the_whole_check_passes(stack, models, phases, overrides):
     "overrides",
     [
         "export=aoti dispatch=single cuda_graph=loop",
-        "export=aoti l2_prefetch=true ops.router=in_moe cuda_graph=loop",
-        "export=compile l2_prefetch=true ops.router=in_moe state=explicit",
+        "export=aoti l2_prefetch=true ops.router=in_moe ops.gdn_decode=with_out cuda_graph=loop",
+        "export=compile l2_prefetch=true ops.router=in_moe ops.gdn_decode=with_out state=explicit",
         "export=aoti state=explicit cuda_graph=decode shared_stream=false",
         "export=aoti dispatch=cond state=explicit cuda_graph=all",
         "export=compile dispatch=single cuda_graph=decode state=explicit",
