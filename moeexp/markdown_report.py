@@ -56,7 +56,9 @@ def legend(gains: Iterable[Interval | None]) -> str:
 
 
 def three(value: float) -> str:
-    """Three significant digits, also where the last ones are zeros."""
+    """Three significant digits, also where the last ones are zeros; just above 1 four, as just below it: 1.003 and 0.997."""
+    if 1 <= abs(value) < 1.1:
+        return f"{value:.3f}"
     return f"{value:#.3g}".removesuffix(".") if 0.001 <= abs(value) < 1000 else number(value)
 
 
