@@ -31,6 +31,7 @@ SPEC = MethodSpec(
 CHANGES = {
     "state": "explicit",
     "takes_live": True,
+    "l2_prefetch": True,
     "method": "prefill",
     "architecture": ODD.to_hf() | {"rms_norm_eps": 1e-6},
     "ops": {"linear": "triton", "sample": "reference"},

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from moeexp_kernels import registry
 from rich.console import Console
 
 from moeexp.compile_cache import cache_dir
-from moeexp.factory import build_model, build_stack
+from moeexp.factory import Recipe, build_model, build_stack
 from moeexp.phases import Phases
 from moeexp.record import Record
 from moeexp.schema import compose
@@ -150,3 +151,19 @@ def test_compiled_methods_of_other_axes_equal_eager(model, phases, overrides, tm
         torch.testing.assert_close(ours.logits, theirs.logits, rtol=0, atol=1e-4)
         for name in theirs.states:
             torch.testing.assert_close(ours.states[name], theirs.states[name], rtol=0, atol=1e-4, msg=name)
+
+
+def test_a_package_depends_on_the_ops_that_its_method_has():
+    """A prefill method is compiled once for decode steps of every kind, and the other way round."""
+
+    def names(method, **chosen):
+        resolved = registry.resolve(default="triton", chosen=chosen, device="cuda")
+        return Recipe(None, None, resolved, {}, None).names_in(method)
+
+    for chosen in ({"gdn_decode": "chunked"}, {"router": "in_moe"}, {"gdn_decode": "with_out"}):
+        assert names("prefill", **chosen) == names("prefill")
+        assert names("decode", **chosen) != names("decode")
+        assert names("cond", **chosen) != names("cond")
+    assert names("decode", moe_prefill="reference") == names("decode")
+    assert names("prefill", router="fused") != names("prefill")
+    assert "sample" not in names("forward")

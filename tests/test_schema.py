@@ -184,3 +184,27 @@ def test_every_rule_names_a_field():
     for path in (*rules.ALLOWED, *rules.AT_LEAST, *rules.NEEDS_CUDA_TO_MATTER):
         rules.get(config, path)
     assert {field.name for field in dataclasses.fields(config.ops)} >= {"default", "linear", "sample"}
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["ops.router=in_moe", "ops.moe_decode=reference"], ["ops.router=in_moe", "ops.moe_decode=triton"]),
+        (["ops=reference", "ops.router=in_moe"], ["ops.moe_decode=reference does not"]),
+        (["ops.gdn_decode=with_out", "ops.linear=reference"], ["ops.gdn_decode=with_out", "ops.linear=triton"]),
+        (["ops.gdn_decode=with_out", "model.architecture.linear_value_head_dim=24"], ["head_v_dim is 24", "powers of 2"]),
+        (["ops.gdn_decode=with_out", "model.architecture.linear_value_head_dim=64", "quant.group_size=128",
+          "model.architecture.hidden_size=128"], ["groups of 128", "head_v_dim 64"]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_work_left_to_another_op_needs_one_that_does_it(overrides, words):
+    shapes = ["model.architecture.moe_intermediate_size=128", "model.architecture.shared_expert_intermediate_size=128"]
+    with pytest.raises(ValueError) as caught:
+        validate(nano(*shapes, *overrides), cuda_available=True)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_work_left_to_another_op_is_taken():
+    for overrides in (["ops.router=in_moe"], ["ops.gdn_decode=with_out"], ["ops.gdn_decode=with_out", "quant=none"]):
+        validate(nano(*overrides), cuda_available=True)
