@@ -157,6 +157,7 @@ class Qwen35MoE(nn.Module):
                 ops, x, layer.first, norm=layer.input_norm, eps=self.arch.rms_norm_eps,
                 ahead=mixer.out_proj if ahead else None,
             )  # fmt: skip
+            then = ahead[i] if ahead else None
             if layer.layer_type == "linear_attention":
                 mixing = {
                     "proj": proj, "conv_weight": mixer.conv_weight, "a_log": mixer.a_log[0], "dt_bias": mixer.dt_bias[0],
@@ -165,12 +166,10 @@ class Qwen35MoE(nn.Module):
                 }  # fmt: skip
                 if phase == "decode" and "gdn_decode_out" in ops:
                     x = ops["gdn_decode_out"](
-                        **mixing, weight=mixer.out_proj.weight, scales=mixer.out_proj.scales, residual=x,
-                        **_told(ahead[i] if ahead else None),
-                    )  # fmt: skip
-                    x = self._moe(layer, x, ops, phase, positions=positions, expert_ids=held["expert_ids"])
-                    continue
-                out = ops[f"gdn_{phase}"](**mixing, **counts)
+                        **mixing, weight=mixer.out_proj.weight, scales=mixer.out_proj.scales, residual=x, **_told(then)
+                    )
+                else:
+                    x = _linear(ops, ops[f"gdn_{phase}"](**mixing, **counts), mixer.out_proj, residual=x, ahead=then)
             else:
                 q = ops["qk_norm_rope"](
                     qkv=proj, q_norm=mixer.q_norm, k_norm=mixer.k_norm, inv_freq=self.inv_freq[0], positions=positions,
@@ -179,7 +178,7 @@ class Qwen35MoE(nn.Module):
                 out = ops[f"sdpa_{phase}"](
                     q=q, qkv=proj, k_cache=held["k_cache"], v_cache=held["v_cache"], positions=positions, **counts
                 )
-            x = _linear(ops, out, mixer.out_proj, residual=x, ahead=ahead[i] if ahead else None)
+                x = _linear(ops, out, mixer.out_proj, residual=x, ahead=then)
             x = self._moe(layer, x, ops, phase, positions=positions, expert_ids=held["expert_ids"], **counts)
         if logit_positions is not None:
             x = x.index_select(1, logit_positions)

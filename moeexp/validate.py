@@ -322,6 +322,12 @@ def _check_ops(cfg: Config, device: str, arch: Architecture) -> None:
 
     chosen = {field.name: getattr(cfg.ops, field.name) for field in fields(cfg.ops) if field.name != "default"}
     names = resolve_ops(default=cfg.ops.default, chosen=chosen, device=device)
+    for op, name in (("router", "in_moe"), ("gdn_decode", "with_out")):
+        if names[op] == name and cfg.dispatch == "single":
+            raise ValueError(
+                f"ops.{op}={name} joins two ops of a decode step, and dispatch=single has no decode step apart from prefill: "
+                f"use another dispatch, or another ops.{op}"
+            )
     if names["gdn_decode"] == "with_out":
         from moeexp_kernels.gated_delta_out import check_heads
 

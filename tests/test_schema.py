@@ -192,6 +192,8 @@ def test_every_rule_names_a_field():
         (["ops.router=in_moe", "ops.moe_decode=reference"], ["ops.router=in_moe", "ops.moe_decode=triton"]),
         (["ops=reference", "ops.router=in_moe"], ["ops.moe_decode=reference does not"]),
         (["ops.gdn_decode=with_out", "ops.linear=reference"], ["ops.gdn_decode=with_out", "ops.linear=triton"]),
+        (["ops.router=in_moe", "dispatch=single"], ["ops.router=in_moe", "dispatch=single has no decode step"]),
+        (["ops.gdn_decode=with_out", "dispatch=single"], ["ops.gdn_decode=with_out", "dispatch=single has no decode step"]),
         (["ops.gdn_decode=with_out", "model.architecture.linear_value_head_dim=24"], ["head_v_dim is 24", "powers of 2"]),
         (["ops.gdn_decode=with_out", "model.architecture.linear_value_head_dim=64", "quant.group_size=128",
           "model.architecture.hidden_size=128"], ["groups of 128", "head_v_dim 64"]),
