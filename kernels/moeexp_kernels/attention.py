@@ -188,25 +188,27 @@ def _merge_kernel(
     H: tl.constexpr, DH: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Grid (H, blocks of Dh, B): exact sum of the splits' partial softmaxes, in split order, times sigmoid(gate)."""
-    ready = after_previous(OVERLAP)
-    partial_sums += ready
-    partial_stats += ready
-    qkv += ready
-    positions += ready
-    out += ready
+    """Grid (H, blocks of Dh, B): exact sum of the splits' partial softmaxes, in split order, times sigmoid(gate).
+
+    Gate and positions were complete before the previous kernel, which reads the same row and positions; past L1."""
     head, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = d < DH
     split = tl.arange(0, SPLITS)
-    live = tl.maximum(tl.minimum(tl.load(positions + b).to(tl.int32) + 1, slots), 0)
+    position = tl.load(positions + b, cache_modifier=".cg").to(tl.int32)
+    live = tl.maximum(tl.minimum(position + 1, slots), 0)
     begin, end = _live_share(live, split, BLOCK_N, SPLITS)
     written = begin < end
+    gate_cells = b * qkv_stride_b + head * 2 * DH + DH + d
+    gate = tl.load(qkv + gate_cells, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
+    ready = after_previous(OVERLAP)
+    partial_sums += ready
+    partial_stats += ready
+    out += ready
     cell = (b * SPLITS + split) * H + head
     largest = tl.load(partial_stats + cell * 2, mask=written, other=float("-inf"))
     total = tl.load(partial_stats + cell * 2 + 1, mask=written, other=0.0)
     sums = tl.load(partial_sums + cell[:, None] * DH + d[None, :], mask=written[:, None] & inside[None, :], other=0.0)
-    gate = tl.load(qkv + b * qkv_stride_b + head * 2 * DH + DH + d, mask=inside, other=0.0).to(tl.float32)
     pivot = tl.max(largest, 0)
     share = tl.exp2(largest - tl.where(pivot == float("-inf"), 0.0, pivot))
     whole = tl.sum(total * share, 0)

@@ -227,7 +227,7 @@ def _gates(a, b, a_log, dt_bias):
 
 @triton.jit
 def _next_conv_state(
-    proj, conv_state, first, count, T, stride_t, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    proj, conv_state, first, count, T, stride_t, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CACHE: tl.constexpr
 ):  # fmt: skip
     """The conv state that T tokens leave behind, the last WIDTH - 1 of old state | tokens, for channels first .. first +
     count - 1, flat as it lies in memory: [BLOCK], count * (WIDTH - 1) of it live, in the storage dtype.
@@ -237,9 +237,9 @@ def _next_conv_state(
     live = flat < count * (WIDTH - 1)
     old = live & (source < WIDTH - 1)
     new = live & (source >= WIDTH - 1)
-    kept = tl.load(conv_state + first * (WIDTH - 1) + flat + T, mask=old, other=0.0)
+    kept = tl.load(conv_state + first * (WIDTH - 1) + flat + T, mask=old, other=0.0, cache_modifier=CACHE)
     at = (source - (WIDTH - 1)) * stride_t + first + flat // (WIDTH - 1)
-    return tl.where(old, kept, tl.load(proj + at, mask=new, other=0.0))
+    return tl.where(old, kept, tl.load(proj + at, mask=new, other=0.0, cache_modifier=CACHE))
 
 
 @triton.jit
@@ -337,12 +337,10 @@ def _finish_kernel(
     EPS: tl.constexpr, HV: tl.constexpr, DV: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
     SLICE: tl.constexpr, BV: tl.constexpr, FLAT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """After `_decode_kernel`, grid (Hv, B): gated norm of one head, conv state of SLICE channels."""
-    ready = after_previous(OVERLAP)
-    proj += ready
-    conv_state += ready
-    raw += ready
-    out += ready
+    """After `_decode_kernel`, grid (Hv, B): gated norm of one head, conv state of SLICE channels.
+
+    Only `raw` is the previous kernel's result. What else is read lies there since before that kernel, which reads it too;
+    past L1, which may hold what an older token left there."""
     head = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     proj += batch * stride_b
@@ -351,14 +349,15 @@ def _finish_kernel(
     in_v = cols < DV
     first = head * SLICE
     count = tl.minimum(SLICE, CHANNELS - first)
-    kept = _next_conv_state(proj, conv_state, first, count, 1, 0, WIDTH, FLAT)
-    o = tl.load(raw + (batch * HV + head) * DV + cols, mask=in_v, other=0.0)
-    z = tl.load(proj + CHANNELS + head * DV + cols, mask=in_v, other=0.0).to(tl.float32)
+    z = tl.load(proj + CHANNELS + head * DV + cols, mask=in_v, other=0.0, cache_modifier=".cg").to(tl.float32)
     gate = tl.load(norm_weight + cols, mask=in_v, other=0.0).to(tl.float32) * z * tl.sigmoid(z)
+    kept = _next_conv_state(proj, conv_state, first, count, 1, 0, WIDTH, FLAT, ".cg")
+    ready = after_previous(OVERLAP)
+    o = tl.load(raw + ready + (batch * HV + head) * DV + cols, mask=in_v, other=0.0)
     y = o * tl.rsqrt(tl.sum(o * o, axis=0) / DV + EPS) * gate
-    tl.store(out + (batch * HV + head) * DV + cols, y.to(out.dtype.element_ty), mask=in_v)
+    tl.store(out + ready + (batch * HV + head) * DV + cols, y.to(out.dtype.element_ty), mask=in_v)
     tl.debug_barrier()
-    _store_conv_state(conv_state, first, count, kept, WIDTH, FLAT)
+    _store_conv_state(conv_state + ready, first, count, kept, WIDTH, FLAT)
 
 
 def launch_rule(

@@ -19,10 +19,10 @@ from torch.library import triton_op, wrap_triton
 
 from . import tuning
 from .gated_delta import _next_conv_state, _store_conv_state, check_gdn, launch_rule, reference_gdn_decode
-from .linear import flat_rows, gemv_config, planes, reference_linear, weight_format, word_counts
+from .linear import flat_rows, gemv_config, load_extra, planes, reference_linear, weight_format, word_counts
 from .overlap import after_previous, can_overlap
 from .prefetch import ahead_lengths, bring_into_l2
-from .words import dot_rows, features_of_words, load_rows
+from .words import dot_rows, features_of_words, load_rows, stored_features
 
 
 def reference_gdn_decode_out(
@@ -60,22 +60,27 @@ def gdn_out_kernel(
         rows_left += bring_into_l2(ahead_ptr, AHEAD)
     if AHEAD_SCALES:
         rows_left += bring_into_l2(ahead_s_ptr, AHEAD_SCALES)
+    # All but raw and squares was complete before the previous kernel, which reads it too; past L1, as in `_finish_kernel`.
+    proj += m * stride_b
+    conv_state += m * (CHANNELS * (WIDTH - 1))
+    res_ptr += m * N + start
+    extra = load_extra(res_ptr, row, rows_left, True, ".cg")
+    k = stored_features(K, GROUP, BITS, WORDS)
+    gate_low = gate_of(proj + CHANNELS, norm_weight, k, k < K, DV)
+    gate_high = gate_low
+    if BITS == 4:
+        gate_high = gate_of(proj + CHANNELS, norm_weight, k + GROUP // 2, k < K, DV)
     ready = after_previous(OVERLAP)
-    proj += m * stride_b + ready
-    conv_state += m * (CHANNELS * (WIDTH - 1)) + ready
+    conv_state += ready
     raw += m * K + ready
     squares += m * (HV * SPLIT) + ready
-    res_ptr += m * N + ready
-    y_ptr += m * N + ready
+    y_ptr += m * N + start + ready
 
     # Features in the order of the words, as in `load_row_features`.
-    i = tl.arange(0, WORDS * (4 if BITS <= 8 else 32 // BITS))
-    half: tl.constexpr = GROUP // 2
-    k = (i // half) * GROUP + i % half if BITS == 4 else i
-    low = gated(proj + CHANNELS, norm_weight, raw, k, k < K, DV)
+    low = tl.load(raw + k, mask=k < K, other=0.0) * gate_low
     high = low
     if BITS == 4:
-        high = gated(proj + CHANNELS, norm_weight, raw, k + half, k < K, DV)
+        high = tl.load(raw + k + GROUP // 2, mask=k < K, other=0.0) * gate_high
     head = tl.arange(0, HV_PADDED)
     part = tl.arange(0, SPLIT)
     squares += head[:, None] * SPLIT + part[None, :]
@@ -91,35 +96,33 @@ def gdn_out_kernel(
 
     for tile in range(TILES):
         here = row + tile * BLOCK_N
-        ahead_words, ahead_pair = words, pair
+        ahead_words, ahead_pair, ahead_extra = words, pair, extra
         if TILES > 1:
             ahead = here + BLOCK_N
             ahead_words, ahead_pair = load_rows(
                 w_ptr, s_ptr, ahead, ahead < rows_left, K, GROUP, BITS, WORDS, CHUNK, CACHE
             )
-        y = dot_rows(
+            ahead_extra = load_extra(res_ptr, ahead, rows_left, True, ".cg")
+        y = extra + dot_rows(
             words, pair, x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit, BITS, HALF, FAST, BLOCK_N, WORDS, CHUNK, PLANES
         )
-        mask = here < rows_left
-        y += tl.load(res_ptr + start + here, mask=mask, other=0.0).to(tl.float32)
-        tl.store(y_ptr + start + here, y.to(y_ptr.dtype.element_ty), mask=mask)
-        words, pair = ahead_words, ahead_pair
+        tl.store(y_ptr + here, y.to(y_ptr.dtype.element_ty), mask=here < rows_left)
+        words, pair, extra = ahead_words, ahead_pair, ahead_extra
 
     blocks = tl.num_programs(0) // M
     for slice in range(block, HV, blocks):
         first = slice * SLICE
         count = tl.minimum(SLICE, CHANNELS - first)
-        kept = _next_conv_state(proj, conv_state, first, count, 1, 0, WIDTH, FLAT)
+        kept = _next_conv_state(proj, conv_state, first, count, 1, 0, WIDTH, FLAT, "")
         tl.debug_barrier()
         _store_conv_state(conv_state, first, count, kept, WIDTH, FLAT)
 
 
 @triton.jit
-def gated(z_ptr, norm_weight, raw, k, mask, DV: tl.constexpr):
-    """raw * weight * SiLU(z) of features k, float32; without the norm's factor."""
-    z = tl.load(z_ptr + k, mask=mask, other=0.0).to(tl.float32)
-    gate = tl.load(norm_weight + k % DV, mask=mask, other=0.0).to(tl.float32) * z * tl.sigmoid(z)
-    return tl.load(raw + k, mask=mask, other=0.0) * gate
+def gate_of(z_ptr, norm_weight, k, mask, DV: tl.constexpr):
+    """weight * SiLU(z) of features k, float32."""
+    z = tl.load(z_ptr + k, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
+    return tl.load(norm_weight + k % DV, mask=mask, other=0.0).to(tl.float32) * z * tl.sigmoid(z)
 
 
 @triton.jit

@@ -261,7 +261,7 @@ def _scan_kernel(
     conv_state += batch * CHANNELS * (WIDTH - 1)
     first = (head * tl.num_programs(0) + block) * SLICE
     count = tl.minimum(SLICE, CHANNELS - first)
-    kept = _next_conv_state(proj, conv_state, first, count, T, stride_t, WIDTH, FLAT)
+    kept = _next_conv_state(proj, conv_state, first, count, T, stride_t, WIDTH, FLAT, "")
     tl.debug_barrier()  # several threads may have loaded the same element
     tl.store(at_state, s, mask=in_tile)
     _store_conv_state(conv_state, first, count, kept, WIDTH, FLAT)

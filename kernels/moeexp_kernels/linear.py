@@ -30,7 +30,7 @@ from .checks import FLOATS, check_argument
 from .gemm import launch_gemm, launch_rms_norm
 from .overlap import after_previous, can_overlap
 from .prefetch import ahead_lengths, bring_into_l2
-from .words import dot_rows, load_row_features, load_rows
+from .words import dot_rows, load_norm, load_row_features, load_rows
 
 MIDDLE_CODE = {4: 8, 8: 128}
 
@@ -116,34 +116,44 @@ def gemv_kernel(
     rows_left = tl.minimum(N - start, BLOCK_N * TILES).to(tl.int32)
     row = tl.arange(0, BLOCK_N)
     words, pair = load_rows(w_ptr, s_ptr, row, row < rows_left, K, GROUP, BITS, WORDS, CHUNK, CACHE)
+    norm_low, norm_high = load_norm(norm_ptr, HAS_NORM, K, GROUP, BITS, WORDS)
     if AHEAD:  # behind this program's own reads, and before it waits
         rows_left += bring_into_l2(ahead_ptr, AHEAD)
     if AHEAD_SCALES:
         rows_left += bring_into_l2(ahead_s_ptr, AHEAD_SCALES)
     ready = after_previous(OVERLAP)
     x_ptr += ready
-    res_ptr += ready
-    y_ptr += ready
+    res_ptr += m * res_stride + start + ready
+    y_ptr += m * N + start + ready
+    extra = load_extra(res_ptr, row, rows_left, HAS_RESIDUAL, "")  # at once: after the sums all would wait for it
     x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit, r = load_row_features(
-        x_ptr + m * x_stride, norm_ptr, EPS, HAS_NORM, K, GROUP, BITS, WORDS, CHUNK, PLANES
+        x_ptr + m * x_stride, norm_low, norm_high, EPS, HAS_NORM, K, GROUP, BITS, WORDS, CHUNK, PLANES
     )
     for tile in range(TILES):
         here = row + tile * BLOCK_N
-        ahead_words, ahead_pair = words, pair
+        ahead_words, ahead_pair, ahead_extra = words, pair, extra
         if TILES > 1:  # the next rows are on their way while these are summed; beyond the last nothing is read
             ahead = here + BLOCK_N
             ahead_words, ahead_pair = load_rows(
                 w_ptr, s_ptr, ahead, ahead < rows_left, K, GROUP, BITS, WORDS, CHUNK, CACHE
             )
+            ahead_extra = load_extra(res_ptr, ahead, rows_left, HAS_RESIDUAL, "")
         y = r * dot_rows(
             words, pair, x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit, BITS, HALF, FAST, BLOCK_N, WORDS, CHUNK, PLANES
         )
-        n = start + here
-        mask = here < rows_left
         if HAS_RESIDUAL:
-            y += tl.load(res_ptr + m * res_stride + n, mask=mask, other=0.0).to(tl.float32)
-        tl.store(y_ptr + m * N + n, y.to(y_ptr.dtype.element_ty), mask=mask)
-        words, pair = ahead_words, ahead_pair
+            y += extra
+        tl.store(y_ptr + here, y.to(y_ptr.dtype.element_ty), mask=here < rows_left)
+        words, pair, extra = ahead_words, ahead_pair, ahead_extra
+
+
+@triton.jit
+def load_extra(res_ptr, row, rows_left, HAS_RESIDUAL: tl.constexpr, CACHE: tl.constexpr):
+    """What is added to the products of `row` [rows], float32; without a residual 0, which is not used."""
+    extra = 0.0
+    if HAS_RESIDUAL:
+        extra = tl.load(res_ptr + row, mask=row < rows_left, other=0.0, cache_modifier=CACHE).to(tl.float32)
+    return extra
 
 
 # --- launch ---
@@ -151,9 +161,10 @@ def gemv_kernel(
 GEMV_ROWS = 8  # from here on a weight is used often enough for tensor cores
 
 
-def word_counts(*, bits: int, in_features: int, group: int) -> tuple[int, int]:
-    """(WORDS, CHUNK) of the GEMV: words of a row, rounded up to a power of 2, and words per scale (<= 4)."""
-    return triton.next_power_of_2(in_features * bits // 32), math.gcd(4, group * bits // 32)
+def word_counts(*, bits: int, in_features: int, group: int, run: int = 4) -> tuple[int, int]:
+    """(WORDS, CHUNK) of the GEMV: words of a row, rounded up to a power of 2, and words per scale: at most `run`, the words
+    that a thread loads at once (a power of 2)."""
+    return triton.next_power_of_2(in_features * bits // 32), math.gcd(run, group * bits // 32)
 
 
 def planes(dtype: torch.dtype) -> int:

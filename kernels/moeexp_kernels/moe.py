@@ -29,7 +29,15 @@ from .checks import FLOATS, check_argument
 from .linear import dequantise, flat_rows, planes, rms_norm, weight_format, word_counts
 from .overlap import after_previous, can_overlap
 from .router import choice, store_trace
-from .words import dot_rows, dot_words, features_of_words, float_products, load_row_features, load_rows, scaled
+from .words import (
+    dot_rows,
+    features_of_words,
+    load_norm,
+    load_row_features,
+    load_rows,
+    stored_features,
+    words_in_runs,
+)
 
 
 def _shared(h: Tensor, gate_up, gate_up_scales, down, down_scales, gate) -> Tensor:
@@ -121,17 +129,18 @@ def _(
 @triton.jit
 def swiglu_rows(
     x_ptr, norm_ptr, w_ptr, s_ptr, act_ptr, factor, first,
-    EPS: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr,
-    WORDS: tl.constexpr, CHUNK: tl.constexpr, PLANES: tl.constexpr, FAST: tl.constexpr, BLOCK_I: tl.constexpr,
-    CACHE: tl.constexpr,
+    EPS: tl.constexpr, ROW: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
+    HALF: tl.constexpr, WORDS: tl.constexpr, CHUNK: tl.constexpr, PLANES: tl.constexpr, FAST: tl.constexpr,
+    BLOCK_I: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """act[first : first + BLOCK_I] = factor * silu(gate) * up of one expert, whose matrix [2*I, K] starts at w_ptr."""
     row = first + tl.arange(0, BLOCK_I)
     mask = row < WIDTH
     gate_words, gate_pair = load_rows(w_ptr, s_ptr, row, mask, K, GROUP, BITS, WORDS, CHUNK, CACHE)
     up_words, up_pair = load_rows(w_ptr, s_ptr, row + WIDTH, mask, K, GROUP, BITS, WORDS, CHUNK, CACHE)
+    norm_low, norm_high = load_norm(norm_ptr, True, K, GROUP, BITS, WORDS)
     x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit, r = load_row_features(
-        x_ptr, norm_ptr, EPS, True, K, GROUP, BITS, WORDS, CHUNK, PLANES
+        x_ptr, norm_low, norm_high, EPS, True, K, GROUP, BITS, WORDS, CHUNK, PLANES
     )
     gate = r * dot_rows(
         gate_words, gate_pair, x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit,
@@ -141,7 +150,7 @@ def swiglu_rows(
         up_words, up_pair, x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit,
         BITS, HALF, FAST, BLOCK_I, WORDS, CHUNK, PLANES,
     )  # fmt: skip
-    tl.store(act_ptr + row, factor * gate * tl.sigmoid(gate) * up, mask=mask)
+    store_act(act_ptr, row, factor * gate * tl.sigmoid(gate) * up, mask, ROW, PLANES)
 
 
 @triton.jit
@@ -156,8 +165,8 @@ def gate_up_kernel(
     SCHUNK: tl.constexpr,
     BLOCK_I: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
-    """act [M, TOP_K * I + SI] float32: each chosen expert's activations times its share, then the shared expert's times
-    its gate. Grid (blocks of rows, TOP_K + 1, M).
+    """act, rows of TOP_K * I + SI as `store_act` keeps them: each chosen expert's activations times its share, then the
+    shared expert's times its gate. Grid (blocks of rows, TOP_K + 1, M).
 
     With E > 0 every program makes the choice itself, from logits [M, E] float32, and one of each token stores the trace;
     with E = 0 it is given: ids and weights [M, TOP_K]."""
@@ -172,7 +181,8 @@ def gate_up_kernel(
     slot = tl.program_id(1)
     m = tl.program_id(2).to(tl.int64)
     x_ptr += m * x_stride
-    act_ptr += m * (TOP_K * WIDTH + SWIDTH) + slot * WIDTH
+    row: tl.constexpr = TOP_K * WIDTH + SWIDTH
+    act_ptr += m * (row * (2 if PLANES == 1 else 1)) + slot * WIDTH
     if slot < TOP_K:
         if first < WIDTH:
             if E:
@@ -181,10 +191,10 @@ def gate_up_kernel(
                 expert = tl.sum(tl.where(mine, ids, 0), axis=0).to(tl.int64)
                 share = tl.sum(tl.where(mine, shares, 0.0), axis=0)
                 if (slot == 0) & (first == 0):
+                    position = tl.load(positions_ptr + m // T, cache_modifier=".cg")
                     store_trace(
-                        ids, trace_ptr, positions_ptr, positions_ptr, m, T, S, trace_stride_b, trace_stride_s, TOP_K, SLOTS,
-                        False,
-                    )  # fmt: skip
+                        ids, trace_ptr, position, T, m, T, S, trace_stride_b, trace_stride_s, TOP_K, SLOTS
+                    )
             else:
                 expert = tl.load(ids_ptr + m * TOP_K + slot).to(tl.int64)
                 share = tl.load(weights_ptr + m * TOP_K + slot)
@@ -193,7 +203,7 @@ def gate_up_kernel(
                 s_ptr += expert * (2 * WIDTH * 2 * (K // GROUP))
             swiglu_rows(
                 x_ptr, norm_ptr, w_ptr, s_ptr, act_ptr, share, first,
-                EPS, WIDTH, K, GROUP, BITS, HALF, WORDS, CHUNK, PLANES, FAST, BLOCK_I, CACHE,
+                EPS, row, WIDTH, K, GROUP, BITS, HALF, WORDS, CHUNK, PLANES, FAST, BLOCK_I, CACHE,
             )  # fmt: skip
     elif first < SWIDTH:
         k = tl.arange(0, K_PADDED)
@@ -204,7 +214,7 @@ def gate_up_kernel(
         gate = r * tl.sum(x * tl.load(shared_gate_ptr + k, mask=mask, other=0.0).to(tl.float32), axis=0)
         swiglu_rows(
             x_ptr, norm_ptr, shared_w_ptr, shared_s_ptr, act_ptr, tl.sigmoid(gate), first,
-            EPS, SWIDTH, K, SGROUP, SBITS, SHALF, SWORDS, SCHUNK, PLANES, FAST, BLOCK_I, CACHE,
+            EPS, row, SWIDTH, K, SGROUP, SBITS, SHALF, SWORDS, SCHUNK, PLANES, FAST, BLOCK_I, CACHE,
         )  # fmt: skip
 
 
@@ -216,13 +226,14 @@ def down_kernel(
     WIDTH: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, WORDS: tl.constexpr,
     CHUNK: tl.constexpr,
     SWIDTH: tl.constexpr, SGROUP: tl.constexpr, SBITS: tl.constexpr, SHALF: tl.constexpr, SWORDS: tl.constexpr,
-    SCHUNK: tl.constexpr,
+    SCHUNK: tl.constexpr, FOLD: tl.constexpr,
     BLOCK_D: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """y[m, d] = x[m, d] + sum over experts and i of down[expert, d, i] * act[m, expert's slot, i], shared one last.
 
-    The experts' rows for one d lie side by side as [SLOTS, WORDS], SLOTS = TOP_K rounded up to a power of 2: a thread
-    keeps its slice of the activations and sums it with many rows. Grid (blocks of rows, M). E as in `gate_up_kernel`."""
+    The chosen experts' rows for one d, side by side, are one row of SLOTS * WORDS words, SLOTS = TOP_K rounded up to a
+    power of 2. FOLD rows of the shared expert are one row likewise, and its activations repeat. Grid (blocks of rows, M).
+    E as in `gate_up_kernel`."""
     m = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     slot = tl.arange(0, SLOTS)
@@ -233,16 +244,19 @@ def down_kernel(
     else:
         expert = tl.load(ids_ptr + m * TOP_K + slot, mask=slot < TOP_K, other=0, cache_modifier=".cg").to(tl.int64)
     width: tl.constexpr = WIDTH * BITS // 32
-    column = tl.arange(0, WORDS)
-    # Slots first: of the dimensions without contiguous addresses, the first is spread over lanes and warps.
+    column = words_in_runs(WORDS, CHUNK)
+    # Loaded slots first: of the dimensions without contiguous addresses, the first is spread over lanes and warps.
     mask = (slot < TOP_K)[:, None, None] & (d < D)[None, :, None] & (column < width)[None, None, :]
     words = tl.load(
         w_ptr.to(tl.pointer_type(tl.int32)) + (expert * (D * width))[:, None, None] + (d * width)[None, :, None]
         + column[None, None, :],
         mask=mask, other=0, cache_modifier=CACHE,
     )  # fmt: skip
+    words = tl.reshape(tl.permute(words, [1, 0, 2]), [BLOCK_D, SLOTS * WORDS])
+    pair = d
     if BITS <= 8:
-        group = (tl.arange(0, WORDS // CHUNK) * CHUNK) // (GROUP * BITS // 32)
+        chunks: tl.constexpr = WORDS // CHUNK
+        group = (tl.arange(0, chunks) * CHUNK) // (GROUP * BITS // 32)
         mask = (group < WIDTH // GROUP)[:, None, None] & (slot < TOP_K)[None, :, None] & (d < D)[None, None, :]
         offsets = (
             (expert * (D * (WIDTH // GROUP)))[None, :, None]
@@ -250,62 +264,81 @@ def down_kernel(
             + group[:, None, None]
         )
         pair = tl.load(s_ptr.to(tl.pointer_type(tl.int32)) + offsets, mask=mask, other=0)
-        pair = tl.permute(pair, [1, 2, 0])
+        pair = tl.reshape(tl.permute(pair, [2, 1, 0]), [BLOCK_D, SLOTS * chunks])
+    folded = tl.program_id(0) * (BLOCK_D // FOLD) + tl.arange(0, BLOCK_D // FOLD)
     shared_words, shared_pair = load_rows(
-        shared_w_ptr, shared_s_ptr, d, d < D, SWIDTH, SGROUP, SBITS, SWORDS, SCHUNK, CACHE
+        shared_w_ptr, shared_s_ptr, folded, folded * FOLD < D, FOLD * SWIDTH, SGROUP, SBITS, FOLD * SWORDS, SCHUNK, CACHE
     )
+    # Older still. Had it been loaded after the sums, all programs would end by waiting for it.
+    extra = tl.load(x_ptr + m * x_stride + d, mask=d < D, other=0.0, cache_modifier=".cg").to(tl.float32)
     ready = after_previous(OVERLAP)
-    x_ptr += ready
     y_ptr += ready
-    act_ptr += m * (TOP_K * WIDTH + SWIDTH) + ready
+    row: tl.constexpr = TOP_K * WIDTH + SWIDTH
+    act_ptr += m * (row * (2 if PLANES == 1 else 1)) + ready
 
-    # The activations in the order of the words, as in `load_row_features`. One dimension, although that hides from the
-    # compiler that neighbours are contiguous: from two it would derive a layout to which it then moves the weights.
+    # The activations in the order of the words, as in `load_row_features`.
     stored: tl.constexpr = WORDS * (4 if BITS <= 8 else 32 // BITS)
     i = tl.arange(0, SLOTS * stored)
     half: tl.constexpr = GROUP // 2
+    features: tl.constexpr = stored * (2 if BITS == 4 else 1)
     k = i % stored
     if BITS == 4:
         k = (k // half) * GROUP + k % half
     offsets = (i // stored) * WIDTH + k
-    mask = (k < WIDTH) & (i // stored < TOP_K)
-    low = tl.load(act_ptr + offsets, mask=mask, other=0.0)
+    mask = i < TOP_K * stored
+    if features == WIDTH:  # the same, in a form that shows the compiler that neighbours are contiguous
+        offsets = (i // half) * GROUP + i % half if BITS == 4 else i
+    else:
+        mask = mask & (k < WIDTH)
+    low = load_act(act_ptr, offsets, mask, row, PLANES)
     high = low
     if BITS == 4:
-        high = tl.load(act_ptr + offsets + half, mask=mask, other=0.0)
+        high = load_act(act_ptr, offsets + half, mask, row, PLANES)
+    k = stored_features(SWIDTH, SGROUP, SBITS, FOLD * SWORDS, SWORDS)
+    mask = k < SWIDTH
+    shared_low = load_act(act_ptr + TOP_K * WIDTH, k, mask, row, PLANES)
+    shared_high = shared_low
+    if SBITS == 4:
+        shared_high = load_act(act_ptr + TOP_K * WIDTH, k + SGROUP // 2, mask, row, PLANES)
     x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit = features_of_words(low, high, BITS, SLOTS * WORDS, CHUNK, PLANES)
-    by_word: tl.constexpr = [SLOTS, 1, WORDS]
-    if BITS <= 8:
-        by_chunk: tl.constexpr = [SLOTS, 1, WORDS // CHUNK]
-        parts: tl.constexpr = [SLOTS, BLOCK_D, WORDS // CHUNK, CHUNK]
-        sums = dot_words(
-            words, tl.reshape(x0, by_word), tl.reshape(x1, by_word), tl.reshape(x2, by_word), tl.reshape(x3, by_word),
-            BITS, FAST,
-        )  # fmt: skip
-        sums = tl.sum(tl.reshape(sums, parts), axis=3)
-        rest = sums
-        if PLANES == 2:
-            rest = dot_words(
-                words, tl.reshape(x4, by_word), tl.reshape(x5, by_word), tl.reshape(x6, by_word),
-                tl.reshape(x7, by_word), BITS, FAST,
-            )  # fmt: skip
-            rest = tl.sum(tl.reshape(rest, parts), axis=3)
-        part = scaled(
-            sums, rest, tl.reshape(t0, by_chunk), tl.reshape(t1, by_chunk), pair, tl.reshape(unit, by_chunk), BITS, PLANES
-        )  # fmt: skip
-    else:
-        part = float_products(words, tl.reshape(x0, by_word), tl.reshape(x1, by_word), BITS, HALF)
-    y = tl.sum(tl.sum(part, axis=2), axis=0)
-
-    x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit, r = load_row_features(
-        act_ptr + TOP_K * WIDTH, act_ptr, 0.0, False, SWIDTH, SGROUP, SBITS, SWORDS, SCHUNK, PLANES
+    y = extra + dot_rows(
+        words, pair, x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit,
+        BITS, HALF, FAST, BLOCK_D, SLOTS * WORDS, CHUNK, PLANES,
+    )  # fmt: skip
+    x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit = features_of_words(
+        shared_low, shared_high, SBITS, FOLD * SWORDS, SCHUNK, PLANES
     )
     y += dot_rows(
         shared_words, shared_pair, x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit,
-        SBITS, SHALF, FAST, BLOCK_D, SWORDS, SCHUNK, PLANES,
+        SBITS, SHALF, FAST, BLOCK_D // FOLD, FOLD * SWORDS, SCHUNK, PLANES, FOLD,
     )  # fmt: skip
-    y += tl.load(x_ptr + m * x_stride + d, mask=d < D, other=0.0).to(tl.float32)
     tl.store(y_ptr + m * D + d, y.to(y_ptr.dtype.element_ty), mask=d < D)
+
+
+# Words that a thread of `down_kernel` loads at once. As many it has of the activations, loaded by the 16 bytes: the two meet
+# in its registers, where runs of 4 words would send the activations through shared memory, with two barriers a tensor.
+DOWN_RUN = 2
+
+
+@triton.jit
+def store_act(act_ptr, offsets, values, mask, ROW: tl.constexpr, PLANES: tl.constexpr):
+    """Activations between the two kernels: float32, or for 2-byte dtypes (PLANES 1) as two bfloat16, the second ROW further
+    on, what the first leaves over: to 2^-17 of each value, finer than the integers that `down_kernel` makes of it. Loads of
+    2-byte elements give a thread the runs of words that it multiplies."""
+    if PLANES == 1:
+        first = values.to(tl.bfloat16)
+        tl.store(act_ptr + offsets, first, mask=mask)
+        tl.store(act_ptr + ROW + offsets, (values - first.to(tl.float32)).to(tl.bfloat16), mask=mask)
+    else:
+        tl.store(act_ptr + offsets, values, mask=mask)
+
+
+@triton.jit
+def load_act(act_ptr, offsets, mask, ROW: tl.constexpr, PLANES: tl.constexpr):
+    values = tl.load(act_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if PLANES == 1:
+        values += tl.load(act_ptr + ROW + offsets, mask=mask, other=0.0).to(tl.float32)
+    return values
 
 
 def expert_formats(
@@ -337,12 +370,21 @@ def check_vectors(
         check_argument(weights, name="weights", shape=chosen, dtypes=(torch.float32,))
 
 
-def format_constants(*, weight: Tensor, width: int, features: int, bits: int, group: int, prefix: str = "") -> dict:
+def format_constants(
+    *, weight: Tensor, width: int, features: int, bits: int, group: int, run: int = 4, prefix: str = ""
+) -> dict:  # fmt: skip
     """The constants of `swiglu_rows` and `down_kernel` that describe one matrix with rows of `features`."""
-    words, chunk = word_counts(bits=bits, in_features=features, group=group)
+    words, chunk = word_counts(bits=bits, in_features=features, group=group, run=run)
     half = weight.dtype == torch.float16
     values = {"WIDTH": width, "GROUP": group, "BITS": bits, "HALF": half, "WORDS": words, "CHUNK": chunk}
     return {prefix + key: value for key, value in values.items()}
+
+
+def folded_rows(*, block: int, slots: int, features: int, bits: int) -> int:
+    """FOLD of `down_kernel`: as many of the shared expert's rows, of `bits` each, side by side as there are slots; 1 where
+    rows have words of padding between them or the last block is not whole."""
+    fold = min(slots, block)
+    return fold if features % block == 0 and bits & (bits - 1) == 0 else 1
 
 
 @triton_op("moeexp::moe_decode", mutates_args=())
@@ -404,7 +446,9 @@ def decode_with(
         tuning.lookup("moe_gate_up", f"{tuning.weight_class(up[0])}/{shape}", arch),
         tuning.lookup("moe_down", f"{tuning.weight_class(back[0])}/{shape}", arch),
     )
-    act = torch.empty((rows, top_k * width + shared_width), dtype=torch.float32, device=x.device)
+    act_row = top_k * width + shared_width
+    shape, dtype = ((rows, act_row), torch.float32) if planes(x.dtype) == 2 else ((rows, 2, act_row), torch.bfloat16)
+    act = torch.empty(shape, dtype=dtype, device=x.device)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
     def stored(scales: Tensor | None, weight: Tensor) -> Tensor:
@@ -436,11 +480,12 @@ def decode_with(
         flat, given[0], down, stored(down_scales, down), shared_down, stored(shared_down_scales, shared_down), act, y,
         trace[0], flat.stride(0), D=features, TOP_K=top_k, SLOTS=slots, FAST=x.is_cuda, PLANES=planes(x.dtype),
         OVERLAP=can_overlap(x), **experts,
-        **format_constants(weight=down, width=width, features=width, bits=back[0], group=back[1]),
+        **format_constants(weight=down, width=width, features=width, bits=back[0], group=back[1], run=DOWN_RUN),
         **format_constants(
             weight=shared_down, width=shared_width, features=shared_width, bits=shared_back[0], group=shared_back[1],
-            prefix="S",
+            run=DOWN_RUN, prefix="S",
         ),
+        FOLD=folded_rows(block=second["BLOCK_D"], slots=slots, features=features, bits=shared_width * shared_back[0]),
         **second,
     )  # fmt: skip
     return y

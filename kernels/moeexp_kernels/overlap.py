@@ -2,7 +2,8 @@
 
 A kernel calls `after_previous` once in every program, adds what it returns (0) to the pointers it touches afterwards, and
 touches before it only what neither the previous kernel nor anything still running can write: weights, the state that it
-alone writes, and results of the kernel before the previous. The last is safe because the call waits *first* and lets the
+alone writes, positions, and results of the kernel before the previous. As much as that allows is done before: afterwards the
+whole GPU waits for each load and each reduction. The last kind is safe because the call waits *first* and lets the
 next kernel start *then*: when a kernel starts early, all programs of the previous one are past their own wait, so that
 everything before that one is complete and visible. A kernel that reads its own state early must not directly follow
 another call on the same state; in a model its layer's other kernels stand between.

@@ -61,8 +61,22 @@ def reference_qk_norm_rope(
 
 
 @triton.jit
+def _load_rotation(
+    norm, inv_freq, slot, DH: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr
+):  # fmt: skip
+    """1 + the norm's weights of the two rotary halves and of the rest, cosine and sine: what no kernel of a step makes."""
+    half = tl.arange(0, BLOCK_HALF)
+    rest = 2 * HALF + tl.arange(0, BLOCK_REST)
+    first = 1.0 + tl.load(norm + half, mask=half < HALF, other=0.0).to(tl.float32)
+    second = 1.0 + tl.load(norm + HALF + half, mask=half < HALF, other=0.0).to(tl.float32)
+    tail = 1.0 + tl.load(norm + rest, mask=rest < DH, other=0.0).to(tl.float32)
+    angle = slot.to(tl.float32) * tl.load(inv_freq + half, mask=half < HALF, other=0.0)
+    return first, second, tail, tl.cos(angle), tl.sin(angle)
+
+
+@triton.jit
 def _norm_rotate_store(
-    source, norm, target, inv_freq, slot, stored,
+    source, target, first_norm, second_norm, tail_norm, cos, sin, stored,
     DH: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     """RMSNorm of one head, then rotation of its first 2 * HALF dims; only dims below `stored` (DH or 0) are stored.
@@ -76,11 +90,9 @@ def _norm_rotate_store(
     tail = tl.load(source + rest, mask=in_rest, other=0.0).to(tl.float32)
     square = tl.sum(first * first) + tl.sum(second * second) + tl.sum(tail * tail)
     scale = tl.rsqrt(square / DH + EPS)
-    first *= scale * (1.0 + tl.load(norm + half, mask=in_half, other=0.0).to(tl.float32))
-    second *= scale * (1.0 + tl.load(norm + HALF + half, mask=in_half, other=0.0).to(tl.float32))
-    tail *= scale * (1.0 + tl.load(norm + rest, mask=in_rest, other=0.0).to(tl.float32))
-    angle = slot.to(tl.float32) * tl.load(inv_freq + half, mask=in_half, other=0.0)
-    cos, sin = tl.cos(angle), tl.sin(angle)
+    first *= scale * first_norm
+    second *= scale * second_norm
+    tail *= scale * tail_norm
     tl.store(target + half, (first * cos - second * sin).to(target.dtype.element_ty), mask=in_half & (half < stored))
     rotated = second * cos + first * sin
     tl.store(target + HALF + half, rotated.to(target.dtype.element_ty), mask=in_half & (half < stored))
@@ -95,36 +107,37 @@ def _qk_norm_rope_kernel(
     BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LIVE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (T, H + Hkv, B): one query head, or one key head with its value head."""
-    ready = after_previous(OVERLAP)
-    qkv += ready
-    positions += ready
-    k_cache += ready
-    v_cache += ready
-    out += ready
+    """Grid (T, H + Hkv, B): one query head, or one key head with its value head.
+
+    Positions are older than a step; past L1, which may hold the last token's."""
     t, head, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = qkv + b * qkv_stride_b + t * qkv_stride_t
-    slot = tl.load(positions + b) + t
+    slot = tl.load(positions + b, cache_modifier=".cg") + t
     if head < H:
-        source = row + head * 2 * DH
-        target = out + ((b * tokens + t) * H + head) * DH
+        first, second, tail, cos, sin = _load_rotation(q_norm, inv_freq, slot, DH, HALF, BLOCK_HALF, BLOCK_REST)
+        ready = after_previous(OVERLAP)
+        source = row + ready + head * 2 * DH
+        target = out + ready + ((b * tokens + t) * H + head) * DH
         _norm_rotate_store(
-            source, q_norm, target, inv_freq, slot, DH, DH, HALF, EPS, BLOCK_HALF, BLOCK_REST
+            source, target, first, second, tail, cos, sin, DH, DH, HALF, EPS, BLOCK_HALF, BLOCK_REST
         )  # fmt: skip
     else:
         kv_head = head - H
         # A slot outside the cache is refused before launch; should one get here, no other memory is harmed.
         counts = (slot >= 0) & (slot < slots)
         if HAS_LIVE:
-            counts = counts & (t < tl.load(lengths + b))
+            counts = counts & (t < tl.load(lengths + b, cache_modifier=".cg"))
         stored = tl.where(counts, DH, 0)
         cell = b * cache_stride_b + kv_head.to(tl.int64) * cache_stride_h + slot * DH
-        source = row + 2 * H * DH + kv_head * DH
-        _norm_rotate_store(
-            source, k_norm, k_cache + cell, inv_freq, slot, stored, DH, HALF, EPS, BLOCK_HALF, BLOCK_REST
-        )  # fmt: skip
+        first, second, tail, cos, sin = _load_rotation(k_norm, inv_freq, slot, DH, HALF, BLOCK_HALF, BLOCK_REST)
+        ready = after_previous(OVERLAP)
+        source = row + ready + 2 * H * DH + kv_head * DH
+        cell += ready
         d = tl.arange(0, BLOCK_D)
         value = tl.load(source + HKV * DH + d, mask=d < DH, other=0.0)
+        _norm_rotate_store(
+            source, k_cache + cell, first, second, tail, cos, sin, stored, DH, HALF, EPS, BLOCK_HALF, BLOCK_REST
+        )  # fmt: skip
         tl.store(v_cache + cell + d, value, mask=d < stored)
 
 

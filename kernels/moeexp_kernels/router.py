@@ -80,59 +80,55 @@ def choice(
     """(ids int32, shares float32), both [K_PADDED]: the TOP_K largest of E logits, largest first, equal ones in the order of
     their indices; beyond TOP_K ids mean nothing and shares are 0.
 
-    A softmax renormalised over the chosen is the softmax of the chosen logits, so that no other exp is needed."""
+    A softmax renormalised over the chosen is the softmax of the chosen logits, so that no other exp is needed. Each round
+    takes two reductions of 32-bit integers, the largest and where it stands first: one instruction a warp each."""
     e = tl.arange(0, E_PADDED)
     logits = tl.load(logits_ptr + e, mask=e < E, other=float("-inf"), cache_modifier=CACHE)
-    # The float's order as an integer's, over the reversed index: unique keys, of which the largest is the choice.
     bits = logits.to(tl.int32, bitcast=True)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    nothing: tl.constexpr = -(2**63)
-    keys = tl.where(e < E, (ordered.to(tl.int64) << 32) | (E_PADDED - 1 - e).to(tl.int64), nothing)
+    nothing: tl.constexpr = -(2**31)
+    keys = tl.where(e < E, bits ^ ((bits >> 31) & 0x7FFFFFFF), nothing)  # the float's order as an integer's
     slot = tl.arange(0, K_PADDED)
-    chosen = tl.zeros([K_PADDED], tl.int64)
+    ids = tl.zeros([K_PADDED], tl.int32)
+    chosen = tl.zeros([K_PADDED], tl.int32)
     for i in tl.static_range(TOP_K):
         best = tl.max(keys, axis=0)
+        place = tl.min(tl.where(keys == best, e, E_PADDED), axis=0)
+        ids = tl.where(slot == i, place, ids)
         chosen = tl.where(slot == i, best, chosen)
-        keys = tl.where(keys == best, nothing, keys)
-    ids = E_PADDED - 1 - (chosen & 0xFFFFFFFF).to(tl.int32)
-    ordered = (chosen >> 32).to(tl.int32)
-    values = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        keys = tl.where(e == place, nothing, keys)
+    values = (chosen ^ ((chosen >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
     largest = tl.sum(tl.where(slot == 0, values, 0.0), axis=0)
     shares = tl.where(slot < TOP_K, tl.exp(values - largest), 0.0)
     return ids, shares / tl.sum(shares, axis=0)
 
 
 @triton.jit
-def store_trace(
-    ids, trace_ptr, positions_ptr, lengths_ptr, m, T, S, trace_stride_b, trace_stride_s,
-    TOP_K: tl.constexpr, K_PADDED: tl.constexpr, HAS_LIVE: tl.constexpr,
-):  # fmt: skip
-    """The choice of token m (int64) of B * T into the trace, if its position counts."""
-    slot = tl.arange(0, K_PADDED)
-    b = m // T
-    position = tl.load(positions_ptr + b) + m % T
-    # The session refuses positions outside the trace; here they must not reach other memory.
-    counts = (position >= 0) & (position < S)
-    if HAS_LIVE:
-        counts = counts & (m % T < tl.load(lengths_ptr + b))
-    limit = tl.where(counts, TOP_K, 0)
-    tl.store(trace_ptr + b * trace_stride_b + position * trace_stride_s + slot, ids, mask=slot < limit)
-
-
-@triton.jit
 def choose_experts(
-    logits_ptr, ids_ptr, weights_ptr, trace_ptr, positions_ptr, lengths_ptr, m, T, S, trace_stride_b, trace_stride_s,
-    E: tl.constexpr, E_PADDED: tl.constexpr, TOP_K: tl.constexpr, K_PADDED: tl.constexpr, HAS_LIVE: tl.constexpr,
-    CACHE: tl.constexpr,
+    logits_ptr, ids_ptr, weights_ptr, trace_ptr, position, length, m, T, S, trace_stride_b, trace_stride_s,
+    E: tl.constexpr, E_PADDED: tl.constexpr, TOP_K: tl.constexpr, K_PADDED: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """The `choice` of token m (int64), stored: ids, weights and trace."""
     ids, shares = choice(logits_ptr + m * E, E, E_PADDED, TOP_K, K_PADDED, CACHE)
     slot = tl.arange(0, K_PADDED)
     tl.store(ids_ptr + m * TOP_K + slot, ids, mask=slot < TOP_K)
     tl.store(weights_ptr + m * TOP_K + slot, shares, mask=slot < TOP_K)
-    store_trace(
-        ids, trace_ptr, positions_ptr, lengths_ptr, m, T, S, trace_stride_b, trace_stride_s, TOP_K, K_PADDED, HAS_LIVE
-    )
+    store_trace(ids, trace_ptr, position, length, m, T, S, trace_stride_b, trace_stride_s, TOP_K, K_PADDED)
+
+
+@triton.jit
+def store_trace(
+    ids, trace_ptr, position, length, m, T, S, trace_stride_b, trace_stride_s, TOP_K: tl.constexpr,
+    K_PADDED: tl.constexpr,
+):  # fmt: skip
+    """The choice of token m (int64) of B * T into the trace, if its position counts: `position` is that of its sequence's
+    first token, `length` how many of the T count. Both are values: torch would take what a function returns for made of all
+    its arguments, and a pointer among them for one that is written."""
+    slot = tl.arange(0, K_PADDED)
+    position += m % T
+    # The session refuses positions outside the trace; here they must not reach other memory.
+    counts = (position >= 0) & (position < S) & (m % T < length)
+    limit = tl.where(counts, TOP_K, 0)
+    tl.store(trace_ptr + m // T * trace_stride_b + position * trace_stride_s + slot, ids, mask=slot < limit)
 
 
 @triton.jit
@@ -141,16 +137,17 @@ def choose_experts_kernel(
     E: tl.constexpr, E_PADDED: tl.constexpr, TOP_K: tl.constexpr, K_PADDED: tl.constexpr, HAS_LIVE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """`choose_experts` of one token. Grid (tokens)."""
-    ready = after_previous(OVERLAP)
-    logits_ptr += ready
-    ids_ptr += ready
-    weights_ptr += ready
-    trace_ptr += ready
+    """`choose_experts` of one token. Grid (tokens). Positions are older than a step: past L1, which may hold the last
+    token's."""
     m = tl.program_id(0).to(tl.int64)
+    position = tl.load(positions_ptr + m // T, cache_modifier=".cg")
+    length = tl.cast(T, tl.int64)
+    if HAS_LIVE:
+        length = tl.load(lengths_ptr + m // T, cache_modifier=".cg")
+    ready = after_previous(OVERLAP)
     choose_experts(
-        logits_ptr, ids_ptr, weights_ptr, trace_ptr, positions_ptr, lengths_ptr, m, T, S, trace_stride_b, trace_stride_s,
-        E, E_PADDED, TOP_K, K_PADDED, HAS_LIVE, "",
+        logits_ptr + ready, ids_ptr + ready, weights_ptr + ready, trace_ptr + ready, position, length, m, T, S,
+        trace_stride_b, trace_stride_s, E, E_PADDED, TOP_K, K_PADDED, "",
     )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from . import tuning
 from .linear import few_rows, planes, word_counts
 from .overlap import after_previous, can_overlap
 from .router import check_router, choose_experts, empty_results, launch_router, trace_positions
-from .words import dot_rows, load_row_features, load_rows
+from .words import dot_rows, load_norm, load_row_features, load_rows
 
 
 @triton.jit
@@ -46,6 +46,7 @@ def router_kernel(
     row = tl.arange(0, BLOCK_N)
     w_ptr += start * D
     words, pair = load_rows(w_ptr, w_ptr, row, row < rows_left, D, D, BITS, WORDS, 1, CACHE)
+    norm_low, norm_high = load_norm(norm_ptr, True, D, D, BITS, WORDS)
     ready = after_previous(OVERLAP)
     x_ptr += ready
     logits_ptr += ready
@@ -53,7 +54,7 @@ def router_kernel(
     weights_ptr += ready
     trace_ptr += ready
     x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit, r = load_row_features(
-        x_ptr + m * x_stride, norm_ptr, EPS, True, D, D, BITS, WORDS, 1, PLANES
+        x_ptr + m * x_stride, norm_low, norm_high, EPS, True, D, D, BITS, WORDS, 1, PLANES
     )
     logits = r * dot_rows(
         words, pair, x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit, BITS, HALF, False, BLOCK_N, WORDS, 1, PLANES
@@ -65,10 +66,14 @@ def router_kernel(
     counter_ptr = trace_ptr + b * trace_stride_b + tl.cast(S, tl.int64) * trace_stride_s
     arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
     if arrived == T * tl.cdiv(E, BLOCK_N) - 1:
+        position = tl.load(positions_ptr + b)
+        length = tl.cast(T, tl.int64)
+        if HAS_LIVE:
+            length = tl.load(lengths_ptr + b)
         for t in range(T):
             choose_experts(
-                logits_ptr, ids_ptr, weights_ptr, trace_ptr, positions_ptr, lengths_ptr, b * T + t, T, S,
-                trace_stride_b, trace_stride_s, E, E_PADDED, TOP_K, K_PADDED, HAS_LIVE, ".cg",
+                logits_ptr, ids_ptr, weights_ptr, trace_ptr, position, length, b * T + t, T, S, trace_stride_b,
+                trace_stride_s, E, E_PADDED, TOP_K, K_PADDED, ".cg",
             )  # fmt: skip
         tl.store(counter_ptr, 0)
 

@@ -157,29 +157,69 @@ def features_of_words(
 
 
 @triton.jit
+def stored_features(
+    K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, PERIOD: tl.constexpr = 0
+):  # fmt: skip
+    """Which feature stands where in the words of a row; int4: that of the low nibble, GROUP / 2 before the high one's. With
+    PERIOD the same row again after so many words. The compiler sees that neighbours are contiguous."""
+    each: tl.constexpr = 4 if BITS <= 8 else 32 // BITS  # int4: stored bytes, each two features
+    i = tl.arange(0, WORDS * each)
+    half: tl.constexpr = GROUP // 2
+    if BITS == 4:
+        block = i // half
+        if PERIOD:
+            block = block % (PERIOD * each // half)
+        return block * GROUP + i % half
+    elif PERIOD:
+        return i % (PERIOD * each)
+    else:
+        return i
+
+
+@triton.jit
+def load_norm(
+    norm_ptr, HAS_NORM: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr
+):  # fmt: skip
+    """1 + the norm's weights in the order of the stored words, float32: those of low nibbles and of high ones (other formats:
+    the same twice). Weights lie in memory since long before, so that this needs to wait for no kernel."""
+    low, high = 1.0, 1.0
+    if HAS_NORM:
+        k = stored_features(K, GROUP, BITS, WORDS)
+        low = 1.0 + tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+        high = low
+        if BITS == 4:
+            high = 1.0 + tl.load(norm_ptr + k + GROUP // 2, mask=k < K, other=0.0).to(tl.float32)
+    return low, high
+
+
+@triton.jit
 def load_row_features(
-    x_ptr, norm_ptr, EPS: tl.constexpr, HAS_NORM: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
-    WORDS: tl.constexpr, CHUNK: tl.constexpr, PLANES: tl.constexpr,
+    x_ptr, norm_low, norm_high, EPS: tl.constexpr, HAS_NORM: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+    BITS: tl.constexpr, WORDS: tl.constexpr, CHUNK: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
     """One row x [K] as `features_of_words`, and r: the normed row is r * x. The factor r = 1 / rms need not be known before
-    the products."""
-    i = tl.arange(0, WORDS * (4 if BITS <= 8 else 32 // BITS))  # int4: stored bytes, each two features
-    half: tl.constexpr = GROUP // 2
-    k = (i // half) * GROUP + i % half if BITS == 4 else i
-    mask = k < K
-    low = tl.load(x_ptr + k, mask=mask, other=0.0).to(tl.float32)
+    the products. norm_low, norm_high: what `load_norm` found."""
+    k = stored_features(K, GROUP, BITS, WORDS)
+    low = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
     high = low
     if BITS == 4:
-        high = tl.load(x_ptr + k + half, mask=mask, other=0.0).to(tl.float32)
+        high = tl.load(x_ptr + k + GROUP // 2, mask=k < K, other=0.0).to(tl.float32)
     r = 1.0
     if HAS_NORM:
         squares = low * low + high * high if BITS == 4 else low * low
         r = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / K + EPS)
-        low *= 1.0 + tl.load(norm_ptr + k, mask=mask, other=0.0).to(tl.float32)
+        low *= norm_low
         if BITS == 4:
-            high *= 1.0 + tl.load(norm_ptr + k + half, mask=mask, other=0.0).to(tl.float32)
+            high *= norm_high
     x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit = features_of_words(low, high, BITS, WORDS, CHUNK, PLANES)
     return x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit, r
+
+
+@triton.jit
+def words_in_runs(WORDS: tl.constexpr, CHUNK: tl.constexpr):
+    """0 .. WORDS - 1, written so that the compiler sees no runs longer than CHUNK: as many words has a thread in a row."""
+    i = tl.arange(0, WORDS)
+    return (i // CHUNK) * CHUNK + i % CHUNK
 
 
 @triton.jit
@@ -192,7 +232,7 @@ def load_rows(
 
     Offsets must fit the type of `row`. 16 bytes a thread where CHUNK, the words under one scale, is 4."""
     width: tl.constexpr = K * BITS // 32
-    column = tl.arange(0, WORDS)
+    column = words_in_runs(WORDS, CHUNK)
     mask = row_mask[:, None] & (column < width)[None, :]
     words = tl.load(
         w_ptr.to(tl.pointer_type(tl.int32)) + (row * width)[:, None] + column[None, :],
@@ -212,9 +252,10 @@ def load_rows(
 def dot_rows(
     words, pair, x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit,
     BITS: tl.constexpr, HALF: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
-    CHUNK: tl.constexpr, PLANES: tl.constexpr,
+    CHUNK: tl.constexpr, PLANES: tl.constexpr, FOLD: tl.constexpr = 1,
 ):  # fmt: skip
-    """Weights [ROWS, WORDS] times features [WORDS]: float32 [ROWS], every sum in a fixed order."""
+    """Weights [ROWS, WORDS] times features [WORDS]: float32 [ROWS], every sum in a fixed order. With FOLD each row is FOLD
+    rows side by side: float32 [ROWS * FOLD]."""
     if BITS <= 8:
         sums = dot_words(words, x0[None, :], x1[None, :], x2[None, :], x3[None, :], BITS, FAST)
         sums = tl.sum(tl.reshape(sums, [ROWS, WORDS // CHUNK, CHUNK]), axis=2)
@@ -225,4 +266,8 @@ def dot_rows(
         part = scaled(sums, rest, t0[None, :], t1[None, :], pair, unit[None, :], BITS, PLANES)
     else:
         part = float_products(words, x0[None, :], x1[None, :], BITS, HALF)
-    return tl.sum(part, axis=1)
+    if FOLD == 1:
+        return tl.sum(part, axis=1)
+    else:
+        each: tl.constexpr = (WORDS // CHUNK if BITS <= 8 else WORDS) // FOLD
+        return tl.reshape(tl.sum(tl.reshape(part, [ROWS, FOLD, each]), axis=2), [ROWS * FOLD])
