@@ -21,6 +21,7 @@ from moeexp_kernels.bench.__main__ import main, measure_or_say
 from moeexp_kernels.bench.candidates import targets
 from moeexp_kernels.bench.case import Source, count_for, ratios, red
 from moeexp_kernels.bench.cases import BUILDERS, Spec, build, specs
+from moeexp_kernels.bench.layers import Layers, chain_rows
 from moeexp_kernels.bench.peers import executorch, fla, torch_int4, torch_ops
 from moeexp_kernels.bench.peers.peer import WHOLE, delta_expected, delta_inputs
 from moeexp_kernels.bench.shapes import FULL
@@ -53,6 +54,33 @@ def test_the_shapes_are_those_of_the_model():
     assert {ours: getattr(FULL, ours) for ours in names} == {ours: model[theirs] for ours, theirs in names.items()}
     assert FULL.rotary == model["head_dim"] * model["partial_rotary_factor"]
     assert FULL.linears()["gdn in"][:2] == (12_352, 2048) and FULL.linears()["attention in"][:2] == (9216, 2048)
+
+
+CHAIN = replace(TINY, gdn_k_dim=32, gdn_v_dim=32, head_dim=32)  # heads of 32, which `with_out` needs
+
+
+def test_the_chain_of_layers_is_the_same_with_ops_joined():
+    results = []
+    for joined in (False, True):
+        chain = Layers(CHAIN, common.DEVICE)
+        before = [{name: tensor.clone() for name, tensor in layer.state.items()} for layer in chain.layers]
+        results.append((chain.call(chain.x, joined=joined), [layer.state for layer in chain.layers]))
+        for was, layer in zip(before, chain.layers, strict=True):
+            assert all(not torch.equal(was[name], now) for name, now in layer.state.items()), layer.kind
+            assert layer.trace[0, 512].unique().numel() == CHAIN.top_k, "a choice is traced where the token stands"
+    (apart, apart_states), (together, joined_states) = results
+    assert ratios("x", together, apart, INTERPRETED_GATE)[1] < INTERPRETED_GATE
+    for first, second in zip(apart_states, joined_states, strict=True):
+        assert all(ratios(name, second[name], first[name], 1.0)[1] < INTERPRETED_GATE for name in first)
+
+
+def test_the_chain_s_rows_are_those_it_runs_with(monkeypatch):
+    asked, lookup = set(), tuning.lookup
+    monkeypatch.setattr(tuning, "lookup", lambda op, key, *a, **k: asked.add((op, key)) or lookup(op, key, *a, **k))
+    chain = Layers(CHAIN, common.DEVICE)
+    chain.call(chain.x, joined=False)
+    assert chain_rows(CHAIN) <= asked
+    assert chain_rows(FULL) <= {(target.op, target.key) for target in targets(list(BUILDERS))}
 
 
 @pytest.mark.parametrize("spec", specs(TINY, list(BUILDERS), [2], quick=False), ids=str)
@@ -375,6 +403,8 @@ def test_the_table_and_the_json_say_what_was_measured(tmp_path):
         (["gdm"], "gdm"),
         (["--tokens", "0"], "--tokens=0"),
         (["tune", "x"], "'x'"),
+        (["linear", "--layers"], "--layers"),
+        (["layers"], "CUDA"),
         ([], "CUDA"),
     ],
 )

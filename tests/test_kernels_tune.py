@@ -81,6 +81,31 @@ def test_a_wrong_row_is_replaced_even_by_a_slower_one(tuned):
     assert row["BLOCK_N"] == 4 and "wrong" in lines[0]
 
 
+class FakeChain:
+    """Its time by BLOCK_N, each the next of a list."""
+
+    def __init__(self, times: dict[int, list[float]]):
+        self.times = times
+
+    def microseconds(self, *, joined: bool) -> float:
+        assert joined
+        times = self.times[tuning.lookup(OP, KEY, ARCH)["BLOCK_N"]]
+        return times.pop(0) if len(times) > 1 else times[0]
+
+
+def test_in_a_chain_its_time_decides_and_must_show_twice(tuned):
+    target, _ = tuned({2: 5.0, 4: 9.0, 8: 1.0})  # by themselves 8 would win
+    row, _ = tuner.choose(target, ARCH, 0, math.inf, FakeChain({2: [30.0], 4: [29.0], 8: [29.5]}))
+    assert row["BLOCK_N"] == 4
+    row, _ = tuner.choose(target, ARCH, 0, math.inf, FakeChain({2: [30.0], 4: [29.0, 30.1], 8: [31.0]}))
+    assert row["BLOCK_N"] == 2, "what was faster once and then not is noise"
+
+
+def test_a_row_that_is_wrong_has_no_time_in_a_chain(tuned):
+    target, _ = tuned({2: 5.0, 4: 9.0}, wrong=4)
+    assert tuner.choose(target, ARCH, 0, math.inf, FakeChain({2: [30.0], 4: [1.0]}))[0]["BLOCK_N"] == 2
+
+
 def test_nothing_right_is_an_error(tuned):
     with pytest.raises(RuntimeError, match="no candidate of router_gemv"):
         tuned({2: 1.0}, wrong=2)[1]()

@@ -12,7 +12,9 @@ from moeexp_kernels.bench import measure, timing
 from moeexp_kernels.bench.__main__ import main
 from moeexp_kernels.bench.case import red
 from moeexp_kernels.bench.cases import BUILDERS, Spec, build, specs
+from moeexp_kernels.bench.layers import Layers
 from moeexp_kernels.bench.shapes import FULL
+from moeexp_kernels.graph_edges import start_early
 
 
 @pytest.mark.parametrize("spec", specs(FULL, list(BUILDERS), [8], quick=True), ids=str)
@@ -39,6 +41,35 @@ def test_the_peers_that_are_here_are_right_before_and_after_their_replays(spec):
             assert red(peer.check()) is None, peer.name
             samples = timing.graph_samples(peer.call, peer.copies, calls=2 * len(peer.copies))
             assert min(samples) > 0 and red(peer.check()) is None, peer.name
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["apart", "joined"])
+def test_the_chain_of_layers_is_the_same_to_the_bit_when_its_kernels_start_early(joined):
+    with torch.no_grad():
+        chain = Layers(FULL, "cuda")
+        fresh = [{name: tensor.clone() for name, tensor in layer.state.items()} for layer in chain.layers]
+        chain.call(chain.x, joined=joined)
+        results, graphs = [], []
+        for early in (False, True):
+            graph = torch.cuda.CUDAGraph(keep_graph=True)
+            with torch.cuda.graph(graph):
+                x = chain.x
+                for _ in range(3):
+                    x = chain.call(x, joined=joined)
+            changed = start_early(graph.raw_cuda_graph(), pairs=timing.EARLY["all" if early else "none"])
+            assert (changed > 60) if early else (changed == 0)
+            graph.instantiate()
+            graphs.append(graph)
+            for _ in range(10 if early else 1):
+                for state, layer in zip(fresh, chain.layers, strict=True):
+                    for name, tensor in state.items():
+                        layer.state[name].copy_(tensor)
+                graph.replay()
+                torch.cuda.synchronize()
+                results.append([x.clone(), *(tensor.clone() for layer in chain.layers for tensor in layer.state.values())])
+        assert torch.isfinite(results[0][0]).all()
+        assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+        assert 5 < chain.microseconds(joined=joined) < 500
 
 
 def test_a_read_of_everything_is_near_what_a_copy_shows():

@@ -1,4 +1,5 @@
 """python -m moeexp_kernels.bench [op ...]       time the ops and their peers
+python -m moeexp_kernels.bench layers         time four layers of a decode step as one chain
 python -m moeexp_kernels.bench tune [op ...]  measure launch parameters and write the table of this GPU's architecture"""
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import triton
 
 from .. import tuning
 from .cases import BUILDERS, Spec, build, specs
+from .layers import Layers
 from .measure import Row, measure, measure_peers, unavailable_sources
 from .peers import SOURCES
 from .shapes import FULL
@@ -36,6 +38,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one token count, one prompt length, int4 only")
     parser.add_argument("--no-peers", action="store_true", help="our ops only")
     parser.add_argument("--jobs", type=int, default=max(1, min(12, (os.cpu_count() or 2) - 2)), help="compiling processes")
+    parser.add_argument("--layers", action="store_true", help="tune by the time of the chain: only the rows that serve it")
     parser.add_argument("--budget", type=float, default=150.0, help="seconds that tune may take (default 150)")
     return parser.parse_args(arguments)
 
@@ -113,10 +116,20 @@ def bench(options: argparse.Namespace, ops: list[str], command: str) -> int:
     return WRONG if any(row.problem for row in rows) else 0
 
 
+def time_layers() -> int:
+    """Prints the chain's time a layer: ops apart and joined, with the early start of all kernels and without."""
+    chain = Layers(FULL, "cuda")
+    print(f"{torch.cuda.get_device_name()}: microseconds of a layer, the mean of three delta nets and one attention")
+    for joined, name in ((False, "ops apart"), (True, "in_moe, with_out")):
+        early, plain = (chain.microseconds(joined=joined, early=early) for early in (True, False))
+        print(f"{name:18s} {early:6.2f} with early start, {plain:6.2f} without", flush=True)
+    return 0
+
+
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
-    tuning_run = options.ops[:1] == ["tune"]
-    ops = options.ops[1:] if tuning_run else options.ops
+    tuning_run, layers_run = options.ops[:1] == ["tune"], options.ops == ["layers"]
+    ops = options.ops[1:] if tuning_run else [] if layers_run else options.ops
     unknown = [op for op in ops if op not in BUILDERS]
     if unknown:
         return refuse(f"{unknown[0]!r} is not an op of the bench; the ops are {', '.join(BUILDERS)}")
@@ -124,6 +137,8 @@ def main(arguments: list[str]) -> int:
         token_counts(options.tokens)
     except ValueError as error:
         return refuse(str(error))
+    if options.layers and not tuning_run:
+        return refuse("--layers belongs to tune; `layers` alone times the chain")
     if options.jobs < 1 or options.budget <= 0:
         return refuse(f"--jobs={options.jobs} and --budget={options.budget}: both must be above 0")
 
@@ -132,7 +147,11 @@ def main(arguments: list[str]) -> int:
     command = shlex.join(["python", "-m", "moeexp_kernels.bench", *arguments])
     with torch.no_grad():
         if tuning_run:
-            return tune(ops or list(BUILDERS), processes=options.jobs, budget=options.budget, command=command)
+            return tune(
+                ops or list(BUILDERS), processes=options.jobs, budget=options.budget, command=command, layers=options.layers
+            )
+        if layers_run:
+            return time_layers()
         return bench(options, ops or list(BUILDERS), command)
 
 

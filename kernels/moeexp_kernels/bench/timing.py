@@ -25,9 +25,17 @@ def cold_bytes(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).L2_cache_size
 
 
-def graph_samples(call: Callable[[dict], object], copies: list[dict], *, calls: int, replays: int = REPLAYS) -> list[float]:
-    """Microseconds of one `call(copy)`, one sample per replay of a graph of `calls` calls that go round the copies. The
-    kernels of one call may start early, as in a decode step, but no call before the one before it is complete.
+# Which kernels of a graph may start before the one before them is complete.
+EARLY = {"within": WITHIN_AN_OP, "all": None, "none": ()}
+
+
+def graph_samples(
+    call: Callable[[dict], object], copies: list[dict], *, calls: int, replays: int = REPLAYS, early: str = "within"
+) -> list[float]:
+    """Microseconds of one `call(copy)`, one sample per replay of a graph of `calls` calls that go round the copies.
+
+    early: "within": the kernels of one op start early, as in a decode step, but no call before the one before it is
+    complete; "all": every kernel that can; "none".
 
     The first call compiles; the one before the capture is for what an op does only once (cuBLAS handles, workspaces)."""
     for _ in range(2):
@@ -38,7 +46,7 @@ def graph_samples(call: Callable[[dict], object], copies: list[dict], *, calls: 
         for copy in islice(cycle(copies), calls):
             call(copy)
     if torch.cuda.get_device_capability() >= (9, 0):  # elsewhere the kernels do not wait by themselves
-        start_early(graph.raw_cuda_graph(), pairs=WITHIN_AN_OP)
+        start_early(graph.raw_cuda_graph(), pairs=EARLY[early])
     graph.instantiate()
     samples = []
     for replay in range(replays + 2):

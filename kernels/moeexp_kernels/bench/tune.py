@@ -3,6 +3,8 @@
 Every candidate's result is compared with the reference before its time counts, and every time is that of the bench: under
 graph replay, with cold memory. For rows whose kernel takes several independent settings one is varied at a time: a
 candidate that wins becomes the row that the next ones change.
+
+With a chain of layers (`layers.py`) its time decides, for the rows that serve it: what wins alone need not win there.
 """
 
 from __future__ import annotations
@@ -22,11 +24,13 @@ from .. import tuning
 from .candidates import Target, targets
 from .case import Case, red
 from .cases import build
+from .layers import Layers, chain_rows
 from .shapes import FULL
 from .timing import calls_for, cold_bytes, graph_samples
 from .warm import Job, warm
 
 REPLAYS = 9
+CHAIN_MARGIN = 0.998  # of the chain, where a row is a part of what is timed; then the difference must show once more
 MARGIN = 0.99  # a challenger must be 1 % faster: less is noise, and a table that flutters makes diffs and recompiles
 
 
@@ -41,14 +45,17 @@ def current_row(target: Target, arch: str) -> dict:
     return tuning.lookup(target.op, target.key, arch, rule=target.candidates[0])
 
 
-def score(cases: list[Case]) -> tuple[float, str | None]:
-    """Geometric mean of the cases' median microseconds, or (inf, why) for a row that is wrong or cannot run."""
+def score(cases: list[Case], chain: Layers | None) -> tuple[float, str | None]:
+    """Geometric mean of the cases' median microseconds, or the chain's a layer; (inf, why) for a row that is wrong or cannot
+    run."""
     times = []
     for case in cases:
         try:
             problem = red(case.check())
             if problem is not None:
                 return math.inf, f"wrong at {case.shape}: {problem}"
+            if chain is not None:
+                continue
             samples = graph_samples(
                 lambda arguments, case=case: case.call(**arguments), case.copies,
                 calls=calls_for(case.phase, len(case.copies)), replays=REPLAYS,
@@ -56,15 +63,17 @@ def score(cases: list[Case]) -> tuple[float, str | None]:
         except (triton.runtime.errors.OutOfResources, triton.CompilationError, ValueError) as error:
             return math.inf, f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         times.append(statistics.median(samples))
-    return statistics.geometric_mean(times), None
+    return statistics.geometric_mean(times) if chain is None else chain.microseconds(joined=True), None
 
 
-def choose(target: Target, arch: str, cold: int, deadline: float) -> tuple[dict, list[str]]:
+def choose(
+    target: Target, arch: str, cold: int, deadline: float, chain: Layers | None = None
+) -> tuple[dict, list[str]]:  # fmt: skip
     """(best row, a line for each candidate tried)."""
     cases = [build(spec, FULL, "cuda", cold) for spec in target.specs]
     best = current_row(target, arch)
     with tuning.override(target.op, target.key, best):
-        best_time, problem = score(cases)
+        best_time, problem = score(cases, chain)
     lines = [f"  {best_time:9.2f} us  now  {best}" + (f"  {problem}" if problem else "")]
     for change in target.candidates:
         row = {**best, **change}
@@ -74,8 +83,15 @@ def choose(target: Target, arch: str, cold: int, deadline: float) -> tuple[dict,
             lines.append("  out of time: the remaining candidates were not tried")
             break
         with tuning.override(target.op, target.key, row):
-            taken, problem = score(cases)
-        better = taken < MARGIN * best_time
+            taken, problem = score(cases, chain)
+        better = taken < (MARGIN if chain is None else CHAIN_MARGIN) * best_time
+        if better and chain is not None and best_time < math.inf:
+            again = []
+            for either in (best, row):
+                with tuning.override(target.op, target.key, either):
+                    again.append(chain.microseconds(joined=True))
+            best_time, taken = again
+            better = taken < CHAIN_MARGIN * best_time
         lines.append(f"  {taken:9.2f} us  {'best' if better else '    '} {change}" + (f"  {problem}" if problem else ""))
         if better:
             best, best_time = row, taken
@@ -84,10 +100,14 @@ def choose(target: Target, arch: str, cold: int, deadline: float) -> tuple[dict,
     return best, lines
 
 
-def tune(ops: list[str], *, processes: int, budget: float, command: str) -> int:
+def tune(ops: list[str], *, processes: int, budget: float, command: str, layers: bool = False) -> int:
+    """layers: the rows that serve a chain of layers are chosen by its time, and no others are tuned."""
     start = time.monotonic()
     arch, cold = tuning.current_architecture(), cold_bytes(torch.device("cuda"))
-    wanted = targets(ops)
+    wanted, chain = targets(ops), None
+    if layers:
+        chain = Layers(FULL, "cuda")
+        wanted = [target for target in wanted if (target.op, target.key) in chain_rows(FULL)]
     jobs = [job for target in wanted for job in jobs_of(target, arch)]
     done = warm(jobs, processes, seconds=0.5 * budget)
     print(f"compiled {done} of {len(jobs)} in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
@@ -97,7 +117,7 @@ def tune(ops: list[str], *, processes: int, budget: float, command: str) -> int:
         if time.monotonic() > deadline:
             print(f"out of time before {target.op} {target.key!r}: its row stays as it is", flush=True)
             continue
-        best, lines = choose(target, arch, cold, deadline)
+        best, lines = choose(target, arch, cold, deadline, chain)
         print(f"{target.op} {target.key!r}\n" + "\n".join(lines), flush=True)
         rows.setdefault(target.op, {})[target.key] = best
         # Written at once: what was measured is kept if the run is stopped, and the next targets run with it.

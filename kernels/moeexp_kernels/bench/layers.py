@@ -1,0 +1,144 @@
+"""Four layers of a decode step, three delta nets and one attention, as one chain of kernels that start early.
+
+What an op takes by itself is not what it adds to a step: there its weights are on their way while the kernel before it runs,
+and how many of its programs find room beside that one decides. So rows of the tuning table that serve a decode step of one
+token may be chosen by the time of this chain (`tune --layers`). It reads more than twice what L2 holds before a weight comes
+up again.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import attention, gated_delta, gated_delta_out, linear, moe, moe_routed, qk_norm_rope, router
+from .case import Source
+from .cases import EPS
+from .shapes import Shapes
+from .timing import graph_samples
+
+LAYERS = ("gdn", "gdn", "gdn", "attention")
+SLOTS, POSITION = 1024, 512  # of the KV cache; where the token stands
+CALLS = 4  # chains in a graph
+
+
+def chain_rows(shapes: Shapes) -> set[tuple[str, str]]:
+    """(op, key) of the tuning table's rows that the chain runs with and that serve no longer context and no other batch."""
+    linears = {name: f"int4/{out}x{features}" for name, (out, features, _) in shapes.linears().items()}
+    expert = f"int4/{shapes.hidden}x{shapes.expert_width}"
+    return {
+        *(("gemv", linears[name]) for name in ("gdn in", "attention in", "out")),
+        ("router_gemv", f"plain16/{shapes.experts}x{shapes.hidden}"), ("moe_gate_up", expert), ("moe_down", expert),
+        ("gdn_decode", f"{shapes.gdn_k_dim}x{shapes.gdn_v_dim}/few"),
+    }  # fmt: skip
+
+
+@dataclass
+class Layer:
+    kind: str
+    norm: Tensor
+    project_in: dict[str, Tensor]  # weight, scales
+    project_out: dict[str, Tensor]
+    mixer: dict
+    state: dict[str, Tensor]
+    moe_norm: Tensor
+    router: Tensor
+    trace: Tensor
+    experts: dict[str, Tensor]
+
+
+class Layers:
+    """The chain at `shapes`, int4, one sequence. All layers share one set of experts, and choose other ones of it."""
+
+    def __init__(self, shapes: Shapes, device: str):
+        self.shapes, self._source = shapes, Source(device)
+        self.x = self._source.randn(1, 1, shapes.hidden)
+        self._positions = torch.full((1,), min(POSITION, SLOTS - 1), dtype=torch.int64, device=device)
+        shared = self._weights("gate_up", shapes.experts, 2 * shapes.expert_width, shapes.hidden)
+        shared |= self._weights("down", shapes.experts, shapes.hidden, shapes.expert_width)
+        self.layers = [self._layer(kind, shared) for kind in LAYERS]
+
+    def call(self, x: Tensor, *, joined: bool) -> Tensor:
+        """x [1, 1, D] after the four layers; states advance. joined: the ops `in_moe` and `with_out`."""
+        for layer in self.layers:
+            x = self._mix(layer, x, joined)
+            common = {"x": x, "norm_weight": layer.moe_norm, "eps": EPS}
+            choice = {"top_k": self.shapes.top_k, "positions": self._positions, "expert_ids": layer.trace}
+            if joined:
+                x = moe_routed.moe_routed(**common, router=layer.router, **choice, **layer.experts)
+            else:
+                ids, weights = router.router(**common, weight=layer.router, **choice)
+                x = moe.moe_decode(**common, ids=ids, weights=weights, **layer.experts)
+        return x
+
+    def microseconds(self, *, joined: bool, replays: int = 40, early: bool = True) -> float:
+        """Median time of a layer, of graphs of several chains."""
+        samples = graph_samples(
+            lambda _: self.call(self.x, joined=joined), [{}], calls=CALLS, replays=replays, early="all" if early else "none"
+        )
+        return statistics.median(samples) / len(LAYERS)
+
+    def _mix(self, layer: Layer, x: Tensor, joined: bool) -> Tensor:
+        proj = linear.linear(x=x, norm_weight=layer.norm, eps=EPS, **layer.project_in)
+        if layer.kind == "gdn":
+            arguments = {"proj": proj, "eps": EPS, **layer.mixer, **layer.state}
+            if joined:
+                return gated_delta_out.gdn_decode_out(**arguments, **layer.project_out, residual=x)
+            mixed = gated_delta.gdn_decode(**arguments)
+        else:
+            q = qk_norm_rope.qk_norm_rope(qkv=proj, positions=self._positions, eps=EPS, **layer.mixer, **layer.state)
+            mixed = attention.sdpa_decode_splitk(q=q, qkv=proj, positions=self._positions, **layer.state)
+        return linear.linear(x=mixed, **layer.project_out, residual=x)
+
+    def _weights(self, name: str, *shape: int) -> dict[str, Tensor]:
+        weight, scales = self._source.weight(*shape, bits=4, group=self.shapes.group)
+        return {name: weight, ("scales" if name == "weight" else f"{name}_scales"): scales}
+
+    def _layer(self, kind: str, experts: dict[str, Tensor]) -> Layer:
+        shapes, source = self.shapes, self._source
+        linears = shapes.linears()
+
+        def norm() -> Tensor:
+            return source.randn(shapes.hidden, dtype=torch.float32, scale=0.2)
+
+        own = self._weights("shared_gate_up", 2 * shapes.shared_width, shapes.hidden)
+        own |= self._weights("shared_down", shapes.hidden, shapes.shared_width)
+        own["shared_gate"] = source.randn(1, shapes.hidden, scale=shapes.hidden**-0.5)
+        mixer, state = self._delta_net() if kind == "gdn" else self._attention()
+        return Layer(
+            kind=kind, norm=norm(), mixer=mixer, state=state, moe_norm=norm(), experts=experts | own,
+            project_in=self._weights("weight", *linears[f"{kind} in"][:2]),
+            project_out=self._weights("weight", *linears["out"][:2]),
+            router=source.randn(shapes.experts, shapes.hidden, scale=shapes.hidden**-0.5),
+            trace=torch.zeros(1, SLOTS + 1, shapes.top_k, dtype=torch.int32, device=source.device),
+        )  # fmt: skip
+
+    def _delta_net(self) -> tuple[dict, dict[str, Tensor]]:
+        shapes, source = self.shapes, self._source
+        mixer = {
+            "conv_weight": source.randn(shapes.channels, shapes.conv_width, scale=0.5),
+            "a_log": source.randn(shapes.gdn_v_heads, dtype=torch.float32) - 1.0,
+            "dt_bias": source.randn(shapes.gdn_v_heads, dtype=torch.float32) - 1.0,
+            "norm_weight": 1 + source.randn(shapes.gdn_v_dim, scale=0.1),
+            "num_k_heads": shapes.gdn_k_heads, "num_v_heads": shapes.gdn_v_heads,
+            "head_k_dim": shapes.gdn_k_dim, "head_v_dim": shapes.gdn_v_dim,
+        }  # fmt: skip
+        heads = (1, shapes.gdn_v_heads, shapes.gdn_k_dim, shapes.gdn_v_dim)
+        return mixer, {
+            "conv_state": source.randn(1, shapes.channels, shapes.conv_width - 1),
+            "recurrent_state": source.randn(*heads, dtype=torch.float32, scale=0.3),
+        }
+
+    def _attention(self) -> tuple[dict, dict[str, Tensor]]:
+        shapes, source = self.shapes, self._source
+        steps = torch.arange(0, shapes.rotary, 2, device=source.device, dtype=torch.float32)
+        mixer = {
+            "q_norm": source.randn(shapes.head_dim, dtype=torch.float32, scale=0.2),
+            "k_norm": source.randn(shapes.head_dim, dtype=torch.float32, scale=0.2),
+            "inv_freq": 1.0 / 10_000_000 ** (steps / shapes.rotary), "num_heads": shapes.heads,
+        }  # fmt: skip
+        cache = (1, shapes.kv_heads, SLOTS, shapes.head_dim)
+        return mixer, {"k_cache": source.randn(*cache), "v_cache": source.randn(*cache)}
