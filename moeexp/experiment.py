@@ -94,7 +94,11 @@ class Run:
 
     def check(self, references: References | None = None) -> None:
         """`references`: of the group, whose runs share weights."""
-        self.record.set(check=verify(self.cfg, self.stack, self.prompt, self.phases, references))
+        name = self.record.data["id"]
+        verdict = verify(self.cfg, self.stack, self.prompt, self.phases, references, name)
+        self.record.set(check=verdict)
+        if verdict["apart"]:
+            self.record.note(_apart(**verdict["apart"]))
 
     def look_for_others(self) -> None:
         """Another process on the GPU is said, in the record and to the user: it may take part of what is measured."""
@@ -112,6 +116,7 @@ class Run:
         cfg, stack = self.cfg, self.stack
         floor = bytes_per_step(stack.model, batch=cfg.batch, length=self.prompt.shape[1] + cfg.new_tokens // 2)
         values, steps = self.benchmark.values(), min(cfg.new_tokens - 1, SPLIT_STEPS)
+        step_us = 1e6 * cfg.batch / values["decode_tok_s"] if "decode_tok_s" in values else None
         if "decode_tok_s" in values:
             values["bandwidth_share"] = floor["total"] * values["decode_tok_s"] / cfg.batch / bandwidth
         self.record.set(
@@ -119,7 +124,7 @@ class Run:
             telemetry=telemetry.summary(),
             bytes_per_token=floor | {"read_bandwidth_gb_s": round(bandwidth / 1e9, 2)},
             kernels_per_token=timing.kernels_per_step(stack.session, self.on_device),
-            time_split=token_split(stack.session, self.on_device, steps) if steps else None,
+            time_split=token_split(stack.session, self.on_device, steps, step_us=step_us) if step_us else None,
         )
 
     def finish(self) -> None:
@@ -137,6 +142,13 @@ class Run:
     def close(self) -> None:
         if hasattr(self, "stack"):
             self.stack.close()
+
+
+def _apart(*, position: int, other_choice_from: int | None, sequence: int, **of: str) -> str:
+    why = "a near-tie"
+    if other_choice_from is not None:
+        why = f"from position {other_choice_from} on other experts are chosen, within the limit"
+    return f"tokens differ from those of {of['from']} from position {position} of sequence {sequence} on: {why}"
 
 
 def _compare_ids(record: Record, ids: list[list[int]], *, stopped_early: bool) -> None:
@@ -187,14 +199,16 @@ def memory(stack: Stack) -> dict[str, float]:
 
 
 def peaks(device: torch.device) -> dict[str, float]:
-    """Of this process, in GiB."""
+    """Of this process until now, in GiB. device_in_use: the most of the GPU's memory at one time, as the driver counts it now
+    and torch's own share at its peak; contexts, this process's and others', are in it."""
     memory: dict[str, float] = {}
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
+        reserved, most = torch.cuda.memory_reserved(), torch.cuda.max_memory_reserved()
         memory |= {
             "peak_allocated": torch.cuda.max_memory_allocated() / GIB,
-            "peak_reserved": torch.cuda.max_memory_reserved() / GIB,
-            "device_in_use": (total - free) / GIB,
+            "peak_reserved": most / GIB,
+            "device_in_use": (total - free - reserved + most) / GIB,
         }
     # Kilobytes on Linux, bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024

@@ -109,6 +109,8 @@ def _take_turns(members: list[Member]) -> None:
             for member in members:
                 member.step(_round)
             rounds += 1
+    for member in members:  # before a check of any of them, which needs more
+        member.step(lambda member: member.record.set(memory_gib=memory(_run_of(member).stack)))
     bandwidth = timing.read_bandwidth(members[0].run.stack.device) if members[0].run else None
     for member in members:
         member.step(
@@ -137,7 +139,6 @@ def _has_enough(member: Member, rounds: int) -> bool:
 
 def _finish(member: Member, references: References) -> None:
     run = _run_of(member)
-    member.record.set(memory_gib=memory(run.stack))
     member.record.note("memory_gib: peaks and device memory in use are those of the whole group's process")
     member.record.note("first_token_s: from the start of the group's process, in which other runs may have been built before")
     if member.config.check == "separate":

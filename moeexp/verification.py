@@ -32,6 +32,12 @@ class References:
     def __init__(self) -> None:
         self._known: dict[Hashable, Any] = {}
         self.reused: list[str] = []
+        self._first: dict[Hashable, tuple[str, Trace]] = {}  # by prompt and sampler: the first run's name and trace
+
+    def apart(self, name: str, trace: Trace, alike: Hashable) -> dict[str, Any] | None:
+        """Where and why the tokens of this run leave those of the first one with `alike`; None where they do not."""
+        other, first = self._first.setdefault(alike, (name, replace(trace, logits=torch.empty(0), states={})))
+        return None if other == name else parting(other, first, trace)
 
     def get(self, name: str, key: tuple[Hashable, ...], make: Callable[[], Any]) -> Any:
         if (name, *key) in self._known:
@@ -42,10 +48,11 @@ class References:
 
 
 def verify(
-    cfg: Config, stack: Stack, prompt: Tensor, phases: Phases, references: References | None = None
+    cfg: Config, stack: Stack, prompt: Tensor, phases: Phases, references: References | None = None, name: str = ""
 ) -> dict[str, Any]:
     """prompt [B, T] int64. The record's `check`: {passed, parts, generated_ids, …}; `references` where other runs over the
-    same weights are checked too, and `reused` says what was taken from those. Restores nothing: reset follows."""
+    same weights are checked too: `reused` says what was taken from those, `apart` where this run, of this name, chose other
+    tokens than the first of them. Restores nothing: reset follows."""
     references = references or References()
     references.reused = []
     with phases("check: trace"):
@@ -63,8 +70,29 @@ def verify(
         "failures": failures[:50],
         "tokens": int(trace.token_ids.shape[1]),
         "reused": references.reused,
+        "apart": references.apart(name, trace, (digest(prompt), str(cfg.sampler))) if parts[0].passed else None,
         "generated_ids": generated_ids(trace),
     }
+
+
+def parting(name: str, first: Trace, trace: Trace) -> dict[str, Any] | None:
+    """{from, position, other_choice_from}: the first position whose token differs from that of run `name`, and the first
+    before it where experts were chosen otherwise, if any. Where none was, both runs have the same reference, and one of the
+    two tokens is a near-tie of it; where one was, that choice is within the limit that each run's check shows."""
+    ours, theirs = generated_ids(trace), generated_ids(first)
+    found = [
+        (trace.prompt_len + i, b)
+        for b, (own, other) in enumerate(zip(ours, theirs, strict=True))
+        for i, (token, known) in enumerate(zip(own, other, strict=False))
+        if token != known
+    ]
+    if not found:
+        return None
+    position, sequence = min(found)
+    chosen, known = (t.expert_ids[:, sequence, :position].sort(-1).values.cpu() for t in (trace, first))
+    differing = (chosen != known).any(-1).any(0).nonzero()
+    other = int(differing[0]) if len(differing) else None
+    return {"from": name, "sequence": sequence, "position": position, "other_choice_from": other}
 
 
 def generated_ids(trace: Trace) -> list[list[int]]:

@@ -32,4 +32,4 @@ def test_order_of_events_does_not_matter():
 def test_no_events_are_an_error_and_a_cpu_has_no_split():
     with pytest.raises(RuntimeError, match="no work on the GPU"):
         split([], wall_us=1.0, steps=1)
-    assert token_split(build_session(max_seq_len=24), random_tokens(1, 5), 3) is None
+    assert token_split(build_session(max_seq_len=24), random_tokens(1, 5), 3, step_us=1.0) is None

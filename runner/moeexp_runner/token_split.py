@@ -1,12 +1,11 @@
 """Where a token's time goes: kernels, copies, gaps between them, and waiting for the host.
 
-A pass of its own under the profiler, which slows the host down: what it says of the GPU is used, and the wall-clock time
-comes from a pass without it.
+A pass of its own under the profiler, which slows the host down, and goes on doing so a little once it was attached: what it
+says of the GPU is used, and the wall-clock time is that which was measured before.
 """
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
@@ -25,15 +24,15 @@ COPIES = ("Memcpy", "Memset")
 Event = tuple[str, float, float]  # name, start and end in microseconds
 
 
-def token_split(session: Session, prompt: Tensor, steps: int) -> dict[str, Any] | None:
-    """Decodes `steps` tokens after prompt [B, T]. Microseconds per token: {wall_us = kernels_us + copies_us + gaps_us +
-    host_us, kernels (how many), by_kernel: the longest [{name, calls, us}]}. None where there is no GPU to profile."""
+def token_split(session: Session, prompt: Tensor, steps: int, *, step_us: float) -> dict[str, Any] | None:
+    """Decodes `steps` tokens after prompt [B, T]. step_us: what a decode step takes, timed without a profiler in the process.
+    Microseconds per token: {wall_us = step_us = kernels_us + copies_us + gaps_us + host_us, kernels (how many), by_kernel: the
+    longest [{name, calls, us}]}. None where there is no GPU to profile."""
     if session.device.type != "cuda":
         return None
     from torch.profiler import ProfilerActivity, profile
 
-    _decode(session, prompt, steps)  # warm: lazy loading is no part of a token
-    wall_us = _decode(session, prompt, steps) * 1e6
+    session.decode_tokens(_prefilled(session, prompt), steps + 1)  # warm: lazy loading is no part of a token
     token = _prefilled(session, prompt)
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
         session.decode_tokens(token, steps + 1)
@@ -45,7 +44,7 @@ def token_split(session: Session, prompt: Tensor, steps: int) -> dict[str, Any] 
         for event in profiled.events()
         if event.device_type == cuda
     ]
-    return split(events, wall_us=wall_us, steps=steps)
+    return split(events, wall_us=step_us * steps, steps=steps)
 
 
 def split(events: Iterable[Event], *, wall_us: float, steps: int) -> dict[str, Any]:
@@ -99,12 +98,3 @@ def _prefilled(session: Session, prompt: Tensor) -> Tensor:
     token = session.sample(session.prefill(prompt))
     torch.cuda.synchronize(session.device)
     return token
-
-
-def _decode(session: Session, prompt: Tensor, steps: int) -> float:
-    """Seconds that `steps` tokens after the first take."""
-    token = _prefilled(session, prompt)
-    start = time.perf_counter()
-    session.decode_tokens(token, steps + 1)
-    torch.cuda.synchronize(session.device)
-    return time.perf_counter() - start
