@@ -1,15 +1,21 @@
 """Steps captured with either kind of state. The graph is a fake here: it runs what was captured into the same outputs."""
 
+from operator import is_
+from types import SimpleNamespace
+
 import pytest
 import torch
-from common import EVEN, build_session, load_model, random_tokens, reference_ops
+from common import EVEN, build_session, load_model, random_tokens, reference_ops, same_state
 from moeexp_runner import step_graph
 from moeexp_runner.arena import Arena
+from moeexp_runner.binding import CompiledMethod
 from moeexp_runner.explicit import ExplicitState
 from moeexp_runner.session import Session
 
+from moeexp.benchmark import Benchmark
 from moeexp.methods import MODULES
 from moeexp.model import state_shapes
+from moeexp.schema import compose
 from moeexp.weights import Random
 
 
@@ -61,14 +67,14 @@ def captured(monkeypatch):
     monkeypatch.setattr(FakeGraphed, "fail", None)
 
 
-def build(*, explicit=False, **options):
+def build(*, explicit=False, wrap=lambda method: method, **options):
     model, ops = load_model(Random(EVEN, 0)), reference_ops()
     arena = Arena(state_shapes(EVEN, batch=1, max_seq_len=96, dtype=torch.float32), device="cpu")
     how = {"state_names": tuple(arena.tensors)} if explicit else {"held": arena.tensors}
     live = options.get("cuda_graph") == "all"
     return Session(
-        prefill=MODULES["prefill"](model, ops, takes_live=live, **how),
-        decode=MODULES["decode"](model, ops, **how),
+        prefill=wrap(MODULES["prefill"](model, ops, takes_live=live, **how)),
+        decode=wrap(MODULES["decode"](model, ops, **how)),
         sample=ops["sample"],
         arena=ExplicitState(arena) if explicit else arena,
         batch=1,
@@ -142,17 +148,102 @@ def test_eager_calls_between_replays_continue_the_same_state(captured):
         torch.testing.assert_close(session.decode(token), plain.decode(token), rtol=0, atol=1e-6)
 
 
+def calls(session):
+    """What a session does by graph, after a prompt."""
+    token = PROMPT[:, :1].contiguous()
+    return lambda: session.decode(token) if session.loop is None else session.decode_tokens(token, 3)
+
+
 @pytest.mark.parametrize("explicit", [False, True])
-def test_a_failed_capture_leaves_everything_eager(captured, monkeypatch, explicit):
-    session = build(explicit=explicit, cuda_graph="decode")
-    session.graph.invalidate()
+@pytest.mark.parametrize("cuda_graph", ["decode", "loop"])
+def test_a_failed_capture_leaves_everything_eager_and_the_session_refuses(captured, monkeypatch, cuda_graph, explicit):
+    session = build(explicit=explicit, cuda_graph=cuda_graph)
+    step = session.graph or session.loop.graph
+    step.invalidate()
     monkeypatch.setattr(FakeGraphed, "fail", "no memory")
-    with pytest.raises(RuntimeError, match="no memory"):
-        session.capture()
-    assert [graph.state for graph in session.graph._graphs] == ["eager"] * (1 + explicit)
+    for call in (session.capture, session.reset, lambda: session.generate(PROMPT, 5)):
+        with pytest.raises(RuntimeError, match="no memory"):
+            call()
+    assert [graph.state for graph in step._graphs] == ["eager"] * (1 + explicit)
+    assert session.length == 0 and not any(tensor.any() for tensor in session.arena.tensors.values()), "warm-ups ran"
+    session.prefill(PROMPT)  # which no graph does
+    before = session.arena.snapshot()
+    with pytest.raises(RuntimeError, match="its capture failed.*reset"):
+        calls(session)()
+    assert session.length == PROMPT.shape[1] and same_state(before, session.arena.snapshot())
     monkeypatch.setattr(FakeGraphed, "fail", None)
-    session.capture()
-    assert session.graph.state == "captured"
     assert session.generate(PROMPT, 5) == build_session(seed=0).generate(PROMPT, 5)
+    assert step.state == "captured"
     session.close()
-    assert session.graph.state == "closed"
+    assert step.state == "closed"
+
+
+class Package(CompiledMethod):
+    """Without constants: binding it changes nothing but that it was bound."""
+
+    def __init__(self, method):
+        self.method, self.constants, self.device = method, {}, torch.device("cpu")
+        self._runner, self.bound = SimpleNamespace(load_constants=lambda *args, **options: None), {}
+        self.bind({})
+
+    def __call__(self, *inputs):
+        return self.method(*inputs)
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("cuda_graph", ["decode", "loop", "all"])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_method_that_is_bound_anew_is_captured_anew(captured, cuda_graph, explicit, adapted):
+    packages = []
+
+    def packaged(method):
+        packages.append(Package(method))
+        return Adapter(packages[-1]) if adapted else packages[-1]
+
+    session = build(explicit=explicit, cuda_graph=cuda_graph, prefill_graph_lengths=[4, 16], wrap=packaged)
+    expected = session.generate(PROMPT, 5)
+    steps = [session.graph or session.loop.graph]
+    if session.prefill_graphs is not None:
+        steps += session.prefill_graphs.graphs.values()
+    old = [graph.output for step in steps for graph in step._graphs]
+    session.reset()
+    session.prefill(PROMPT)
+    for package in packages:
+        package.bind({})
+    assert [step.state for step in steps] == ["eager"] * len(steps)
+    before = session.arena.snapshot()
+    for call in [calls(session)] + [lambda: session.prefill(PROMPT)] * (cuda_graph == "all"):
+        with pytest.raises(RuntimeError, match="bound anew since.*reset"):
+            call()
+    assert session.length == PROMPT.shape[1] and same_state(before, session.arena.snapshot())
+    for _ in range(2):
+        assert session.generate(PROMPT, 5) == expected and [step.state for step in steps] == ["captured"] * len(steps)
+    new = [graph.output for step in steps for graph in step._graphs]
+    assert not any(map(is_, old, new)), "no graph of before"
+    session.reset()
+    assert all(map(is_, new, [graph.output for step in steps for graph in step._graphs])), "and none is captured twice"
+
+
+class Adapter:
+    def __init__(self, method):
+        self.method = method
+
+    def __call__(self, *inputs):
+        return self.method(*inputs)
+
+
+@pytest.mark.parametrize("cuda_graph", [False, "decode", "loop", "all"])
+@pytest.mark.parametrize("ahead", [1, 8, 64])
+def test_a_stop_id_ends_a_timed_generation(captured, cuda_graph, ahead):
+    whole = build_session(seed=0).generate(PROMPT, 24)[0]
+    stop = whole[5]
+    end = whole.index(stop) + 1
+    session = build(cuda_graph=cuda_graph, prefill_graph_lengths=[4, 16], ahead=ahead)
+    cfg = compose(["new_tokens=24", "repeats=1", "min_time_s=0", f"loop_ahead={ahead}"])
+    bench = Benchmark(cfg, session, PROMPT, {stop}, SimpleNamespace(latencies_ms=[]))
+    overrun = min(ahead, 24 - end) if session.loop is not None else 0
+    for _ in range(2):
+        bench.round()
+        assert bench.ids == [whole[:end]] and session.overrun == overrun
+        assert session.length == PROMPT.shape[1] + end - 1 + overrun
+    assert len(bench.record.latencies_ms) == 2 * (end - 1), "what ran in vain has no latency"

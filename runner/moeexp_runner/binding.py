@@ -57,7 +57,7 @@ class CompiledMethod:
                 + "; ".join(problems)
             )
         self._runner.load_constants(dict(tensors), check_full_update=True, user_managed=True)
-        self.bound = dict(tensors)
+        self.bound = dict(tensors)  # another object each time, by which a graph knows what it was captured with
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         if not self.bound:
@@ -66,6 +66,13 @@ class CompiledMethod:
 
     def close(self) -> None:
         self._runner, self.bound = None, {}
+
+
+def package_in(method: Any) -> CompiledMethod | None:
+    """The package that a session's method runs: itself, or what an adapter around it holds as its `method`."""
+    while method is not None and not isinstance(method, CompiledMethod):
+        method = getattr(method, "method", None)
+    return method
 
 
 def mismatches(expected: dict[str, TensorSpec], tensors: dict[str, Tensor], *, device: torch.device):

@@ -44,6 +44,8 @@ class PrefillGraphs:
         """As `StepGraph.capture`, in memory that they share: they run one at a time. Longest first: the others then find
         room in what it needs."""
         self.live.fill_(1)
+        self.positions.zero_()
+        self.last.zero_()  # of a prompt before, both may lie beyond the shortest length
         pool = torch.cuda.graph_pool_handle() if self.live.is_cuda else None
         try:
             for length in reversed(self.lengths):

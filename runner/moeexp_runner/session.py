@@ -75,20 +75,27 @@ class Session:
             self.prefill_graphs = PrefillGraphs(
                 prefill, arena, lengths=prefill_graph_lengths, batch=batch, device=device
             )
-        self.reset()
         self.capture()
 
     def capture(self) -> None:
-        """Captures every graph that is eager; resets before and after."""
-        self.reset()
-        with torch.no_grad():
-            for graph in self._graphs():
-                if graph.state == "eager":
-                    graph.capture()
-        self.reset()
+        """Captures every graph that is eager; forgets everything before and after, also where that fails."""
+        self._forget()
+        try:
+            with torch.no_grad():
+                for graph in self._graphs():
+                    if graph.state == "eager":
+                        graph.capture()
+        finally:
+            self._forget()
 
     def reset(self) -> None:
-        """Forgets everything: the next prompt starts at position 0 on zeroed state, the sampler with its first draw."""
+        """Forgets everything: the next prompt starts at position 0 on zeroed state, the sampler with its first draw. A graph
+        that is eager, after a rebinding or a failed capture, is captured here: a session runs as asked or not at all."""
+        self._forget()
+        if any(graph.state == "eager" for graph in self._graphs()):
+            self.capture()
+
+    def _forget(self) -> None:
         self._require_open()
         self.arena.reset()
         getattr(self._sample, "reset", lambda: None)()

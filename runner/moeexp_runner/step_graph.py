@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .arena import Arena
+from .binding import package_in
 from .explicit import ExplicitState
 from .graph import GraphedMethod
 
@@ -45,6 +46,8 @@ class StepGraph:
         early: Callable[[int], int] | None = None,
     ):
         self.method, self.inputs, self._state, self._after = method, inputs, state, after
+        self._package = package_in(method)
+        self._bound = self._package and self._package.bound  # at the capture
         self._away: dict[str, Tensor] | None = None
         self._graphs: list[GraphedMethod] = []
         if not can_capture(inputs[0]):
@@ -56,8 +59,12 @@ class StepGraph:
 
     @property
     def state(self) -> str:
-        """`eager`, `warm`, `captured` or `closed`: of the last graph, which is captured last."""
-        return self._graphs[-1].state if self._graphs else "eager"
+        """`eager`, `warm`, `captured` or `closed`: of the last graph, which is captured last. `eager` again once the
+        method's constants are bound anew or let go of: the graphs hold their addresses."""
+        if not self._graphs:
+            return "eager"
+        state = self._graphs[-1].state
+        return "eager" if state == "captured" and self._is_bound_anew() else state
 
     @property
     def early_edges(self) -> int:
@@ -67,6 +74,9 @@ class StepGraph:
     def capture(self, *, pool: tuple[int, int] | None = None) -> None:
         """Warms up and captures, `pool` as in `GraphedMethod`. Advances the state and all that `after` mutates: the caller
         resets them. On failure everything is eager again."""
+        if self._is_bound_anew():
+            self.invalidate()
+        self._bound = self._package and self._package.bound
         for graph in self._graphs:
             graph.pool = pool
             try:
@@ -81,10 +91,16 @@ class StepGraph:
                 self._away = dict(zip(self._state.home, graph.output[1], strict=True))
 
     def replay(self, *inputs: Tensor) -> Tensor:
+        """`RuntimeError` before any launch where nothing is captured: an eager step would be another experiment's."""
         if not self._graphs:
             logits = self._state.call(self.method, *inputs)
             self._finish(logits)
             return logits
+        if self.state != "captured":
+            raise RuntimeError(
+                f"the graph of this method is {self.state}: its capture failed, or constants were bound anew since; a "
+                "session's reset() captures it, and with cuda_graph=false it is not needed"
+            )
         if not isinstance(self._state, ExplicitState):
             return self._graphs[0].replay(*inputs)
         if self._away is not None and self._state.tensors is self._away:
@@ -96,6 +112,9 @@ class StepGraph:
         if self._away is not None:
             self._state.tensors = self._away
         return logits
+
+    def _is_bound_anew(self) -> bool:
+        return self._package is not None and self._package.bound is not self._bound
 
     def invalidate(self) -> None:
         """Back to `eager`."""
