@@ -9,6 +9,7 @@ import itertools
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ from covering import AXES, BASE, COMPILED, PAIRWISE, legal_points
 from moeexp_runner.token_split import token_split
 from rich.console import Console
 
+from moeexp.benchmark import Benchmark
 from moeexp.factory import build_model, build_stack
 from moeexp.inductor import inductor_config
 from moeexp.methods import compile_method
+from moeexp.model import state_shapes
 from moeexp.phases import Phases
 from moeexp.quantise import quantise
 from moeexp.record import Record
@@ -109,6 +112,19 @@ def test_compiled_methods_decode_the_same_tokens(stack, expected, overrides):
     # The loader of a package must run on the stream that is current. Without a prefill there is but one stream.
     if "shared_stream=false" in overrides and "token_by_token" not in overrides:
         assert_ordered(built.session, built.session)
+    if "export=aoti" in overrides and "cuda_graph=false" not in overrides:
+        bound_anew_is_captured_anew(built.session, expected)
+
+
+def bound_anew_is_captured_anew(session, expected):
+    step = session.graph or session.loop.graph
+    session.reset()
+    session.prefill(tokens(9))
+    step._package.bind(step._package.bound)
+    assert step.state == "eager"
+    with pytest.raises(RuntimeError, match="bound anew"):
+        session.decode(tokens(1)) if session.graph else session.decode_tokens(tokens(1), 3)
+    assert session.generate(tokens(21), 12) == expected and step.state == "captured"
 
 
 # --- streams ---
@@ -124,9 +140,9 @@ def delayed(method):
     return run
 
 
-def prompt_and_step(session):
+def prompt_and_step(session, prompt=None):
     """A prompt and a decode step that the host enqueues at once, and the state that they leave."""
-    prompt, token = tokens(21), tokens(1, seed=5)
+    prompt, token = tokens(21) if prompt is None else prompt, tokens(1, seed=5)
     torch.cuda.synchronize()  # the ids are there, or without ordering a stream would take whatever lies there for an id
     session.reset()
     logits = session.prefill(prompt)
@@ -214,6 +230,22 @@ def test_a_stop_discards_the_overrun(stack, expected, ahead):
     assert session.generate(tokens(21), 12) == expected
 
 
+@pytest.mark.parametrize("overrides", ["cuda_graph=true", "cuda_graph=loop loop_ahead=1", "cuda_graph=loop loop_ahead=8"])
+def test_a_stop_id_ends_a_timed_generation(stack, expected, overrides):
+    stop = expected[0][3]
+    end = expected[0].index(stop) + 1
+    session = stack(*overrides.split()).session
+    cfg = configured(*overrides.split(), "repeats=1", "min_time_s=0")
+    bench = Benchmark(cfg, session, tokens(21), {stop}, SimpleNamespace(latencies_ms=[]))
+    overrun = min(cfg.loop_ahead, 12 - end) if session.loop is not None else 0
+    for _ in range(2):  # the second starts on a state that has seen the overrun
+        bench.round()
+        assert bench.ids == [expected[0][:end]] and session.overrun == overrun
+        assert session.length == 21 + end - 1 + overrun
+    assert len(bench.record.latencies_ms) == 2 * (end - 1), "what ran in vain has no latency"
+    assert session.generate(tokens(21), 12) == expected
+
+
 def test_draws_differ_between_replays_and_repeat_after_reset(stack):
     session = stack("cuda_graph=loop", "sampler=gumbel", "sampler.temperature=50").session
     first = session.generate(tokens(21), 60)
@@ -266,8 +298,10 @@ def test_a_fault_in_the_middle_of_a_capture(stack, expected, fault, graph, state
     with pytest.raises(RuntimeError, match="capture failed, the method is eager again"):
         session.capture()
     assert captured.state == "eager" and settled_memory() <= before
+    with pytest.raises(RuntimeError, match="capture failed"):
+        session.reset()  # which tries again
+    assert captured.state == "eager" and settled_memory() <= before
     captured.method = method
-    session.reset()
     with torch.no_grad():
         session.arena.call(method, *captured.inputs)  # the next eager call, on the same device
     session.capture()
@@ -321,12 +355,15 @@ def test_a_prompt_after_another_and_nan_in_the_state(stack, overrides):
 
 
 def test_interleaved_sessions_do_not_bleed(stack):
-    one, two = (stack(f"cuda_graph={graph}", "state=explicit").session for graph in ("decode", "decode"))
-    alone = [prompt_and_step(session) for session in (one, two)]
-    one.reset(), two.reset()
-    one.prefill(tokens(21)), two.prefill(tokens(30, seed=3))
-    step = one.decode(tokens(1, seed=5)).clone()
-    assert torch.equal(step, alone[0][1])
+    sessions = [stack("cuda_graph=decode", "state=explicit").session for _ in range(2)]
+    prompts, token = (tokens(21), tokens(30, seed=3)), tokens(1, seed=5)
+    alone = [prompt_and_step(session, prompt) for session, prompt in zip(sessions, prompts, strict=True)]
+    for session in sessions:
+        session.reset()
+    logits = [session.prefill(prompt) for session, prompt in zip(sessions, prompts, strict=True)]
+    steps = [session.decode(token).clone() for session in sessions]
+    for session, *mixed, expected in zip(sessions, logits, steps, alone, strict=True):
+        assert same([*mixed, *session.arena.snapshot().values()], expected)
 
 
 def test_the_context_is_filled_to_the_last_slot(stack):
@@ -339,14 +376,37 @@ def test_the_context_is_filled_to_the_last_slot(stack):
 # --- memory, time, allocator ---
 
 
-def test_closing_frees_the_graphs(stack):
-    before = settled_memory()
-    built = stack("cuda_graph=all", "state=explicit")
-    held = settled_memory()
-    built.close()
-    assert settled_memory() < held
-    assert all(graph.state == "closed" for graph in built.session.prefill_graphs.graphs.values())
-    assert before > 0
+def held_memory(model):
+    """Allocated and reserved, apart from the state that is attached to the model and from workspaces of cuBLAS, of which
+    every stream gets one for good."""
+    model.detach_state(state_shapes(model.arch, batch=1, max_seq_len=1, dtype=torch.float32))
+    gc.collect()
+    torch.cuda.synchronize()
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    ["cuda_graph=true", "cuda_graph=loop", "cuda_graph=loop shared_stream=false", "cuda_graph=all state=explicit"],
+)
+def test_closing_gives_back_all_memory(models, phases, expected, overrides):
+    model = models["float32"]
+
+    def build_use_close():
+        built = build_stack(configured(*overrides.split(), "dtype=float32"), model, phases)
+        assert built.session.generate(tokens(21), 12) == expected
+        in_use = held_memory(model)
+        built.close()
+        return in_use
+
+    build_use_close()  # what is made once in a process, such as kernels, is no leak
+    before = held_memory(model)
+    for _ in range(3):
+        allocated, reserved = build_use_close()
+        assert allocated > before[0] and reserved > before[1], "a graph has a pool of its own"
+        assert held_memory(model) == before
 
 
 def test_quantising_needs_little_beside_the_weights():
