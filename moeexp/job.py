@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from moeexp import allocator, schema, summary, tracker
+from moeexp import allocator, schema, summary, tracker, validate
 from moeexp.phases import Phases
 from moeexp.record import Record, code_fingerprint, config_hash, write_atomically
 
@@ -77,10 +77,11 @@ def open_record(job: Job) -> Record:
 def prepare(cfg: DictConfig, record: Record) -> schema.Config:
     """Validates and resolves; the record then says what runs, and on what."""
     composed = schema.to_config(cfg)
+    validate.check_values(composed)
     allocator.prepare(composed)
     import torch
 
-    from moeexp import adopt, environment, validate
+    from moeexp import adopt, environment
 
     composed = adopt.adopt(composed, record.data["overrides"])
     config = validate.resolved(composed, cuda_available=torch.cuda.is_available())

@@ -61,7 +61,7 @@ NEEDS_CUDA_TO_MATTER = ("shared_stream", "skip_output_copy", "allocator")
 
 def validate(cfg: Config, *, cuda_available: bool) -> None:
     """`ValueError` (one line) for a config that cannot run on a machine with or without CUDA."""
-    _check_values(cfg)
+    check_values(cfg)
     _check_device(cfg, cuda_available)
     _check_axes(cfg, _device(cfg, cuda_available))
     _check_sampler(cfg.sampler)
@@ -202,7 +202,8 @@ def get(cfg: Config, path: str):
     return cfg
 
 
-def _check_values(cfg: Config) -> None:
+def check_values(cfg: Config) -> None:
+    """`ValueError` for a value that its field can never have."""
     for path, allowed in ALLOWED.items():
         value = get(cfg, path)
         # `1 == True` in Python; cuda_graph=1 is not one of the allowed values.

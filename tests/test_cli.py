@@ -221,11 +221,18 @@ def test_a_bug_of_ours_is_not_dressed_up_as_a_config_error(monkeypatch):
         run()
 
 
-def test_as_a_process():
-    command = [sys.executable, "-m", "moeexp", "model=nano", "quant=int9"]
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("quant=int9", "quant=int9 is not a choice of quant; allowed: int4, int8, none"),
+        # Read before torch is imported, which in this process it is.
+        ("allocator=foo", "allocator=foo is not a value of allocator; allowed: native, cuda_malloc_async"),
+    ],
+)
+def test_as_a_process(override, line):
+    command = [sys.executable, "-m", "moeexp", "model=nano", override]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "error: quant=int9 is not a choice of quant; allowed: int4, int8, none\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {line}\n")
 
 
 def test_ctrl_c_in_a_process(tmp_path):
