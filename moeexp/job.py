@@ -24,6 +24,9 @@ EXIT_CODES = {
     "ok": OK, "incorrect": FAILED, "failed": FAILED, "timeout": FAILED, "unsupported": INVALID, "interrupted": INTERRUPTED,
 }  # fmt: skip
 
+# Phases that read what the user gave: a ValueError in one of them is about that input. Later it is a fault of the work.
+READING = {"weights", "verify artifact"}
+
 Experiment = Callable[..., None]
 
 
@@ -107,7 +110,8 @@ def verdict(config: schema.Config, record: Record) -> str:
 
 
 def status_of(raised: BaseException, *, sweep: bool) -> str:
-    """In a sweep a cell that may not run is `unsupported`: the others go on, and it fails nothing."""
+    """In a sweep a cell that may not run is `unsupported`: the others go on, and it fails nothing. `conclude` makes that
+    `failed` where work had begun."""
     if isinstance(raised, TimeUp):
         return "timeout"
     if isinstance(raised, KeyboardInterrupt):
@@ -121,15 +125,19 @@ def conclude(
     """Finishes the record, tracks and shows it. Returns the exit code."""
     from moeexp import environment
 
+    begun = set(record.data["phases_s"])
+    if status == "unsupported" and begun:
+        status = "failed"
+    invalid = isinstance(error, ValueError) and begun <= READING
     if config is not None and config.device == "cuda":
         record.data["environment"]["gpu_after"] = environment.gpu_state()
     record.finish(status, error=_describe(error, phases))
-    code = INVALID if isinstance(error, ValueError) else EXIT_CODES[status]
+    code = INVALID if invalid else EXIT_CODES[status]
     if config is not None:  # a config that was refused measured nothing that a tracker should show
         track(record, code, group=job.group)
     if error is not None:
-        _report(error, record, phases)
-    if not isinstance(error, ValueError):
+        _report(error, record, phases, invalid=invalid)
+    if not invalid:
         summary.print_run(record.data, path=record.path, console=Console())
     return code
 
@@ -152,14 +160,14 @@ def _describe(error: BaseException | None, phases: Phases) -> dict[str, Any] | N
     return {"type": type(error).__name__, "message": message, "phase": phases.failed, "traceback": lines}
 
 
-def _report(error: BaseException, record: Record, phases: Phases) -> None:
+def _report(error: BaseException, record: Record, phases: Phases, *, invalid: bool) -> None:
     """One line. The traceback of what is not the user's doing lies beside the record, and in it."""
     message = " ".join(str(error).split())
     if isinstance(error, TimeUp):
         say(f"error: {message}; what was measured is in {os.path.relpath(record.path)}")
     elif isinstance(error, KeyboardInterrupt):
         say(f"interrupted; what was measured is in {os.path.relpath(record.path)}")
-    elif isinstance(error, ValueError):
+    elif invalid:
         say(f"error: {message}")
     else:
         path = record.path.with_name("traceback.txt")

@@ -17,10 +17,15 @@ HERE = "launcher.isolation=none"  # sweeps with a process per run: tests/faults
 
 def experiment(cfg, *, run_dir, record, phases):
     """What a run does is chosen by its seed."""
-    with phases("export"), phases.progress("methods", total=2) as advance:
-        advance()
     if cfg.seed == 1:
         raise ValueError("seed=1 cannot be done:\nuse seed=0")
+    with phases("weights"):
+        if cfg.seed == 7:
+            raise ValueError("seed=7 has damaged weights")
+    with phases("export"), phases.progress("methods", total=2) as advance:
+        advance()
+    if cfg.seed == 8:
+        raise ValueError("not a number")
     if cfg.seed == 2:
         with phases("benchmark"):
             raise RuntimeError("boom")
@@ -58,7 +63,7 @@ def test_ok(tmp_path, capsys):
     assert record["environment"]["versions"]["torch"] and record["error"] is None
     captured = capsys.readouterr()
     assert "hello" in captured.out and "record.json" in captured.out
-    assert captured.err.splitlines()[0] == "export ..." and captured.err.splitlines()[1].startswith("export  ")
+    assert captured.err.splitlines()[2] == "export ..." and captured.err.splitlines()[3].startswith("export  ")
     assert json.loads((tmp_path / "outputs" / "runs.jsonl").read_text())["id"] == record["id"]
 
 
@@ -69,13 +74,22 @@ def test_incorrect(tmp_path, capsys):
     assert "too far off" in capsys.readouterr().out
 
 
-def test_an_experiment_s_value_error_is_one_line(tmp_path, capsys):
-    assert run("seed=1") == 2
+@pytest.mark.parametrize(
+    ("seed", "line"), [(1, "error: seed=1 cannot be done: use seed=0"), (7, "error: seed=7 has damaged weights")]
+)
+def test_a_value_error_about_what_was_given_is_one_line(tmp_path, capsys, seed, line):
+    assert run(f"seed={seed}") == 2
     (record,) = records(tmp_path)
     assert record["status"] == "failed" and record["error"]["type"] == "ValueError"
     captured = capsys.readouterr()
-    assert captured.err.splitlines()[-1] == "error: seed=1 cannot be done: use seed=0"
+    assert captured.err.splitlines()[-1] == line
     assert "Traceback" not in captured.err + captured.out
+
+
+def test_a_value_error_of_the_work_is_a_failure(tmp_path, capsys):
+    assert run("seed=8") == 1
+    assert records(tmp_path)[0]["status"] == "failed"
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ValueError: not a number (traceback: outputs/")
 
 
 def test_a_failure_says_where_its_traceback_is(tmp_path, capsys):
@@ -180,6 +194,14 @@ def test_sweep_goes_on_after_failures(tmp_path, capsys):
     text = table.read_text()
     assert text.count("\n| ") == 6 + 1 and "| seed | status |" in text.replace("`", "") and "boom" in text
     assert "| seed | status |" in capsys.readouterr().out
+
+
+def test_only_what_was_refused_before_work_fails_no_sweep(tmp_path):
+    assert run("-m", "seed=1,0", HERE) == 0
+    assert run("-m", "seed=7,0", HERE) == 1
+    assert run("-m", "seed=8,0", HERE) == 1
+    found = {record["config"]["seed"]: record["status"] for record in records(tmp_path, "multirun")}
+    assert found == {0: "ok", 1: "unsupported", 7: "failed", 8: "failed"}
 
 
 @pytest.mark.parametrize("strict, code", [("false", 0), ("true", 1)])

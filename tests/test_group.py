@@ -55,12 +55,13 @@ def test_members_take_turns_and_each_has_its_record():
     assert found[0]["phases_s"]["weights"] > 0 and "weights" not in found[1]["phases_s"], "the weights are made once"
 
 
-def test_one_that_fails_or_may_not_run_stops_no_other(monkeypatch):
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError])
+def test_one_that_fails_or_may_not_run_stops_no_other(monkeypatch, kind):
     real = group.Run.check
 
     def check(self, references):
         if self.cfg.batch == 2:
-            raise RuntimeError("boom")
+            raise kind("boom")
         real(self, references)
 
     monkeypatch.setattr(group.Run, "check", check)

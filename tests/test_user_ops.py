@@ -22,6 +22,9 @@ def right(*, q, qkv, k_cache, v_cache, positions):
 def off_by_one_percent(**inputs):
     return 1.01 * right(**inputs)
 
+def breaks(**inputs):
+    raise ValueError("cannot be done")
+
 def lacks(*, q, qkv):
     return q
 
@@ -68,6 +71,14 @@ def test_one_that_is_one_percent_off_is_incorrect(module):
     record = last_record()
     assert record["status"] == "incorrect" and record["decode_tok_s"] is None
     assert any("float32" in line for line in record["check"]["failures"])
+
+
+def test_one_that_raises_fails_its_sweep(module, capsys):
+    assert cli.main(["-m", *NANO, f"ops.sdpa_decode={module}:breaks", "launcher.isolation=none"]) == 1
+    (record,) = (json.loads(path.read_text()) for path in Path("multirun").rglob("record.json"))
+    assert record["status"] == "failed" and record["error"]["type"] == "ValueError"
+    assert "error: ValueError during check: trace: cannot be done (traceback: multirun/" in capsys.readouterr().err
+    assert cli.main([*NANO, f"ops.sdpa_decode={module}:breaks"]) == 1
 
 
 @pytest.mark.parametrize(
