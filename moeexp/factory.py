@@ -146,7 +146,7 @@ def build_stack(
     copy_outputs = device.type == "cuda" and not cfg.skip_output_copy
     names = op_names(cfg)
     if copy_outputs:
-        names["sample"] = "reference"  # logits are on the host, where no Triton kernel runs
+        names["sample"] = "reference"  # logits are on the host, where no Triton kernel runs; validate refuses other wishes
     arena = Arena(state_shapes(model.arch, batch=cfg.batch, max_seq_len=cfg.max_seq_len, dtype=dtype), device=device)
     explicit = cfg.state == "explicit"
     if explicit:
@@ -193,14 +193,10 @@ def _hopper(device: torch.device) -> bool:
 
 
 def sampler_of(cfg: SamplerConfig, implementation: str, *, device: torch.device | str) -> Sampler:
-    """The config's choice of the next token, by the named implementation of `sample`."""
+    """The config's choice of the next token, by the named implementation of `sample`; validated, so it makes draws if need
+    be."""
     if cfg.name == "greedy":
         return Sampler(registry.implementation("sample", implementation))
-    if implementation not in registry.DRAWS:
-        raise ValueError(
-            f"ops.sample={implementation} makes no draws, which sampler={cfg.name} needs; "
-            f"implementations that do: {', '.join(registry.DRAWS)}"
-        )
     return Sampler(
         registry.DRAWS[implementation],
         seed=cfg.seed,

@@ -319,6 +319,7 @@ def _check_quant(quant: QuantConfig, arch: Architecture) -> None:
 
 
 def _check_ops(cfg: Config, device: str, arch: Architecture) -> None:
+    from moeexp_kernels.registry import DRAWS
     from moeexp_kernels.registry import resolve as resolve_ops
 
     chosen = {field.name: getattr(cfg.ops, field.name) for field in fields(cfg.ops) if field.name != "default"}
@@ -329,6 +330,16 @@ def _check_ops(cfg: Config, device: str, arch: Architecture) -> None:
                 f"ops.{op}={name} joins two ops of a decode step, and dispatch=single has no decode step apart from prefill: "
                 f"use another dispatch, or another ops.{op}"
             )
+    if cfg.sampler.name == "gumbel" and names["sample"] not in DRAWS:
+        raise ValueError(
+            f"ops.sample={names['sample']} makes no draws, which sampler=gumbel needs: use ops.sample={' or '.join(DRAWS)}, "
+            "or sampler=greedy"
+        )
+    if device == "cuda" and not cfg.skip_output_copy and cfg.ops.sample not in (None, "auto", "reference"):
+        raise ValueError(
+            f"ops.sample={cfg.ops.sample} with skip_output_copy=false, which samples on the host by ops.sample=reference: "
+            "use that, or skip_output_copy=true"
+        )
     if names["gdn_decode"] == "with_out":
         from moeexp_kernels.gated_delta_out import check_heads
 

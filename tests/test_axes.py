@@ -18,7 +18,7 @@ from moeexp_runner.explicit import ExplicitState
 from rich.console import Console
 
 from moeexp import cli
-from moeexp.factory import build_model, build_stack, python_callbacks, sampler_of
+from moeexp.factory import build_model, build_stack, python_callbacks
 from moeexp.inductor import inductor_config
 from moeexp.methods import MODULES, compile_method, export_method, session_methods
 from moeexp.model import state_shapes
@@ -335,13 +335,25 @@ def test_drawn_tokens_are_checked_by_their_race(model, phases):
     assert failed == ["tokens"]
 
 
+OWN_SAMPLE = "ops.sample=moeexp_kernels.sample:reference_greedy"  # named as a user's op is
+
+
 def test_a_sampler_that_makes_no_draws_is_refused():
-    cfg = compose(GUMBEL)
-    with pytest.raises(ValueError, match="makes no draws"):
-        sampler_of(cfg.sampler, "mine:greedy", device="cpu")
+    with pytest.raises(ValueError, match="makes no draws.*ops.sample=reference or triton, or sampler=greedy"):
+        validate(compose([*BASE, *GUMBEL, OWN_SAMPLE]), cuda_available=False)
     for override, word in (("temperature=0", "1e-6"), ("top_k=0", "at least 1"), ("top_p=1.5", r"\(0, 1\]")):
         with pytest.raises(ValueError, match=word):
             validate(compose([*BASE, "sampler=gumbel", f"sampler.{override}"]), cuda_available=False)
+
+
+def test_an_op_that_copied_logits_would_not_reach_is_refused():
+    copied = [*BASE, "skip_output_copy=false"]
+    for own in (OWN_SAMPLE, "ops.sample=triton"):
+        with pytest.raises(ValueError, match=f"^{own} with skip_output_copy=false.*skip_output_copy=true"):
+            validate(compose([*copied, own]), cuda_available=True)
+    for fine in ([], ["ops=triton"], ["ops.sample=auto"], ["ops.sample=reference"], GUMBEL, [OWN_SAMPLE, "device=cpu"]):
+        validate(compose([*copied, *fine]), cuda_available=True)
+    validate(compose([*BASE, OWN_SAMPLE]), cuda_available=True)
 
 
 @pytest.mark.slow
