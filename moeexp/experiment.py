@@ -75,7 +75,7 @@ class Run:
         self.arch = load_architecture(cfg.model)
         self.text = text_of(cfg)
         self.prompt = prompt_tokens(cfg, self.arch, self.text)
-        self.eos = _eos(cfg, self.arch)
+        self.eos = set(self.arch.eos_token_ids) if cfg.eos else None
 
     def build(self, model: Qwen35MoE) -> None:
         cfg, decode = self.cfg, self.text.decode
@@ -218,11 +218,3 @@ def peaks(device: torch.device) -> dict[str, float]:
 
 def _default_skip(quant: QuantConfig) -> bool:
     return set(quant.skip) == set(NEVER_QUANTISED)
-
-
-def _eos(cfg: Config, arch) -> set[int] | None:
-    if not cfg.eos:
-        return None
-    if not arch.eos_token_ids:
-        raise ValueError("eos=true, and the model's config names no eos_token_id: use eos=false")
-    return set(arch.eos_token_ids)

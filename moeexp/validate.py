@@ -70,6 +70,8 @@ def validate(cfg: Config, *, cuda_available: bool) -> None:
     _check_quant(cfg.quant, arch)
     _check_ops(cfg, _device(cfg, cuda_available), arch)
     _check_engine(cfg)
+    if cfg.eos and not arch.eos_token_ids:
+        raise ValueError("eos=true, and the model's config names no eos_token_id: use eos=false")
 
 
 def resolve(cfg: Config, *, cuda_available: bool) -> Config:

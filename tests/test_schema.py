@@ -74,6 +74,7 @@ def test_35b_is_the_published_shape():
         ("repeats=0", ["repeats=0"]),
         ("prompt_len=0", ["prompt_len=0"]),
         ("seed=-1", ["seed=-1"]),
+        ("eos=true", ["eos=true", "names no eos_token_id", "eos=false"]),
         ("prompt=''", ["prompt is empty"]),
         ("prompt_ids=[]", ["prompt_ids is empty"]),
         ("prompt_ids=[3,256]", ["256", "0..255"]),
@@ -110,6 +111,10 @@ def test_prompt_and_new_tokens_fit_exactly(prompt, length):
     validate(nano(prompt, f"max_seq_len={length + 64}"), cuda_available=False)
     message = refusal(prompt, f"max_seq_len={length + 63}")
     assert f"max_seq_len={length + 64}" in message
+
+
+def test_an_end_that_the_model_names_is_taken():
+    validate(nano("eos=true", "+model.architecture.eos_token_id=7"), cuda_available=False)
 
 
 def test_text_needs_a_tokenizer():
