@@ -28,7 +28,7 @@ from .schema import Config, QuantConfig
 from .telemetry import Telemetry, watch
 from .trace import write_trace
 from .transformers_engine import run_transformers
-from .validate import load_architecture
+from .validate import beyond_graphs, load_architecture
 from .verification import References, verify
 from .weights import NEVER_QUANTISED
 
@@ -87,6 +87,10 @@ class Run:
         self.record.set(quantised_coverage=round(share, 6), ops=_ops(self.stack, cfg.dispatch), prompt_text=shown)
         self.stack.session.generate(self.on_device, 1)
         self.record.set(first_token_s=round(time.monotonic() - STARTED, 3))  # imports, weights and compiling included
+        length = self.prompt.shape[1]
+        if beyond_graphs(cfg, length):  # of text, whose tokens validation does not know
+            self.record.data["not_applicable"].append("prefill_graph_lengths")
+            self.record.note(f"prefill ran without a CUDA graph: the prompt has {length} tokens, more than each captured length")
         if cfg.overlap and early_starts(self.stack.session) == 0:  # a GPU before Hopper, or ops that cannot
             self.record.data["not_applicable"].append("overlap")
         if cfg.l2_prefetch and not prefetches(cfg) and "l2_prefetch" not in self.record.data["not_applicable"]:

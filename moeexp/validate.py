@@ -290,8 +290,20 @@ def _check_prompt(cfg: Config, arch: Architecture) -> None:
         length = len(cfg.prompt_ids)
     elif length is None and tokenizer != "auto":
         length = DEFAULT_PROMPT_LEN if tokenizer == "none" else len(DEFAULT_PROMPT.encode())
-    if length is not None:
-        check_lengths(prompt=length, new_tokens=cfg.new_tokens, max_seq_len=cfg.max_seq_len)
+    if length is None:
+        return
+    check_lengths(prompt=length, new_tokens=cfg.new_tokens, max_seq_len=cfg.max_seq_len)
+    if beyond_graphs(cfg, length):
+        raise ValueError(
+            f"prompt of {length} tokens with cuda_graph=all is longer than every one of "
+            f"prefill_graph_lengths=[{_list(cfg.prefill_graph_lengths)}]: name one of {length} or more, or use cuda_graph=loop"
+        )
+
+
+def beyond_graphs(cfg: Config, length: int) -> bool:
+    """Whether prefill should run as a graph, and a prompt of so many tokens is too long for all of them."""
+    captured = cfg.cuda_graph == "all" and cfg.dispatch != "token_by_token"
+    return captured and length > max(cfg.prefill_graph_lengths)
 
 
 def check_lengths(*, prompt: int, new_tokens: int, max_seq_len: int) -> None:

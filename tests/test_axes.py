@@ -18,6 +18,7 @@ from moeexp_runner.explicit import ExplicitState
 from rich.console import Console
 
 from moeexp import cli
+from moeexp.experiment import Run
 from moeexp.factory import build_model, build_stack, python_callbacks
 from moeexp.inductor import inductor_config
 from moeexp.methods import MODULES, compile_method, export_method, session_methods
@@ -186,6 +187,19 @@ def poison(session):
             tensor.fill_(float("nan"))
         elif name.endswith("expert_ids"):
             tensor[:, :-1].fill_(-7)  # the last slot is no position's and must stay zero
+
+
+@pytest.mark.parametrize(("length", "said"), [(16, []), (17, ["prefill_graph_lengths"])])
+def test_a_text_that_no_graph_holds_is_in_the_record(model, phases, tmp_path, length, said):
+    """How many tokens a snapshot's tokenizer makes of it is known after validation."""
+    record = Record(tmp_path / "record.json", id="t", config=None, command=["test"])
+    record.set(not_applicable=[])
+    cfg = configured("prefill_graph_lengths=[16]", f"prompt_len={length}", "overlap=false", cuda_graph="all")
+    run = Run(cfg, tmp_path, record, phases)
+    run.build(model)
+    run.close()
+    assert record.data["not_applicable"] == said
+    assert [f"the prompt has {length} tokens" in note for note in record.data["notes"]] == [True] * len(said)
 
 
 def test_a_prompt_continues_another_under_padding(stack):
