@@ -9,6 +9,7 @@ import itertools
 import os
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -420,7 +421,17 @@ def test_quantising_needs_little_beside_the_weights():
 
 @pytest.mark.parametrize("graph", ["false", "decode", "loop"])
 def test_a_tokens_time_is_split(stack, graph):
-    split = token_split(stack(f"cuda_graph={graph}").session, tokens(21), 16)
+    session = stack(f"cuda_graph={graph}").session
+    session.generate(tokens(21), 17)
+    session.reset()
+    token = session.sample(session.prefill(tokens(21)))
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    session.decode_tokens(token, 17)
+    torch.cuda.synchronize()
+    step_us = (time.perf_counter() - start) / 16 * 1e6
+    split = token_split(session, tokens(21), 16, step_us=step_us)
+    assert split["wall_us"] == pytest.approx(step_us, rel=1e-3)
     parts = sum(split[name] for name in ("kernels_us", "copies_us", "gaps_us", "host_us"))
     assert split["kernels"] > 10 and split["kernels_us"] > 0
     # Equal but for rounding, and for what the profiled pass took longer.
