@@ -180,15 +180,17 @@ def _shown(override: str) -> str:
     return key + is_set + report.unescaped(value)
 
 
-def _wanted(names: list[str], only: list[str]) -> set[int]:
-    if not only:
+def _wanted(names: list[str], only: Any) -> set[int]:
+    """`only`: numbers and names, or a single one without brackets; none is all."""
+    choices = [str(choice) for choice in (only if isinstance(only, list) else [] if only is None else [only])]
+    if not choices:
         return set(range(len(names)))
     by_name = {name: index for index, name in enumerate(names)} | {str(index): index for index in range(len(names))}
-    for choice in only:
+    for choice in choices:
         if choice not in by_name:
             listed = ", ".join(f"{index} ({name})" for index, name in enumerate(names))
             raise ValueError(f"launcher.only={choice} is not a cell of the design; allowed: {listed}")
-    return {by_name[choice] for choice in only}
+    return {by_name[choice] for choice in choices}
 
 
 def judge(cells: Sequence[Cell], *, gpus: Sequence[Gpu], history: History, fingerprint: str, rerun: str) -> None:

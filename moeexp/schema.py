@@ -92,7 +92,7 @@ class LauncherConfig:
     root: str = MISSING  # where earlier runs are looked for
     design: str | None = MISSING  # the name of what `cells` is
     cells: list[CellConfig] = MISSING  # a design: one run each, instead of one run
-    only: list[str] = MISSING  # names or numbers of the design's cells to run; empty: all
+    only: Any = MISSING  # names or numbers of the design's cells to run, a list or a single one; empty: all
 
 
 @dataclass

@@ -58,6 +58,17 @@ def test_a_design_is_its_cells(composer):
     assert schema.compose(found[0].overrides) == found[0].given
 
 
+@pytest.mark.parametrize("only, index", [("0", 0), ("6", 6), ("loop", 10), ("CUDA graph", 9), ("'single method, torch.cond inside'", 4)])
+def test_a_single_cell_needs_no_brackets(composer, only, index):
+    (found,) = cells.cells_of(composer, [["experiment=ladder", "model=nano", f"launcher.only={only}"]], 0)
+    assert found.design["index"] == index
+
+
+@pytest.mark.parametrize("only", ["[]", "null"])
+def test_no_choice_is_all_cells(composer, only):
+    assert len(cells.cells_of(composer, [["experiment=ladder", "model=nano", f"launcher.only={only}"]], 0)) == 15
+
+
 def test_a_title_has_no_escapes(composer):
     jobs = [[r"ops.router=own\:router", r"prompt=a\ \(b\)"], ["ops.router=null", r"prompt='a\:b'"]]
     found = cells.cells_of(composer, [["model=nano", *job] for job in jobs], 0)
@@ -68,6 +79,7 @@ def test_a_title_has_no_escapes(composer):
 def test_a_design_that_cannot_be_read(composer):
     for job, words in (
         (["experiment=ladder", "launcher.only=[nosuch]"], "allowed: 0 \\(transformers eager\\)"),
+        (["experiment=ladder", "launcher.only=15"], "launcher.only=15 is not a cell of the design; allowed: 0"),
         (["launcher.cells=[{name: a, set: []}, {name: a, set: ['seed=1']}]"], "two cells named 'a'"),
     ):
         with pytest.raises(ValueError, match=words):
