@@ -9,9 +9,11 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from moeexp import cells, launcher, schema
+from moeexp import cells, launcher, schema, validate
 from moeexp.cli import main
+from moeexp.record import plain
 from moeexp.resume import History
+from moeexp.runs import flatten
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,52 @@ def test_a_design_is_its_cells(composer):
     assert schema.compose(found[0].overrides) == found[0].given
 
 
-@pytest.mark.parametrize("only, index", [("0", 0), ("6", 6), ("loop", 10), ("CUDA graph", 9), ("'single method, torch.cond inside'", 4)])
+GRAPH = {"cuda_graph": ("false", "decode"), "overlap": ("true", "false")}  # edges of a graph: none to start early before it
+# Each rung, and what resolved settings it changes from the one before.
+LADDER = [
+    ("transformers eager, unquantised", {}),
+    ("chunked kernels at T=1", {
+        "engine": ("transformers", "moeexp"), "quant": ("none", "int4"), "ops.gdn_decode": ("null", "chunked"),
+        "dispatch": ("dual", "token_by_token"), "state": ("shared", "explicit"), "shared_stream": ("true", "false"),
+        "skip_output_copy": ("true", "false"),
+    }),
+    ("einsum recurrence", {"ops.gdn_decode": ("chunked", "einsum")}),
+    ("recurrent kernel", {"ops.gdn_decode": ("einsum", "null")}),
+    ("single method, torch.cond inside", {"dispatch": ("token_by_token", "cond")}),
+    ("dual methods, explicit state", {"dispatch": ("cond", "dual")}),
+    ("shared buffers", {"state": ("explicit", "shared")}),
+    ("shared stream", {"shared_stream": ("false", "true")}),
+    ("skipped output copy", {"skip_output_copy": ("false", "true")}),
+    ("CUDA graph", GRAPH),
+    ("loop", {"cuda_graph": ("decode", "loop")}),
+    ("kernels start early", {"overlap": ("false", "true")}),
+    ("weights prefetched into L2", {"l2_prefetch": ("false", "true")}),
+    ("experts choose for themselves", {"ops.router": ("null", "in_moe")}),
+    ("projection norms for itself", {"ops.gdn_decode": ("null", "with_out")}),
+]  # fmt: skip
+
+
+def test_each_rung_of_the_ladder_changes_one_thing(composer):
+    found = cells.cells_of(composer, [["experiment=ladder", "model=qwen3_5_35b_a3b", "quant=int4"]], 0)
+    assert [cell.title for cell in found] == [name for name, _ in LADDER]
+    settings = []
+    for cell in found:
+        validate.validate(cell.given, cuda_available=True)
+        config = plain(validate.resolve(cell.given, cuda_available=True))
+        settings.append({axis: value for axis, value in flatten(config).items() if not axis.startswith("quant.")})
+    for (name, changes), before, after in zip(LADDER[1:], settings, settings[1:], strict=False):
+        assert {axis: (before[axis], after[axis]) for axis in after if after[axis] != before[axis]} == changes, name
+    assert {one["dtype"] for one in settings} == {"bfloat16"}
+    assert "overlap" in validate.not_applicable(validate.resolve(found[8].given, cuda_available=True))
+
+
+@pytest.mark.parametrize("name", [name for name, _ in LADDER])
+def test_each_rung_can_be_chosen_by_its_name(composer, name):
+    (found,) = cells.cells_of(composer, [["experiment=ladder", "model=nano", f"launcher.only=['{name}']"]], 0)
+    assert found.title == name
+
+
+@pytest.mark.parametrize("only, index", [("0", 0), ("6", 6), ("CUDA graph", 9), ("'single method, torch.cond inside'", 4)])
 def test_a_single_cell_needs_no_brackets(composer, only, index):
     (found,) = cells.cells_of(composer, [["experiment=ladder", "model=nano", f"launcher.only={only}"]], 0)
     assert found.design["index"] == index
@@ -78,7 +125,7 @@ def test_a_title_has_no_escapes(composer):
 
 def test_a_design_that_cannot_be_read(composer):
     for job, words in (
-        (["experiment=ladder", "launcher.only=[nosuch]"], "allowed: 0 \\(transformers eager\\)"),
+        (["experiment=ladder", "launcher.only=[nosuch]"], "allowed: 0 \\(transformers eager, unquantised\\)"),
         (["experiment=ladder", "launcher.only=15"], "launcher.only=15 is not a cell of the design; allowed: 0"),
         (["launcher.cells=[{name: a, set: []}, {name: a, set: ['seed=1']}]"], "two cells named 'a'"),
     ):
