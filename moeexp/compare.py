@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from moeexp.conditions import conditions, differing
 from moeexp.markdown_report import times
 from moeexp.report import number, percent, read_published, why
 from moeexp.reproduce import find
-from moeexp.runs import HOUSEKEEPING, as_text, runs_of, settings_text
-from moeexp.statistics import ratio, speed_of
+from moeexp.runs import HOUSEKEEPING, as_text, gain, runs_of, settings_text
+from moeexp.statistics import speed_of
 
 TOP_KERNELS = 15
 # Of a phase or a kernel, a change below this is noise that nobody looks for.
@@ -48,13 +49,16 @@ def verdict(a: dict[str, Any], b: dict[str, Any]) -> str:
     if before is None or after is None:
         silent = [name for name, speed in (("A", before), ("B", after)) if speed is None]
         return f"no speeds to compare: {' and '.join(silent)} publishes none"
-    found = ratio(after, before)
+    # Of a pair that differs in nothing the difference is the finding, not the noise that its repeats show.
+    one, two = (replace(run, speed=speed) for run, speed in zip(runs_of([a, b]), (before, after), strict=True))
+    found = gain(two, one)
     lines = [f"decode: B has {times(found, marked=False)} of A's speed: {found.phrase}"]
-    one, two = runs_of([a, b])
     if one.workload != two.workload:
         lines.append(f"not the same work: A {settings_text(one.workload)}; B {settings_text(two.workload)}")
     if not found.in_turns:
         lines.append(f"not timed in turns: the interval allows for run-to-run noise of {percent(found.run_to_run)}")
+    if found.weights:
+        lines.append(f"the weights differ in quantisation ({found.weights}): the ratio is not the engine's alone")
     unlike = differing(a, b)
     if unlike:
         lines.append(f"unlike conditions ({', '.join(unlike)}): the ratio is not the settings' alone")

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
-from moeexp.runs import Run, is_workload
+from moeexp.runs import Run, acts, is_workload
 from moeexp.statistics import Interval, Speed, interval
 
 # settings without the axes in question -> level, or pair of levels -> the runs there
-Cells = dict[tuple, dict[tuple[str, ...], list[Speed]]]
+Cells = dict[tuple, dict[tuple[str, ...], list[Run]]]
 
 
 @dataclass(frozen=True)
 class Effect:
-    """`axis` at `level` against `base`: the geometric mean of the speed ratios of `pairs` matched pairs."""
+    """`axis` at `level` against `base`: the geometric mean of the speed ratios of `pairs` matched pairs, those in which
+    the setting has something to act on; if there are none, of the others, and `ratio.idle`."""
 
     axis: str
     base: str
@@ -60,10 +61,14 @@ MEANING = {
 
 
 def axes_of(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """{axis: levels}, of the settings that may make a run faster; the first level is the first run's, the base."""
+    """{axis: levels}, of the settings that may make a run faster; the first level, the base, is that of the first run in
+    which the setting has something to act on."""
     measured = [run for run in runs if run.speed is not None]
     axes = dict.fromkeys(axis for run in measured for axis in run.settings if not is_workload(axis))
-    levels = {axis: list(dict.fromkeys(run.settings[axis] for run in measured)) for axis in axes}
+    levels = {
+        axis: list(dict.fromkeys(run.settings[axis] for run in sorted(measured, key=lambda run: not acts(axis, run))))
+        for axis in axes
+    }
     return {axis: values for axis, values in levels.items() if len(values) > 1}
 
 
@@ -73,17 +78,18 @@ def main_effects(runs: Sequence[Run]) -> list[Effect]:
         cells = _cells(runs, (axis,))
         for level in others:
             pairs = [(at[(level,)], at[(base,)]) for at in cells.values() if (level,) in at and (base,) in at]
+            acting = [(new, old) for new, old in pairs if acts(axis, *new, *old)]
+            pairs = acting or pairs
             if pairs:
                 ratios = [interval(_terms(new, 1) + _terms(old, -1)).value for new, old in pairs]
                 terms = [term for new, old in pairs for term in _terms(new, 1) + _terms(old, -1)]
-                effects.append(
-                    Effect(axis, base, level, _mean(terms, len(pairs)), len(pairs), min(ratios), max(ratios))
-                )
+                mean = replace(_mean(terms, len(pairs)), idle=not acting)
+                effects.append(Effect(axis, base, level, mean, len(pairs), min(ratios), max(ratios)))
     return effects
 
 
 def interactions(runs: Sequence[Run]) -> list[Interaction]:
-    """Of every two settings for which all four combinations ran beside each other."""
+    """Of every two settings for which all four combinations ran beside each other, and that have something to act on."""
     found = []
     levels = axes_of(runs)
     for one, two in combinations(levels, 2):
@@ -97,6 +103,7 @@ def interactions(runs: Sequence[Run]) -> list[Interaction]:
 def _interaction(cells: Cells, one: tuple[str, str, str], two: tuple[str, str, str]) -> list[Interaction]:
     corners = [(one[2], two[2]), (one[2], two[1]), (one[1], two[2]), (one[1], two[1])]
     squares = [[at[corner] for corner in corners] for at in cells.values() if all(corner in at for corner in corners)]
+    squares = [square for square in squares if _act(one[0], two[0], square)]
     if not squares:
         return []
     terms = [
@@ -113,18 +120,26 @@ def _interaction(cells: Cells, one: tuple[str, str, str], two: tuple[str, str, s
     return [Interaction(one, two, (mean(1), mean(2)), mean(0), _mean(terms, len(squares)), len(squares))]
 
 
+def _act(one: str, two: str, square: list[list[Run]]) -> bool:
+    """Whether each of two settings does at one level of the other at least."""
+    both, first, second, neither = square
+    return (acts(one, *both, *second) or acts(one, *first, *neither)) and (
+        acts(two, *both, *first) or acts(two, *second, *neither)
+    )
+
+
 def _cells(runs: Sequence[Run], axes: tuple[str, ...]) -> Cells:
     cells: Cells = defaultdict(lambda: defaultdict(list))
     for run in runs:
         if run.speed is not None:
             rest = tuple((axis, value) for axis, value in run.settings.items() if axis not in axes)
-            cells[rest][tuple(run.settings[axis] for axis in axes)].append(run.speed)
+            cells[rest][tuple(run.settings[axis] for axis in axes)].append(run)
     return {rest: dict(at) for rest, at in cells.items()}
 
 
-def _terms(speeds: Sequence[Speed], power: float) -> list[tuple[Speed, float]]:
+def _terms(runs: Sequence[Run], power: float) -> list[tuple[Speed, float]]:
     """The geometric mean of repeated runs of one cell."""
-    return [(speed, power / len(speeds)) for speed in speeds]
+    return [(run.speed, power / len(runs)) for run in runs]
 
 
 def _mean(terms: Sequence[tuple[Speed, float]], count: int) -> Interval:

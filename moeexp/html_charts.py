@@ -62,7 +62,7 @@ def _step(step: Step, before: float | None) -> Row:
     else:
         # Colour is for what is more than noise; without an interval nobody knows.
         kind = {"no difference": "level", "slower": "loss"}.get(step.gain.verdict, "gain" if speed >= before else "loss")
-        kind = "level" if step.gain.unlike_load else kind
+        kind = "level" if step.gain.unlike_load or step.gain.idle else kind
         change = Bar(before, speed, kind, f"{number(before)} to {number(speed)} tok/s")
         bars = [Bar(0, min(before, speed), "before"), change]
     note = f"{times(step.gain)} {step.gain.phrase}" if step.gain else ""

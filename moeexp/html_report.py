@@ -19,8 +19,7 @@ from moeexp.conditions import odd_ones
 from moeexp.html_charts import SECTIONS, label_of
 from moeexp.markdown_report import three
 from moeexp.reproduce import command_of
-from moeexp.runs import Run, runs_of
-from moeexp.statistics import ratio
+from moeexp.runs import Run, gain, runs_of
 
 ASSETS = Path(__file__).with_name("report_assets")
 # Nothing may be fetched, whatever a record's text holds.
@@ -88,10 +87,10 @@ def _tiles(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
         tiles.insert(0, (f"{report.number(best.speed.tok_s)} tok/s", f"fastest decode: {label_of(best)}"))
         same = [run for run in runs if run.speed and run.workload == best.workload]
         if same[0] is not best:
-            gain = ratio(best.speed, same[0].speed)
-            spread = f", 95 % interval {three(gain.low)} to {three(gain.high)}: {gain.phrase}" if gain.low else ""
-            spread += "" if gain.in_turns else "; not timed in turns"
-            tiles.insert(1, (f"× {three(gain.value)}", f"over the first, {label_of(same[0])}{spread}"))
+            found = gain(best, same[0])
+            spread = f", 95 % interval {three(found.low)} to {three(found.high)}: {found.phrase}" if found.low else ""
+            spread += "" if found.in_turns else "; not timed in turns"
+            tiles.insert(1, (f"× {three(found.value)}", f"over the first, {label_of(same[0])}{spread}"))
     machines = dict.fromkeys(_machine(run.record) for run in [run for run in runs if run.prepared] or runs)
     tiles.append((next(iter(machines)), "and others, see Environment" if len(machines) > 1 else "measured on"))
     return '<div class="tiles">' + "".join(
@@ -106,8 +105,8 @@ def _machine(record: dict[str, Any]) -> str:
 
 
 def _flags(records: Sequence[dict[str, Any]]) -> str:
-    # What took no turns is marked in each table.
-    notes = [note for note in report.footnotes(records) if not note.startswith(report.APART)]
+    # What a ratio is not is marked in each table.
+    notes = [note for note in report.footnotes(records) if not note.startswith((report.APART, report.WEIGHTS))]
     lines = odd_ones(records) + [note.removeprefix("\\* ") for note in notes]
     return f'<ul class="flags">{"".join(f"<li>{escape(line)}</li>" for line in lines)}</ul>' if lines else ""
 

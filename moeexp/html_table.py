@@ -10,8 +10,7 @@ from typing import Any
 
 from moeexp.markdown_report import legend, times
 from moeexp.report import cell_of, in_time, number, why
-from moeexp.runs import Run
-from moeexp.statistics import Speed, ratio
+from moeexp.runs import Run, gain
 
 SPEED = "decode tok/s"
 FIRST = ("cell", SPEED)
@@ -33,10 +32,10 @@ def ranking(ranked: Sequence[Run]) -> str:
     figures, a run that has none says why."""
     settings = [run.settings | run.asked for run in ranked]
     axes = list(dict.fromkeys(axis for one in settings for axis in one))
-    first: dict[tuple, Speed] = {}
+    first: dict[tuple, Run] = {}
     for run in sorted(ranked, key=lambda run: in_time(run.record)):
         if run.speed:
-            first.setdefault(run.workload, run.speed)
+            first.setdefault(run.workload, run)
     columns: list[tuple[str, list[Cell]]] = []
     for name, get in FIGURES.items():
         cells = [get(run, first) for run in ranked]
@@ -69,7 +68,7 @@ def ranking(ranked: Sequence[Run]) -> str:
         rows.append(f'<tr data-run="{escape(run.id)}">{"".join(cells)}</tr>')
     table = f'<table id="ranked"><thead><tr>{"".join(header)}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
     more = [name for name in (*axes, *(name for name, _ in rest)) if name in hidden]
-    gains = [ratio(run.speed, first[run.workload]) for run in ranked if run.speed]
+    gains = [gain(run, first[run.workload]) for run in ranked if run.speed]
     return _filters(settings, ranked, axes, more) + f'<div class="scroll">{table}</div>' + below(legend(gains))
 
 
@@ -136,14 +135,14 @@ def _cell(cell: Cell, css: str) -> str:
 
 
 def _figure(get: Callable[[dict[str, Any]], Any], scale: float = 1.0) -> Callable[[Run, dict], Cell]:
-    def figure(run: Run, first: dict[tuple, Speed]) -> Cell:
+    def figure(run: Run, first: dict[tuple, Run]) -> Cell:
         value = get(run.record)
         return Cell("–") if value is None else Cell(number(scale * value), scale * value)
 
     return figure
 
 
-def _spread(run: Run, first: dict[tuple, Speed]) -> Cell:
+def _spread(run: Run, first: dict[tuple, Run]) -> Cell:
     found = run.speed.interval if run.speed else None
     if found is None or found.low is None or found.high is None:
         return Cell("–")
@@ -151,10 +150,10 @@ def _spread(run: Run, first: dict[tuple, Speed]) -> Cell:
     return Cell(f"± {half:.2g} %", half)
 
 
-def _against_first(run: Run, first: dict[tuple, Speed]) -> Cell:
-    if run.speed is None or first[run.workload] is run.speed:
+def _against_first(run: Run, first: dict[tuple, Run]) -> Cell:
+    if run.speed is None or first[run.workload] is run:
         return Cell("–") if run.speed is None else Cell("1, the first", 1.0)
-    found = ratio(run.speed, first[run.workload])
+    found = gain(run, first[run.workload])
     return Cell(times(found), found.value, found.verdict.replace(" ", "-"))
 
 
@@ -173,7 +172,7 @@ def peak_gib(record: dict[str, Any]) -> float | None:
     return memory.get("device_in_use", memory.get("peak_allocated", memory.get("peak_host")))
 
 
-FIGURES: dict[str, Callable[[Run, dict[tuple, Speed]], Cell]] = {
+FIGURES: dict[str, Callable[[Run, dict[tuple, Run]], Cell]] = {
     SPEED: _figure(_of("decode_tok_s")),
     "95 %": _spread,
     "vs first": _against_first,

@@ -9,7 +9,7 @@ from typing import Any
 from moeexp import report
 from moeexp.conditions import odd_ones
 from moeexp.effects import MEANING, interactions, main_effects
-from moeexp.report import APART, number, percent
+from moeexp.report import APART, WEIGHTS, number, percent
 from moeexp.runs import Run, runs_of, settings_text
 from moeexp.stack import Part, Stack, stacks
 from moeexp.statistics import Interval
@@ -39,11 +39,11 @@ def times(gain: Interval | None, *, marked: bool = True) -> str:
 
 
 def _marks(gain: Interval) -> str:
-    return APART * (not gain.in_turns) + LOADED * gain.unlike_load
+    return APART * (not gain.in_turns) + LOADED * gain.unlike_load + WEIGHTS * bool(gain.weights)
 
 
 def legend(gains: Iterable[Interval | None]) -> str:
-    """One line that explains the marks of these ratios; empty where they have none."""
+    """What the marks and verdicts of these ratios mean; empty where they need no word."""
     shown = [gain for gain in gains if gain is not None]
     noise = [gain.run_to_run for gain in shown if not gain.in_turns]
     parts = []
@@ -52,6 +52,11 @@ def legend(gains: Iterable[Interval | None]) -> str:
         parts.append(f"{APART} Not timed in turns: the interval allows for run-to-run noise of {span}.")
     if any(gain.unlike_load for gain in shown):
         parts.append(f"{LOADED} Other processes loaded the CPU more during one side than during the other.")
+    weights = "; ".join(dict.fromkeys(gain.weights for gain in shown if gain.weights))
+    if weights:
+        parts.append(f"{WEIGHTS} The weights differ in quantisation ({weights}): the ratio is not the engine's alone.")
+    if any(gain.idle for gain in shown):
+        parts.append("Not applicable here: the setting has nothing to act on in these runs, and what is seen is noise.")
     return " ".join(parts)
 
 
@@ -82,7 +87,7 @@ def _bars(steps: Sequence[Step]) -> list[str]:
             lines.append(f"{step.label:<{width}}  {step.run.record['status']}")
             continue
         bar = "█" * max(round(BAR * step.run.speed.tok_s / most), 1)
-        gain = f"  × {three(step.gain.value)}" if step.gain else ""
+        gain = "" if step.gain is None else f"  {step.gain.verdict}" if step.gain.idle else f"  × {three(step.gain.value)}"
         lines.append(f"{step.label:<{width}}  {number(step.run.speed.tok_s):>8} tok/s  {bar:<{BAR}}{gain}".rstrip())
     return lines
 
@@ -186,6 +191,9 @@ def stack_table(stack: Stack) -> tuple[list[str], list[list[str]]]:
 
 
 def _shared(part: Part) -> str:
+    found = [gain for gain in (part.alone, part.last) if gain]
+    if found and all(gain.idle for gain in found):
+        return found[0].verdict
     if part.ratio is None or part.ratio.low is None:
         return "–"
     verdicts = {

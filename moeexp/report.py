@@ -15,6 +15,7 @@ from moeexp.record import SPEEDS, is_prepared, read_record, write_atomically
 
 MEASURED = ("decode tok/s", "prefill tok/s", "TTFT ms", "bits/byte", "peak GiB")
 APART = "†"  # marks what was not timed in turns with what it is held against
+WEIGHTS = "§"  # marks what has weights of another quantisation, where the engine is another too
 # What Hydra's grammar escapes in a value without quotes.
 ESCAPED = re.compile(r"\\([\\()\[\]{}:=, \t])")
 RANDOM_WEIGHTS = "random weights: routing is near uniform there and prefill touches every expert"
@@ -60,7 +61,7 @@ def table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]
         ([cell] if named else []) + [setting(record, axis) for axis in axes] or [record["id"]]
         for cell, record in zip(cells, records, strict=True)
     ]
-    marks = [APART * apart for apart in _apart(records)]
+    marks = [APART * apart + WEIGHTS * bool(weights) for apart, weights in _against_first(records)]
     return header, [
         [*chosen, *_results(record, mark)] for chosen, record, mark in zip(settings, records, marks, strict=True)
     ]
@@ -83,8 +84,12 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
 def footnotes(records: Sequence[dict[str, Any]]) -> list[str]:
     """What the table's marks mean, and why each run that is not ok is not."""
     notes = [f"\\* {RANDOM_WEIGHTS}"] if any(_is_marked(record) for record in records) else []
-    if any(_apart(records)):
+    against = _against_first(records)
+    if any(apart for apart, _ in against):
         notes.append(f"{APART} not timed in turns with the first run: run-to-run noise is part of what lies between them")
+    unlike = "; ".join(dict.fromkeys(weights for _, weights in against if weights))
+    if unlike:
+        notes.append(f"{WEIGHTS} not of the first run's quantisation, which is part of what lies between them: {unlike}")
     reasons: dict[str, list[str]] = {}
     for record in records:
         if record["status"] != "ok":
@@ -136,28 +141,30 @@ def setting(record: dict[str, Any], key: str) -> str:
     return "–" if value is None else text.lower() if text in ("True", "False") else text
 
 
-def _apart(records: Sequence[dict[str, Any]]) -> list[bool]:
-    """Whether each took no turns with the first run of its workload, which is what a reader holds it against."""
-    from moeexp.runs import WORKLOAD, machine
+def _against_first(records: Sequence[dict[str, Any]]) -> list[tuple[bool, str]]:
+    """Of each: whether it took no turns with the first run of its workload, which is what a reader holds it against, and
+    how its weights differ from that one's."""
+    from moeexp.runs import WORKLOAD, machine, unlike_weights
 
     first: dict[tuple, dict[str, Any]] = {}
     found = []
     for record in records:
         if record["decode_tok_s"] is None:
-            found.append(False)
+            found.append((False, ""))
             continue
         work = (machine(record), *(str(record["config"].get(key)) for key in WORKLOAD))
         base, group = first.setdefault(work, record), group_name(record)
-        found.append(record is not base and (group is None or group != group_name(base)))
+        apart = record is not base and (group is None or group != group_name(base))
+        found.append((apart, unlike_weights(record, base)))
     return found
 
 
-def _results(record: dict[str, Any], apart: str) -> list[str]:
+def _results(record: dict[str, Any], marks: str) -> list[str]:
     memory, ttft = record["memory_gib"] or {}, record["ttft_s"]
     mark = r"\*" if _is_marked(record) else ""
     return [
         record["status"],
-        number(record["decode_tok_s"]) + mark + apart,
+        number(record["decode_tok_s"]) + mark + marks,
         number(record["prefill_tok_s"]),
         number(None if ttft is None else 1e3 * ttft),
         number(record["bits_per_byte"]),

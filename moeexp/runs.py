@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moeexp import statistics
 from moeexp.record import is_prepared
 from moeexp.report import cell_of, overrides_of, setting
-from moeexp.statistics import Speed
+from moeexp.statistics import Interval, Speed, ratio
 
 # What is decoded: two runs that differ here do not do the same work, so their ratio is no optimisation's gain.
 WORKLOAD = ("model", "batch", "prompt", "prompt_ids", "prompt_len", "new_tokens", "max_seq_len", "eos", "seed", "device")
@@ -51,6 +51,31 @@ class Run:
     def point(self) -> tuple[tuple[str, str], ...]:
         """The settings that may make it faster."""
         return tuple((axis, value) for axis, value in self.settings.items() if not is_workload(axis))
+
+
+def gain(run: Run, before: Run) -> Interval:
+    """How many times the speed of `before` that of `run` is, and what limits what this says of their settings. Of two
+    runs of one report that have speeds."""
+    differing = [axis for axis, value in run.settings.items() if before.settings[axis] != value]
+    idle = bool(differing) and not any(acts(axis, run, before) for axis in differing)
+    return replace(ratio(run.speed, before.speed), idle=idle, weights=unlike_weights(run.record, before.record))
+
+
+def acts(axis: str, *runs: Run) -> bool:
+    """Whether a setting has something to act on in all of these runs."""
+    names = {axis, axis.split(".")[0]}
+    return not any(names & set(run.record.get("not_applicable") or ()) for run in runs)
+
+
+def unlike_weights(a: dict[str, Any], b: dict[str, Any]) -> str:
+    """How the weights of two records differ where one is of transformers, which has none but unquantised ones, and the
+    other is of a quantised model; an empty text for any others."""
+    configs = {record["config"].get("engine", "moeexp"): record["config"] for record in (a, b)}
+    bits = {engine: config["quant"]["bits"] for engine, config in configs.items()}
+    if len(set(bits.values())) < 2:
+        return ""
+    theirs, ours = configs["transformers"]["dtype"], configs["moeexp"]["quant"]["name"]
+    return f"transformers' are unquantised {theirs}, the others {ours}"
 
 
 def runs_of(records: Sequence[dict[str, Any]]) -> list[Run]:

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moeexp.runs import Run
-from moeexp.statistics import Interval, Speed, interval, ratio
+from moeexp.runs import Run, gain
+from moeexp.statistics import Interval, Speed, interval
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Stack:
     full: Run
     parts: list[Part]
     together: Interval  # the full stack over the baseline
-    product: Interval | None  # of what each buys alone; None if one did not run alone
+    product: Interval | None  # of what each buys alone; None if one did not run alone, or has nothing to act on there
     ratio: Interval | None  # together over that product
 
 
@@ -45,7 +45,7 @@ def stacks(runs: Sequence[Run]) -> list[Stack]:
 
 
 def _stack(measured: Sequence[Run]) -> Stack | None:
-    by_point = {run.point: run.speed for run in measured}
+    by_point = {run.point: run for run in measured}
     baseline = measured[0]
     full = max(measured, key=lambda run: (len(_changes(baseline, run)), run.speed.tok_s))
     changes = _changes(baseline, full)
@@ -54,10 +54,10 @@ def _stack(measured: Sequence[Run]) -> Stack | None:
     parts = [_part(by_point, baseline, full, change) for change in changes]
     if sum(part.alone is not None for part in parts) < 2:
         return None
-    together = ratio(full.speed, baseline.speed)
-    if any(part.alone is None for part in parts):
+    together = gain(full, baseline)
+    if any(part.alone is None or part.alone.idle for part in parts):
         return Stack(baseline, full, parts, together, None, None)
-    alone = [by_point[_with(baseline, axis, new)] for axis, _, new in changes]
+    alone = [by_point[_with(baseline, axis, new)].speed for axis, _, new in changes]
     product = [term for speed in alone for term in _over(speed, baseline.speed)]
     against = _over(full.speed, baseline.speed) + [(speed, -power) for speed, power in product]
     return Stack(baseline, full, parts, together, interval(product), interval(against))
@@ -66,9 +66,9 @@ def _stack(measured: Sequence[Run]) -> Stack | None:
 def _part(by_point: dict, baseline: Run, full: Run, change: tuple[str, str, str]) -> Part:
     axis, old, new = change
     one, rest = by_point.get(_with(baseline, axis, new)), by_point.get(_with(full, axis, old))
-    alone = ratio(one, baseline.speed) if one else None
-    last = ratio(full.speed, rest) if rest else None
-    both = interval(_over(full.speed, rest) + _over(baseline.speed, one)) if one and rest else None
+    alone = gain(one, baseline) if one else None
+    last = gain(full, rest) if rest else None
+    both = interval(_over(full.speed, rest.speed) + _over(baseline.speed, one.speed)) if one and rest else None
     return Part(axis, old, new, alone, last, both)
 
 

@@ -56,13 +56,17 @@ class Interval:
     """A ratio or a speed with its 95 % interval; `low` and `high` are None where no samples tell the spread.
 
     `run_to_run`: the run-to-run noise that it allows for, as a part of a ratio; 0 where all was timed in turns.
-    `unlike_load`: other processes kept the CPU busier during some of the runs than during the others."""
+    `unlike_load`: other processes kept the CPU busier during some of the runs than during the others. `idle`: the runs
+    differ only in settings that have nothing to act on in them. `weights`: how their quantisation differs where the
+    engine does too, or an empty text."""
 
     value: float
     low: float | None = None
     high: float | None = None
     run_to_run: float = 0.0
     unlike_load: bool = False
+    idle: bool = False
+    weights: str = ""
 
     @property
     def in_turns(self) -> bool:
@@ -70,7 +74,10 @@ class Interval:
 
     @property
     def verdict(self) -> str:
-        """Of a ratio of speeds: faster | slower | no difference (the interval spans 1) | no interval | unlike load."""
+        """Of a ratio of speeds: faster | slower | no difference (the interval spans 1) | no interval | unlike load | not
+        applicable here."""
+        if self.idle:
+            return "not applicable here"
         if self.low is None or self.high is None:
             return "no interval"
         return "unlike load" if self.unlike_load else self._seen
@@ -78,10 +85,11 @@ class Interval:
     @property
     def phrase(self) -> str:
         """The verdict as a reader sees it, with what limits it."""
-        if self.low is None or self.high is None:
+        if self.idle or self.low is None or self.high is None:
             return self.verdict
         beyond = " beyond run-to-run noise" if self._seen == "no difference" and not self.in_turns else ""
-        return self._seen + beyond + (", but under unlike load" if self.unlike_load else "")
+        limits = ", on other weights" * bool(self.weights) + ", but under unlike load" * self.unlike_load
+        return self._seen + beyond + limits
 
     @property
     def _seen(self) -> str:

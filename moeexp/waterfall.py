@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moeexp.report import cell_of
-from moeexp.runs import Run, settings_text
-from moeexp.statistics import Interval, ratio
+from moeexp.runs import Run, gain, settings_text
+from moeexp.statistics import Interval
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,14 @@ def _rungs(ladder: Sequence[Run]) -> list[Run]:
 
 
 def steepest(runs: Sequence[Run]) -> list[Run]:
-    """From the first measured run, change one setting at a time, each time the one that gains most, until none does."""
+    """From the first measured run, change one setting at a time, each time the one that gains most, until none does.
+    What has nothing to act on gains nothing."""
     measured = [run for run in runs if run.speed is not None]
     path = measured[:1]
     while path:
         here = dict(path[-1].point)
         near = [run for run in measured if sum(here[axis] != value for axis, value in run.point) == 1]
+        near = [run for run in near if not gain(run, path[-1]).idle]
         best = max(near, key=lambda run: run.speed.tok_s, default=None)
         if best is None or best.speed.tok_s <= path[-1].speed.tok_s:
             return path
@@ -60,13 +62,12 @@ def steepest(runs: Sequence[Run]) -> list[Run]:
 
 def _steps(path: Sequence[Run]) -> list[Step]:
     steps: list[Step] = []
-    first = last = None
-    before: Run | None = None
+    first = last = before = None  # runs; the first two have speeds
     for run in path:
         label = cell_of(run.record) or _label(before, run, path)
-        gain = ratio(run.speed, last.speed) if run.speed and last else None
-        total = ratio(run.speed, first.speed) if run.speed and first else None
-        steps.append(Step(run, label, gain, total))
+        over_last = gain(run, last) if run.speed and last else None
+        total = gain(run, first) if run.speed and first else None
+        steps.append(Step(run, label, over_last, total))
         before = run
         if run.speed:
             first, last = first or run, run

@@ -33,6 +33,16 @@ def test_what_differs_is_listed_under_its_heading():
     assert "not timed in turns" in text and "unlike conditions (CUDA)" in text
 
 
+def test_other_weights_and_settings_that_do_nothing_are_said():
+    theirs = synthetic.record("engine=transformers", "quant=none", id="a", ms=4.0)
+    verdict = compare.verdict(theirs, synthetic.record(id="b"))
+    assert "faster, on other weights" in verdict and "(transformers' are unquantised float32, the others int4)" in verdict
+    same = compare.verdict(theirs, synthetic.record("quant=none", id="b"))
+    assert "weights" not in same
+    a, b = synthetic.grid({("shared_stream=true",): 2.0, ("shared_stream=false",): 1.0}, not_applicable=["shared_stream"])
+    assert compare.verdict(a, b).splitlines()[0].endswith(": not applicable here")
+
+
 def test_unlike_load_is_a_condition_and_leaves_no_verdict():
     a, b = (synthetic.record(id=id, ms=ms, telemetry=synthetic.load(n)) for id, ms, n in (("a", 3.0, 9), ("b", 1.0, 1)))
     text = compare.explain(a, b)

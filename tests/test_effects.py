@@ -61,6 +61,44 @@ def test_identical_arms_of_which_others_slowed_one_are_neither_faster_nor_slower
     assert verdicts and not verdicts & {"faster", "slower"}
 
 
+IDLE = ["shared_stream", "skip_output_copy"]
+
+
+def test_a_setting_with_nothing_to_act_on_has_no_verdict():
+    """However far its runs lie apart."""
+    cells = {("shared_stream=true",): 2.0, ("shared_stream=false",): 1.0, ("shared_stream=true", "quant=none"): 4.0}
+    cells[("shared_stream=false", "quant=none")] = 1.9
+    runs = runs_of(synthetic.grid(cells, not_applicable=IDLE, group={"id": "g"}))
+    verdicts = {effect.axis: effect.ratio.phrase for effect in main_effects(runs)}
+    assert verdicts == {"shared_stream": "not applicable here", "quant": "slower"}
+    assert interactions(runs) == []
+    (steps,) = waterfalls([runs[2], runs[1], runs[0], runs[3]])
+    assert [step.label for step in steps] == ["quant=none", "+ quant=int4"], "no step is one that nothing took"
+
+
+def test_where_a_setting_acts_in_some_runs_only_they_make_its_effect():
+    cells = {("cuda_graph=false", f"overlap={on}"): ms for on, ms in (("false", 4.0), ("true", 8.0))}
+    records = synthetic.grid(cells, not_applicable=["overlap"])
+    graph = synthetic.grid({("overlap=false",): 2.0, ("overlap=true",): 1.0})
+    for one in graph:
+        one["config"]["cuda_graph"] = "decode"
+    runs = runs_of(records + graph)
+    effects = {effect.axis: effect for effect in main_effects(runs)}
+    assert (effects["overlap"].pairs, effects["overlap"].base) == (1, "false")
+    assert effects["overlap"].ratio.value == pytest.approx(2, rel=0.02) and not effects["overlap"].ratio.idle
+    assert len(interactions(runs)) == 1, "the graph is what makes it act"
+
+
+def test_a_rung_with_nothing_to_act_on_has_no_verdict():
+    off = ("shared_stream=false", "skip_output_copy=false")
+    records = synthetic.grid({("state=explicit", *off): 4.0, off: 2.0, (): 1.0}, not_applicable=IDLE)
+    for index, one in enumerate(records):
+        one["design"] = {"name": "ladder", "cell": f"rung {index}", "index": index}
+    (steps,) = waterfalls(runs_of(records))
+    assert [step.gain and step.gain.verdict for step in steps] == [None, "faster", "not applicable here"]
+    assert steps[2].total.verdict == "faster", "over the first it differs in state too"
+
+
 def test_runs_that_differ_in_more_than_the_axis_are_no_pair():
     runs = runs_of(synthetic.grid({("quant=none", "export=eager"): 1.0, ("quant=int4", "export=aoti"): 0.5}))
     assert main_effects(runs) == [] and interactions(runs) == []

@@ -117,6 +117,22 @@ def test_what_took_no_turns_is_marked_where_it_is_compared(text):
     assert "†" not in in_turns and "not timed in turns" not in in_turns
 
 
+def test_a_page_says_which_weights_differ_and_what_has_nothing_to_act_on():
+    ours = synthetic.grid({("state=shared",): 1.0, ("shared_stream=false",): 0.5}, not_applicable=["shared_stream"])
+    theirs = synthetic.record("engine=transformers", "quant=none", "dtype=bfloat16", id="ab.9", ms=4.0)
+    records = [theirs, *ours]
+    for index, one in enumerate(records):
+        one["design"] = {"name": "ladder", "cell": f"rung {index}", "index": index}
+    text = html_report.page(records, title="t")
+    unlike = "The weights differ in quantisation (transformers&#x27; are unquantised bfloat16, the others int4)"
+    assert unlike in section(text, "speed-up") and unlike in section(text, "ranking")
+    assert "faster, on other weights" in text.split("<h2")[0], "the tile that holds the fastest against the first"
+    speed_up, effects = section(text, "speed-up"), section(text, "effects")
+    assert "not applicable here" in speed_up and "not applicable here" in effects
+    drawn = {name: speed_up.split(f'class="label">{name}<')[1].split("</div></div>")[0] for name in ("rung 1", "rung 2")}
+    assert 'class="gain"' in drawn["rung 1"] and 'class="level"' in drawn["rung 2"]
+
+
 def test_noise_between_processes_and_unlike_load_have_no_colour():
     cells = {("quant=none",): 1.3, ("quant=int4",): 1.0, ("quant=int8",): 0.4}
     found = synthetic.grid(cells, device="cpu", noise=0.002)

@@ -122,6 +122,41 @@ def test_each_part_of_a_document_marks_it():
     assert "†" not in apart and "beyond" not in apart
 
 
+def with_transformers(**values):
+    """Rung 0 beside two of ours."""
+    ours = synthetic.grid({("state=explicit",): 2.0, ("state=shared",): 1.0, ("shared_stream=false",): 0.9}, **values)
+    theirs = synthetic.record("engine=transformers", "quant=none", "dtype=bfloat16", id="ab.9", ms=4.0, **values)
+    records = [theirs, *ours]
+    for index, one in enumerate(records):
+        one["design"] = {"name": "ladder", "cell": f"rung {index}", "index": index}
+    return records
+
+
+def test_a_ratio_with_transformers_says_that_the_weights_differ():
+    text = markdown_report.document(with_transformers(group={"id": "g"}))
+    runs, steps = text.split("### Speed-up")[0], text.split("### Speed-up")[1].split("###")[0]
+    assert [line.count("§") for line in runs.splitlines() if line.startswith("| rung")] == [0, 1, 1, 1]
+    unlike = "transformers' are unquantised bfloat16, the others int4"
+    assert f"which is part of what lies between them: {unlike}" in runs
+    rows = [line for line in steps.splitlines() if line.startswith("| rung")]
+    assert [line.count("§") for line in rows] == [0, 2, 1, 1] and "| faster, on other weights |" in rows[1]
+    assert f"§ The weights differ in quantisation ({unlike}): the ratio is not the engine's alone." in steps
+    unquantised = [synthetic.record("engine=transformers", "quant=none", id="a"), synthetic.record("quant=none", id="b")]
+    grid = synthetic.grid({("quant=none",): 1.0, ("quant=int4",): 0.5})
+    assert "§" not in markdown_report.document(unquantised) + markdown_report.document(grid)
+
+
+def test_a_document_has_no_verdict_on_what_has_nothing_to_act_on():
+    text = markdown_report.document(with_transformers(not_applicable=["shared_stream"], device="cpu"))
+    bars, effects = text.split("### Speed-up")[1].split("### Effects")
+    ends = [line.endswith("  not applicable here") for line in bars.splitlines() if line.startswith("rung")]
+    assert ends == [False, False, False, True]
+    (step,) = [line for line in bars.splitlines() if line.startswith("| rung 3")]
+    (row,) = [line for line in effects.splitlines() if line.startswith("| `shared_stream`")]
+    assert "| not applicable here |" in step and "| not applicable here |" in row
+    assert "the setting has nothing to act on in these runs" in bars and "the setting has nothing to act on" in effects
+
+
 def test_a_document_marks_unlike_load():
     records = synthetic.grid({("quant=none",): 3.0, ("quant=int4",): 1.0}, device="cpu")
     for one, cores in zip(records, (12, 1), strict=True):

@@ -59,6 +59,15 @@ def test_a_run_that_is_missing_leaves_a_gap_and_no_product():
     assert "| – |" in text and "† Not timed in turns" in text.split("full stack")[1]
 
 
+def test_a_setting_with_nothing_to_act_on_has_no_verdict():
+    found = runs()
+    for run in found:
+        run.record["not_applicable"] = ["ops"]
+    (stack,) = stacks(found)
+    _, rows = stack_table(stack)
+    assert [row[0] for row in rows if row[-1] == "not applicable here"] == ["ops.gdn_decode"] and stack.product is None
+
+
 def test_two_settings_are_an_interaction_and_no_stack():
     assert stacks(runs()[:4]) == []
     assert stacks(runs_of([synthetic.record(status="failed")])) == []
