@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,10 @@ from typing import Any
 
 import torch
 from moeexp_runner import timing
+from moeexp_runner.token_split import Event, split
 from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from .architecture import Architecture
 from .benchmark import Benchmark
@@ -119,6 +123,7 @@ def run_transformers(cfg: Config, *, run_dir: Path, record: Record, phases: Phas
         with watch(cfg.device) as telemetry:
             while not benchmark.enough():
                 benchmark.round()
+    record.set(memory_gib=_memory(model))  # before anything that only the report needs allocates more
     values, bandwidth = benchmark.values(), timing.read_bandwidth(session.device)
     if "decode_tok_s" in values:
         values["bandwidth_share"] = floor["total"] * values["decode_tok_s"] / cfg.batch / bandwidth
@@ -127,7 +132,7 @@ def run_transformers(cfg: Config, *, run_dir: Path, record: Record, phases: Phas
         **values,
         telemetry=telemetry.summary(),
         bytes_per_token=floor | {"read_bandwidth_gb_s": round(bandwidth / 1e9, 2)},
-        memory_gib=_memory(model),
+        **profile_steps(session, prompt, cfg.new_tokens - 1),
         generated_ids=benchmark.ids,
         generated_text=[decode(row) for row in benchmark.ids] if decode else None,
         prompt_text=[decode(row) for row in prompt.tolist()] if decode and cfg.prompt is not None else None,
@@ -135,6 +140,48 @@ def run_transformers(cfg: Config, *, run_dir: Path, record: Record, phases: Phas
     if cfg.check != "off":
         record.set(check=check(cfg, arch, model, prompt, benchmark.ids, phases))
     record_quality(cfg, session, text, record, phases)  # type: ignore[arg-type]
+
+
+def profile_steps(session: TransformersSession, prompt: Tensor, most: int) -> dict[str, Any]:
+    """The record's {kernels_per_token, time_split}, of a pass apart from the timing over `most` decode steps or fewer;
+    nothing where there is no GPU to profile, or no step."""
+    from .experiment import SPLIT_STEPS
+
+    steps = min(most, SPLIT_STEPS)
+    if session.device.type != "cuda" or not steps:
+        return {}
+    unprofiled = timing.Samples()
+    timing.time_generation(session, prompt, steps + 1, unprofiled)  # the profiler slows the host down
+    events = step_events(session, prompt, steps)
+    found = split(events, wall_us=sum(unprofiled.token_s) * 1e6, steps=steps)
+    return {"kernels_per_token": round(len(events) / steps), "time_split": found}
+
+
+def step_events(
+    session: TransformersSession,
+    prompt: Tensor,
+    steps: int,
+    activity: ProfilerActivity = ProfilerActivity.CUDA,
+    device: DeviceType = DeviceType.CUDA,
+) -> list[Event]:
+    """What ran during `steps` decode steps after the prompt [B, T]: from the arrival of the first token on the host, when
+    the GPU is idle, to that of the last."""
+    profiled = profile(activities=[activity], acc_events=True)
+    with contextlib.ExitStack() as watching:
+
+        def on_token(ids: list[int], index: int) -> None:
+            if index == 0:
+                watching.enter_context(profiled)
+            elif index == steps:
+                timing.synchronize(session.device)
+                watching.close()
+
+        session.generate(prompt, steps + 1, on_token=on_token)
+    return [
+        (event.name, event.time_range.start, event.time_range.end)
+        for event in profiled.events()
+        if event.device_type == device
+    ]
 
 
 def convert(ours: Qwen35MoE, arch: Architecture, *, dtype: torch.dtype) -> nn.Module:

@@ -1,11 +1,14 @@
 """engine=transformers: the same weights, transformers' own generate, its tokens checked."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from common import EVEN
 from moeexp_runner.timing import Samples, time_generation
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
 
 from moeexp import transformers_engine, validate
 from moeexp.cli import main
@@ -52,6 +55,47 @@ def test_tokens_arrive_one_by_one():
     torch.testing.assert_close(some, logits[:, [0, 2]], rtol=1e-3, atol=1e-4)
 
 
+def test_its_decode_steps_are_profiled_and_its_prefill_is_not():
+    model, _, _ = converted()
+    session, prompt = transformers_engine.TransformersSession(model, batch=1, max_seq_len=64), torch.tensor([[3, 5, 7]])
+    for steps in (1, 4):
+        found = transformers_engine.step_events(session, prompt, steps, ProfilerActivity.CPU, DeviceType.CPU)
+        assert [name for name, _, _ in found].count("aten::embedding") == steps
+        assert all(start <= end for _, start, end in found)
+
+
+def test_a_step_that_fails_leaves_no_profiler_behind(monkeypatch):
+    model, _, _ = converted()
+    session, prompt = transformers_engine.TransformersSession(model, batch=1, max_seq_len=64), torch.tensor([[3, 5, 7]])
+
+    def fails(tokens, new_tokens, *, on_token):
+        on_token([1], 0)
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="no memory"):
+        patched.setattr(session, "generate", fails)
+        transformers_engine.step_events(session, prompt, 2, ProfilerActivity.CPU, DeviceType.CPU)
+    assert transformers_engine.step_events(session, prompt, 2, ProfilerActivity.CPU, DeviceType.CPU)
+
+
+def test_a_token_is_split_on_a_gpu_only(monkeypatch):
+    kernel = [("gemm", 10.0 * i, 10.0 * i + 4.0) for i in range(6)]
+    copies = [("Memcpy DtoH", 10.0 * i + 5.0, 10.0 * i + 6.0) for i in range(6)]
+    monkeypatch.setattr(transformers_engine, "step_events", lambda session, prompt, steps: kernel + copies)
+    monkeypatch.setattr(
+        transformers_engine.timing,
+        "time_generation",
+        lambda session, prompt, tokens, samples: samples.token_s.extend([50e-6] * (tokens - 1)),
+    )
+    session = SimpleNamespace(device=torch.device("cuda"))
+    found = transformers_engine.profile_steps(session, torch.tensor([[1]]), 3)
+    assert found["kernels_per_token"] == 4 and found["time_split"]["kernels"] == 2
+    assert found["time_split"]["wall_us"] == 50 and found["time_split"]["kernels_us"] == 8
+    assert transformers_engine.profile_steps(session, torch.tensor([[1]]), 0) == {}
+    session.device = torch.device("cpu")
+    assert transformers_engine.profile_steps(session, torch.tensor([[1]]), 3) == {}
+
+
 def test_bits_per_byte_are_those_of_our_methods(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["model=tiny", "tracker=jsonl", "quant=none", "prompt_len=9", "new_tokens=2", "eval_bytes=600"]
@@ -70,6 +114,7 @@ def test_a_run(tmp_path, monkeypatch, more):
     assert record["check"]["passed"] and record["decode_tok_s"] > 0 and record["bandwidth_share"] > 0
     assert record["ops"]["implementations"]["engine"].startswith("transformers ")
     assert {"dispatch", "state", "export", "ops"} <= set(record["not_applicable"])
+    assert record["kernels_per_token"] is None and record["time_split"] is None and record["memory_gib"]["weights"] > 0
 
 
 def test_a_wrong_token_fails_its_check(tmp_path, monkeypatch):
