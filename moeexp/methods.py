@@ -187,6 +187,9 @@ def torch_compiled(module: Method) -> Callable:
     own: a method then has one more version for a single token or a single row of logits."""
     remember_kernel_analyses()
     torch._dynamo.config.recompile_limit = DYNAMO_RECOMPILE_LIMIT
+    # The methods are one function to dynamo, which else makes symbols of whatever differs between their inputs: with explicit
+    # state of the trace's length too, and torch 2.11 cannot lower a kernel that mutates such a tensor.
+    torch._dynamo.config.automatic_dynamic_shapes = False
     compiled = torch.compile(module, fullgraph=True)
     if module.name == "decode":
         return compiled

@@ -1,6 +1,7 @@
 """The compiled methods themselves: two AOTInductor compiles of `nano`, shared by all tests here."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -167,3 +168,28 @@ def test_a_package_depends_on_the_ops_that_its_method_has():
     assert names("decode", moe_prefill="reference") == names("decode")
     assert names("prefill", router="fused") != names("prefill")
     assert "sample" not in names("forward")
+
+
+def test_dynamo_makes_symbols_of_the_marked_lengths_alone(cfg, model, phases, monkeypatch):
+    """All methods are one function to it, and prefill and decode have different inputs at the same places: what differs there
+    must not become a symbol, of the state above all."""
+    graphs, torch_compile = [], torch.compile
+
+    def keep(graph, inputs):
+        values = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
+        graphs.append([(tuple(x.shape), x.dtype) for x in values if isinstance(x, torch.Tensor)])
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda module, **options: torch_compile(module, backend=keep, **options))
+    explicit = replace(cfg, state="explicit")
+    stack = build_stack(explicit, model, phases, export="compile")
+    built = len(graphs)
+    expected = build_stack(explicit, model, phases, export="eager").session.generate(tokens(21), 3)
+    assert stack.session.generate(tokens(21), 3) == expected
+    stack.session.generate(tokens(33), 3)
+    assert len(graphs) <= built + 3, "another prompt length is no other version"
+    assert any(isinstance(size, torch.SymInt) for shapes in graphs for shape, _ in shapes for size in shape)
+    for shapes in graphs:
+        symbolic = [(shape, dtype) for shape, dtype in shapes if any(isinstance(size, torch.SymInt) for size in shape)]
+        assert all(dtype == torch.int64 for _, dtype in symbolic), symbolic  # tokens, and the rows of logits that are wanted
+    stack.close()
