@@ -45,10 +45,12 @@ class Member:
         except Exception as error:
             self.end(error)
 
-    def end(self, error: BaseException | None) -> None:
+    def end(self, error: BaseException | None, *, begun: bool = False) -> None:
+        """begun: the error is that of work which all share, so that none was refused before it."""
         if not self.alive:
             return
-        status = verdict(self.config, self.record) if error is None else status_of(error, sweep=self.job.sweep)
+        sweep = self.job.sweep and not begun
+        status = verdict(self.config, self.record) if error is None else status_of(error, sweep=sweep)
         self.exit_code = conclude(self.job, self.record, self.phases, self.config, status, error)
         if self.run is not None:
             self.run.close()
@@ -65,7 +67,7 @@ def run_group(jobs: Sequence[Job]) -> int:
         _run(members)
     except BaseException as error:
         for member in members:
-            member.end(error)
+            member.end(error, begun=True)
         if not isinstance(error, (KeyboardInterrupt, Exception)):
             raise
     return max(member.exit_code or 0 for member in members)

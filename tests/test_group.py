@@ -72,6 +72,15 @@ def test_one_that_fails_or_may_not_run_stops_no_other(monkeypatch, kind):
     assert first["group"]["order"] == ["ab.0"]
 
 
+def test_weights_that_cannot_be_read_fail_all_members(monkeypatch):
+    def build_model(*_):
+        raise ValueError("no such tensor")
+
+    monkeypatch.setattr(group, "build_model", build_model)
+    assert group.run_group(jobs([], ["ops.gdn_decode=einsum"])) != 0
+    assert [record["status"] for record in records(2)] == ["failed", "failed"]
+
+
 def test_an_interrupt_ends_all_and_keeps_what_was_measured(monkeypatch):
     real, calls = Benchmark.round, []
 
