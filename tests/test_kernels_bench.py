@@ -59,6 +59,7 @@ def test_the_shapes_are_those_of_the_model():
 CHAIN = replace(TINY, gdn_k_dim=32, gdn_v_dim=32, head_dim=32)  # heads of 32, which `with_out` needs
 
 
+@pytest.mark.slow
 def test_the_chain_of_layers_is_the_same_with_ops_joined():
     results = []
     for joined in (False, True):
