@@ -12,7 +12,7 @@ import torch
 from moeexp_kernels import tuning, user_ops
 from moeexp_runner import timing
 from moeexp_runner.session import Session
-from moeexp_runner.token_split import token_split
+from moeexp_runner.token_split import STEPS, token_split
 
 from . import STARTED
 from .benchmark import Benchmark
@@ -33,7 +33,6 @@ from .verification import References, verify
 from .weights import NEVER_QUANTISED
 
 GIB = 2.0**30
-SPLIT_STEPS = 16  # decode steps that the profiler watches, after the timing
 
 
 def run_experiment(cfg: Config, *, run_dir: Path, record: Record, phases: Phases) -> None:
@@ -102,7 +101,7 @@ class Run:
         verdict = verify(self.cfg, self.stack, self.prompt, self.phases, references, name)
         self.record.set(check=verdict)
         if verdict["apart"]:
-            self.record.note(_apart(**verdict["apart"]))
+            self.record.note(_apart(verdict["apart"]))
 
     def look_for_others(self) -> None:
         """Another process on the GPU is said, in the record and to the user: it may take part of what is measured."""
@@ -119,7 +118,7 @@ class Run:
         """Speeds, and what they are held against. `bandwidth`: bytes per second of large reads, measured here and now."""
         cfg, stack = self.cfg, self.stack
         floor = bytes_per_step(stack.model, batch=cfg.batch, length=self.prompt.shape[1] + cfg.new_tokens // 2)
-        values, steps = self.benchmark.values(), min(cfg.new_tokens - 1, SPLIT_STEPS)
+        values, steps = self.benchmark.values(), min(cfg.new_tokens - 1, STEPS)
         step_us = 1e6 * cfg.batch / values["decode_tok_s"] if "decode_tok_s" in values else None
         if "decode_tok_s" in values:
             values["bandwidth_share"] = floor["total"] * values["decode_tok_s"] / cfg.batch / bandwidth
@@ -148,11 +147,12 @@ class Run:
             self.stack.close()
 
 
-def _apart(*, position: int, other_choice_from: int | None, sequence: int, **of: str) -> str:
-    why = "a near-tie"
-    if other_choice_from is not None:
-        why = f"from position {other_choice_from} on other experts are chosen, within the limit"
-    return f"tokens differ from those of {of['from']} from position {position} of sequence {sequence} on: {why}"
+def _apart(found: dict[str, Any]) -> str:
+    """What `verification.parting` found, in words."""
+    chosen = found["other_choice_from"]
+    why = "a near-tie" if chosen is None else f"from position {chosen} on other experts are chosen, within the limit"
+    where = f"position {found['position']} of sequence {found['sequence']}"
+    return f"tokens differ from those of {found['from']} from {where} on: {why}"
 
 
 def _compare_ids(record: Record, ids: list[list[int]], *, stopped_early: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from moeexp_runner import timing
-from moeexp_runner.token_split import Event, split
+from moeexp_runner.token_split import STEPS, Event, split
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -124,15 +124,17 @@ def run_transformers(cfg: Config, *, run_dir: Path, record: Record, phases: Phas
             while not benchmark.enough():
                 benchmark.round()
     record.set(memory_gib=_memory(model))  # before anything that only the report needs allocates more
-    values, bandwidth = benchmark.values(), timing.read_bandwidth(session.device)
+    values, bandwidth, profiled = benchmark.values(), timing.read_bandwidth(session.device), {}
     if "decode_tok_s" in values:
         values["bandwidth_share"] = floor["total"] * values["decode_tok_s"] / cfg.batch / bandwidth
+        step_us = 1e6 * cfg.batch / values["decode_tok_s"]
+        profiled = profile_steps(session, prompt, cfg.new_tokens - 1, step_us=step_us)
     decode = text.decode
     record.set(
         **values,
         telemetry=telemetry.summary(),
         bytes_per_token=floor | {"read_bandwidth_gb_s": round(bandwidth / 1e9, 2)},
-        **profile_steps(session, prompt, cfg.new_tokens - 1),
+        **profiled,
         generated_ids=benchmark.ids,
         generated_text=[decode(row) for row in benchmark.ids] if decode else None,
         prompt_text=[decode(row) for row in prompt.tolist()] if decode and cfg.prompt is not None else None,
@@ -142,19 +144,17 @@ def run_transformers(cfg: Config, *, run_dir: Path, record: Record, phases: Phas
     record_quality(cfg, session, text, record, phases)  # type: ignore[arg-type]
 
 
-def profile_steps(session: TransformersSession, prompt: Tensor, most: int) -> dict[str, Any]:
-    """The record's {kernels_per_token, time_split}, of a pass apart from the timing over `most` decode steps or fewer;
-    nothing where there is no GPU to profile, or no step."""
-    from .experiment import SPLIT_STEPS
-
-    steps = min(most, SPLIT_STEPS)
+def profile_steps(session: TransformersSession, prompt: Tensor, most: int, *, step_us: float) -> dict[str, Any]:
+    """The record's {kernels_per_token, time_split}, of a pass apart from the timing over `most` decode steps or fewer, each of
+    which took `step_us` without the profiler; nothing where there is no GPU to profile, or no step."""
+    steps = min(most, STEPS)
     if session.device.type != "cuda" or not steps:
         return {}
-    unprofiled = timing.Samples()
-    timing.time_generation(session, prompt, steps + 1, unprofiled)  # the profiler slows the host down
     events = step_events(session, prompt, steps)
-    found = split(events, wall_us=sum(unprofiled.token_s) * 1e6, steps=steps)
-    return {"kernels_per_token": round(len(events) / steps), "time_split": found}
+    return {
+        "kernels_per_token": round(len(events) / steps),
+        "time_split": split(events, wall_us=step_us * steps, steps=steps),
+    }
 
 
 def step_events(

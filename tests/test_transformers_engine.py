@@ -82,18 +82,13 @@ def test_a_token_is_split_on_a_gpu_only(monkeypatch):
     kernel = [("gemm", 10.0 * i, 10.0 * i + 4.0) for i in range(6)]
     copies = [("Memcpy DtoH", 10.0 * i + 5.0, 10.0 * i + 6.0) for i in range(6)]
     monkeypatch.setattr(transformers_engine, "step_events", lambda session, prompt, steps: kernel + copies)
-    monkeypatch.setattr(
-        transformers_engine.timing,
-        "time_generation",
-        lambda session, prompt, tokens, samples: samples.token_s.extend([50e-6] * (tokens - 1)),
-    )
     session = SimpleNamespace(device=torch.device("cuda"))
-    found = transformers_engine.profile_steps(session, torch.tensor([[1]]), 3)
+    found = transformers_engine.profile_steps(session, torch.tensor([[1]]), 3, step_us=50.0)
     assert found["kernels_per_token"] == 4 and found["time_split"]["kernels"] == 2
     assert found["time_split"]["wall_us"] == 50 and found["time_split"]["kernels_us"] == 8
-    assert transformers_engine.profile_steps(session, torch.tensor([[1]]), 0) == {}
+    assert transformers_engine.profile_steps(session, torch.tensor([[1]]), 0, step_us=50.0) == {}
     session.device = torch.device("cpu")
-    assert transformers_engine.profile_steps(session, torch.tensor([[1]]), 3) == {}
+    assert transformers_engine.profile_steps(session, torch.tensor([[1]]), 3, step_us=50.0) == {}
 
 
 def test_bits_per_byte_are_those_of_our_methods(tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ def test_another_choice_of_experts_explains_only_what_comes_after_it():
     assert later["position"] == 5 and later["other_choice_from"] is None
     before = parting("a", first, trace([7, 8, 4, 4], [same, swapped, other, same, other, same]))
     assert before["other_choice_from"] == 2, "the order of the same experts is no other choice"
-    assert "near-tie" in _apart(**later) and "from position 2 on other experts" in _apart(**before)
+    assert "near-tie" in _apart(later) and "from position 2 on other experts" in _apart(before)
 
 
 def test_only_runs_on_the_same_prompt_and_sampler_are_compared():

@@ -169,7 +169,9 @@ def gate_up_kernel(
     shared expert's times its gate. Grid (blocks of rows, TOP_K + 1, M).
 
     With E > 0 every program makes the choice itself, from logits [M, E] float32, and one of each token stores the trace;
-    with E = 0 it is given: ids and weights [M, TOP_K]."""
+    with E = 0 it is given: ids and weights [M, TOP_K].
+
+    All waits, although x and the shared expert's weights need not: before the wait they won nothing (docs/log.md)."""
     ready = after_previous(OVERLAP)  # which experts to read is the previous kernel's result
     x_ptr += ready
     ids_ptr += ready

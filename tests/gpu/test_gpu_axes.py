@@ -400,6 +400,8 @@ def test_closing_gives_back_all_memory(models, phases, expected, overrides):
         assert built.session.generate(tokens(21), 12) == expected
         in_use = held_memory(model)
         built.close()
+        prefill = built.session.prefill_graphs
+        assert prefill is None or all(graph.state == "closed" for graph in prefill.graphs.values())
         return in_use
 
     build_use_close()  # what is made once in a process, such as kernels, is no leak
