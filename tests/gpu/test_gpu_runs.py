@@ -37,3 +37,15 @@ def test_run_is_correct(cell, tmp_path, monkeypatch):
     assert {"trace", "float32", "tokens"} <= names
     assert ("replay" in names) == ("cuda_graph=true" in cell)
     assert record["decode_tok_s"] > 0
+
+
+def test_transformers_own_decode_is_timed_and_split(tmp_path, monkeypatch):
+    """Rung 0 of the ladder."""
+    monkeypatch.chdir(tmp_path)
+    code = cli.main(["model=tiny", "engine=transformers", "quant=none", "cuda_graph=false", "check=separate", *RUN])
+    record = json.loads(next(Path("outputs").rglob("record.json")).read_text())
+    assert (code, record["status"]) == (0, "ok"), (record["error"], (record["check"] or {}).get("failures"))
+    assert "tokens" in {part["name"] for part in record["check"]["parts"]}
+    split = record["time_split"]
+    assert record["kernels_per_token"] > 0 and 0 < split["kernels_us"] < split["wall_us"]
+    assert split["wall_us"] == pytest.approx(1e6 / record["decode_tok_s"], rel=1e-3), "the step that is published"
