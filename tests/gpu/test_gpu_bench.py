@@ -72,6 +72,7 @@ def test_the_chain_of_layers_is_the_same_to_the_bit_when_its_kernels_start_early
         assert 5 < chain.microseconds(joined=joined) < 500
 
 
+@pytest.mark.alone
 def test_a_read_of_everything_is_near_what_a_copy_shows():
     """Bandwidth cannot exceed the card's, and a plain read should come close to a copy's traffic."""
     device = torch.device("cuda")

@@ -164,6 +164,7 @@ def test_a_poisoned_tail_has_no_effect(op, position):
 # --- offsets past 2^31
 
 
+@pytest.mark.alone
 def test_results_of_a_gemm_past_two_to_the_31():
     """9,000 rows of the whole vocabulary: 2.2e9 results."""
     rows, out, features = 9000, 248_320, 64
@@ -175,6 +176,7 @@ def test_results_of_a_gemm_past_two_to_the_31():
         common.assert_close_ratio(y[:, part].float(), expected, tolerance("gemm")[BF16], f"rows {part}")
 
 
+@pytest.mark.alone
 def test_rows_of_the_experts_past_two_to_the_31():
     """131,200 tokens of eight experts: 2.15e9 values before they are combined. A token's result does not depend on how many
     there are."""
@@ -189,6 +191,7 @@ def test_rows_of_the_experts_past_two_to_the_31():
         common.assert_close_ratio(y[:, part], expected, 1e-3, f"tokens {part}")
 
 
+@pytest.mark.alone
 def test_logits_past_two_to_the_31():
     """The rows share one row's values, which the last ones change: their tokens must be theirs."""
     rows, vocabulary = 8700, 248_320

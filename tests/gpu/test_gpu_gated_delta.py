@@ -127,6 +127,7 @@ def test_correlated_keys(monkeypatch, solve, dtype, pattern):
     check(gdn_prefill, case, 3 * PREFILL_TOL[dtype])
 
 
+@pytest.mark.alone
 def test_decode_offsets_past_two_to_the_31():
     """The state alone has more than 2^31 elements; the last sequences must be theirs."""
     (hk, hv), (dk, dv) = REAL
@@ -142,6 +143,7 @@ def test_decode_offsets_past_two_to_the_31():
     common.assert_close_ratio(big["recurrent_state"][-2:], expected[2], DECODE_TOL[BF16], "recurrent_state")
 
 
+@pytest.mark.alone
 def test_prefill_offsets_past_two_to_the_31():
     case = fresh(1, 140, (1, 2), (64, 64), BF16)
     stride = 16_000_000
