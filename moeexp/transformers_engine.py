@@ -140,7 +140,7 @@ def run_transformers(cfg: Config, *, run_dir: Path, record: Record, phases: Phas
         prompt_text=[decode(row) for row in prompt.tolist()] if decode and cfg.prompt is not None else None,
     )
     if cfg.check != "off":
-        record.set(check=check(cfg, arch, model, prompt, benchmark.ids, phases))
+        record.set(check=check(cfg, arch, session, prompt, benchmark.ids, phases))
     record_quality(cfg, session, text, record, phases)  # type: ignore[arg-type]
 
 
@@ -209,35 +209,54 @@ def convert(ours: Qwen35MoE, arch: Architecture, *, dtype: torch.dtype) -> nn.Mo
     return model.eval()
 
 
+def choices(session: TransformersSession, prompt: Tensor, new_tokens: int) -> tuple[list[list[int]], Tensor]:
+    """(the new ids [B][new_tokens], the experts [L, B, T + new_tokens - 1, k] int64 that each position took) of one
+    generation after prompt [B, T]."""
+    routers = [layer.mlp.gate for layer in session.model.model.layers]
+    taken: list[list[Tensor]] = [[] for _ in routers]
+
+    def watch_router(calls: list[Tensor]) -> Callable[..., None]:
+        return lambda router, inputs, output: calls.append(output[2].view(prompt.shape[0], -1, output[2].shape[-1]))
+
+    with contextlib.ExitStack() as hooks:
+        for router, calls in zip(routers, taken, strict=True):
+            hooks.callback(router.register_forward_hook(watch_router(calls)).remove)
+        ids = session.generate(prompt, new_tokens)
+    return ids, torch.stack([torch.cat(calls, dim=1) for calls in taken]).long()
+
+
 def check(
-    cfg: Config, arch: Architecture, model: nn.Module, prompt: Tensor, ids: list[list[int]], phases: Phases
+    cfg: Config, arch: Architecture, session: TransformersSession, prompt: Tensor, ids: list[list[int]], phases: Phases
 ) -> dict[str, Any]:
-    """Every generated token against the float32 reference, layer by layer. This engine is the reference's own code, so
+    """Every generated token against the float32 reference on the experts that were chosen, layer by layer; one more
+    generation, which must repeat the timed `ids` [B][n], tells which those are. This engine is the reference's own code, so
     its logits are not judged: only that what was timed generates what it should."""
     new = torch.tensor(ids, device=prompt.device)
-    fed, weights = torch.cat([prompt, new[:, :-1]], dim=1), TransformersWeights(model)
+    fed, weights = torch.cat([prompt, new[:, :-1]], dim=1), TransformersWeights(session.model)
+    with phases("check: choices"):
+        again, expert_ids = choices(session, prompt, new.shape[1])
 
     def generated(reference: ReferenceRun) -> Trace:
         # Of its tokens alone: experts and state are the reference's, and no logits are judged.
         nothing = torch.empty(0, device=prompt.device)
         return Trace(fed, prompt.shape[1], nothing, reference.expert_ids, reference.states, new[:, -1])
 
-    def run(name: str, dtype: torch.dtype, expert_ids: Tensor | None) -> ReferenceRun:
+    def run(name: str, dtype: torch.dtype, expert_ids: Tensor | None = None) -> ReferenceRun:
         with phases(f"check: {name}"):
             return run_reference(
                 arch, weights, fed, prompt.shape[1], dtype=dtype, device=prompt.device, expert_ids=expert_ids
             )
 
-    if cfg.dtype == "float32":
-        reference = run("reference", torch.float32, None)
-        parts = [check_tokens(generated(reference), reference)]
-    else:
-        bf16 = run("bf16 baseline", torch.bfloat16, None)
-        reference = run("bf16 reference", torch.float32, bf16.expert_ids)
-        parts = [check_tokens(generated(reference), reference, bf16, reference)]
+    reference, pair = run("reference", torch.float32, expert_ids), []
+    if cfg.dtype != "float32":
+        bf16 = run("bf16 baseline", torch.bfloat16)
+        pair = [bf16, run("bf16 reference", torch.float32, bf16.expert_ids)]
+    parts = [check_tokens(generated(reference), reference, *pair)]
     failures = [f"{part.name}: {line}" for part in parts for line in part.failures()]
+    if again != ids:
+        failures.insert(0, f"the same prompt gave {ids} when it was timed and {again} afterwards")
     return {
-        "passed": all(part.passed for part in parts),
+        "passed": not failures,
         "parts": [part.to_json() for part in parts],
         "failures": failures[:50],
         "tokens": int(fed.shape[1]),

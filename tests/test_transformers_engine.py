@@ -126,6 +126,48 @@ def test_a_wrong_token_fails_its_check(tmp_path, monkeypatch):
     assert record["status"] == "incorrect" and record["decode_tok_s"] is None
 
 
+def test_the_reference_takes_the_experts_that_were_chosen(tmp_path, monkeypatch):
+    """Not those that it would choose itself: in bfloat16 a near-tie of two experts is no error of the token after it."""
+    monkeypatch.chdir(tmp_path)
+    real, given = transformers_engine.run_reference, []
+
+    def watched(*args, expert_ids=None, **kwargs):
+        given.append(expert_ids)
+        return real(*args, expert_ids=expert_ids, **kwargs)
+
+    def other(router, inputs, output):
+        logits, _, ids = output
+        ids = (ids + 1) % 8
+        scores = logits.float().softmax(-1).gather(-1, ids)
+        return logits, scores / scores.sum(-1, keepdim=True), ids
+
+    class Swapped(transformers_engine.TransformersSession):
+        def __init__(self, model, **sizes):
+            super().__init__(model, **sizes)
+            model.model.layers[1].mlp.gate.register_forward_hook(other)
+
+    monkeypatch.setattr(transformers_engine, "run_reference", watched)
+    monkeypatch.setattr(transformers_engine, "TransformersSession", Swapped)
+    assert main([*QUICK, "batch=2"]) == 0
+    (ids,) = given
+    (record,) = map(read_record, Path("outputs").rglob("record.json"))
+    assert ids.shape[1:3] == (2, 9 + 5 - 1) and record["check"]["passed"]
+
+
+def test_tokens_that_do_not_repeat_fail_the_check(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    real = transformers_engine.choices
+
+    def otherwise(session, prompt, new_tokens):
+        ids, experts = real(session, prompt, new_tokens)
+        return [[*row[:-1], (row[-1] + 1) % 256] for row in ids], experts
+
+    monkeypatch.setattr(transformers_engine, "choices", otherwise)
+    assert main(QUICK) == 1
+    (record,) = map(read_record, Path("outputs").rglob("record.json"))
+    assert record["status"] == "incorrect" and "when it was timed" in record["check"]["failures"][0]
+
+
 @pytest.mark.parametrize(
     "setting, words", [("quant=int4", "use quant=none"), ("eos=true", "use eos=false"), ("cuda_graph=true", "cuda_graph=false")]
 )
