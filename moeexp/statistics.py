@@ -37,7 +37,8 @@ SAME_SPEED = 0.01
 # clocks hold, processes differ by 1 to 2 % (standard deviation: allocation, placement, temperature), two of them by 2.8
 # times that. On a CPU, what other processes may take from one run and not from the other before it is flagged, UNLIKE_LOAD,
 # is a ratio of 1.33; with 5 % as on a GPU that is 1.4. Pairs of repeats on a shared machine of two cores differed by 1.06
-# to 1.26, and by 2 to 5 where its load had changed.
+# to 1.26, and by 2 to 5 where its load had changed. A step on a GPU is noisy by as much of it as waits for the host:
+# repeats of `tiny` (half to three quarters host) on three hosts of H100s differed by 1.02 to 1.42.
 RUN_TO_RUN = {"cuda": 0.05, "cpu": 0.4}
 # The axes in which two runs may differ and still be repeats of one another.
 REPEATED = ("seed",)
@@ -136,7 +137,7 @@ def speed_of(record: dict[str, Any]) -> Speed | None:
         timed_with=group,
         started=record["started"],
         load=other_load(record),
-        run_to_run=RUN_TO_RUN.get(record["config"]["device"], RUN_TO_RUN["cpu"]),
+        run_to_run=run_to_run(record),
     )
     if centre is None or not (samples > 0).any():
         return speed
@@ -147,6 +148,13 @@ def speed_of(record: dict[str, Any]) -> Speed | None:
     # A spread is relative: the speed itself is over all samples, of which a record may keep a part.
     logs = math.log(tok_s) + math.log(whole) - np.log(medians)
     return replace(speed, log_replicates=logs, freedom=max(len(lengths) - 1, 1))
+
+
+def run_to_run(record: dict[str, Any]) -> float:
+    """RUN_TO_RUN of the record's device; on a GPU the CPU's for the share of a step that waited for the host."""
+    cpu = RUN_TO_RUN["cpu"]
+    device, split = RUN_TO_RUN.get(record["config"]["device"], cpu), record.get("time_split")
+    return device + (cpu - device) * split["host_us"] / split["wall_us"] if split else device
 
 
 def replicates(

@@ -121,6 +121,16 @@ def test_drift_between_processes_is_no_difference(device, drift):
     assert not found.in_turns and found.run_to_run == pytest.approx(statistics.RUN_TO_RUN[device])
 
 
+def test_a_gpu_that_waits_for_the_host_is_as_noisy_as_the_host():
+    def waiting(share):
+        return {"time_split": {"wall_us": 1000.0, "host_us": 1000.0 * share}}
+
+    noise = [pair(1.2, "cuda", **waiting(share)) for share in (0.0, 0.2, 0.8, 1.0)]
+    assert [found.run_to_run for found in noise] == pytest.approx([0.05, 0.12, 0.33, 0.4])
+    assert [found.verdict for found in noise] == ["faster", "faster", "no difference", "no difference"]
+    assert pair(1.2, "cpu", **waiting(1.0)).run_to_run == pytest.approx(0.4)
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_real_gain_is_faster_also_between_processes(device):
     found = pair(3.0, device)
