@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from moeexp_runner import timing
-from moeexp_runner.token_split import STEPS, Event, split
+from moeexp_runner.token_split import STEPS, Event, events_of, split
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -177,11 +177,7 @@ def step_events(
                 watching.close()
 
         session.generate(prompt, steps + 1, on_token=on_token)
-    return [
-        (event.name, event.time_range.start, event.time_range.end)
-        for event in profiled.events()
-        if event.device_type == device
-    ]
+    return events_of(profiled, device)
 
 
 def convert(ours: Qwen35MoE, arch: Architecture, *, dtype: torch.dtype) -> nn.Module:
@@ -230,7 +226,7 @@ def check(
 ) -> dict[str, Any]:
     """Every generated token against the float32 reference on the experts that were chosen, layer by layer; one more
     generation, which must repeat the timed `ids` [B][n], tells which those are. This engine is the reference's own code, so
-    its logits are not judged: only that what was timed generates what it should."""
+    its logits and choices are not judged: only that what was timed generates what it should."""
     new = torch.tensor(ids, device=prompt.device)
     fed, weights = torch.cat([prompt, new[:, :-1]], dim=1), TransformersWeights(session.model)
     with phases("check: choices"):
@@ -254,7 +250,7 @@ def check(
     parts = [check_tokens(generated(reference), reference, *pair)]
     failures = [f"{part.name}: {line}" for part in parts for line in part.failures()]
     if again != ids:
-        failures.insert(0, f"the same prompt gave {ids} when it was timed and {again} afterwards")
+        failures.insert(0, "benchmark: the timed generation chose other tokens than the checked one")
     return {
         "passed": not failures,
         "parts": [part.to_json() for part in parts],

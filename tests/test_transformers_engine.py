@@ -165,7 +165,7 @@ def test_tokens_that_do_not_repeat_fail_the_check(tmp_path, monkeypatch):
     monkeypatch.setattr(transformers_engine, "choices", otherwise)
     assert main(QUICK) == 1
     (record,) = map(read_record, Path("outputs").rglob("record.json"))
-    assert record["status"] == "incorrect" and "when it was timed" in record["check"]["failures"][0]
+    assert record["status"] == "incorrect" and "the timed generation chose other tokens" in record["check"]["failures"][0]
 
 
 @pytest.mark.parametrize(

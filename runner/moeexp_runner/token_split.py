@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from .session import Session
 
@@ -32,21 +34,22 @@ def token_split(session: Session, prompt: Tensor, steps: int, *, step_us: float)
     longest [{name, calls, us}]}. None where there is no GPU to profile."""
     if session.device.type != "cuda":
         return None
-    from torch.profiler import ProfilerActivity, profile
-
     session.decode_tokens(_prefilled(session, prompt), steps + 1)  # warm: lazy loading is no part of a token
     token = _prefilled(session, prompt)
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
         session.decode_tokens(token, steps + 1)
         torch.cuda.synchronize(session.device)
     session.reset()
-    cuda = torch.autograd.DeviceType.CUDA
-    events = [
+    return split(events_of(profiled), wall_us=step_us * steps, steps=steps)
+
+
+def events_of(profiled: profile, device: DeviceType = DeviceType.CUDA) -> list[Event]:
+    """What a profiler saw on a device, in no order."""
+    return [
         (event.name, event.time_range.start, event.time_range.end)
         for event in profiled.events()
-        if event.device_type == cuda
+        if event.device_type == device
     ]
-    return split(events, wall_us=step_us * steps, steps=steps)
 
 
 def split(events: Iterable[Event], *, wall_us: float, steps: int) -> dict[str, Any]:
