@@ -24,7 +24,10 @@ STATUSES = ("running", "ok", "incorrect", "failed", "timeout", "interrupted", "u
 PACKAGES = ("moeexp", "moeexp_kernels", "moeexp_runner")
 
 # Published only for a run that is ok and whose check passed.
-SPEEDS = ("decode_tok_s", "prefill_tok_s", "ttft_s", "bandwidth_share", "joules_per_token")
+SPEEDS = (
+    "decode_tok_s", "prefill_tok_s", "ttft_s", "bandwidth_share", "joules_per_token",
+    "stalls", "prefill_latencies_ms", "ttft_latencies_ms", "energy",
+)  # fmt: skip
 
 # Settings that a config's hash leaves out.
 NOT_MEASURED = ("tracker", "launcher", "rerun", "dry_run")
@@ -54,12 +57,16 @@ KEYS = (
     "command",
     "overrides",
     "config",
+    "identity",
     "random_weights",
     "check",
     "decode_tok_s",
     "prefill_tok_s",
     "ttft_s",
+    "stalls",
     "token_latencies_ms",
+    "prefill_latencies_ms",
+    "ttft_latencies_ms",
     "rounds",
     "telemetry",
     "group",
@@ -74,6 +81,7 @@ KEYS = (
     "time_split",
     "trace",
     "joules_per_token",
+    "energy",
     "phases_s",
     "memory_gib",
     "quantised_coverage",
@@ -84,6 +92,7 @@ KEYS = (
     "tracker",
     "error",
     "notes",
+    "migrated",
 )
 
 
