@@ -19,7 +19,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-SCHEMA = "moeexp.record/1"
+from moeexp.migration import STEPS, migrate
+
+SCHEMA = "moeexp.record/2"
+SCHEMAS = (*STEPS, SCHEMA)  # those that are read
 STATUSES = ("running", "ok", "incorrect", "failed", "timeout", "interrupted", "unsupported")
 PACKAGES = ("moeexp", "moeexp_kernels", "moeexp_runner")
 
@@ -28,6 +31,9 @@ SPEEDS = (
     "decode_tok_s", "prefill_tok_s", "ttft_s", "bandwidth_share", "joules_per_token",
     "stalls", "prefill_latencies_ms", "ttft_latencies_ms", "energy",
 )  # fmt: skip
+
+# Each as `latency_summary` makes it.
+LATENCIES = ("token_latencies_ms", "prefill_latencies_ms", "ttft_latencies_ms")
 
 # Settings that a config's hash leaves out.
 NOT_MEASURED = ("tracker", "launcher", "rerun", "dry_run")
@@ -151,9 +157,9 @@ def shorten(data: dict[str, Any]) -> dict[str, Any]:
     """A copy of `data` with raw samples, tokens and text cut until it fits MAX_BYTES; `notes` says what was cut."""
     for samples, tokens in LIMITS:
         result = data | {"notes": list(data["notes"])}
-        if data["token_latencies_ms"]:
-            kept, note = _cut(data["token_latencies_ms"]["samples"], samples, "token_latencies_ms.samples")
-            result["token_latencies_ms"] = data["token_latencies_ms"] | {"samples": kept}
+        for key in (key for key in LATENCIES if data[key]):
+            kept, note = _cut(data[key]["samples"], samples, f"{key}.samples")
+            result[key] = data[key] | {"samples": kept}
             result["notes"] += note
         for key, limit in (("generated_ids", tokens), ("generated_text", tokens), ("rounds", samples)):
             result[key], note = _cut(data[key], limit, key)
@@ -213,15 +219,19 @@ def plain(value: Any) -> Any:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """`ValueError` names a file that is no record, or one of another schema version."""
+    """As the present schema has it; an earlier one is migrated, and its file left as it is. `ValueError` names a file that
+    is no record, or one of a schema that this version does not know."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON ({error}): remove it, or run again") from error
-    found = data.get("schema") if isinstance(data, dict) else None
-    if found != SCHEMA:
-        raise ValueError(f"{path} has schema={found!r}; this version reads {SCHEMA!r}")
-    return data
+    if not isinstance(data, dict) or data.get("schema") not in SCHEMAS:
+        found = data.get("schema") if isinstance(data, dict) else None
+        raise ValueError(f"{path} has schema={found!r}; this version reads {' and '.join(map(repr, SCHEMAS))}")
+    try:
+        return migrate(data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def is_prepared(record: dict[str, Any]) -> bool:
@@ -232,14 +242,14 @@ def is_prepared(record: dict[str, Any]) -> bool:
 
 def head(path: Path) -> dict[str, Any]:
     """{id, config_hash, code_fingerprint, status, started, finished} from a record's first lines; {} where the file is
-    no record, or one of another schema version. A sweep looks at thousands, and a record has up to 200 KB."""
+    no record, or one of a schema that is not read. A sweep looks at thousands, and a record has up to 200 KB."""
     try:
         with open(path, "rb") as file:
             text = file.read(1024).decode("utf-8", errors="ignore")
     except FileNotFoundError:  # a link to a run that has been removed
         return {}
     pairs = {key: None if value == "null" else value.strip('"') for key, value in HEAD_LINE.findall(text)}
-    if pairs.pop("schema", None) != SCHEMA or not set(HEAD) <= set(pairs):
+    if pairs.pop("schema", None) not in SCHEMAS or not set(HEAD) <= set(pairs):
         return {}
     return {key: pairs[key] for key in HEAD}
 

@@ -1,9 +1,15 @@
-"""Intervals on medians and on ratios of medians, from raw per-token samples.
+"""Intervals on speeds and on ratios of speeds, from raw per-token samples.
 
-A token's latency is like its neighbours' and like the rest of its round, so single samples are not independent. The
-bootstrap therefore draws rounds first and samples within each drawn round second (Davison and Hinkley 1997, 3.8), K - 1
-of K rounds, which makes its variance unbiased where K is small (Rao and Wu 1988). The interval is Student's t with
-K - 1 degrees on the logarithm, because few rounds know their own spread badly.
+A speed is tokens over the time of decoding: batch over the mean latency, in every mode. A token's latency is like its
+neighbours' and like the rest of its round (and the tokens of a loop arrive in bursts that belong together), so single
+samples are not independent. The bootstrap therefore draws whole rounds, K - 1 of K, which makes its variance unbiased
+where K is small (Rao and Wu 1988). The interval is Student's t with K - 1 degrees on the logarithm, because few rounds
+know their own spread badly.
+
+A mean counts every late token, which a median does not see: beside each ratio stand the ratio by medians, with an interval
+of its own (rounds first, samples within each drawn round second: Davison and Hinkley 1997, 3.8), and the ratio of what is
+left when the stalls that a record knows of are subtracted. Where these say otherwise than the ratio, it is late tokens that
+make the difference, and `phrase` says so.
 
 Two runs timed in turns in one process (`group` in their records) draw the same rounds, so that what moved both at once
 cancels in their ratio. Between runs that took no turns the machine may have changed, of which the samples of neither say
@@ -31,7 +37,7 @@ REPLICATES = 1000
 CONFIDENCE = 0.95
 MIN_SAMPLES = 8  # fewer give no interval
 BLOCKS = 10  # of consecutive samples, where a record does not say what its rounds were
-# A speed must be what one of the two statistics of its samples says, or the samples cannot tell its spread.
+# A speed must be what the mean of its samples says, or the samples cannot tell its spread.
 SAME_SPEED = 0.01
 # By how much the speeds of two identical runs, each in a process of its own, differ at most 19 times in 20. On a GPU whose
 # clocks hold, processes differ by 1 to 2 % (standard deviation: allocation, placement, temperature), two of them by 2.8
@@ -59,7 +65,8 @@ class Interval:
     `run_to_run`: the run-to-run noise that it allows for, as a part of a ratio; 0 where all was timed in turns.
     `unlike_load`: other processes kept the CPU busier during some of the runs than during the others. `idle`: the runs
     differ only in settings that have nothing to act on in them. `weights`: how their quantisation differs where the
-    engine does too, or an empty text."""
+    engine does too, or an empty text. `medians`, `corrected`: the same by median latencies, and without the stalls; None
+    where not all runs know them."""
 
     value: float
     low: float | None = None
@@ -68,6 +75,8 @@ class Interval:
     unlike_load: bool = False
     idle: bool = False
     weights: str = ""
+    medians: Interval | None = None
+    corrected: Interval | None = None
 
     @property
     def in_turns(self) -> bool:
@@ -90,10 +99,26 @@ class Interval:
             return self.verdict
         beyond = " beyond run-to-run noise" if self._seen == "no difference" and not self.in_turns else ""
         limits = ", on other weights" * bool(self.weights) + ", but under unlike load" * self.unlike_load
-        return self._seen + beyond + limits
+        doubt = f", but {self.doubt}" if self.doubt else ""
+        return self._seen + beyond + limits + doubt
 
     @property
-    def _seen(self) -> str:
+    def doubt(self) -> str:
+        """What the medians, or the speeds without stalls, say where that is not the verdict: late tokens make the
+        difference. Empty where they agree."""
+        if self.idle or self._seen is None:
+            return ""
+        others = {"by medians": self.medians, "without stalls": self.corrected}
+        said: dict[str, list[str]] = defaultdict(list)
+        for name, other in others.items():
+            if other is not None and other._seen not in (None, self._seen):
+                said[other._seen].append(name)
+        return ", ".join(f"{verdict} {' and '.join(names)}" for verdict, names in said.items())
+
+    @property
+    def _seen(self) -> str | None:
+        if self.low is None or self.high is None:
+            return None
         return "faster" if self.low > 1 else "slower" if self.high < 1 else "no difference"
 
 
@@ -101,12 +126,16 @@ class Interval:
 class Speed:
     """A decode speed in tokens per second.
 
-    `log_replicates`: float64 [R], what the logarithm of the speed came out as in each replicate, or None; `freedom`:
-    degrees of freedom; `timed_with`: names the group of runs whose rounds alternated with this one's, or None;
+    `log_replicates`: float64 [R], what the logarithm of the speed came out as in each replicate, or None; `median_tok_s`
+    and `log_medians`: the same by the median latency; `corrected_tok_s`: without stalls, None if they are not known;
+    `freedom`: degrees of freedom; `timed_with`: names the group of runs whose rounds alternated with this one's, or None;
     `started`: orders runs in time; `load`: of other processes, per core, None if unknown; `run_to_run`: as RUN_TO_RUN."""
 
     tok_s: float
     log_replicates: np.ndarray | None = None
+    median_tok_s: float | None = None
+    log_medians: np.ndarray | None = None
+    corrected_tok_s: float | None = None
     freedom: int = 0
     timed_with: str | None = None
     started: str = ""
@@ -129,25 +158,32 @@ def speed_of(record: dict[str, Any]) -> Speed | None:
     tok_s, latencies = record["decode_tok_s"], record["token_latencies_ms"]
     if tok_s is None:
         return None
-    group = group_name(record)
-    samples = np.asarray((latencies or {}).get("samples", []), dtype=np.float64)
-    centre = _centre(record) if len(samples) >= MIN_SAMPLES else None
+    group, latencies, batch = group_name(record), latencies or {}, record["config"]["batch"]
+    samples = np.asarray(latencies.get("samples", []), dtype=np.float64)
     speed = Speed(
         tok_s,
+        median_tok_s=1e3 * batch / latencies["p50"] if latencies.get("p50") else None,
+        corrected_tok_s=(record.get("stalls") or {}).get("decode_tok_s"),
         timed_with=group,
         started=record["started"],
         load=other_load(record),
         run_to_run=run_to_run(record),
     )
-    if centre is None or not (samples > 0).any():
+    if len(samples) < MIN_SAMPLES or not (samples > 0).any() or not latencies["mean"] > 0:
+        return speed
+    if abs(1e3 * batch / latencies["mean"] / tok_s - 1) >= SAME_SPEED:
         return speed
     lengths = round_lengths(record, len(samples))
     own = str(record["id"])
-    medians = replicates(samples, lengths, centre, round_seed=group or own, sample_seed=own)
-    whole = float(np.median(samples) if centre == "median" else samples.mean())
     # A spread is relative: the speed itself is over all samples, of which a record may keep a part.
-    logs = math.log(tok_s) + math.log(whole) - np.log(medians)
-    return replace(speed, log_replicates=logs, freedom=max(len(lengths) - 1, 1))
+    means, medians = (
+        replicates(samples, lengths, centre, round_seed=group or own, sample_seed=own) for centre in ("mean", "median")
+    )
+    logs = math.log(tok_s) + math.log(samples.mean()) - np.log(means)
+    speed = replace(speed, log_replicates=logs, freedom=max(len(lengths) - 1, 1))
+    if speed.median_tok_s is None or not (medians > 0).all():
+        return speed
+    return replace(speed, log_medians=math.log(speed.median_tok_s) + math.log(float(np.median(samples))) - np.log(medians))
 
 
 def run_to_run(record: dict[str, Any]) -> float:
@@ -160,8 +196,8 @@ def run_to_run(record: dict[str, Any]) -> float:
 def replicates(
     samples: np.ndarray, lengths: Sequence[int], centre: str, *, round_seed: str, sample_seed: str
 ) -> np.ndarray:
-    """samples [N] made of consecutive rounds of `lengths` -> [R] medians or means ("median" | "mean") of the
-    two-stage bootstrap. A mean is of bursts, whose tokens belong together: there whole rounds are drawn, once."""
+    """samples [N] made of consecutive rounds of `lengths` -> [R] medians of the two-stage bootstrap, or means of drawn
+    whole rounds (`centre`: "median" | "mean")."""
     assert sum(lengths) == len(samples) and min(lengths) > 0, (lengths, len(samples))
     rounds = len(lengths)
     starts, sizes = np.cumsum([0, *lengths[:-1]]), np.asarray(lengths)
@@ -177,9 +213,25 @@ def replicates(
 
 def interval(terms: Sequence[tuple[Speed, float]]) -> Interval:
     """The product of speeds, each to its power, with its interval: [(b, 1.0), (a, -1.0)] is the ratio b / a."""
-    log = sum(power * math.log(speed.tok_s) for speed, power in terms)
     noise, load = _run_to_run(terms), _load(terms)
-    found = Interval(math.exp(log), run_to_run=math.expm1(noise), unlike_load=abs(load) > math.log(UNLIKE_LOAD))
+    medians = [(replace(speed, tok_s=speed.median_tok_s, log_replicates=speed.log_medians), p) for speed, p in terms]
+    # What is left without stalls spreads as medians do.
+    corrected = [(replace(speed, tok_s=speed.corrected_tok_s, log_replicates=speed.log_medians), p) for speed, p in terms]
+    found = _product(terms, noise)
+    return replace(
+        found,
+        unlike_load=abs(load) > math.log(UNLIKE_LOAD),
+        medians=_product(medians, noise),
+        corrected=_product(corrected, noise),
+    )
+
+
+def _product(terms: Sequence[tuple[Speed, float]], noise: float) -> Interval | None:
+    """By the `tok_s` and `log_replicates` of each; None where one has no `tok_s`."""
+    if any(speed.tok_s is None for speed, _ in terms):
+        return None
+    log = sum(power * math.log(speed.tok_s) for speed, power in terms)
+    found = Interval(math.exp(log), run_to_run=math.expm1(noise))
     if any(speed.log_replicates is None for speed, _ in terms):
         return found
     spread = float(np.std(sum(power * speed.log_replicates for speed, power in terms), ddof=1))
@@ -251,25 +303,19 @@ def student(freedom: int) -> float:
 
 
 def round_lengths(record: dict[str, Any], n: int) -> list[int]:
-    """How many of the first `n` samples each round has: as recorded, else by the config's repeats, else blocks."""
+    """How many of the first `n` samples each round has: as recorded, else by the config's repeats, else blocks; blocks also
+    of a single round, which says nothing of how rounds differ."""
     recorded = [one["n"] for one in record.get("rounds") or []]
     if sum(recorded) >= n and all(recorded):
         ends = np.minimum(np.cumsum(recorded), n)  # a record may keep the first samples only
-        return [int(length) for length in np.diff(ends, prepend=0) if length]
+        lengths = [int(length) for length in np.diff(ends, prepend=0) if length]
+        if len(lengths) > 1:
+            return lengths
     repeats = record["config"].get("repeats")
     if record["token_latencies_ms"]["n"] == n and isinstance(repeats, int) and repeats > 1 and n % repeats == 0:
         return [n // repeats] * repeats
     blocks = min(BLOCKS, n // 4)
     return [n // blocks + (block < n % blocks) for block in range(blocks)]
-
-
-def _centre(record: dict[str, Any]) -> str | None:
-    """Which statistic of the latencies the speed is: the median, or the mean where tokens arrive in bursts."""
-    latencies, batch = record["token_latencies_ms"], record["config"]["batch"]
-    for key, name in (("p50", "median"), ("mean", "mean")):
-        if latencies[key] > 0 and abs(1e3 * batch / latencies[key] / record["decode_tok_s"] - 1) < SAME_SPEED:
-            return name
-    return None
 
 
 def _generator(*seed: str) -> np.random.Generator:
