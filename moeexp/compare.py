@@ -10,8 +10,8 @@ from typing import Any
 
 from moeexp.arguments import Parser
 from moeexp.conditions import conditions, differing
-from moeexp.markdown_report import times
-from moeexp.report import number, percent, read_published, why
+from moeexp.markdown_report import LATE, times
+from moeexp.report import MEDIAN, MEDIAN_NOTE, is_median, number, percent, read_published, why
 from moeexp.reproduce import find
 from moeexp.runs import HOUSEKEEPING, as_text, gain, runs_of, settings_text
 from moeexp.statistics import speed_of
@@ -40,7 +40,8 @@ def explain(a: dict[str, Any], b: dict[str, Any]) -> str:
     text = f"A  {_name(a)}\nB  {_name(b)}\n"
     for title, lines in parts.items():
         text += f"\n{title}" + ("\n" + _columns(lines) if lines else ": the same\n")
-    return text + "\n" + verdict(a, b) + "\n"
+    marked = any(is_median(record, key) for record in (a, b) for key in MEASURED)
+    return text + "\n" + verdict(a, b) + "\n" + f"{MEDIAN} {MEDIAN_NOTE}\n" * marked
 
 
 def verdict(a: dict[str, Any], b: dict[str, Any]) -> str:
@@ -52,7 +53,9 @@ def verdict(a: dict[str, Any], b: dict[str, Any]) -> str:
     # Of a pair that differs in nothing the difference is the finding, not the noise that its repeats show.
     one, two = (replace(run, speed=speed) for run, speed in zip(runs_of([a, b]), (before, after), strict=True))
     found = gain(two, one)
-    lines = [f"decode: B has {times(found, marked=False)} of A's speed: {found.phrase}"]
+    lines = [f"decode: B has {times(found, marked=False, beside=True)} of A's speed: {found.phrase}"]
+    if found.doubt:
+        lines.append(LATE)
     if one.workload != two.workload:
         lines.append(f"not the same work: A {settings_text(one.workload)}; B {settings_text(two.workload)}")
     if not found.in_turns:
@@ -146,8 +149,19 @@ MEASURED = ("decode_tok_s", "prefill_tok_s", "ttft_s", "bits_per_byte", "bandwid
             "joules_per_token")  # fmt: skip
 
 
+# Of `stalls`, what is shown where a run had any.
+STALLED = {"count": "how many", "total_ms": "ms in all", "longest_ms": "longest ms", "decode_tok_s": "tok/s without"}
+
+
+def _figure(record: dict[str, Any], key: str) -> str:
+    return number(record[key]) + MEDIAN * is_median(record, key)
+
+
 def _measured(a: dict[str, Any], b: dict[str, Any]) -> list[Line]:
-    lines = [(key, number(a[key]), number(b[key])) for key in MEASURED if a[key] is not None or b[key] is not None]
+    lines = [(key, _figure(a, key), _figure(b, key)) for key in MEASURED if a[key] is not None or b[key] is not None]
+    left, right = a["stalls"] or {}, b["stalls"] or {}
+    if left.get("count") or right.get("count"):
+        lines += [(f"stalls: {name}", number(left.get(key)), number(right.get(key))) for key, name in STALLED.items()]
     left, right = a["token_latencies_ms"] or {}, b["token_latencies_ms"] or {}
     if left or right:
         lines += [(f"{p} ms", number(left.get(p)), number(right.get(p))) for p in ("p50", "p90", "p99")]

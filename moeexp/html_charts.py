@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-from moeexp import charts, html_table
+from moeexp import charts, html_table, processes
 from moeexp.charts import Bar, Point, Row, Scale
 from moeexp.conditions import CONDITIONS, LOAD, conditions
 from moeexp.effects import MEANING, interactions, main_effects
 from moeexp.markdown_report import (
+    by_medians,
     legend,
     stack_legend,
     stack_line,
@@ -37,6 +38,13 @@ def label_of(run: Run) -> str:
     return cell_of(run.record) or settings_text(settings) or run.id
 
 
+def _processes(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
+    found = processes.processes(runs)
+    if not found:
+        return ""
+    return html_table.plain(processes.HEADER, processes.rows(found), ["wrap"]) + html_table.below(processes.NOTE)
+
+
 def _waterfall(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
     text = ""
     for steps in waterfalls(runs):
@@ -47,7 +55,9 @@ def _waterfall(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
             drawn.append(_step(step, before))
             before = step.run.speed.tok_s if step.run.speed else before
         text += (f"<h3>{escape(of)}</h3>" if of else "") + charts.rows(drawn, Scale(0, most), "tok/s")
-        text += html_table.plain(*steps_table(steps), ["wrap", "number", "number"])
+        header, table = steps_table(steps)
+        css = {"step": "wrap", "verdict": "wrap", "tok/s": "number", "ms/token": "number"}
+        text += html_table.plain(header, table, [css.get(name, "") for name in header])
         text += html_table.below(steps_legend(steps))
     head = "<p>Decode speed, and what each step gained over the one before, with its 95 % interval.</p>"
     return head + text if text else ""
@@ -65,7 +75,7 @@ def _step(step: Step, before: float | None) -> Row:
         kind = "level" if step.gain.unlike_load or step.gain.idle else kind
         change = Bar(before, speed, kind, f"{number(before)} to {number(speed)} tok/s")
         bars = [Bar(0, min(before, speed), "before"), change]
-    note = f"{times(step.gain)} {step.gain.phrase}" if step.gain else ""
+    note = f"{times(step.gain)}, by medians {by_medians(step.gain)}: {step.gain.phrase}" if step.gain else ""
     return Row(step.label, f"{number(speed)} tok/s", bars, note, run=step.run.id)
 
 
@@ -82,6 +92,9 @@ def _latencies(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
         marks = [(one[p], f"{p} {number(one[p])} ms") for p in ("p50", "p90", "p99")]
         value = f"p50 {number(one['p50'])} ms"
         note = f"p90 {number(one['p90'])}, p99 {number(one['p99'])}, n {one['n']:,}"
+        stalls = run.record["stalls"]
+        if stalls and stalls["count"]:
+            note += f"; {stalls['count']} stalls, {number(stalls['total_ms'])} ms"
         drawn.append(Row(label_of(run), value, note=note, run=run.id, samples=one["samples"], marks=marks))
     head = "<p>Time from one token to the next, logarithmic. Lines are p50, p90 and p99; what is slower than the axis "
     return head + "counts in its last bin.</p>" + charts.rows(drawn, Scale(low, high, log=True), "ms") + _cut(ranked)
@@ -115,7 +128,8 @@ def _roofline(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
     for rank, run in enumerate(ranked[:MOST], 1):
         floor = run.record["bytes_per_token"]
         bandwidth = floor.get("read_bandwidth_gb_s") if floor else None
-        if run.speed is None or not bandwidth:
+        # Without a share the bytes are not all read from memory, or not known.
+        if run.speed is None or not bandwidth or run.record["bandwidth_share"] is None:
             continue
         machine = conditions(run.record)["GPU"] or conditions(run.record)["CPU"] or "this machine"
         bandwidths[machine] = max(bandwidth, bandwidths.get(machine, 0.0))
@@ -132,7 +146,7 @@ def _roofline(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
     head = (
         "<p>A decode step must read its weights and state once; the line is what the measured read bandwidth "
         f"({escape('; '.join(name for _, name in roofs))}) allows. A label is the run's rank and its share of that. "
-        "Above the line lies only what a cache holds.</p>"
+        "A run whose bytes fit a cache of the device has no place here.</p>"
     )
     plot = charts.scatter(points, roofs, x_unit="GB read per step", y_unit="decode steps/s", roof_y=high)
     return head + plot
@@ -151,7 +165,7 @@ def _effects(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
         pairs = f"{effect.pairs} pair{'s' if effect.pairs > 1 else ''}"
         spread = f", {three(effect.least)} to {three(effect.most)}" if effect.pairs > 1 else ""
         label = f"{effect.axis}: {effect.base} → {effect.level}"
-        drawn.append(Row(label, times(found), bars, f"{found.phrase}; {pairs}{spread}"))
+        drawn.append(Row(label, times(found), bars, f"by medians {by_medians(found)}; {found.phrase}; {pairs}{spread}"))
     values = [v for effect in effects for v in (effect.ratio.value, effect.ratio.low, effect.ratio.high) if v]
     scale = Scale(min(*values, 1.0) / 1.05, max(*values, 1.0) * 1.05, log=True)
     head = (
@@ -173,7 +187,7 @@ def _interactions(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
         f"<td>{escape(f'{one.first[0]}: {one.first[1]} → {one.first[2]}')}</td>"
         f"<td>{escape(f'{one.second[0]}: {one.second[1]} → {one.second[2]}')}</td>"
         f'<td class="number">× {three(one.alone[0])}</td><td class="number">× {three(one.alone[1])}</td>'
-        f'<td class="number">× {three(one.together)}</td><td class="number">{escape(times(one.ratio))}</td></tr>'
+        f'<td class="number">× {three(one.together)}</td><td class="number">{escape(times(one.ratio, beside=True))}</td></tr>'
         for one in found
     )
     names = ("verdict", "setting", "with", "first alone", "second alone", "together", "against the product")
@@ -298,6 +312,7 @@ def _cut(ranked: Sequence[Any]) -> str:
 
 # In the order of the page.
 SECTIONS: dict[str, Callable[[Sequence[Run], Sequence[Run]], str]] = {
+    "Processes": _processes,
     "Speed-up": _waterfall,
     "Effects": _effects,
     "Interactions": _interactions,

@@ -17,7 +17,7 @@ from typing import Any
 from moeexp import html_table, report
 from moeexp.conditions import odd_ones
 from moeexp.html_charts import SECTIONS, label_of
-from moeexp.markdown_report import three
+from moeexp.markdown_report import by_medians, three
 from moeexp.reproduce import command_of
 from moeexp.runs import Run, gain, runs_of
 
@@ -89,6 +89,7 @@ def _tiles(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
         if same[0] is not best:
             found = gain(best, same[0])
             spread = f", 95 % interval {three(found.low)} to {three(found.high)}: {found.phrase}" if found.low else ""
+            spread += f"; by medians {by_medians(found)}" if found.medians else ""
             spread += "" if found.in_turns else "; not timed in turns"
             tiles.insert(1, (f"× {three(found.value)}", f"over the first, {label_of(same[0])}{spread}"))
     machines = dict.fromkeys(_machine(run.record) for run in [run for run in runs if run.prepared] or runs)
@@ -106,7 +107,7 @@ def _machine(record: dict[str, Any]) -> str:
 
 def _flags(records: Sequence[dict[str, Any]]) -> str:
     # What a ratio is not is marked in each table.
-    notes = [note for note in report.footnotes(records) if not note.startswith((report.APART, report.WEIGHTS))]
+    notes = [note for note in report.footnotes(records) if not note.startswith((report.APART, report.WEIGHTS, report.MEDIAN))]
     lines = odd_ones(records) + [note.removeprefix("\\* ") for note in notes]
     return f'<ul class="flags">{"".join(f"<li>{escape(line)}</li>" for line in lines)}</ul>' if lines else ""
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from moeexp.markdown_report import legend, times
-from moeexp.report import cell_of, in_time, number, why
+from moeexp.markdown_report import by_medians, legend, times
+from moeexp.report import MEDIAN, MEDIAN_NOTE, NONE, cell_of, in_time, is_median, number, why
 from moeexp.runs import Run, gain
 
 SPEED = "decode tok/s"
@@ -39,7 +39,7 @@ def ranking(ranked: Sequence[Run]) -> str:
     columns: list[tuple[str, list[Cell]]] = []
     for name, get in FIGURES.items():
         cells = [get(run, first) for run in ranked]
-        if any(cell.value is not None for cell in cells):
+        if any(cell.value for cell in cells):  # stalls of 0 are none
             columns.append((name, cells))
     names = [cell_of(run.record) for run in ranked]
     if any(names):
@@ -69,7 +69,10 @@ def ranking(ranked: Sequence[Run]) -> str:
     table = f'<table id="ranked"><thead><tr>{"".join(header)}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
     more = [name for name in (*axes, *(name for name, _ in rest)) if name in hidden]
     gains = [gain(run, first[run.workload]) for run in ranked if run.speed]
-    return _filters(settings, ranked, axes, more) + f'<div class="scroll">{table}</div>' + below(legend(gains))
+    said = legend(gains)
+    if any(is_median(run.record, "prefill_tok_s") for run in ranked):
+        said = f"{said} {MEDIAN} Prefill {MEDIAN_NOTE}.".strip()
+    return _filters(settings, ranked, axes, more) + f'<div class="scroll">{table}</div>' + below(said)
 
 
 def below(line: str) -> str:
@@ -142,6 +145,12 @@ def _figure(get: Callable[[dict[str, Any]], Any], scale: float = 1.0) -> Callabl
     return figure
 
 
+def _prefill(run: Run, first: dict[tuple, Run]) -> Cell:
+    value = run.record["prefill_tok_s"]
+    mark = MEDIAN * is_median(run.record, "prefill_tok_s")
+    return Cell("–") if value is None else Cell(number(value) + mark, value)
+
+
 def _spread(run: Run, first: dict[tuple, Run]) -> Cell:
     found = run.speed.interval if run.speed else None
     if found is None or found.low is None or found.high is None:
@@ -150,11 +159,36 @@ def _spread(run: Run, first: dict[tuple, Run]) -> Cell:
     return Cell(f"± {half:.2g} %", half)
 
 
+def _stalls(run: Run, first: dict[tuple, Run]) -> Cell:
+    """How many, and how long in all."""
+    stalls = run.record["stalls"]
+    if not stalls:
+        return Cell("–")
+    if not stalls["count"]:
+        return Cell(NONE, 0.0)
+    return Cell(f"{stalls['count']}, {number(stalls['total_ms'])} ms", stalls["total_ms"])
+
+
+def _without_stalls(run: Run, first: dict[tuple, Run]) -> Cell:
+    """Only of a run that had any: of another it is the speed."""
+    stalls = run.record["stalls"]
+    if not stalls or not stalls["count"]:
+        return Cell("–")
+    return Cell(number(stalls["decode_tok_s"]), stalls["decode_tok_s"])
+
+
 def _against_first(run: Run, first: dict[tuple, Run]) -> Cell:
     if run.speed is None or first[run.workload] is run:
         return Cell("–") if run.speed is None else Cell("1, the first", 1.0)
     found = gain(run, first[run.workload])
     return Cell(times(found), found.value, found.verdict.replace(" ", "-"))
+
+
+def _against_first_by_medians(run: Run, first: dict[tuple, Run]) -> Cell:
+    if run.speed is None or first[run.workload] is run:
+        return Cell("–") if run.speed is None else Cell("1", 1.0)
+    found = gain(run, first[run.workload])
+    return Cell(by_medians(found), found.medians and found.medians.value)
 
 
 def _of(key: str, *path: str) -> Callable[[dict[str, Any]], Any]:
@@ -176,9 +210,12 @@ FIGURES: dict[str, Callable[[Run, dict[tuple, Run]], Cell]] = {
     SPEED: _figure(_of("decode_tok_s")),
     "95 %": _spread,
     "vs first": _against_first,
+    "vs first by medians": _against_first_by_medians,
     "p50 ms": _figure(_of("token_latencies_ms", "p50")),
     "p99 ms": _figure(_of("token_latencies_ms", "p99")),
-    "prefill tok/s": _figure(_of("prefill_tok_s")),
+    "stalls": _stalls,
+    "tok/s without stalls": _without_stalls,
+    "prefill tok/s": _prefill,
     "first token ms": _figure(_of("ttft_s"), 1e3),
     "bits/byte": _figure(_of("bits_per_byte")),
     "memory GiB": _figure(peak_gib),

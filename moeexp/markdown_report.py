@@ -6,36 +6,55 @@ import shlex
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from moeexp import report
+from moeexp import processes, report
 from moeexp.conditions import odd_ones
 from moeexp.effects import MEANING, interactions, main_effects
-from moeexp.report import APART, WEIGHTS, number, percent
+from moeexp.report import APART, NONE, STALLS, WEIGHTS, number, percent, stalls_text
 from moeexp.runs import Run, runs_of, settings_text
 from moeexp.stack import Part, Stack, stacks
 from moeexp.statistics import Interval
 from moeexp.waterfall import Step, waterfalls
 
+SAME = "the same"
+UNSAID = ("–", NONE, SAME)  # a column of nothing else says nothing
 BAR = 24  # characters of the longest bar
 LOADED = "‡"  # marks a ratio of runs under unlike load
+LATE = (
+    "Where medians, or speeds without stalls, say otherwise than the ratio of speeds, late tokens make the difference: such a "
+    "gain or loss is a stall's, or hidden by one."
+)
 
 
 def document(records: Sequence[dict[str, Any]]) -> str:
     runs = runs_of(records)
     commands = dict.fromkeys(shlex.join(record["command"]) for record in records)
     head = "".join(f"{'- ' * (len(commands) > 1)}`{command}`\n" for command in commands)
-    parts = [head, report.markdown(records), _waterfalls(runs), _effects(runs), _interactions(runs), _stacks(runs)]
-    parts.append(_unlike(records))
+    parts = [head, report.markdown(records), _processes(runs), _waterfalls(runs), _effects(runs)]
+    parts += [_interactions(runs), _stacks(runs), _unlike(records)]
     return "\n".join(part for part in parts if part)
 
 
-def times(gain: Interval | None, *, marked: bool = True) -> str:
-    """A ratio of speeds with its interval, as text. `marked`: with the marks that `legend` explains."""
+def times(gain: Interval | None, *, marked: bool = True, beside: bool = False) -> str:
+    """A ratio of speeds with its interval, as text. `marked`: with the marks that `legend` explains; `beside`: and what it is
+    by medians and without stalls, where no columns of their own say that."""
     if gain is None:
         return "–"
-    marks = f" {_marks(gain)}" if marked and _marks(gain) else ""
-    if gain.low is None or gain.high is None:
-        return f"× {three(gain.value)}{marks}"
-    return f"× {three(gain.value)} [{three(gain.low)}, {three(gain.high)}]{marks}"
+    known = gain.low is not None and gain.high is not None
+    text = f"× {three(gain.value)}" + (f" [{three(gain.low)}, {three(gain.high)}]" if known else "")
+    parts = {"by medians": by_medians(gain), "without stalls": without_stalls(gain)} if beside else {}
+    text += "".join(f", {name} {part}" for name, part in parts.items() if part not in UNSAID)
+    return f"{text} {_marks(gain)}" if marked and _marks(gain) else text
+
+
+def by_medians(gain: Interval | None) -> str:
+    return f"× {three(gain.medians.value)}" if gain and gain.medians else "–"
+
+
+def without_stalls(gain: Interval | None) -> str:
+    if gain is None or gain.corrected is None:
+        return "–"
+    text = three(gain.corrected.value)
+    return SAME if text == three(gain.value) else f"× {text}"
 
 
 def _marks(gain: Interval) -> str:
@@ -55,6 +74,8 @@ def legend(gains: Iterable[Interval | None]) -> str:
     weights = "; ".join(dict.fromkeys(gain.weights for gain in shown if gain.weights))
     if weights:
         parts.append(f"{WEIGHTS} The weights differ in quantisation ({weights}): the ratio is not the engine's alone.")
+    if any(gain.doubt for gain in shown):
+        parts.append(LATE)
     if any(gain.idle for gain in shown):
         parts.append("Not applicable here: the setting has nothing to act on in these runs, and what is seen is noise.")
     return " ".join(parts)
@@ -67,12 +88,19 @@ def three(value: float) -> str:
     return f"{value:#.3g}".removesuffix(".") if 0.001 <= abs(value) < 1000 else number(value)
 
 
+def _processes(runs: Sequence[Run]) -> str:
+    found = processes.processes(runs)
+    if not found:
+        return ""
+    return "### Processes\n\n" + markdown_table(processes.HEADER, processes.rows(found)) + _below(processes.NOTE)
+
+
 def _waterfalls(runs: Sequence[Run]) -> str:
     texts = []
     for steps in waterfalls(runs):
         of = settings_text(steps[0].run.workload)
         text = f"### Speed-up{', ' + of if of else ''}\n\n```text\n" + "\n".join(_bars(steps)) + "\n```\n\n"
-        texts.append(text + _table(*steps_table(steps)) + _below(steps_legend(steps)))
+        texts.append(text + markdown_table(*steps_table(steps)) + _below(steps_legend(steps)))
     return "\n".join(texts)
 
 
@@ -95,7 +123,8 @@ def _bars(steps: Sequence[Step]) -> list[str]:
 def steps_table(steps: Sequence[Step]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: what each step is, how fast, what it gained, and what that may come from."""
     header = [
-        "step", "tok/s", "ms/token", "gain over the one before", "verdict", "in all", "kernels/token", "host µs/token", "check",
+        "step", "tok/s", "ms/token", "gain over the one before", "by medians", "without stalls", "verdict", "in all",
+        "in all, by medians", STALLS, "kernels/token", "host µs/token", "check",
     ]  # fmt: skip
     rows = []
     for step in steps:
@@ -107,14 +136,18 @@ def steps_table(steps: Sequence[Step]) -> tuple[list[str], list[list[str]]]:
                 number(speed.tok_s if speed else None),
                 number(1e3 * record["config"]["batch"] / speed.tok_s if speed else None),
                 times(step.gain),
+                by_medians(step.gain),
+                without_stalls(step.gain),
                 step.gain.phrase if step.gain else "" if speed else record["status"],
                 f"× {three(step.total.value)} {_marks(step.total)}".strip() if step.total else "–",
+                by_medians(step.total),
+                stalls_text(record),
                 number(record["kernels_per_token"]),
                 number((record.get("time_split") or {}).get("host_us")),
                 _check(record),
             ]
         )
-    kept = [column for column in range(len(header)) if any(row[column] != "–" for row in rows)]
+    kept = [column for column in range(len(header)) if any(row[column] not in UNSAID for row in rows)]
     return [header[column] for column in kept], [[row[column] for column in kept] for row in rows]
 
 
@@ -141,15 +174,16 @@ def _effects(runs: Sequence[Run]) -> str:
             f"`{effect.axis}`",
             f"{effect.base} → {effect.level}",
             times(effect.ratio),
+            by_medians(effect.ratio),
             effect.ratio.phrase,
             f"{effect.pairs}",
             f"{three(effect.least)} … {three(effect.most)}",
         ]
         for effect in effects
     ]
-    header = ["setting", "change", "decode speed", "verdict", "matched pairs", "their range"]
+    header = ["setting", "change", "decode speed", "by medians", "verdict", "matched pairs", "their range"]
     head = "\nOver runs that differ in this setting alone; 95 % intervals.\n"
-    return "### Effects\n\n" + _table(header, rows) + head + _below(legend(effect.ratio for effect in effects))
+    return "### Effects\n\n" + markdown_table(header, rows) + head + _below(legend(effect.ratio for effect in effects))
 
 
 def _interactions(runs: Sequence[Run]) -> str:
@@ -162,7 +196,7 @@ def _interactions(runs: Sequence[Run]) -> str:
             f"`{one.second[0]}={one.second[2]}`",
             f"× {three(one.alone[0])}, × {three(one.alone[1])}",
             f"× {three(one.together)}",
-            times(one.ratio),
+            times(one.ratio, beside=True),
             one.verdict,
         ]
         for one in found
@@ -171,20 +205,20 @@ def _interactions(runs: Sequence[Run]) -> str:
     seen = dict.fromkeys(one.verdict for one in found)
     meaning = "; ".join(f"{word}: {MEANING[word]}" for word in seen if word in MEANING)
     lines = _below(f"{meaning}." if meaning else "") + _below(legend(one.ratio for one in found))
-    return "### Interactions\n\n" + _table(header, rows) + lines
+    return "### Interactions\n\n" + markdown_table(header, rows) + lines
 
 
 def _stacks(runs: Sequence[Run]) -> str:
     text = ""
     for stack in stacks(runs):
-        text += "### Alone and in the full stack\n\n" + _table(*stack_table(stack)) + _below(stack_line(stack))
+        text += "### Alone and in the full stack\n\n" + markdown_table(*stack_table(stack)) + _below(stack_line(stack))
         text += _below(stack_legend(stack))
     return text
 
 
 def stack_table(stack: Stack) -> tuple[list[str], list[list[str]]]:
     rows = [
-        [part.axis, f"{part.base} → {part.level}", times(part.alone), times(part.last), _shared(part)]
+        [part.axis, f"{part.base} → {part.level}", times(part.alone, beside=True), times(part.last, beside=True), _shared(part)]
         for part in stack.parts
     ]
     return ["setting", "change", "alone, on the baseline", "last, on all the others", "verdict"], rows
@@ -203,7 +237,7 @@ def _shared(part: Part) -> str:
 
 
 def stack_line(stack: Stack) -> str:
-    line = f"All together: {times(stack.together)}"
+    line = f"All together: {times(stack.together, beside=True)}"
     if stack.product is None or stack.ratio is None:
         return line + "."
     line += f"; the product of what each buys alone: {times(stack.product)}"
@@ -220,6 +254,6 @@ def _unlike(records: Sequence[dict[str, Any]]) -> str:
     return "### Conditions\n\n" + "".join(f"- {line}\n" for line in lines) if lines else ""
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, [":--"] * len(header), *rows]
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)

@@ -14,10 +14,14 @@ from moeexp.conditions import group_name
 from moeexp.record import SPEEDS, is_prepared, read_record, write_atomically
 
 MEASURED = ("decode tok/s", "prefill tok/s", "TTFT ms", "bits/byte", "peak GiB")
+STALLS = "stalls: how many, ms, tok/s without"
+NONE = "none"  # of stalls: they were looked for
+MEDIAN = "¶"  # marks a figure that an older definition made a median of
 APART = "†"  # marks what was not timed in turns with what it is held against
 WEIGHTS = "§"  # marks what has weights of another quantisation, where the engine is another too
 # What Hydra's grammar escapes in a value without quotes.
 ESCAPED = re.compile(r"\\([\\()\[\]{}:=, \t])")
+MEDIAN_NOTE = "by the median prefill, as older records have it: no tokens over time"
 RANDOM_WEIGHTS = "random weights: routing is near uniform there and prefill touches every expert"
 
 
@@ -56,14 +60,17 @@ def table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]
     named, unique = all(cells), len(set(cells)) == len(cells)
     axes = [] if named and unique else varying(records)
     first = (["cell"] if named else []) + axes
-    header = [*(first or ["run"]), "status", *MEASURED]
+    # Of stalls a table speaks where a run had any.
+    stalled = any(stalls_text(record) not in ("–", NONE) for record in records)
+    header = [*(first or ["run"]), "status", *MEASURED, *[STALLS] * stalled]
     settings = [
         ([cell] if named else []) + [setting(record, axis) for axis in axes] or [record["id"]]
         for cell, record in zip(cells, records, strict=True)
     ]
     marks = [APART * apart + WEIGHTS * bool(weights) for apart, weights in _against_first(records)]
     return header, [
-        [*chosen, *_results(record, mark)] for chosen, record, mark in zip(settings, records, marks, strict=True)
+        [*chosen, *_results(record, mark), *[stalls_text(record)] * stalled]
+        for chosen, record, mark in zip(settings, records, marks, strict=True)
     ]
 
 
@@ -74,7 +81,8 @@ def cell_of(record: dict[str, Any]) -> str | None:
 
 def markdown(records: Sequence[dict[str, Any]]) -> str:
     header, rows = table(records)
-    rule = [":--"] * (len(header) - len(MEASURED)) + ["--:"] * len(MEASURED)
+    figures = len(header) - header.index(MEASURED[0])
+    rule = [":--"] * (len(header) - figures) + ["--:"] * figures
     lines = [header, rule, *rows]
     text = "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
     notes = footnotes(records)
@@ -84,6 +92,8 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
 def footnotes(records: Sequence[dict[str, Any]]) -> list[str]:
     """What the table's marks mean, and why each run that is not ok is not."""
     notes = [f"\\* {RANDOM_WEIGHTS}"] if any(_is_marked(record) for record in records) else []
+    if any(is_median(record, "prefill_tok_s") for record in records):
+        notes.append(f"{MEDIAN} {MEDIAN_NOTE}")
     against = _against_first(records)
     if any(apart for apart, _ in against):
         notes.append(f"{APART} not timed in turns with the first run: run-to-run noise is part of what lies between them")
@@ -165,11 +175,26 @@ def _results(record: dict[str, Any], marks: str) -> list[str]:
     return [
         record["status"],
         number(record["decode_tok_s"]) + mark + marks,
-        number(record["prefill_tok_s"]),
+        number(record["prefill_tok_s"]) + MEDIAN * is_median(record, "prefill_tok_s"),
         number(None if ttft is None else 1e3 * ttft),
         number(record["bits_per_byte"]),
         number(memory.get("peak_allocated", memory.get("peak_host"))),
     ]
+
+
+def stalls_text(record: dict[str, Any]) -> str:
+    """How many stalls, how long in all, and the speed without them; – where that is not known."""
+    stalls = record["stalls"]
+    if stalls is None:
+        return "–"
+    if not stalls["count"]:
+        return NONE
+    return f"{number(stalls['count'])}, {number(stalls['total_ms'])}, {number(stalls['decode_tok_s'])}"
+
+
+def is_median(record: dict[str, Any], key: str) -> bool:
+    """Whether a migrated record has a median where records of today have tokens over time."""
+    return record[key] is not None and key in (record["migrated"] or {}).get("medians", ())
 
 
 def number(value: Any) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,12 +29,13 @@ class Run:
 
     `settings`: {axis: value as text} of every axis in which those differ that began to run. `asked`: the same of each
     override by which only a cell that never ran differs from them: a value that was refused is seen, and is no level of
-    anything."""
+    anything. `repeats`: equal for runs that only repeat one another."""
 
     record: dict[str, Any]
     speed: Speed | None
     settings: dict[str, str] = field(default_factory=dict)
     asked: dict[str, str] = field(default_factory=dict)
+    repeats: Hashable = None
 
     @property
     def id(self) -> str:
@@ -90,17 +92,17 @@ def runs_of(records: Sequence[dict[str, Any]]) -> list[Run]:
     differing = _without_consequences(differing, flat)
     asked = _refused_axes(records, differing)
     resolved_as = {axis: _resolved_as(axis, resolved) for axis in differing}
-    same = [(_repeated(config), record["code_fingerprint"]) for record, config in zip(records, configs, strict=True)]
+    same = [_repeated(record, config) for record, config in zip(records, configs, strict=True)]
     speeds = statistics.with_repeats(
         [statistics.speed_of(record) for record in records], same, [config[MACHINE] for config in configs]
     )
     runs = []
-    for record, speed, config in zip(records, speeds, configs, strict=True):
+    for record, speed, config, repeats in zip(records, speeds, configs, same, strict=True):
         settings = {axis: config.get(axis, "–") for axis in differing}
         if not is_prepared(record):
             # As those of its sweep have it that asked for the same, so that it lies with them; else as it was asked for.
             settings |= {a: found for a in differing if (found := resolved_as[a].get(_deciding(a, record))) is not None}
-        runs.append(Run(record, speed, settings, {key: setting(record, key) for key in asked}))
+        runs.append(Run(record, speed, settings, {key: setting(record, key) for key in asked}, repeats))
     return runs
 
 
@@ -135,9 +137,10 @@ def _deciding(axis: str, record: dict[str, Any]) -> tuple:
     return record["id"].rpartition(".")[0] or record["id"], tuple(sorted(chosen.items()))
 
 
-def _repeated(config: dict[str, str]) -> tuple[tuple[str, str], ...]:
-    """Equal for two runs that only repeat one another."""
-    return tuple(sorted((axis, value) for axis, value in config.items() if axis not in statistics.REPEATED))
+def _repeated(record: dict[str, Any], config: dict[str, str]) -> Hashable:
+    """Equal for two runs that only repeat one another: the config but for its seed, the code, and what was read."""
+    settings = tuple(sorted((axis, value) for axis, value in config.items() if axis not in statistics.REPEATED))
+    return settings, record["code_fingerprint"], json.dumps(record["identity"], sort_keys=True)
 
 
 def machine(record: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moeexp.report import footnotes, markdown, number, table, why
+from moeexp.report import footnotes, is_median, markdown, number, table, why
 from moeexp.schema import model_label
 
 COLOURS = {"ok": "green", "running": "yellow", "unsupported": "yellow", "interrupted": "yellow"}
@@ -151,9 +151,14 @@ def _speed_rows(record: dict[str, Any]) -> list[Row]:
         if record["random_weights"]:
             text.append("  (random weights)", style="yellow not bold")
         rows.append(("decode", text))
+    stalls = record["stalls"]
+    if stalls and stalls["count"]:
+        delay = f"{stalls['count']}, {number(stalls['total_ms'])} ms in all, the longest {number(stalls['longest_ms'])} ms"
+        rows.append(("stalls", f"{delay}; without them {number(stalls['decode_tok_s'])} tok/s"))
     if record["prefill_tok_s"] is not None:
         first = f", first token after {number(1e3 * record['ttft_s'])} ms" if record["ttft_s"] is not None else ""
-        rows.append(("prefill", f"{number(record['prefill_tok_s'])} tok/s{first}"))
+        median = " (by the median)" if is_median(record, "prefill_tok_s") else ""
+        rows.append(("prefill", f"{number(record['prefill_tok_s'])} tok/s{median}{first}"))
     if record["first_token_s"] is not None:
         rows.append(("ready", f"the first token of all came {number(record['first_token_s'])} s after the process started"))
     if record["bandwidth_share"] is not None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from moeexp.record import read_record
+from moeexp.record import LATENCIES, read_record
 
 ANSWER = "moeexp-tracker: "
 # Where `wandb login` goes without a server of one's own, by version.
@@ -41,10 +41,8 @@ def _result(name: str, **known: Any) -> dict[str, Any]:
 
 def _append(record: dict[str, Any], path: Path) -> dict[str, Any]:
     """One line, in one write, so that concurrent runs do not mix; without raw samples, which the record has."""
-    latencies = record["token_latencies_ms"]
-    if latencies is not None:
-        latencies = {key: value for key, value in latencies.items() if key != "samples"}
-    line = json.dumps(record | {"token_latencies_ms": latencies}, allow_nan=False) + "\n"
+    latencies = {key: _statistics(record[key]) for key in LATENCIES}
+    line = json.dumps(record | latencies, allow_nan=False) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab", buffering=0) as file:
@@ -163,13 +161,18 @@ def _init(wandb: Any, record: dict[str, Any], run_dir: Path, mode: str, group: s
 
 def _summary(record: dict[str, Any]) -> dict[str, Any]:
     summary = {key: record[key] for key in SUMMARY_KEYS if record[key] is not None}
-    latencies = {k: v for k, v in (record["token_latencies_ms"] or {}).items() if k != "samples"}
+    token, prefill, ttft = (_statistics(record[key]) for key in LATENCIES)
+    latencies = {"latency_ms": token, "prefill_latency_ms": prefill, "ttft_latency_ms": ttft}
     check = {"passed": (record["check"] or {}).get("passed")}
     for part in (record["check"] or {}).get("parts", []):
         check[part["name"]] = {gate["gate"]: gate["value"] for gate in part["gates"]}
-    nested = {"check": check, "latency_ms": latencies} | {key: record[key] for key in ("phases_s", "memory_gib")}
+    nested = {"check": check} | latencies | {key: record[key] for key in ("stalls", "phases_s", "memory_gib")}
     summary |= {"status": record["status"]} | {"bits_per_byte": record["bits_per_byte"]}
     return summary | {key: value for key, value in nested.items() if value}
+
+
+def _statistics(latencies: dict[str, Any] | None) -> dict[str, Any] | None:
+    return latencies and {key: value for key, value in latencies.items() if key != "samples"}
 
 
 if __name__ == "__main__":

@@ -20,8 +20,11 @@ TEXT_LIMIT = 60_000  # characters of Markdown that a report takes well
 # (title, the key in the summary)
 METRICS = (
     ("decode tok/s", "decode_tok_s"),
+    ("decode tok/s without stalls", "stalls.decode_tok_s"),
+    ("delay by stalls, ms", "stalls.total_ms"),
     ("prefill tok/s", "prefill_tok_s"),
     ("time to first token, s", "ttft_s"),
+    ("p50 of a token's latency, ms", "latency_ms.p50"),
     ("p99 of a token's latency, ms", "latency_ms.p99"),
     ("bits per byte", "bits_per_byte"),
     ("share of the read bandwidth", "bandwidth_share"),

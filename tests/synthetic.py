@@ -35,6 +35,14 @@ TELEMETRY = {
 }  # fmt: skip
 
 
+def stalls(count: int, ms_each: float, tok_s: float) -> dict[str, Any]:
+    """As a record has them, of a run that would decode at `tok_s` without them."""
+    return {
+        "count": count, "total_ms": count * ms_each, "longest_ms": ms_each, "pace_ms": 1e3 / tok_s, "ahead": 1,
+        "decode_tok_s": tok_s,
+    }  # fmt: skip
+
+
 @functools.cache
 def config(overrides: tuple[str, ...]) -> str:
     return json.dumps(plain(resolve(compose(["model=nano", *overrides]), cuda_available=False)))

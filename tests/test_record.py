@@ -24,7 +24,7 @@ SPEEDS = {"decode_tok_s": 10.0, "prefill_tok_s": 20.0, "ttft_s": 0.1, "bandwidth
 def test_written_whole_from_the_start(tmp_path):
     new(tmp_path).write()
     data = read_record(tmp_path / "record.json")
-    assert data["schema"] == "moeexp.record/1" and data["status"] == "running"
+    assert data["schema"] == "moeexp.record/2" and data["status"] == "running"
     assert set(record.KEYS) < set(data)
 
 

@@ -71,7 +71,9 @@ def test_few_samples_give_a_speed_without_an_interval(samples):
     speed = speed_of(record)
     assert speed.tok_s == record["decode_tok_s"]
     found = ratio(speed, speed_of(synthetic.record(id="b")))
-    assert found == Interval(pytest.approx(1.0, rel=0.1), run_to_run=pytest.approx(0.05))
+    noise = pytest.approx(0.05)
+    alone = Interval(pytest.approx(1.0, rel=0.1), run_to_run=noise)
+    assert found == replace(alone, medians=alone)
     assert ratio(speed, speed).verdict == "no interval"
 
 
@@ -79,13 +81,48 @@ def test_no_speed_no_interval():
     assert speed_of(synthetic.record(status="incorrect")) is None
 
 
-def test_a_speed_of_bursts_is_held_against_the_mean():
+def test_a_speed_is_held_against_the_mean_of_its_samples():
     """Tokens that arrive eight at a time: the median latency is next to nothing and says nothing about speed."""
     samples = np.tile([0.001] * 7 + [8.0], 25) * np.repeat([1.0, 1.01, 0.99, 1.02, 0.98], 40)
     record = synthetic.record(samples=samples) | {"decode_tok_s": 1e3 / samples.mean()}
     found = speed_of(record).interval
     assert found.low < record["decode_tok_s"] < found.high and 1.01 < found.high / found.low < 1.2
     assert speed_of(record | {"decode_tok_s": 123.0}).log_replicates is None
+    median = 1e3 / record["token_latencies_ms"]["p50"]
+    assert speed_of(record | {"decode_tok_s": median}).log_replicates is None, "a median is no tokens over time"
+
+
+def stalled(late=16.0, id="late", group=None, **values):
+    """A millisecond a token, but for a few late tokens in one of five rounds."""
+    samples = 1.0 + 0.002 * np.random.default_rng(7).normal(size=200)
+    samples[[90, 95, 100, 105]] = late
+    return synthetic.record(id=id, samples=samples, group=group, **values)
+
+
+def test_a_gain_that_is_a_stall_is_seen_by_medians_and_without_stalls_and_said():
+    turns = {"id": "g"}
+    late = stalled(group=turns, stalls=synthetic.stalls(4, 15.0, 1000.0))
+    smooth = synthetic.record(id="b", ms=1.0, noise=0.002, group=turns, stalls=synthetic.stalls(0, 0.0, 1000.0))
+    found = ratio(speed_of(smooth), speed_of(late))
+    assert found.value == pytest.approx(1.3, rel=0.01)
+    assert found.medians.value == pytest.approx(1.0, rel=0.01) and found.corrected.value == pytest.approx(1.0, rel=0.01)
+    assert found.medians.high < 1.01 and found.low < 0.99, "late tokens widen the ratio's interval, not the medians'"
+    every = np.tile(np.where(np.arange(40) == 20, 16.0, 1.0), 5) + 0.002 * np.random.default_rng(8).normal(size=200)
+    steady = synthetic.record(id="a", samples=every, group=turns, stalls=synthetic.stalls(5, 15.0, 1000.0))
+    found = ratio(speed_of(smooth), speed_of(steady))
+    assert found.verdict == "faster" and found.phrase == "faster, but no difference by medians and without stalls"
+    hidden = synthetic.record(id="c", samples=0.98 * every, group=turns)
+    found = ratio(speed_of(hidden), speed_of(stalled(group=turns)))
+    assert found.corrected is None and found.verdict == "no difference"
+    assert found.phrase == "no difference, but faster by medians"
+
+
+def test_a_single_round_is_cut_into_blocks():
+    """Drawn whole, it would have no spread at all."""
+    record = synthetic.record(rounds=1) | {"rounds": [{"n": 40}]}
+    assert round_lengths(record, 40) == [8] * 5
+    found = speed_of(record).interval
+    assert found.low < found.value < found.high
 
 
 def test_rounds_are_those_recorded_else_the_repeats_else_blocks():
@@ -194,7 +231,7 @@ def test_what_a_session_of_turns_has_in_common_cancels():
 
 def test_unlike_load_allows_no_verdict():
     quiet, busy = (synthetic.record(id=f"{n}", device="cpu", telemetry=synthetic.load(n)) for n in (1, 12))
-    found = ratio(speed_of(quiet), replace(speed_of(busy), tok_s=300.0))
+    found = ratio(speed_of(quiet), replace(speed_of(busy), tok_s=300.0, median_tok_s=300.0))
     assert found.unlike_load and found.verdict == "unlike load"
     assert found.phrase == "faster, but under unlike load" and found.low > 1
     alike = synthetic.record(id="c", device="cpu", telemetry=synthetic.load(3))

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from moeexp import tracker
-from moeexp.record import Record, plain, read_record
+from moeexp.record import Record, latency_summary, plain, read_record
 from moeexp.schema import compose
 from moeexp.validate import resolve
 
@@ -18,6 +18,7 @@ def make(folder, *overrides):
     run = Record(folder / "record.json", id="ab12", config=config, command=["python"], overrides=list(overrides))
     run.set(check={"passed": True, "parts": [], "failures": []}, decode_tok_s=5.0, environment={"gpu": None})
     run.latencies_ms += [1.0, 2.0, 4.0]
+    run.set(prefill_latencies_ms=latency_summary([7.0, 9.0]), stalls={"count": 1, "decode_tok_s": 6.0})
     run.finish("ok")
     return run
 
@@ -34,6 +35,14 @@ def test_jsonl_appends_a_line_for_each_run(tmp_path):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["decode_tok_s"] for line in lines] == [5.0, 5.0]
     assert lines[0]["token_latencies_ms"]["p50"] == 2.0 and "samples" not in lines[0]["token_latencies_ms"]
+    assert lines[0]["prefill_latencies_ms"]["p90"] == 9.0 and "samples" not in lines[0]["prefill_latencies_ms"]
+
+
+def test_the_summary_has_the_speed_its_stalls_and_the_latencies(tmp_path):
+    summary = tracker._summary(make(tmp_path).data)
+    assert summary["decode_tok_s"] == 5.0 and summary["stalls"] == {"count": 1, "decode_tok_s": 6.0}
+    assert summary["latency_ms"]["p50"] == 2.0 and summary["prefill_latency_ms"]["p50"] == 7.0
+    assert "samples" not in str(summary) and "ttft_latency_ms" not in summary
 
 
 def test_jsonl_that_cannot_be_written_is_one_warning(tmp_path):

@@ -40,7 +40,7 @@ def test_the_specification_names_runs_and_metrics_as_they_are_tracked():
 def test_the_metrics_are_keys_that_the_tracker_writes():
     from moeexp.tracker import _summary
 
-    one = records()[0] | {"bits_per_byte": 1.0, "joules_per_token": 1.0}
+    one = records()[0] | {"bits_per_byte": 1.0, "joules_per_token": 1.0, "stalls": synthetic.stalls(1, 2.0, 9.0)}
     summary = _summary(one)
     for _, key in wandb_report.METRICS:
         value = summary

@@ -1,0 +1,121 @@
+"""README's and docs' figures are the records': the blocks, the command that makes them, and no figure outside of them."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import synthetic
+
+from moeexp import figures
+from moeexp.figure_blocks import BLOCKS, HEADLINE
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+# A number with a unit of what runs measure, or a ratio.
+UNIT = r"(?:tok/s|[µun]s|ms|s|[GMk]i?B|J|[TG]B/s|joules|seconds|minutes)(?![\w/])"
+FIGURE = re.compile(rf"(?<![\w.])\d[\d,.]*(?:[ \n]{UNIT}|[ \n]?[%×])|×[ \n]?\d[\d.]*")
+# What is no measurement: limits of the check, and what statistics allow for.
+ALLOWED = ("95 %", "40 %", "5 %", "1 %", "1.5 ×")
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A copy of the pages and the records, to be spoiled."""
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_pages_are_what_the_records_say(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert figures.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_one_definition_moves_the_ladder():
+    """As one over the median these were 338.5, × 1.65 and × 5.11, beside means of other rungs."""
+    for name in ("ladder", "ladder-short"):
+        lines = BLOCKS[name](ROOT / "results").splitlines()
+        (copied,) = [line for line in lines if line.startswith("| skipped output copy")]
+        (graph,) = [line for line in lines if line.startswith("| CUDA graph")]
+        (prefetch,) = [line for line in lines if line.startswith("| weights prefetched")]
+        assert "| 295.1 |" in copied and "× 1.88 [" in graph and "| × 1.65 |" in graph
+        assert "× 1.064 [" in prefetch and "| × 1.019 |" in prefetch, "most of that gain is a stall"
+        assert "One process each" in lines[-1]
+    assert "to the last: × 5.31 [" in BLOCKS["ladder-summary"](ROOT / "results")
+
+
+def test_a_changed_digit_is_named_and_written_anew(checkout, capsys):
+    page = checkout / "docs" / "results.md"
+    whole = page.read_text()
+    page.write_text(whole.replace("| 295.1 |", "| 295.2 |"))
+    assert figures.main(["--check"]) == 1
+    assert capsys.readouterr().out == "docs/results.md: ladder is not what the records say\n"
+    assert "| 295.2 |" in page.read_text(), "a check writes nothing"
+    assert figures.main([]) == 0 and page.read_text() == whole
+    assert capsys.readouterr().out == "docs/results.md: ladder rewritten\n"
+
+
+def test_another_record_is_another_figure(checkout, capsys):
+    (record,) = checkout.glob("results/first_run*.json")
+    record.write_text(record.read_text().replace('"first_token_s": 2', '"first_token_s": 3'))
+    assert figures.main(["--check", "docs/results.md"]) == 1
+    assert "first-run is not what the records say" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["<!-- figures: nothing -->\n<!-- /figures -->\n", "<!-- figures: tiny -->\n",
+                                  "<!-- /figures -->\n", "<!-- figures: tiny --> x\n<!-- figures: tiny -->\n"])  # fmt: skip
+def test_a_block_that_cannot_be_made_is_one_line(checkout, capsys, text):
+    (checkout / "a.md").write_text(text)
+    assert figures.main(["a.md"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: a.md: ") and said.count("\n") == 1 and (checkout / "a.md").read_text() == text
+
+
+def test_away_from_a_checkout_it_says_where_to_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert figures.main([]) == 2 and "run it where the repository's README.md lies" in capsys.readouterr().err
+    assert figures.main(["--help"]) == 0
+
+
+def repeats(folder, *ms):
+    """As `-m … seed=0,1,2` leaves them."""
+    records = [synthetic.record("cuda_graph=false", f"seed={i}", id=f"r{i}", samples=[one] * 40) for i, one in enumerate(ms)]
+    return synthetic.write(folder / HEADLINE, [one | {"bandwidth_share": 0.5, "joules_per_token": 0.9} for one in records])
+
+
+def test_the_headline_is_the_median_of_three_processes_with_its_spread(tmp_path):
+    assert BLOCKS["headline"](tmp_path) == "", "not measured: the README says nothing"
+    repeats(tmp_path, 1.25, 1.0, 0.8)
+    text = BLOCKS["headline"](tmp_path)
+    assert "median of 3 processes [least, most]" in text and "| decode, tok/s | **1,000 [800, 1,250]** |" in text
+    assert "| of the measured read bandwidth, % | 50 [50, 50] |" in text and "| 0.9 [0.9, 0.9] |" in text
+    assert "–" not in text and "check passed" in text
+
+
+def test_a_headline_of_fewer_processes_is_refused(checkout, capsys):
+    repeats(checkout / "results", 1.0, 1.1)
+    assert figures.main(["--check", "README.md"]) == 2
+    said = capsys.readouterr().err
+    assert "holds 2 measured processes, and a headline figure needs 3" in said and said.count("\n") == 1
+
+
+def stray(text):
+    """Figures in a page outside of its blocks."""
+    return [found for found in FIGURE.findall(figures.outside(text)) if found not in ALLOWED]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_figure_stands_outside_a_block(page):
+    assert stray(page.read_text()) == []
+
+
+def test_a_figure_outside_a_block_is_found():
+    some = ("828.9 tok/s", "1,218 µs", "1.21 ms", "gains × 1.65", "19.8 GiB", "62 %", "0.86 J", "3.12\nTB/s", "1.2×", "219 s")
+    for text in some:
+        assert stray(f"It is {text}, now.\n") and stray(f"{text}\n<!-- figures: tiny -->\n1 ms\n<!-- /figures -->\n")
+        assert not stray(f"<!-- figures: tiny -->\nIt is {text}.\n<!-- /figures -->\n")
+    assert not stray("512 tokens, 40 layers, `eval_bytes=8192`, 248,320 logits, 95 % intervals, an H100 80GB HBM3")
+    assert all(any(allowed in page.read_text() for page in PAGES) for allowed in ALLOWED), "a stale allowance"
