@@ -42,7 +42,15 @@ class Interaction:
     @property
     def verdict(self) -> str:
         """independent | combine | overlap | cancel | no interval."""
-        verdict = self.ratio.verdict
+        return self._named(self.ratio.verdict)
+
+    @property
+    def phrase(self) -> str:
+        """The verdict, and what the medians or the speeds without stalls say where that is another."""
+        dissent = self.ratio.dissent.items()
+        return self.verdict + "".join(f", but {self._named(seen)} {' and '.join(names)}" for seen, names in dissent)
+
+    def _named(self, verdict: str) -> str:
         if verdict == "no difference":
             return "independent"
         if verdict == "faster":

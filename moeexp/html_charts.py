@@ -183,7 +183,7 @@ def _interactions(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
     order = {"combine": 0, "cancel": 1, "overlap": 2}
     found.sort(key=lambda one: order.get(one.verdict, 3))
     rows = "".join(
-        f'<tr><td class="{escape(one.verdict.replace(" ", "-"))}">{escape(one.verdict)}</td>'
+        f'<tr><td class="{escape(one.verdict.replace(" ", "-"))}">{escape(one.phrase)}</td>'
         f"<td>{escape(f'{one.first[0]}: {one.first[1]} → {one.first[2]}')}</td>"
         f"<td>{escape(f'{one.second[0]}: {one.second[1]} → {one.second[2]}')}</td>"
         f'<td class="number">× {three(one.alone[0])}</td><td class="number">× {three(one.alone[1])}</td>'

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from moeexp.markdown_report import by_medians, legend, times
+from moeexp.markdown_report import by_medians, legend, three, times
 from moeexp.report import MEDIAN, MEDIAN_NOTE, NONE, cell_of, in_time, is_median, number, why
 from moeexp.runs import Run, gain
 
@@ -131,9 +131,9 @@ def _axis_cell(axis: str, text: str, css: str = "") -> str:
 
 def _cell(cell: Cell, css: str) -> str:
     value = "" if cell.value is None else escape(str(cell.value))
-    # An interval may stand below its value, and neither breaks in itself.
-    at, bracket, interval = escape(cell.text).partition(" [")
-    text = f"<span>{at}</span> <span>[{interval}</span>" if bracket else at
+    # Parts may stand below each other (a value, its interval), and none breaks in itself.
+    parts = escape(cell.text).replace(" [", "\n[").split("\n")
+    text = " ".join(f"<span>{part}</span>" for part in parts) if len(parts) > 1 else parts[0]
     return f'<td class="{css} {cell.css}" data-value="{value}">{text}</td>'
 
 
@@ -160,35 +160,21 @@ def _spread(run: Run, first: dict[tuple, Run]) -> Cell:
 
 
 def _stalls(run: Run, first: dict[tuple, Run]) -> Cell:
-    """How many, and how long in all."""
+    """How many, how long in all, and the speed without them."""
     stalls = run.record["stalls"]
     if not stalls:
         return Cell("–")
     if not stalls["count"]:
         return Cell(NONE, 0.0)
-    return Cell(f"{stalls['count']}, {number(stalls['total_ms'])} ms", stalls["total_ms"])
-
-
-def _without_stalls(run: Run, first: dict[tuple, Run]) -> Cell:
-    """Only of a run that had any: of another it is the speed."""
-    stalls = run.record["stalls"]
-    if not stalls or not stalls["count"]:
-        return Cell("–")
-    return Cell(number(stalls["decode_tok_s"]), stalls["decode_tok_s"])
+    text = f"{stalls['count']}, {three(stalls['total_ms'])} ms\nwithout {number(stalls['decode_tok_s'])}"
+    return Cell(text, stalls["total_ms"])
 
 
 def _against_first(run: Run, first: dict[tuple, Run]) -> Cell:
     if run.speed is None or first[run.workload] is run:
         return Cell("–") if run.speed is None else Cell("1, the first", 1.0)
     found = gain(run, first[run.workload])
-    return Cell(times(found), found.value, found.verdict.replace(" ", "-"))
-
-
-def _against_first_by_medians(run: Run, first: dict[tuple, Run]) -> Cell:
-    if run.speed is None or first[run.workload] is run:
-        return Cell("–") if run.speed is None else Cell("1", 1.0)
-    found = gain(run, first[run.workload])
-    return Cell(by_medians(found), found.medians and found.medians.value)
+    return Cell(f"{times(found)}\nmedians {by_medians(found)}", found.value, found.verdict.replace(" ", "-"))
 
 
 def _of(key: str, *path: str) -> Callable[[dict[str, Any]], Any]:
@@ -210,11 +196,9 @@ FIGURES: dict[str, Callable[[Run, dict[tuple, Run]], Cell]] = {
     SPEED: _figure(_of("decode_tok_s")),
     "95 %": _spread,
     "vs first": _against_first,
-    "vs first by medians": _against_first_by_medians,
     "p50 ms": _figure(_of("token_latencies_ms", "p50")),
     "p99 ms": _figure(_of("token_latencies_ms", "p99")),
     "stalls": _stalls,
-    "tok/s without stalls": _without_stalls,
     "prefill tok/s": _prefill,
     "first token ms": _figure(_of("ttft_s"), 1e3),
     "bits/byte": _figure(_of("bits_per_byte")),

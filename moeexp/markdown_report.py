@@ -197,7 +197,7 @@ def _interactions(runs: Sequence[Run]) -> str:
             f"× {three(one.alone[0])}, × {three(one.alone[1])}",
             f"× {three(one.together)}",
             times(one.ratio, beside=True),
-            one.verdict,
+            one.phrase,
         ]
         for one in found
     ]
@@ -233,7 +233,8 @@ def _shared(part: Part) -> str:
     verdicts = {
         "no difference": "the same in both", "faster": "more with the others", "slower": "less with the others",
     }  # fmt: skip
-    return verdicts.get(part.ratio.verdict, part.ratio.verdict)
+    text = verdicts.get(part.ratio.verdict, part.ratio.verdict)
+    return text + "".join(f", but {verdicts[seen]} {' and '.join(names)}" for seen, names in part.ratio.dissent.items())
 
 
 def stack_line(stack: Stack) -> str:

@@ -37,7 +37,7 @@ def from_1_to_2(old: dict[str, Any]) -> dict[str, Any]:
     new = old | {"schema": "moeexp.record/2", "joules_per_token": None}
     new |= dict.fromkeys(("identity", "stalls", "prefill_latencies_ms", "ttft_latencies_ms", "energy"))
     config, latencies, floor = old["config"], old["token_latencies_ms"], old.get("bytes_per_token")
-    if config["cuda_graph"]:
+    if config.get("cuda_graph"):
         new["kernels_per_token"] = None
     if floor:
         unknown = {"counted": False, "distinct_experts": None, "cache_bytes": None}

@@ -90,33 +90,38 @@ class Interval:
             return "not applicable here"
         if self.low is None or self.high is None:
             return "no interval"
-        return "unlike load" if self.unlike_load else self._seen
+        return "unlike load" if self.unlike_load else self.seen
 
     @property
     def phrase(self) -> str:
         """The verdict as a reader sees it, with what limits it."""
         if self.idle or self.low is None or self.high is None:
             return self.verdict
-        beyond = " beyond run-to-run noise" if self._seen == "no difference" and not self.in_turns else ""
+        beyond = " beyond run-to-run noise" if self.seen == "no difference" and not self.in_turns else ""
         limits = ", on other weights" * bool(self.weights) + ", but under unlike load" * self.unlike_load
         doubt = f", but {self.doubt}" if self.doubt else ""
-        return self._seen + beyond + limits + doubt
+        return self.seen + beyond + limits + doubt
 
     @property
     def doubt(self) -> str:
         """What the medians, or the speeds without stalls, say where that is not the verdict: late tokens make the
         difference. Empty where they agree."""
-        if self.idle or self._seen is None:
-            return ""
-        others = {"by medians": self.medians, "without stalls": self.corrected}
-        said: dict[str, list[str]] = defaultdict(list)
-        for name, other in others.items():
-            if other is not None and other._seen not in (None, self._seen):
-                said[other._seen].append(name)
-        return ", ".join(f"{verdict} {' and '.join(names)}" for verdict, names in said.items())
+        return ", ".join(f"{seen} {' and '.join(names)}" for seen, names in self.dissent.items())
 
     @property
-    def _seen(self) -> str | None:
+    def dissent(self) -> dict[str, list[str]]:
+        """{verdict: [by medians, without stalls]} of those that do not share this one's."""
+        said: dict[str, list[str]] = defaultdict(list)
+        if self.idle or self.seen is None:
+            return said
+        for name, other in (("by medians", self.medians), ("without stalls", self.corrected)):
+            if other is not None and other.seen not in (None, self.seen):
+                said[other.seen].append(name)
+        return said
+
+    @property
+    def seen(self) -> str | None:
+        """faster | slower | no difference by the interval alone; None without one."""
         if self.low is None or self.high is None:
             return None
         return "faster" if self.low > 1 else "slower" if self.high < 1 else "no difference"

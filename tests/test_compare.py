@@ -1,10 +1,14 @@
 """`moeexp.compare`: what differs is listed, what is the same is not, and the verdict says how far to trust it."""
 
 import copy
+import re
 
+import numpy as np
 import synthetic
 
 from moeexp import compare
+from moeexp.markdown_report import LATE
+from moeexp.report import MEDIAN, MEDIAN_NOTE
 
 
 def section(text, title):
@@ -72,6 +76,26 @@ def test_other_work_and_missing_speeds_are_said():
     bad = synthetic.record(id="c", status="incorrect")
     assert compare.verdict(a, bad) == "no speeds to compare: B publishes none"
     assert "incorrect: float32.logits at all" in compare.explain(a, bad)
+
+
+def test_stalls_stand_beside_the_speeds_and_are_named_where_they_are_the_gain():
+    late = np.tile(np.where(np.arange(40) == 20, 17.0, 1.0), 5) + 0.001 * np.random.default_rng(1).normal(size=200)
+    turns = {"id": "g"}
+    a = synthetic.record(id="a", samples=late, group=turns, stalls=synthetic.stalls(5, 16.0, 1000.0))
+    b = synthetic.record(id="b", ms=1.0, noise=0.001, group=turns, stalls=synthetic.stalls(0, 0.0, 1000.0))
+    text = compare.explain(a, b)
+    assert section(text, "measured").count("stalls: ") == 4 and "stalls: tok/s without  1,000  1,000" in text
+    assert re.search(r"by medians × (1\.00\d?|0\.99\d), without stalls × 1\.000 of A's speed", text)
+    assert ": faster, but no difference by medians and without stalls" in text and LATE in text
+    other = compare.explain(b, b | {"id": "c"})
+    assert "stall" not in other and LATE not in other
+
+
+def test_a_migrated_prefill_is_marked():
+    a = synthetic.record(id="a", migrated={"from": "moeexp.record/1", "medians": ["prefill_tok_s"]})
+    text = compare.explain(a, synthetic.record(id="b"))
+    assert "9,000¶" in section(text, "measured") and text.endswith(f"{MEDIAN} {MEDIAN_NOTE}\n")
+    assert MEDIAN not in compare.explain(synthetic.record(id="a"), synthetic.record(id="b"))
 
 
 def test_main(tmp_path, capsys):

@@ -122,11 +122,12 @@ document.querySelector("iframe").addEventListener("load", (event) => {
 </script>"""
 
 
-def wide(design):
+def wide(design, stalled):
     """A grid over five axes in which every figure was measured, and a cell that was refused."""
     speeds = {tuple(map("=".join, zip(AXES, levels, strict=True))): 3 * 0.93**i for i, levels in
               enumerate(itertools.product(*AXES.values()))}  # fmt: skip
-    found = synthetic.grid(speeds, joules_per_token=0.4123, bits_per_byte=1.93421)
+    stalls = synthetic.stalls(13, 7.278, 1234.5) if stalled else None
+    found = synthetic.grid(speeds, joules_per_token=0.4123, bits_per_byte=1.93421, stalls=stalls)
     message = "cuda_graph=true needs CUDA, and torch finds no CUDA GPU here: use cuda_graph=false, or run where there is one"
     found.append(synthetic.refused("quant=none", "ops.gdn_decode=chunked", id="ab.99", message=message))
     for one in found if design else []:
@@ -134,16 +135,16 @@ def wide(design):
     return found
 
 
-@pytest.mark.parametrize("design", [False, True])
-def test_the_ranking_of_five_axes_fits_a_screen(tmp_path, design):
-    (tmp_path / "wide.html").write_text(html_report.page(wide(design), title="t"), encoding="utf-8")
+@pytest.mark.parametrize(("design", "stalled"), [(False, False), (True, False), (False, True), (True, True)])
+def test_the_ranking_of_five_axes_fits_a_screen(tmp_path, design, stalled):
+    (tmp_path / "wide.html").write_text(html_report.page(wide(design, stalled), title="t"), encoding="utf-8")
     (tmp_path / "probe.html").write_text(WIDTHS)
     dom, console = chromium(tmp_path, "--window-size=1400,1000", "--dump-dom", (tmp_path / "probe.html").as_uri())
     assert console == []
     found = json.loads(unescape(re.search(r'<pre id="found">(.*?)</pre>', dom, re.DOTALL)[1]))
     assert found["beyond"] <= 0 and max(found["heights"]) < 80
     more = {"p99 ms", "first token ms", "bandwidth %", "kernels/token", "J/token"} | (AXES.keys() if design else set())
-    assert set(found["all"]) - set(found["some"]) == more and len(found["all"]) == 19 + design
+    assert set(found["all"]) - set(found["some"]) == more and len(found["all"]) == 19 + design + stalled
 
 
 def test_a_broken_page_would_be_noticed(report):

@@ -228,3 +228,23 @@ def test_a_scale_maps_its_ends_to_the_ends():
         assert (scale(2), scale(8), scale(100), scale(-3)) == (0, 100, 100, 0)
     assert Scale(2, 8, log=True)(4) == 50 and Scale(0, 8)(2) == 25
     assert [charts.short(v) for v in (0.5, 1500, 12000, 2e6)] == ["0.5", "1500", "12k", "2M"]
+
+
+def test_stalls_and_ratios_by_medians_are_shown_and_stalls_only_where_there_were_any():
+    from test_report import stalling
+
+    stalled = html_report.page(stalling(), title="t")
+    smooth = html_report.page(records(), title="t")
+    for name in ("ranking", "speed-up"):
+        assert "stalls" in section(stalled, name) and "stalls" not in section(smooth, name)
+    ranking, steps = section(stalled, "ranking"), section(stalled, "speed-up")
+    assert "5, 80.0 ms" in ranking and "without 1,000<" in ranking and ">none<" in ranking and "<span>medians ×" in ranking
+    assert "by medians × 2.00: faster" in steps and "faster, but no difference by medians and without stalls" in steps
+    assert "late tokens make the difference" in steps and "5 stalls, 160 ms" in section(stalled, "latency")
+
+
+def test_a_run_without_a_share_has_no_place_under_the_roof():
+    some = records()
+    assert "Roofline</h2>" in html_report.page(some, title="t")
+    page = html_report.page([one | {"bandwidth_share": None} for one in some], title="t")
+    assert "Roofline</h2>" not in page

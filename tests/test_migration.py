@@ -121,9 +121,9 @@ def test_every_stored_result_is_read_and_repeated(path):
 
 def test_every_stored_result_reports():
     assert len(RESULTS) > 20
-    for folder in sorted({path if path.parent == ROOT / "results" else path.parent.parent for path in RESULTS}):
-        if folder.name == "results":
-            continue
+    # A run by itself, or the folder of its sweep.
+    folders = {path.parent.parent if path.parent.name.isdigit() else path for path in RESULTS}
+    for folder in sorted(folders):
         records = report.load_records([folder])
         text, page = markdown_report.document(records), html_report.page(records, title=folder.name)
         for one in records:

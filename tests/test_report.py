@@ -2,14 +2,17 @@
 
 import io
 
+import numpy as np
 import pytest
 import synthetic
 from rich.console import Console
 
 from moeexp import markdown_report, record, report, summary
 from moeexp.record import Record, plain, read_record
+from moeexp.runs import runs_of
 from moeexp.schema import compose
 from moeexp.validate import resolve
+from moeexp.waterfall import waterfalls
 
 
 def make(folder, *overrides, id="ab.0", status="ok", **values):
@@ -87,6 +90,57 @@ def test_a_run_that_is_not_over_publishes_no_speed(tmp_path):
     records = report.load_records([tmp_path])
     assert [one["decode_tok_s"] is None for one in records] == [True, False]
     assert "777" not in report.markdown(records)
+
+
+def stalling():
+    """Three steps: the second gains by medians too, the third only where the second stalled."""
+    late = np.tile(np.where(np.arange(40) == 20, 17.0, 1.0), 5) + 0.001 * np.random.default_rng(8).normal(size=200)
+    samples = [2 * late, late, 1.0 + 0.001 * np.random.default_rng(9).normal(size=200)]
+    stalls = [synthetic.stalls(5, 32.0, 500.0), synthetic.stalls(5, 16.0, 1000.0), synthetic.stalls(0, 0.0, 1000.0)]
+    axes = ["state=explicit", "state=shared", "shared_stream=false"]
+    return [
+        synthetic.record(*axes[1:index] or axes[:1], axes[index], id=f"ab.{index}", samples=one, stalls=stall, group={"id": "g"})
+        for index, (one, stall) in enumerate(zip(samples, stalls, strict=True))
+    ]
+
+
+def test_a_report_shows_stalls_and_that_a_gain_is_one():
+    text = markdown_report.document(stalling())
+    ranked, steps = text.split("### Speed-up")[0], text.split("### Speed-up")[1].split("###")[0]
+    assert report.STALLS in ranked and "| 5, 80, 1,000 |" in ranked and f"| {report.NONE} |" in ranked
+    header, rows = markdown_report.steps_table(waterfalls(runs_of(stalling()))[0])
+    first, second, third = (dict(zip(header, row, strict=True)) for row in rows)
+    assert first[report.STALLS] == "5, 160, 500" and third[report.STALLS] == report.NONE
+    assert second["by medians"] == "× 2.00" and second["without stalls"] == "the same" and second["verdict"] == "faster"
+    assert third["gain over the one before"].startswith("× 1.40") and third["by medians"].startswith(("× 1.00", "× 0.99"))
+    assert third["without stalls"] == "× 1.000"
+    assert third["verdict"] == "faster, but no difference by medians and without stalls"
+    assert markdown_report.LATE in steps and "no difference by medians and without stalls" in text.split("### Effects")[1]
+
+
+def test_without_stalls_a_report_does_not_speak_of_them():
+    unknown = synthetic.grid({("state=explicit",): 2.0, ("state=shared",): 1.0})
+    smooth = [one | {"stalls": synthetic.stalls(0, 0.0, one["decode_tok_s"])} for one in unknown]
+    for records in (smooth, unknown):
+        text = markdown_report.document(records)
+        assert "stall" not in text and "by medians" in text
+
+
+def test_a_migrated_prefill_is_marked(tmp_path):
+    old = {"from": "moeexp.record/1", "medians": ["prefill_tok_s"]}
+    records = [synthetic.record(id="a", migrated=old), synthetic.record(id="b")]
+    text = report.markdown(records)
+    assert text.count("| 9,000¶ |") == 1 and "| 9,000 |" in text and f"- ¶ {report.MEDIAN_NOTE}" in text
+    shown = [printed(summary.print_run, one, path=tmp_path) for one in records]
+    assert "9,000 tok/s (by the median)" in shown[0] and "median" not in shown[1]
+    assert "¶" not in report.markdown(records[1:])
+
+
+def test_a_run_s_summary_says_how_it_stalled(tmp_path):
+    one, other = stalling()[1:]
+    text = printed(summary.print_run, one, path=tmp_path)
+    assert "5, 80 ms in all, the longest 16 ms; without them 1,000 tok/s" in text
+    assert "stalls" not in printed(summary.print_run, other, path=tmp_path)
 
 
 def test_the_cells_of_a_design_are_shown_by_their_names():
