@@ -115,7 +115,7 @@ def _roofline(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
     for rank, run in enumerate(ranked[:MOST], 1):
         floor = run.record["bytes_per_token"]
         bandwidth = floor.get("read_bandwidth_gb_s") if floor else None
-        if run.speed is None or not bandwidth:
+        if run.speed is None or not bandwidth or run.record["bandwidth_share"] is None:  # a cache may hold the bytes
             continue
         machine = conditions(run.record)["GPU"] or conditions(run.record)["CPU"] or "this machine"
         bandwidths[machine] = max(bandwidth, bandwidths.get(machine, 0.0))
