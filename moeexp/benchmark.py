@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from moeexp_runner import timing
+from moeexp_runner import energy, stalls, timing
 from moeexp_runner.session import Session
 from torch import Tensor
 
@@ -23,8 +24,11 @@ PREFILL_SHARE = 0.25
 
 @dataclass
 class Benchmark:
-    """A round times prefills, then whole generations for `min_time_s / repeats`. Raw token latencies go into the record
-    after every generation, so that an interrupted run keeps what it has measured.
+    """A round times prefills, then whole generations for `min_time_s / repeats`. Raw samples go into the record after
+    every prefill and generation, so that an interrupted run keeps what it has measured.
+
+    Of a round, `prefill_s`, `ttft_s` and `decode_ms_p50` are medians, latencies; what its throughput needs are sums: `n`
+    tokens in `decode_s`, `prefills` in `prefills_s`.
 
     prompt [B, T] int64, on the session's device; `eos`: ids that end a generation, or None."""
 
@@ -36,7 +40,6 @@ class Benchmark:
     samples: timing.Samples = field(default_factory=timing.Samples)
     rounds: list[dict[str, Any]] = field(default_factory=list)
     ids: list[list[int]] = field(default_factory=list)  # of the last generation
-    joules: float | None = 0.0
     seconds: float = 0.0
 
     def warm_up(self) -> None:
@@ -53,22 +56,24 @@ class Benchmark:
         start, least = time.perf_counter(), cfg.min_time_s / cfg.repeats
         for _ in range(MAX_PREFILLS):
             timing.time_prefill(self.session, self.prompt, samples)
+            self.record.prefill_ms.append(1e3 * samples.prefill_s[-1])
             if time.perf_counter() - start >= PREFILL_SHARE * least:
                 break
-        joules = timing.energy_joules(self.session.device)
         while len(samples.ttft_s) == firsts or time.perf_counter() - start < least:
             self._generate()
-        self._count_energy(joules)
         seconds = time.perf_counter() - start
         self.seconds += seconds
-        new = samples.token_s[tokens:]
+        new, fed = samples.token_s[tokens:], samples.prefill_s[prefills:]
         self.rounds.append(
             {
                 "at": round(time.time() - seconds, 3),  # seconds since 1970: rounds of other runs lie between these
                 "seconds": round(seconds, 4),
                 "n": len(new),
+                "decode_s": round(math.fsum(new), 7),
                 "decode_ms_p50": round(1e3 * statistics.median(new), 5) if new else None,
-                "prefill_s": round(statistics.median(samples.prefill_s[prefills:]), 7),
+                "prefills": len(fed),
+                "prefills_s": round(math.fsum(fed), 7),
+                "prefill_s": round(statistics.median(fed), 7),
                 "ttft_s": round(statistics.median(samples.ttft_s[firsts:]), 7),
             }
         )
@@ -80,31 +85,40 @@ class Benchmark:
         return len(self.rounds) >= cfg.repeats and count >= cfg.min_samples and self.seconds >= cfg.min_time_s
 
     def values(self) -> dict[str, Any]:
-        """Record keys; speeds are medians over all samples."""
-        samples, batch = self.samples, self.cfg.batch
+        """Record keys; throughputs are tokens over time, over all samples."""
+        samples, cfg = self.samples, self.cfg
         found: dict[str, Any] = {
-            "prefill_tok_s": batch * self.prompt.shape[1] / statistics.median(samples.prefill_s),
+            "prefill_tok_s": timing.throughput(cfg.batch * self.prompt.shape[1], samples.prefill_s),
             "ttft_s": statistics.median(samples.ttft_s),
             "rounds": self.rounds,
         }
         if samples.token_s:
-            # The tokens of a loop arrive in bursts, of which the median would show the fast ones alone.
-            middle = statistics.fmean if self.cfg.cuda_graph in ("loop", "all") else statistics.median
-            found["decode_tok_s"] = batch / middle(samples.token_s)
-        if self.joules is not None:
-            found["joules_per_token"] = self.joules / (batch * (len(samples.ttft_s) + len(samples.token_s)))
+            latencies = [1e3 * value for value in samples.token_s]
+            ahead = cfg.loop_ahead if cfg.cuda_graph in ("loop", "all") else 1
+            found["decode_tok_s"] = timing.throughput(cfg.batch, samples.token_s)
+            found["stalls"] = stalls.find(latencies, samples.lengths, ahead, cfg.batch)
         return found
 
+    def energy(self) -> dict[str, Any]:
+        """Record keys, of decoding alone: from generations of their own, none of them timed. Nothing where no GPU tells."""
+
+        def generate(new_tokens: int) -> int:
+            unused = timing.Samples()
+            timing.time_generation(self.session, self.prompt, new_tokens, unused, stop_ids=self.eos)
+            timing.synchronize(self.session.device)
+            return len(unused.token_s)
+
+        read = energy.counter(self.session.device)
+        found = energy.of_decoding(generate, self.cfg.new_tokens, batch=self.cfg.batch, read=read)
+        return {} if found is None else {"energy": found, "joules_per_token": found["joules"] / found["tokens"]}
+
     def _generate(self) -> None:
-        before = len(self.samples.token_s)
+        samples, record = self.samples, self.record
+        tokens, firsts = len(samples.token_s), len(samples.ttft_s)
         try:
             self.ids = timing.time_generation(
-                self.session, self.prompt, self.cfg.new_tokens, self.samples, stop_ids=self.eos
+                self.session, self.prompt, self.cfg.new_tokens, samples, stop_ids=self.eos
             )
         finally:
-            self.record.latencies_ms.extend(value * 1e3 for value in self.samples.token_s[before:])
-
-    def _count_energy(self, before: float | None) -> None:
-        after = timing.energy_joules(self.session.device)
-        known = self.joules is not None and before is not None and after is not None
-        self.joules = self.joules + after - before if known else None  # type: ignore[operator]
+            record.latencies_ms.extend(value * 1e3 for value in samples.token_s[tokens:])
+            record.ttft_ms.extend(value * 1e3 for value in samples.ttft_s[firsts:])

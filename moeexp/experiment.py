@@ -12,14 +12,16 @@ import torch
 from moeexp_kernels import tuning, user_ops
 from moeexp_runner import timing
 from moeexp_runner.session import Session
-from moeexp_runner.token_split import STEPS, token_split
+from moeexp_runner.token_split import STEPS, kernels_per_token, token_split
+from torch import Tensor
 
 from . import STARTED
 from .benchmark import Benchmark
+from .cache_size import cache_bytes
 from .devices import others_on
 from .evaluate import record_quality
 from .factory import Stack, build_model, build_stack, check_coverage, prefetches, python_callbacks
-from .floor import bytes_per_step
+from .floor import bandwidth_share, bytes_per_step
 from .model import Qwen35MoE
 from .phases import Phases
 from .prompts import prompt_tokens, text_of
@@ -55,7 +57,7 @@ def run_experiment(cfg: Config, *, run_dir: Path, record: Record, phases: Phases
             with watch(cfg.device) as telemetry:
                 while not run.benchmark.enough():
                     run.benchmark.round()
-        record.set(memory_gib=memory(run.stack))  # before anything that only the report needs allocates more
+        run.after_timing()
         with phases("bandwidth"):
             run.publish(telemetry, timing.read_bandwidth(run.stack.device))
         if cfg.check == "separate":
@@ -89,7 +91,9 @@ class Run:
         length = self.prompt.shape[1]
         if beyond_graphs(cfg, length):  # of text, whose tokens validation does not know
             self.record.data["not_applicable"].append("prefill_graph_lengths")
-            self.record.note(f"prefill ran without a CUDA graph: the prompt has {length} tokens, more than each captured length")
+            self.record.note(
+                f"prefill ran without a CUDA graph: the prompt has {length} tokens, more than each captured length"
+            )
         if cfg.overlap and early_starts(self.stack.session) == 0:  # a GPU before Hopper, or ops that cannot
             self.record.data["not_applicable"].append("overlap")
         if cfg.l2_prefetch and not prefetches(cfg) and "l2_prefetch" not in self.record.data["not_applicable"]:
@@ -114,21 +118,36 @@ class Run:
             self.record.note(f"the GPU was busy: {others} other process(es) had a context on it when timing began")
             print(f"warning: {others} other process(es) on the GPU; speeds may suffer", file=sys.stderr)
 
+    def after_timing(self) -> None:
+        """What must follow the timing of all runs of a process at once: before anything that only the report needs allocates
+        more, runs another prompt, or profiles, which slows down the host from then on."""
+        self.record.set(memory_gib=memory(self.stack))
+        self.chosen = chosen_experts(self.stack, self.prompt.shape[1], self.benchmark.ids)
+        with self.phases("energy", quiet=self.cfg.device != "cuda"):
+            self.record.set(**self.benchmark.energy())
+
     def publish(self, telemetry: Telemetry, bandwidth: float) -> None:
         """Speeds, and what they are held against. `bandwidth`: bytes per second of large reads, measured here and now."""
         cfg, stack = self.cfg, self.stack
-        floor = bytes_per_step(stack.model, batch=cfg.batch, length=self.prompt.shape[1] + cfg.new_tokens // 2)
+        floor = self.floor(bandwidth)
         values, steps = self.benchmark.values(), min(cfg.new_tokens - 1, STEPS)
-        step_us = 1e6 * cfg.batch / values["decode_tok_s"] if "decode_tok_s" in values else None
-        if "decode_tok_s" in values:
-            values["bandwidth_share"] = floor["total"] * values["decode_tok_s"] / cfg.batch / bandwidth
+        step_s = cfg.batch / values["decode_tok_s"] if "decode_tok_s" in values else None
+        split = token_split(stack.session, self.on_device, steps, step_us=1e6 * step_s) if step_s else None
         self.record.set(
             **values,
             telemetry=telemetry.summary(),
-            bytes_per_token=floor | {"read_bandwidth_gb_s": round(bandwidth / 1e9, 2)},
-            kernels_per_token=timing.kernels_per_step(stack.session, self.on_device),
-            time_split=token_split(stack.session, self.on_device, steps, step_us=step_us) if step_us else None,
+            bytes_per_token=floor,
+            bandwidth_share=bandwidth_share(floor, step_s=step_s) if step_s else None,
+            kernels_per_token=kernels_per_token(split),
+            time_split=split,
         )
+
+    def floor(self, bandwidth: float) -> dict[str, Any]:
+        """The record's `bytes_per_token`, with the experts that the last timed generation chose."""
+        cfg, device = self.cfg, self.stack.device
+        length = self.prompt.shape[1] + cfg.new_tokens // 2
+        found = bytes_per_step(self.stack.model, batch=cfg.batch, length=length, ids=self.chosen)
+        return found | {"cache_bytes": cache_bytes(device), "read_bandwidth_gb_s": round(bandwidth / 1e9, 2)}
 
     def finish(self) -> None:
         """After check and timing: their ids, the text, its quality, a trace where one is wanted."""
@@ -190,6 +209,15 @@ def early_starts(session: Session) -> int | None:
     """Kernels of the captured decode step that start before the previous one ends; None without a captured step."""
     step = session.graph if session.loop is None else session.loop.graph
     return None if step is None else step.early_edges
+
+
+def chosen_experts(stack: Stack, prompt_len: int, ids: list[list[int]]) -> Tensor:
+    """[L, B, N, k]: the experts of the N decode steps behind `ids`, the new tokens of the generation that the session ran
+    last. The state keeps each position's; what a loop ran beyond the last token is not among them."""
+    steps = len(ids[0]) - 1
+    assert stack.session.length - stack.session.overrun == prompt_len + steps, "another prompt has been run since"
+    traces = (stack.arena.tensors[f"layers.{i}.expert_ids"] for i in range(stack.arch.num_hidden_layers))
+    return torch.stack([trace[:, prompt_len : prompt_len + steps] for trace in traces])
 
 
 def memory(stack: Stack) -> dict[str, float]:

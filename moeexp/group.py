@@ -12,7 +12,7 @@ import torch
 from moeexp_runner import timing
 from rich.console import Console
 
-from .experiment import Run, memory
+from .experiment import Run
 from .factory import build_model
 from .job import Job, conclude, open_record, prepare, status_of, verdict
 from .phases import Phases
@@ -111,8 +111,8 @@ def _take_turns(members: list[Member]) -> None:
             for member in members:
                 member.step(_round)
             rounds += 1
-    for member in members:  # before a check of any of them, which needs more
-        member.step(lambda member: member.record.set(memory_gib=memory(_run_of(member).stack)))
+    for member in members:  # before a check or a profile of any of them
+        member.step(lambda member: _run_of(member).after_timing())
     bandwidth = timing.read_bandwidth(members[0].run.stack.device) if members[0].run else None
     for member in members:
         member.step(

@@ -28,12 +28,11 @@ PACKAGES = ("moeexp", "moeexp_kernels", "moeexp_runner")
 
 # Published only for a run that is ok and whose check passed.
 SPEEDS = (
-    "decode_tok_s", "prefill_tok_s", "ttft_s", "bandwidth_share", "joules_per_token",
-    "stalls", "prefill_latencies_ms", "ttft_latencies_ms", "energy",
+    "decode_tok_s", "prefill_tok_s", "ttft_s", "bandwidth_share", "joules_per_token", "stalls", "energy",
 )  # fmt: skip
 
-# Each as `latency_summary` makes it.
-LATENCIES = ("token_latencies_ms", "prefill_latencies_ms", "ttft_latencies_ms")
+# Raw samples in milliseconds, by key the attribute of `Record` that takes them. Kept where a run was interrupted.
+SAMPLES = {"token_latencies_ms": "latencies_ms", "prefill_latencies_ms": "prefill_ms", "ttft_latencies_ms": "ttft_ms"}
 
 # Settings that a config's hash leaves out.
 NOT_MEASURED = ("tracker", "launcher", "rerun", "dry_run")
@@ -103,11 +102,14 @@ KEYS = (
 
 
 class Record:
-    """A dict of plain values with its file. `latencies_ms` takes raw per-token samples while the run goes on."""
+    """A dict of plain values with its file. `latencies_ms` takes raw per-token samples while the run goes on, `prefill_ms`
+    and `ttft_ms` those of prefills and of first tokens."""
 
     def __init__(self, path: Path, *, id: str, config: Any, command: list[str], overrides: Sequence[str] = ()):
         self.path = path
         self.latencies_ms: list[float] = []
+        self.prefill_ms: list[float] = []
+        self.ttft_ms: list[float] = []
         self.data: dict[str, Any] = {"schema": SCHEMA} | dict.fromkeys(KEYS)
         self.set(id=id, config=config, command=command, overrides=list(overrides))
         self.set(status="running", started=_now(), phases_s={}, notes=[])
@@ -117,7 +119,8 @@ class Record:
         """The record that another process left at `path`, to be finished here."""
         record = cls.__new__(cls)
         record.path, record.data = path, read_record(path)
-        record.latencies_ms = list((record.data["token_latencies_ms"] or {}).get("samples", []))
+        for key, name in SAMPLES.items():
+            setattr(record, name, list((record.data[key] or {}).get("samples", [])))
         return record
 
     def set(self, **values: Any) -> None:
@@ -144,12 +147,13 @@ class Record:
         if status != "ok" or not passed:
             self.set(**dict.fromkeys(SPEEDS))
         if not passed:
-            self.latencies_ms = []
+            self.latencies_ms, self.prefill_ms, self.ttft_ms = [], [], []
         self.write()
 
     def write(self) -> None:
         """Replace the file by the present state, shortened where that is needed to stay under MAX_BYTES."""
-        self.data["token_latencies_ms"] = latency_summary(self.latencies_ms) if self.latencies_ms else None
+        for key, name in SAMPLES.items():
+            self.data[key] = latency_summary(getattr(self, name)) if getattr(self, name) else None
         write_atomically(self.path, _dump(shorten(self.data)))
 
 
@@ -157,7 +161,7 @@ def shorten(data: dict[str, Any]) -> dict[str, Any]:
     """A copy of `data` with raw samples, tokens and text cut until it fits MAX_BYTES; `notes` says what was cut."""
     for samples, tokens in LIMITS:
         result = data | {"notes": list(data["notes"])}
-        for key in (key for key in LATENCIES if data[key]):
+        for key in (key for key in SAMPLES if data[key]):
             kept, note = _cut(data[key]["samples"], samples, f"{key}.samples")
             result[key] = data[key] | {"samples": kept}
             result["notes"] += note

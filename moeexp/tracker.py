@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from moeexp.record import LATENCIES, read_record
+from moeexp.record import SAMPLES, read_record
 
 ANSWER = "moeexp-tracker: "
 # Where `wandb login` goes without a server of one's own, by version.
@@ -41,7 +41,7 @@ def _result(name: str, **known: Any) -> dict[str, Any]:
 
 def _append(record: dict[str, Any], path: Path) -> dict[str, Any]:
     """One line, in one write, so that concurrent runs do not mix; without raw samples, which the record has."""
-    latencies = {key: _statistics(record[key]) for key in LATENCIES}
+    latencies = {key: _statistics(record[key]) for key in SAMPLES}
     line = json.dumps(record | latencies, allow_nan=False) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,7 @@ def _init(wandb: Any, record: dict[str, Any], run_dir: Path, mode: str, group: s
 
 def _summary(record: dict[str, Any]) -> dict[str, Any]:
     summary = {key: record[key] for key in SUMMARY_KEYS if record[key] is not None}
-    token, prefill, ttft = (_statistics(record[key]) for key in LATENCIES)
+    token, prefill, ttft = (_statistics(record[key]) for key in SAMPLES)
     latencies = {"latency_ms": token, "prefill_latency_ms": prefill, "ttft_latency_ms": ttft}
     check = {"passed": (record["check"] or {}).get("passed")}
     for part in (record["check"] or {}).get("parts", []):

@@ -10,18 +10,19 @@ from typing import Any
 
 import torch
 from moeexp_runner import timing
-from moeexp_runner.token_split import STEPS, Event, events_of, split
+from moeexp_runner.token_split import STEPS, Event, events_of, kernels_per_token, split
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from .architecture import Architecture
 from .benchmark import Benchmark
+from .cache_size import cache_bytes
 from .check import Trace, check_tokens
 from .dequantised import DequantisedWeights
 from .evaluate import record_quality
 from .factory import build_model
-from .floor import bytes_per_step
+from .floor import bandwidth_share, bytes_per_step
 from .model import Qwen35MoE
 from .phases import Phases
 from .prompts import prompt_tokens, text_of
@@ -110,8 +111,8 @@ def run_transformers(cfg: Config, *, run_dir: Path, record: Record, phases: Phas
     _check_memory(cfg, arch)
     with phases("weights"):
         ours = build_model(cfg, phases)
-        floor = bytes_per_step(ours, batch=cfg.batch, length=prompt.shape[1] + cfg.new_tokens // 2)
-        model = convert(ours, arch, dtype=getattr(torch, cfg.dtype))
+        dtype = getattr(torch, cfg.dtype)
+        model = convert(ours, arch, dtype=dtype)
         del ours
         gc.collect()
     session = TransformersSession(model, batch=cfg.batch, max_seq_len=cfg.max_seq_len)
@@ -124,23 +125,32 @@ def run_transformers(cfg: Config, *, run_dir: Path, record: Record, phases: Phas
             while not benchmark.enough():
                 benchmark.round()
     record.set(memory_gib=_memory(model))  # before anything that only the report needs allocates more
-    values, bandwidth, profiled = benchmark.values(), timing.read_bandwidth(session.device), {}
+    values, profiled, share = benchmark.values(), {}, None
+    with phases("energy and experts"):  # before a profiler slows down the host
+        values |= benchmark.energy()
+        again, expert_ids = choices(session, prompt, len(benchmark.ids[0]))
+    bandwidth = timing.read_bandwidth(session.device)
+    shapes, length = Qwen35MoE(arch, dtype=dtype, device="meta"), prompt.shape[1]
+    floor = bytes_per_step(
+        shapes, batch=cfg.batch, length=length + cfg.new_tokens // 2, ids=expert_ids[:, :, length:]
+    ) | {"cache_bytes": cache_bytes(session.device), "read_bandwidth_gb_s": round(bandwidth / 1e9, 2)}  # fmt: skip
     if "decode_tok_s" in values:
-        values["bandwidth_share"] = floor["total"] * values["decode_tok_s"] / cfg.batch / bandwidth
-        step_us = 1e6 * cfg.batch / values["decode_tok_s"]
-        profiled = profile_steps(session, prompt, cfg.new_tokens - 1, step_us=step_us)
+        step_s = cfg.batch / values["decode_tok_s"]
+        share = bandwidth_share(floor, step_s=step_s)
+        profiled = profile_steps(session, prompt, cfg.new_tokens - 1, step_us=1e6 * step_s)
     decode = text.decode
     record.set(
         **values,
         telemetry=telemetry.summary(),
-        bytes_per_token=floor | {"read_bandwidth_gb_s": round(bandwidth / 1e9, 2)},
+        bytes_per_token=floor,
+        bandwidth_share=share,
         **profiled,
         generated_ids=benchmark.ids,
         generated_text=[decode(row) for row in benchmark.ids] if decode else None,
         prompt_text=[decode(row) for row in prompt.tolist()] if decode and cfg.prompt is not None else None,
     )
     if cfg.check != "off":
-        record.set(check=check(cfg, arch, session, prompt, benchmark.ids, phases))
+        record.set(check=check(cfg, arch, session, prompt, benchmark.ids, again, expert_ids, phases))
     record_quality(cfg, session, text, record, phases)  # type: ignore[arg-type]
 
 
@@ -151,10 +161,8 @@ def profile_steps(session: TransformersSession, prompt: Tensor, most: int, *, st
     if session.device.type != "cuda" or not steps:
         return {}
     events = step_events(session, prompt, steps)
-    return {
-        "kernels_per_token": round(len(events) / steps),
-        "time_split": split(events, wall_us=step_us * steps, steps=steps),
-    }
+    found = split(events, wall_us=step_us * steps, steps=steps)
+    return {"kernels_per_token": kernels_per_token(found), "time_split": found}
 
 
 def step_events(
@@ -222,15 +230,14 @@ def choices(session: TransformersSession, prompt: Tensor, new_tokens: int) -> tu
 
 
 def check(
-    cfg: Config, arch: Architecture, session: TransformersSession, prompt: Tensor, ids: list[list[int]], phases: Phases
-) -> dict[str, Any]:
-    """Every generated token against the float32 reference on the experts that were chosen, layer by layer; one more
-    generation, which must repeat the timed `ids` [B][n], tells which those are. This engine is the reference's own code, so
+    cfg: Config, arch: Architecture, session: TransformersSession, prompt: Tensor, ids: list[list[int]],
+    again: list[list[int]], expert_ids: Tensor, phases: Phases,
+) -> dict[str, Any]:  # fmt: skip
+    """Every generated token against the float32 reference on the experts that were chosen, layer by layer: `expert_ids`, of
+    one more generation, whose tokens `again` must repeat the timed `ids` [B][n]. This engine is the reference's own code, so
     its logits and choices are not judged: only that what was timed generates what it should."""
     new = torch.tensor(ids, device=prompt.device)
     fed, weights = torch.cat([prompt, new[:, :-1]], dim=1), TransformersWeights(session.model)
-    with phases("check: choices"):
-        again, expert_ids = choices(session, prompt, new.shape[1])
 
     def generated(reference: ReferenceRun) -> Trace:
         # Of its tokens alone: experts and state are the reference's, and no logits are judged.

@@ -18,7 +18,7 @@ from moeexp_runner.explicit import ExplicitState
 from rich.console import Console
 
 from moeexp import cli
-from moeexp.experiment import Run
+from moeexp.experiment import Run, chosen_experts
 from moeexp.factory import build_model, build_stack, python_callbacks
 from moeexp.inductor import inductor_config
 from moeexp.methods import MODULES, compile_method, export_method, session_methods
@@ -76,6 +76,23 @@ def test_every_combination_decodes_the_same_tokens(stack, expected, dispatch, st
         assert session.generate(PROMPT, 12) == expected
     token = PROMPT[:, :1].contiguous()
     assert session.generate(token, 3) == build_alone(session, token)
+
+
+@pytest.mark.parametrize(("dispatch", "state"), LEGAL)
+@pytest.mark.parametrize("cuda_graph", [False, "decode", "loop", "all"])
+def test_the_experts_that_steps_chose_are_read_from_the_state(stack, dispatch, state, cuda_graph):
+    built = stack(f"dispatch={dispatch}", f"state={state}", "batch=2", cuda_graph=cuda_graph)
+    prompt = random_tokens(2, 21, vocab=256)
+    ids = built.session.generate(prompt, 12)
+    chosen = chosen_experts(built, 21, ids)
+    stopped = built.session.generate(prompt, 12, on_token=lambda row, index: index == 5)
+    short = chosen_experts(built, 21, stopped)
+    trace = record_trace(built, prompt, 12, forced=torch.tensor(ids)[:, :-1])
+    assert torch.equal(chosen.long(), trace.expert_ids[:, :, 21:])
+    assert torch.equal(short.long(), trace.expert_ids[:, :, 21 : 21 + 5]), "not those of steps that ran in vain"
+    built.session.generate(prompt, 3)
+    with pytest.raises(AssertionError, match="another prompt"):
+        chosen_experts(built, 21, ids)
 
 
 def build_alone(session, token):

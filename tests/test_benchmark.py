@@ -1,14 +1,16 @@
 """Rounds of timing: how long they go on, what they keep. With a session and a clock that are known."""
 
 import dataclasses
+import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
-from moeexp_runner import timing
+from moeexp_runner import energy, timing
 
 from moeexp import benchmark, schema
 from moeexp.benchmark import Benchmark
+from moeexp.record import Record, latency_summary
 
 CONFIG = schema.compose(["model=nano", "new_tokens=4", "batch=2"])
 
@@ -20,18 +22,19 @@ class Session:
 
     def __init__(self, clock):
         self.clock, self.calls = clock, []
+        self.prefill_s, self.step_s = lambda: 0.5, lambda: 0.25
 
     def reset(self):
         pass
 
     def prefill(self, tokens):
-        self.clock.now += 0.5
+        self.clock.now += self.prefill_s()
         self.calls.append("prefill")
 
     def generate(self, tokens, new_tokens, *, on_token):
         self.calls.append(f"generate {new_tokens}")
         for index in range(new_tokens):
-            self.clock.now += 0.25 if index else 1.0
+            self.clock.now += self.step_s() if index else 1.0
             on_token([index, index], index)
         return [list(range(new_tokens))] * 2
 
@@ -39,12 +42,12 @@ class Session:
 @pytest.fixture
 def make(monkeypatch):
     clock = SimpleNamespace(now=100.0)
-    for module in (timing.time, benchmark.time):
+    for module in (timing.time, benchmark.time, energy.time):
         monkeypatch.setattr(module, "perf_counter", lambda: clock.now)
 
     def make(**settings):
         config = dataclasses.replace(CONFIG, **settings)
-        record = SimpleNamespace(latencies_ms=[])
+        record = SimpleNamespace(latencies_ms=[], prefill_ms=[], ttft_ms=[])
         return Benchmark(config, Session(clock), torch.zeros(2, 6, dtype=torch.int64), None, record)
 
     return make
@@ -64,8 +67,9 @@ def test_one_round_is_at_least_a_prefill_and_a_generation(make):
     assert values["prefill_tok_s"] == 2 * 6 / 0.5 and values["ttft_s"] == 1.0 and values["decode_tok_s"] == 2 / 0.25
     assert bench.record.latencies_ms == [250.0] * 3
     (only,) = values["rounds"]
+    assert bench.record.prefill_ms == [500.0] and bench.record.ttft_ms == [1000.0]
     assert only["n"] == 3 and only["decode_ms_p50"] == 250.0 and only["prefill_s"] == 0.5 and only["ttft_s"] == 1.0
-    assert "joules_per_token" not in values, "there is no counter here"
+    assert bench.energy() == {}, "there is no counter here"
 
 
 @pytest.mark.parametrize(
@@ -103,11 +107,84 @@ def test_what_was_measured_before_an_interrupt_is_kept(make):
     bench.session.generate = interrupted
     with pytest.raises(KeyboardInterrupt):
         bench.round()
-    assert bench.record.latencies_ms == [250.0] * 3 + [125.0]
+    assert bench.record.latencies_ms == [250.0] * 3 + [125.0] and bench.samples.lengths == [3, 1]
+    assert bench.record.prefill_ms == [500.0] * 2 and bench.record.ttft_ms == [1000.0] * 2
 
 
-def test_energy_is_that_of_generations(make, monkeypatch):
-    readings = iter([5.0, 8.0, 100.0, 104.0])
-    monkeypatch.setattr(timing, "energy_joules", lambda device: next(readings))
+@pytest.mark.parametrize("cuda_graph", [False, "decode", "loop", "all"])
+def test_a_throughput_is_tokens_over_time_in_every_mode(make, cuda_graph):
+    """Uneven samples, of which neither the median nor its inverse is a throughput."""
+    bench = make(repeats=3, min_samples=1, min_time_s=0.0, cuda_graph=cuda_graph, new_tokens=9)
+    steps, prefills = itertools.cycle([0.125, 0.125, 0.125, 0.75, 0.25]), itertools.cycle([0.5, 0.5, 3.5])
+    bench.session.step_s, bench.session.prefill_s = steps.__next__, prefills.__next__
+    for _ in range(3):
+        bench.round()
+    values, samples = bench.values(), bench.samples
+    assert values["decode_tok_s"] == pytest.approx(2 * 24 / sum(samples.token_s))
+    assert values["prefill_tok_s"] == pytest.approx(2 * 6 * 3 / 4.5)
+    assert values["ttft_s"] == 1.0, "a latency, the median"
+    sums = {key: sum(entry[key] for entry in values["rounds"]) for key in ("n", "decode_s", "prefills", "prefills_s")}
+    assert values["decode_tok_s"] == pytest.approx(2 * sums["n"] / sums["decode_s"])
+    assert values["prefill_tok_s"] == pytest.approx(12 * sums["prefills"] / sums["prefills_s"])
+    assert [entry["prefill_s"] for entry in values["rounds"]] == [0.5, 0.5, 3.5]
+
+
+@pytest.mark.parametrize("cuda_graph, ahead, burst", [(False, 1, 0), ("decode", 1, 0), ("loop", 4, 4), ("all", 4, 4)])
+def test_a_stall_is_what_the_mode_could_not_recover(make, cuda_graph, ahead, burst):
+    """A token of each generation is late by 6 steps. With a loop the next 4 come at once, and 2 steps were lost."""
+    bench = make(repeats=3, min_samples=1, min_time_s=0.0, cuda_graph=cuda_graph, loop_ahead=4, new_tokens=41)
+    pattern = [0.25] * 20 + [0.25 + 6 * 0.25] + [0.0] * burst + [0.25] * (19 - burst)
+    bench.session.step_s = itertools.cycle(pattern).__next__
+    for _ in range(3):
+        bench.round()
+    values = bench.values()
+    found, lost = values["stalls"], 0.25 * (6 - burst)
+    assert found["ahead"] == ahead and found["count"] == 3
+    assert found["total_ms"] == pytest.approx(3e3 * lost, rel=1e-3)
+    assert found["longest_ms"] == pytest.approx(1e3 * lost, rel=1e-3)
+    time = sum(bench.samples.token_s)
+    assert found["decode_tok_s"] == pytest.approx(2 * 120 / (time - 3 * lost), rel=1e-3)
+    assert values["decode_tok_s"] == pytest.approx(2 * 120 / time)
+
+
+def test_raw_samples_stay_where_a_run_was_interrupted_and_not_where_it_was_wrong(make, tmp_path):
+    for status, passed, kept in (("interrupted", True, True), ("incorrect", False, False)):
+        record = Record(tmp_path / f"{status}.json", id="t", config=None, command=["test"])
+        bench = make(repeats=1, min_samples=1, min_time_s=0.0)
+        bench.record = record
+        bench.round()
+        record.set(check={"passed": passed}, **bench.values())
+        record.finish(status)
+        found = Record.load(record.path)
+        assert found.data["decode_tok_s"] is None and found.data["stalls"] is None
+        samples = (found.latencies_ms, found.prefill_ms, found.ttft_ms)
+        assert samples == (([250.0] * 3, [500.0], [1000.0]) if kept else ([], [], []))
+        if kept:
+            assert found.data["prefill_latencies_ms"] == latency_summary([500.0])
+            assert found.data["ttft_latencies_ms"] == latency_summary([1000.0])
+
+
+def test_energy_is_of_decoding_alone_and_no_sample(make, monkeypatch):
+    """A GPU that takes 100 W while it prefills, 40 W while it decodes, and 10 W else."""
     bench = run(make(repeats=2, min_samples=1, min_time_s=0.0))
-    assert bench.values()["joules_per_token"] == (3.0 + 4.0) / (2 * 8)
+    session, timed = bench.session, len(bench.samples.token_s)
+    joules = [0.0]
+
+    def generate(tokens, new_tokens, *, on_token):
+        start = session.clock.now
+        ids = Session.generate(session, tokens, new_tokens, on_token=on_token)
+        joules[0] += 100.0 * 1.0 + 40.0 * (session.clock.now - start - 1.0)
+        return ids
+
+    session.generate = generate
+
+    def idle(seconds):
+        session.clock.now += seconds
+        joules[0] += 10.0 * seconds
+
+    monkeypatch.setattr(energy.time, "sleep", idle)
+    monkeypatch.setattr(energy, "counter", lambda device: lambda: joules[0])
+    found = bench.energy()
+    assert found["joules_per_token"] == pytest.approx(40.0 * 0.25 / 2), "two sequences share a step"
+    assert found["energy"]["joules_per_prefill"] == pytest.approx(100.0)
+    assert len(bench.samples.token_s) == timed == len(bench.record.latencies_ms)

@@ -39,7 +39,10 @@ def test_float32_run_is_checked_and_published(run, quant):
     assert len(record["generated_ids"][0]) == 6
     assert record["token_latencies_ms"]["n"] == 5
     assert record["random_weights"] is True and record["bits_per_byte"] is None
-    assert record["bytes_per_token"]["total"] > 0
+    floor = record["bytes_per_token"]
+    assert floor["total"] > 0 and floor["counted"] and floor["counted_steps"] == 5
+    assert floor["distinct_experts"] == 2, "k, of one sequence"
+    assert record["prefill_latencies_ms"]["n"] >= 1 and record["ttft_latencies_ms"]["n"] == 1
     if quant != "none":
         assert record["quantised_coverage"] > 0.9
     assert record["first_token_s"] > 0
@@ -51,10 +54,34 @@ def test_bfloat16_run_passes_both_parts(run):
     assert {"float32", "timed", "tokens"} <= set(parts(record))
 
 
-def test_batch_of_two(run):
-    code, record = run("batch=2")
+@pytest.mark.parametrize("cache", [0, 2**40, None])
+def test_batch_of_two(run, monkeypatch, cache):
+    monkeypatch.setattr(experiment, "cache_bytes", lambda device: cache)
+    code, record = run("batch=2", "new_tokens=12")
     assert (code, record["status"]) == (0, "ok"), record["check"]
     assert len(record["generated_ids"]) == 2
+    floor, latencies = record["bytes_per_token"], record["token_latencies_ms"]
+    assert floor["counted"] and 2 <= floor["distinct_experts"] <= 4 and floor["cache_bytes"] == cache
+    step_s = latencies["mean"] / 1e3
+    assert record["decode_tok_s"] == pytest.approx(2 / step_s, rel=1e-4)
+    share = floor["total"] / step_s / (floor["read_bandwidth_gb_s"] * 1e9)
+    assert record["bandwidth_share"] == (pytest.approx(share, rel=1e-3) if cache == 0 else None)
+    assert record["stalls"]["ahead"] == 1 and record["stalls"]["pace_ms"] <= latencies["mean"] * 1.01
+    assert record["energy"] is None and record["joules_per_token"] is None and record["kernels_per_token"] is None
+
+
+def test_what_follows_the_timing_comes_before_what_disturbs_it(run, monkeypatch):
+    """Experts are read before another prompt runs, and energy is measured before a profiler slows the host down."""
+    order = []
+    for name in ("chosen_experts", "token_split", "memory"):
+        real = getattr(experiment, name)
+        monkeypatch.setattr(
+            experiment, name, lambda *a, real=real, name=name, **k: (order.append(name), real(*a, **k))[1]
+        )
+    real = experiment.Benchmark.energy
+    monkeypatch.setattr(experiment.Benchmark, "energy", lambda self: (order.append("energy"), real(self))[1])
+    assert run()[0] == 0
+    assert order == ["memory", "chosen_experts", "energy", "token_split"]
 
 
 def test_one_token_prompt_and_one_new_token(run):
@@ -133,7 +160,10 @@ def test_an_overlap_that_no_kernel_can_make_is_not_applicable(run, monkeypatch, 
 def test_what_the_timing_was_is_in_the_record(run):
     code, record = run("repeats=2", "min_time_s=0.4", "min_samples=12")
     assert (code, record["status"]) == (0, "ok")
-    assert len(record["rounds"]) >= 2 and sum(entry["n"] for entry in record["rounds"]) == record["token_latencies_ms"]["n"]
+    assert (
+        len(record["rounds"]) >= 2
+        and sum(entry["n"] for entry in record["rounds"]) == record["token_latencies_ms"]["n"]
+    )
     assert record["token_latencies_ms"]["n"] >= 12 and sum(entry["seconds"] for entry in record["rounds"]) >= 0.4
     assert record["telemetry"]["kind"] in ("cpu", "cuda") and record["telemetry"]["n"] >= 3
     assert record["group"] is None and record["design"] is None and record["phase"] is None

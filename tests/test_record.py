@@ -83,7 +83,7 @@ def test_size_is_bounded_and_says_what_was_cut(tmp_path):
     ids, text = [list(range(60_000))] * 2, ["x" * 90_000] * 2
     run = new(tmp_path, check={"passed": True}, generated_ids=ids, generated_text=text)
     run.latencies_ms += [1.0 + 1e-4 * i for i in range(50_000)]
-    run.set(**dict.fromkeys(record.LATENCIES[1:], latency_summary(run.latencies_ms)))
+    run.prefill_ms, run.ttft_ms = list(run.latencies_ms), list(run.latencies_ms)
     run.set(rounds=[{"at": 1.0, "n": 10, "decode_ms_p50": 0.25}] * 5000)
     run.finish("ok")
     text = run.path.read_text()
@@ -93,7 +93,7 @@ def test_size_is_bounded_and_says_what_was_cut(tmp_path):
     assert latencies["n"] == 50_000 and latencies["p99"] == pytest.approx(5.9499, abs=1e-3)
     assert 0 < len(latencies["samples"]) <= 4000
     assert any("token_latencies_ms.samples: the first" in note for note in data["notes"])
-    for key in record.LATENCIES:
+    for key in record.SAMPLES:
         assert data[key]["n"] == 50_000 and data[key]["mean"] == latencies["mean"] and len(data[key]["samples"]) <= 4000
         assert any(f"{key}.samples: the first" in note for note in data["notes"])
     assert any("generated_ids: the first" in note for note in data["notes"])

@@ -240,7 +240,7 @@ def test_a_stop_id_ends_a_timed_generation(captured, cuda_graph, ahead):
     end = whole.index(stop) + 1
     session = build(cuda_graph=cuda_graph, prefill_graph_lengths=[4, 16], ahead=ahead)
     cfg = compose(["new_tokens=24", "repeats=1", "min_time_s=0", f"loop_ahead={ahead}"])
-    bench = Benchmark(cfg, session, PROMPT, {stop}, SimpleNamespace(latencies_ms=[]))
+    bench = Benchmark(cfg, session, PROMPT, {stop}, SimpleNamespace(latencies_ms=[], prefill_ms=[], ttft_ms=[]))
     overrun = min(ahead, 24 - end) if session.loop is not None else 0
     for _ in range(2):
         bench.round()

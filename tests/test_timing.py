@@ -6,7 +6,7 @@ import pytest
 import torch
 from common import EVEN, build_session, random_tokens
 from moeexp_runner import timing
-from moeexp_runner.timing import Samples, energy_joules, kernels_per_step, read_bandwidth, time_generation, time_prefill
+from moeexp_runner.timing import Samples, read_bandwidth, throughput, time_generation, time_prefill
 
 CPU = torch.device("cpu")
 
@@ -46,13 +46,14 @@ def test_latencies_are_differences_of_arrivals(clock):
     ids = time_generation(ScriptedSession([[1], [2], [3], [4]], clock), None, 4, samples)
     assert ids == [[1, 2, 3, 4]]
     assert samples.ttft_s == [0.5] and samples.token_s == [0.25, 1.0, 0.25] and samples.prefill_s == []
+    assert samples.lengths == [3]
 
 
 def test_stops_once_every_row_has_ended(clock):
     rows = [[7, 1], [2, 1], [3, 9], [4, 4]]
     samples = Samples()
     assert time_generation(ScriptedSession(rows, clock), None, 4, samples, stop_ids={7, 9}) == [[7, 2, 3], [1, 1, 9]]
-    assert len(samples.token_s) == 2
+    assert len(samples.token_s) == 2 and samples.lengths == [2]
     assert len(time_generation(ScriptedSession(rows, clock), None, 4, samples, stop_ids={7})[0]) == 4
     assert len(time_generation(ScriptedSession(rows, clock), None, 4, samples)[0]) == 4
 
@@ -61,10 +62,10 @@ def test_an_interrupted_generation_keeps_its_samples(clock):
     samples = Samples()
     with pytest.raises(KeyboardInterrupt):
         time_generation(ScriptedSession([[1], [2], None], clock), None, 4, samples)
-    assert samples.ttft_s == [0.5] and samples.token_s == [0.25]
+    assert samples.ttft_s == [0.5] and samples.token_s == [0.25] and samples.lengths == [1]
     with pytest.raises(KeyboardInterrupt):
         time_generation(ScriptedSession([None], clock, batch=1), None, 4, samples)
-    assert samples.ttft_s == [0.5] and samples.token_s == [0.25]
+    assert samples.ttft_s == [0.5] and samples.token_s == [0.25] and samples.lengths == [1]
 
 
 def test_a_real_session_is_timed():
@@ -81,9 +82,8 @@ def test_a_real_session_is_timed():
     assert session.length == 12, "each prefill starts on reset state"
 
 
-def test_without_a_gpu_there_is_nothing_to_count():
-    assert kernels_per_step(build_session(EVEN, max_seq_len=8), random_tokens(1, 4)) is None
-    assert energy_joules(CPU) is None
+def test_a_throughput_is_tokens_over_time():
+    assert throughput(3, [0.5, 0.5, 2.0]) == 3.0
 
 
 def test_read_bandwidth_is_bytes_over_the_best_time(monkeypatch):

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from moeexp import tracker
-from moeexp.record import Record, latency_summary, plain, read_record
+from moeexp.record import Record, plain, read_record
 from moeexp.schema import compose
 from moeexp.validate import resolve
 
@@ -18,7 +18,8 @@ def make(folder, *overrides):
     run = Record(folder / "record.json", id="ab12", config=config, command=["python"], overrides=list(overrides))
     run.set(check={"passed": True, "parts": [], "failures": []}, decode_tok_s=5.0, environment={"gpu": None})
     run.latencies_ms += [1.0, 2.0, 4.0]
-    run.set(prefill_latencies_ms=latency_summary([7.0, 9.0]), stalls={"count": 1, "decode_tok_s": 6.0})
+    run.prefill_ms += [7.0, 9.0]
+    run.set(stalls={"count": 1, "decode_tok_s": 6.0})
     run.finish("ok")
     return run
 

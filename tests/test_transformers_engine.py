@@ -38,7 +38,10 @@ def test_it_has_our_weights_and_takes_ours_away():
 
 def test_tokens_arrive_one_by_one():
     model, _, _ = converted()
-    session, prompt = transformers_engine.TransformersSession(model, batch=2, max_seq_len=64), torch.tensor([[3, 5], [8, 1]])
+    session, prompt = (
+        transformers_engine.TransformersSession(model, batch=2, max_seq_len=64),
+        torch.tensor([[3, 5], [8, 1]]),
+    )
     samples = Samples()
     ids = time_generation(session, prompt, 4, samples)
     assert len(ids) == 2 and all(len(row) == 4 for row in ids)
@@ -84,7 +87,7 @@ def test_a_token_is_split_on_a_gpu_only(monkeypatch):
     monkeypatch.setattr(transformers_engine, "step_events", lambda session, prompt, steps: kernel + copies)
     session = SimpleNamespace(device=torch.device("cuda"))
     found = transformers_engine.profile_steps(session, torch.tensor([[1]]), 3, step_us=50.0)
-    assert found["kernels_per_token"] == 4 and found["time_split"]["kernels"] == 2
+    assert found["kernels_per_token"] == found["time_split"]["kernels"] == found["time_split"]["copies"] == 2
     assert found["time_split"]["wall_us"] == 50 and found["time_split"]["kernels_us"] == 8
     assert transformers_engine.profile_steps(session, torch.tensor([[1]]), 0, step_us=50.0) == {}
     session.device = torch.device("cpu")
@@ -97,16 +100,27 @@ def test_bits_per_byte_are_those_of_our_methods(tmp_path, monkeypatch):
     arguments += ["repeats=1", "min_samples=1", "min_time_s=0", "check=off", "export=eager"]
     for engine in ("moeexp", "transformers"):
         assert main([*arguments, f"engine={engine}"]) == 0
-    ours, theirs = (record["bits_per_byte"] for record in map(read_record, sorted(Path("outputs").rglob("record.json"))))
+    ours, theirs = (
+        record["bits_per_byte"] for record in map(read_record, sorted(Path("outputs").rglob("record.json")))
+    )
     assert 1 < theirs < 2 and abs(ours - theirs) < 1e-3
 
 
+@pytest.mark.parametrize("cache", [0, 2**40, None])
 @pytest.mark.parametrize("more", [[], ["dtype=bfloat16", "batch=2"]])
-def test_a_run(tmp_path, monkeypatch, more):
+def test_a_run(tmp_path, monkeypatch, more, cache):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(transformers_engine, "cache_bytes", lambda device: cache)
     assert main([*QUICK, *more]) == 0
     (record,) = map(read_record, Path("outputs").rglob("record.json"))
-    assert record["check"]["passed"] and record["decode_tok_s"] > 0 and record["bandwidth_share"] > 0
+    assert record["check"]["passed"] and record["decode_tok_s"] > 0 and record["stalls"] is None
+    floor, latencies = record["bytes_per_token"], record["token_latencies_ms"]
+    assert (floor["counted"], floor["counted_steps"], floor["cache_bytes"]) == (True, 4, cache)
+    assert floor["distinct_experts"] == 2 if not more else 2 <= floor["distinct_experts"] <= 4
+    batch = record["config"]["batch"]
+    assert record["decode_tok_s"] == pytest.approx(1e3 * batch / latencies["mean"], rel=1e-4)
+    share = floor["total"] * record["decode_tok_s"] / batch / (floor["read_bandwidth_gb_s"] * 1e9)
+    assert record["bandwidth_share"] == (pytest.approx(share, rel=1e-6) if cache == 0 else None)
     assert record["ops"]["implementations"]["engine"].startswith("transformers ")
     assert {"dispatch", "state", "export", "ops"} <= set(record["not_applicable"])
     assert record["kernels_per_token"] is None and record["time_split"] is None and record["memory_gib"]["weights"] > 0
@@ -165,11 +179,14 @@ def test_tokens_that_do_not_repeat_fail_the_check(tmp_path, monkeypatch):
     monkeypatch.setattr(transformers_engine, "choices", otherwise)
     assert main(QUICK) == 1
     (record,) = map(read_record, Path("outputs").rglob("record.json"))
-    assert record["status"] == "incorrect" and "the timed generation chose other tokens" in record["check"]["failures"][0]
+    assert (
+        record["status"] == "incorrect" and "the timed generation chose other tokens" in record["check"]["failures"][0]
+    )
 
 
 @pytest.mark.parametrize(
-    "setting, words", [("quant=int4", "use quant=none"), ("eos=true", "use eos=false"), ("cuda_graph=true", "cuda_graph=false")]
+    "setting, words",
+    [("quant=int4", "use quant=none"), ("eos=true", "use eos=false"), ("cuda_graph=true", "cuda_graph=false")],
 )
 def test_what_it_cannot_do_is_refused(setting, words):
     with pytest.raises(ValueError, match=words):

@@ -1,11 +1,14 @@
 """Wall-clock timing of a session and the read bandwidth that its figures are held against.
 
-A token's latency is what its reader waits for: from the previous token's arrival on the host to its own.
+A token's latency is what its reader waits for: from the previous token's arrival on the host to its own. A throughput is
+tokens over time, in every mode: never a median's inverse.
 """
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,11 +19,17 @@ from .session import Session
 
 @dataclass
 class Samples:
-    """Raw samples of one benchmark, in seconds."""
+    """Raw samples of one benchmark, in seconds. `lengths`: how many of `token_s` each generation has."""
 
     ttft_s: list[float] = field(default_factory=list)
     prefill_s: list[float] = field(default_factory=list)
     token_s: list[float] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+
+
+def throughput(tokens: int, seconds: Sequence[float]) -> float:
+    """Tokens per second where each of `seconds` made `tokens` of them: one definition, of prefill and of decoding."""
+    return tokens * len(seconds) / math.fsum(seconds)
 
 
 def synchronize(device: torch.device) -> None:
@@ -49,6 +58,7 @@ def time_generation(
         return session.generate(tokens, new_tokens, on_token=on_token)
     finally:
         samples.ttft_s.extend(arrival - start for arrival in arrivals[:1])
+        samples.lengths.extend(len(arrivals) - 1 for _ in arrivals[:1])
         samples.token_s.extend(after - before for before, after in zip(arrivals, arrivals[1:], strict=False))
 
 
@@ -60,41 +70,6 @@ def time_prefill(session: Session, tokens: Tensor, samples: Samples) -> None:
     session.prefill(tokens)
     synchronize(session.device)
     samples.prefill_s.append(time.perf_counter() - start)
-
-
-def kernels_per_step(session: Session, tokens: Tensor) -> int | None:
-    """GPU kernels, copies and fills of one eager decode step, counted by the profiler; None without CUDA."""
-    if session.device.type != "cuda":
-        return None
-    from torch.profiler import ProfilerActivity, profile
-
-    graph, session.graph = session.graph, None
-    try:
-        session.reset()
-        token = session.sample(session.prefill(tokens))
-        synchronize(session.device)
-        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
-            session.decode(token)
-            synchronize(session.device)
-    finally:
-        session.graph = graph
-    return sum(1 for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA)
-
-
-def energy_joules(device: torch.device) -> float | None:
-    """The GPU's energy counter; None where there is no GPU or it does not tell."""
-    if device.type != "cuda":
-        return None
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID("GPU-" + str(torch.cuda.get_device_properties(device).uuid))
-        return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
-    except pynvml.NVMLError:
-        return None
 
 
 def read_bandwidth(device: torch.device, *, megabytes: int | None = None, rounds: int = 5) -> float:

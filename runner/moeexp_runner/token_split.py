@@ -30,17 +30,34 @@ Event = tuple[str, float, float]  # name, start and end in microseconds
 
 def token_split(session: Session, prompt: Tensor, steps: int, *, step_us: float) -> dict[str, Any] | None:
     """Decodes `steps` tokens after prompt [B, T]. step_us: what a decode step takes, timed without a profiler in the process.
-    Microseconds per token: {wall_us = step_us = kernels_us + copies_us + gaps_us + host_us, kernels (how many), by_kernel: the
-    longest [{name, calls, us}]}. None where there is no GPU to profile."""
+    Microseconds per token: {wall_us = step_us = kernels_us + copies_us + gaps_us + host_us, by_kernel: the longest [{name,
+    calls, us}]}, and what runs on the GPU for one token, whether a graph replays it or the host launches it: `kernels` and
+    `copies` (with fills), from the token that is fed to the next one's arrival on the host. None where there is no GPU to
+    profile."""
     if session.device.type != "cuda":
         return None
     session.decode_tokens(_prefilled(session, prompt), steps + 1)  # warm: lazy loading is no part of a token
+    # Of a generation without a step: what starts a loop, and the first token's way to the host.
+    without, whole = (_profiled(session, prompt, count) for count in (1, steps + 1))
+    session.reset()
+    return split(whole, wall_us=step_us * steps, steps=steps, without=without)
+
+
+def kernels_per_token(time_split: dict[str, Any] | None) -> float | None:
+    """The record's `kernels_per_token`: kernels that run on the GPU for one token of the timed mode, sampling among them,
+    whether a graph replays them or the host launches them. Copies and fills are counted in `time_split`."""
+    if time_split is None:
+        return None
+    count = round(time_split["kernels"], 1)
+    return int(count) if count == int(count) else count
+
+
+def _profiled(session: Session, prompt: Tensor, new_tokens: int) -> list[Event]:
     token = _prefilled(session, prompt)
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
-        session.decode_tokens(token, steps + 1)
+        session.decode_tokens(token, new_tokens)
         torch.cuda.synchronize(session.device)
-    session.reset()
-    return split(events_of(profiled), wall_us=step_us * steps, steps=steps)
+    return events_of(profiled)
 
 
 def events_of(profiled: profile, device: DeviceType = DeviceType.CUDA) -> list[Event]:
@@ -52,9 +69,9 @@ def events_of(profiled: profile, device: DeviceType = DeviceType.CUDA) -> list[E
     ]
 
 
-def split(events: Iterable[Event], *, wall_us: float, steps: int) -> dict[str, Any]:
+def split(events: Iterable[Event], *, wall_us: float, steps: int, without: Iterable[Event] = ()) -> dict[str, Any]:
     """The same from GPU events of `steps` steps that took `wall_us` in all. Time in which kernels overlap counts once,
-    and a copy beside a kernel not at all."""
+    and a copy beside a kernel not at all. Events that come `without` any step as well are not counted as theirs."""
     events = sorted(events, key=lambda event: event[1])
     if not events:
         raise RuntimeError("the profiler saw no work on the GPU; is another profiler attached?")
@@ -70,7 +87,14 @@ def split(events: Iterable[Event], *, wall_us: float, steps: int) -> dict[str, A
     for name, start, stop in kernels:
         totals[name][0] += 1
         totals[name][1] += stop - start
-    longest = sorted(totals.items(), key=lambda item: -item[1][1])[:TOP]
+    copies = len(events) - len(kernels)
+    for name, start, stop in without:
+        if name.startswith(COPIES):
+            copies -= 1
+        else:
+            totals[name][0] -= 1
+            totals[name][1] -= stop - start
+    longest = sorted(((name, total) for name, total in totals.items() if total[0] > 0), key=lambda item: -item[1][1])
 
     def per_token(value: float) -> float:
         return round(value / steps, 3)
@@ -81,9 +105,10 @@ def split(events: Iterable[Event], *, wall_us: float, steps: int) -> dict[str, A
         "copies_us": per_token(copies_us),
         "gaps_us": per_token(gaps_us),
         "host_us": per_token(max(0.0, wall_us - kernel_us - copies_us - gaps_us)),
-        "kernels": per_token(len(kernels)),
+        "kernels": per_token(sum(calls for calls, _ in totals.values())),
+        "copies": per_token(copies),
         "by_kernel": [
-            {"name": name[:120], "calls": per_token(calls), "us": per_token(us)} for name, (calls, us) in longest
+            {"name": name[:120], "calls": per_token(calls), "us": per_token(us)} for name, (calls, us) in longest[:TOP]
         ],
     }
 

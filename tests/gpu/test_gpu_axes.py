@@ -237,7 +237,7 @@ def test_a_stop_id_ends_a_timed_generation(stack, expected, overrides):
     end = expected[0].index(stop) + 1
     session = stack(*overrides.split()).session
     cfg = configured(*overrides.split(), "repeats=1", "min_time_s=0")
-    bench = Benchmark(cfg, session, tokens(21), {stop}, SimpleNamespace(latencies_ms=[]))
+    bench = Benchmark(cfg, session, tokens(21), {stop}, SimpleNamespace(latencies_ms=[], prefill_ms=[], ttft_ms=[]))
     overrun = min(cfg.loop_ahead, 12 - end) if session.loop is not None else 0
     for _ in range(2):  # the second starts on a state that has seen the overrun
         bench.round()
