@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from moeexp import html_table, report
+from moeexp import html_table, processes, report
 from moeexp.conditions import odd_ones
 from moeexp.html_charts import SECTIONS, label_of
 from moeexp.markdown_report import by_medians, three
@@ -84,7 +84,7 @@ def _tiles(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
     tiles = [(counted, f"of {len(runs)} runs")]
     best = ranked[0]
     if best.speed:
-        tiles.insert(0, (f"{report.number(best.speed.tok_s)} tok/s", f"fastest decode: {label_of(best)}"))
+        tiles.insert(0, _fastest(best, processes.processes(runs)))
         same = [run for run in runs if run.speed and run.workload == best.workload]
         if same[0] is not best:
             found = gain(best, same[0])
@@ -97,6 +97,16 @@ def _tiles(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
     return '<div class="tiles">' + "".join(
         f'<div class="tile"><b>{escape(value)}</b><span>{escape(text)}</span></div>' for value, text in tiles
     ) + "</div>"  # fmt: skip
+
+
+def _fastest(best: Run, repeated: Sequence[processes.Processes]) -> tuple[str, str]:
+    """Of a config that ran in several processes their median; of another what its one process had."""
+    of_best = next((one for one in repeated if best in one.runs), None)
+    if of_best is None:
+        return f"{report.number(best.speed.tok_s)} tok/s", f"fastest decode, one process: {label_of(best)}"
+    middle, least, most = of_best.figure(lambda record: record["decode_tok_s"])
+    spread = f"median of {of_best.count} processes [{report.number(least)}, {report.number(most)}]"
+    return f"{report.number(middle)} tok/s", f"fastest decode, {spread}: {of_best.label or label_of(best)}"
 
 
 def _machine(record: dict[str, Any]) -> str:

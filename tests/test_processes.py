@@ -22,6 +22,9 @@ def test_the_median_of_the_processes_stands_with_its_least_and_most():
     assert row["processes"] == "3" and row["decode tok/s"] == "1,000 [800, 1,250]"
     for text in (markdown_report.document(repeats(1.0, 1.25, 0.8)), html_report.page(repeats(1.0, 1.25, 0.8), title="t")):
         assert "1,000 [800, 1,250]" in text and "3 processes or more" in text
+    page = html_report.page(repeats(1.0, 1.25, 0.8) + others, title="t")
+    assert "<b>1,000 tok/s</b><span>fastest decode, median of 3 processes [800, 1,250]: quant=int4</span>" in page
+    assert "fastest decode, one process: " in html_report.page(repeats(1.0), title="t")
 
 
 def test_runs_of_other_code_weights_or_settings_repeat_nothing():
