@@ -112,7 +112,7 @@ def test_what_is_no_record_of_its_schema_is_refused_in_a_line(tmp_path, values):
 def test_every_stored_result_is_read_and_repeated(path):
     data = read_record(path)
     assert set(data) == {"schema", *record.KEYS} and data["status"] == "ok"
-    assert data["decode_tok_s"] == pytest.approx(1e3 * data["config"]["batch"] / data["token_latencies_ms"]["mean"], rel=1e-6)
+    assert data["decode_tok_s"] == pytest.approx(1e3 * data["config"]["batch"] / data["token_latencies_ms"]["mean"], rel=1e-4)
     arguments = [one for one in arguments_of(data) if not one.startswith("--")]
     again = record.plain(compose(arguments))
     assert command_of(data).startswith("python -m moeexp") and again["quant"]["name"] == data["config"]["quant"]["name"]
@@ -131,6 +131,7 @@ def test_every_stored_result_reports():
             console = Console(file=io.StringIO())
             summary.print_run(one, path=folder, console=console)
             assert report.number(one["decode_tok_s"]) in console.file.getvalue()
-        assert report.MEDIAN_NOTE in text and report.MEDIAN_NOTE in page, "their prefill is a median"
         told = compare.explain(records[0], records[-1])
-        assert report.MEDIAN_NOTE in told and report.number(records[-1]["decode_tok_s"]) in told
+        assert report.number(records[-1]["decode_tok_s"]) in told
+        old = any(one["migrated"] for one in records)
+        assert [report.MEDIAN_NOTE in one for one in (text, page, told)] == [old] * 3, "of older ones prefill is a median"
