@@ -4,18 +4,21 @@ The matrix runs in float32, where near-ties are too rare to choose between combi
 `pytest -s -k matrix_table` prints what each cell is.
 """
 
+import ctypes
 import gc
 import itertools
 import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
 from covering import AXES, BASE, COMPILED, PAIRWISE, legal_points
-from moeexp_runner.token_split import token_split
+from moeexp_kernels import graph_edges
+from moeexp_runner.token_split import kernels_per_token, token_split
 from rich.console import Console
 
 from moeexp.benchmark import Benchmark
@@ -436,9 +439,54 @@ def test_a_tokens_time_is_split(stack, graph):
     assert split["wall_us"] == pytest.approx(step_us, rel=1e-3)
     parts = sum(split[name] for name in ("kernels_us", "copies_us", "gaps_us", "host_us"))
     assert split["kernels"] > 10 and split["kernels_us"] > 0
+    assert split["kernels"] == int(split["kernels"]) and split["copies"] == int(split["copies"]) >= 1
     # Equal but for rounding, and for what the profiled pass took longer.
     assert parts == pytest.approx(split["wall_us"], rel=0.25)
     assert split["by_kernel"][0]["us"] >= split["by_kernel"][-1]["us"] > 0
+
+
+def nodes_of(graph):
+    """Of a captured `GraphedMethod` that kept its graph: how many nodes of each of the driver's kinds."""
+    cuda, handle, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(graph._graph.raw_cuda_graph()), ctypes.c_size_t()
+    graph_edges._call(cuda, "cuGraphGetNodes", handle, None, ctypes.byref(count))
+    nodes = (ctypes.c_void_p * count.value)()
+    graph_edges._call(cuda, "cuGraphGetNodes", handle, nodes, ctypes.byref(count))
+    return Counter(graph_edges._kind(cuda, node) for node in nodes)
+
+
+@pytest.mark.parametrize("state", ["shared", "explicit"])
+@pytest.mark.parametrize("graph", ["decode", "loop"])
+def test_kernels_per_token_are_those_that_are_replayed(stack, graph, state):
+    """Of a loop its graph's nodes and nothing else; of a step its graph's, its inputs' and the sampler's. Kinds of the
+    driver: 0 kernels, 1 copies, 2 fills. The graph is kept where kernels may start early, on Hopper and later."""
+    session = stack(f"cuda_graph={graph}", f"state={state}", "overlap=true").session
+    step = session.graph or session.loop.graph
+    nodes = [nodes_of(each) for each in step._graphs]
+    kernels = sum(each[0] for each in nodes) / len(nodes)
+    copies = sum(each[1] + each[2] for each in nodes) / len(nodes)
+    split = token_split(session, tokens(21), 16, step_us=1000.0)
+    assert kernels_per_token(split) == pytest.approx(split["kernels"], abs=0.05)
+    if graph == "loop":
+        assert split["kernels"] == kernels and split["copies"] == copies + 1, "the row of ids goes to the host"
+    else:
+        assert kernels < split["kernels"] < kernels + 8 and split["copies"] > copies
+
+
+@pytest.mark.parametrize("graph", ["false", "loop"])
+def test_energy_is_of_decoding_and_experts_are_counted(stack, graph):
+    """Of more tokens the energy is more, each token's about the same, whatever the prompt takes."""
+    from moeexp_runner import energy
+
+    if energy.counter(torch.device("cuda")) is None:
+        pytest.skip("no CUDA device whose energy is told")
+    session, found = stack(f"cuda_graph={graph}").session, []
+    for new_tokens in (24, 72):
+        cfg = configured(f"cuda_graph={graph}", f"new_tokens={new_tokens}")
+        record = SimpleNamespace(latencies_ms=[], prefill_ms=[], ttft_ms=[])
+        found.append(Benchmark(cfg, session, tokens(21), None, record).energy())
+    short, long = (each["joules_per_token"] for each in found)
+    assert 0 < short and long == pytest.approx(short, rel=0.3)
+    assert found[1]["energy"]["joules_per_prefill"] == pytest.approx(found[0]["energy"]["joules_per_prefill"], rel=0.2)
 
 
 @pytest.mark.parametrize(

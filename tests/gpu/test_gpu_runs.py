@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from moeexp import cli
+from moeexp.schema import compose
+from moeexp.validate import load_architecture
 
 pytestmark = pytest.mark.gpu
 
@@ -36,7 +38,12 @@ def test_run_is_correct(cell, tmp_path, monkeypatch):
     names = {part["name"] for part in record["check"]["parts"]}
     assert {"trace", "float32", "tokens"} <= names
     assert ("replay" in names) == ("cuda_graph=true" in cell)
-    assert record["decode_tok_s"] > 0
+    floor, batch, latencies = record["bytes_per_token"], record["config"]["batch"], record["token_latencies_ms"]
+    assert record["decode_tok_s"] == pytest.approx(1e3 * batch / latencies["mean"], rel=1e-4)
+    assert record["kernels_per_token"] == pytest.approx(record["time_split"]["kernels"], abs=0.05)
+    k = load_architecture(compose(cell.split()).model).num_experts_per_tok
+    assert floor["counted"] and k <= floor["distinct_experts"] <= k * batch and floor["cache_bytes"] > 2**20
+    assert (record["bandwidth_share"] is None) == (floor["total"] <= floor["cache_bytes"])
 
 
 def test_transformers_own_decode_is_timed_and_split(tmp_path, monkeypatch):
