@@ -41,6 +41,7 @@ ARCHITECTURE = {name: kind for name, kind in get_type_hints(Architecture).items(
     "eos_token_id": int | list[int] | None,
     "rope_parameters": dict[str, int | float | bool | str | list[int | float] | None] | None,
 }
+ROPE = {"rope_type": str, "type": str, "rope_theta": float, "partial_rotary_factor": float}
 
 
 def check(config: Any) -> None:
@@ -99,14 +100,14 @@ def _check_value(path: str, kind: Any, value: Any) -> None:
         _check_fields(path, get_type_hints(kind), value)
     elif origin in (Union, UnionType):
         _check_value(path, _choice(path, get_args(kind), value), value)
-    elif path == "model.architecture":
+    elif origin is dict and path == "model.architecture":
         _check_fields(path, ARCHITECTURE, value)
     elif origin is dict:
         _check_table(path, value)
         for name, item in value.items():
             if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", name):
                 raise ValueError(f"the record's {path} has {show(name)}, which is no name of a parameter")
-            _check_value(f"{path}.{name}", get_args(kind)[1], item)
+            _check_value(f"{path}.{name}", ROPE.get(name, get_args(kind)[1]), item)
     elif origin in (list, tuple):
         if not isinstance(value, list):
             raise ValueError(f"the record's {path}={show(value)} is not a list")

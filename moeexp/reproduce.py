@@ -29,6 +29,8 @@ AGREES, DIFFERS, INVALID = 0, 1, 2
 STDERR = 2  # what the run prints is not the answer
 # Longer than any record, whose size is limited when it is written.
 MAX_SIZE = 50 * MAX_BYTES
+# What a record holds as a table, once it is known.
+TABLES = ("config", "environment", "telemetry", "identity", "check", "group", "token_latencies_ms")
 # On other hardware, or where others used it too, a speed is not judged at all.
 HARDWARE = ("GPU", "CPU", "CPU cores", "CPU threads", "power limit (W)", "throttled by", "other processes on the GPU", LOAD)
 
@@ -48,6 +50,8 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{file} has {file.stat().st_size} bytes, more than any record: it is none")
     try:
         record = read_published(file)
+        if wrong := [key for key in TABLES if not isinstance(record.get(key), dict | None)]:
+            raise ValueError(f"{file} is not a whole record: its {wrong[0]} is no table")
         judge(record, record)  # what cannot be held against itself cannot be held against another
     except (ValueError, OSError):
         raise

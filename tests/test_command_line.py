@@ -59,3 +59,43 @@ def test_a_users_own_config_folder_goes_with_it(tmp_path):
         arguments = command_line.arguments_of(record, trust=True)
         assert arguments[:2] == ["--config-dir", str(tmp_path)]
         assert "quant=mine" in arguments and [a for a in arguments if a.startswith("quant.")] == ["quant.group_size=16"]
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: "/".join(path.parts[-3:-1]))
+def test_the_published_records_give_commands_that_compose_to_their_configs(path):
+    record = read_record(path)
+    arguments = command_line.arguments_of(record)  # compares each field
+    assert shlex.split(command_line.command_of(record))[3:] == arguments
+    config, cuda = compose(arguments), record["config"]["device"] == "cuda"
+    validate(config, cuda_available=cuda)
+    again, then = plain(resolve(config, cuda_available=cuda)), dict(record["config"])
+    for left_out in ("tracker", "launcher"):
+        again.pop(left_out), then.pop(left_out)
+    assert again == then
+
+
+def test_there_are_published_records():
+    assert len(RESULTS) >= 22
+
+
+def test_a_config_that_is_not_what_its_command_composes_to_is_refused(monkeypatch):
+    """Whatever goes wrong in writing the command, nothing runs but the record's config."""
+    record = synthetic.record("export=eager")
+    monkeypatch.setattr(command_line, "hydra_value", lambda value: "7" if value == "eager" else str(value))
+    with pytest.raises(ValueError, match="^export='eager' of the record composes to '7': it cannot be run as it was$"):
+        command_line.arguments_of(record)
+
+
+def test_what_an_artifact_fixes_is_left_to_it(tmp_path):
+    """Its weights are its own: told again, they would be refused as others."""
+    record = synthetic.record("model=tiny", "export=aoti", "new_tokens=5")
+    record["config"]["artifact"] = str(tmp_path)
+    record["config"]["model"]["weights"] = str(tmp_path / "model")
+    arguments = command_line.arguments_of(record, trust=True)
+    assert f'artifact="{tmp_path}"' in arguments and "new_tokens=5" in arguments
+    assert not [one for one in arguments if one.startswith(("model", "quant", "export", "dtype", "device"))]
+
+
+def test_a_default_op_that_is_no_group_is_set():
+    record = synthetic.record("ops.default=einsum", "ops.linear=reference")
+    assert {"ops.default=einsum", "ops.linear=reference"} <= set(command_line.arguments_of(record))
