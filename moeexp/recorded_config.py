@@ -30,10 +30,15 @@ AT_MOST = {
 }
 LONGEST = 4096  # characters of a name or a path
 LONGEST_PROMPT = 100_000  # bytes; Linux takes 131,071 in one argument of a command
+LONGEST_LIST = 8192  # Hydra reads a list in time that grows with its square: this one in 7 s
 SHOWN = 60
 
 # Fields of any type in the schema. Those of the launcher never become part of a command.
-UNTYPED = {"cuda_graph": bool | str, "launcher.gpus": int | str | list[int], "launcher.only": int | str | list[int | str]}
+UNTYPED = {
+    "cuda_graph": bool | str,
+    "launcher.gpus": int | str | list[int],
+    "launcher.only": int | str | list[int | str],
+}
 NAMES = {"model": "name", "quant": "name", "sampler": "name", "ops": "default"}
 USER_OP = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 # As `Architecture.to_hf` writes it, and as conf/model does.
@@ -88,7 +93,9 @@ def check_text(what: str, text: Any, *, longest: int = LONGEST, lines: bool = Fa
     for character in text:
         # Control characters act on the terminal that a command is pasted into; surrogates are no text.
         if unicodedata.category(character) in ("Cc", "Cs") and not (lines and character in "\n\t"):
-            raise ValueError(f"the record's {what}={show(text)} holds the character {show(character)}, which is not allowed")
+            raise ValueError(
+                f"the record's {what}={show(text)} holds the character {show(character)}, which is not allowed"
+            )
     if text == "???":
         raise ValueError(f"the record's {what} is '???', which means that it is missing")
     return text
@@ -111,6 +118,8 @@ def _check_value(path: str, kind: Any, value: Any) -> None:
     elif origin in (list, tuple):
         if not isinstance(value, list):
             raise ValueError(f"the record's {path}={show(value)} is not a list")
+        if len(value) > LONGEST_LIST:
+            raise ValueError(f"the record's {path} has {len(value)} entries; {LONGEST_LIST} are allowed")
         for item in value:
             _check_value(path, get_args(kind)[0], item)
     elif kind is str:
@@ -125,7 +134,9 @@ def _check_fields(path: str, hints: dict[str, Any], value: Any) -> None:
     for name, item in value.items():
         if name not in hints:
             where = f"{path} of the record's config" if path else "the record's config"
-            raise ValueError(f"{where} has {show(name)}, which is no setting of moeexp: it was not written by this version")
+            raise ValueError(
+                f"{where} has {show(name)}, which is no setting of moeexp: it was not written by this version"
+            )
         inner = f"{path}.{name}" if path else name
         _check_value(inner, UNTYPED.get(inner, hints[name]), item)
 

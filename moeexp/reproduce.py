@@ -32,7 +32,16 @@ MAX_SIZE = 50 * MAX_BYTES
 # What a record holds as a table, once it is known.
 TABLES = ("config", "environment", "telemetry", "identity", "check", "group", "token_latencies_ms")
 # On other hardware, or where others used it too, a speed is not judged at all.
-HARDWARE = ("GPU", "CPU", "CPU cores", "CPU threads", "power limit (W)", "throttled by", "other processes on the GPU", LOAD)
+HARDWARE = (
+    "GPU",
+    "CPU",
+    "CPU cores",
+    "CPU threads",
+    "power limit (W)",
+    "throttled by",
+    "other processes on the GPU",
+    LOAD,
+)
 
 
 def find(path: Path) -> Path:
@@ -62,7 +71,11 @@ def read(path: Path) -> dict[str, Any]:
 
 def run_again(record: dict[str, Any], folder: Path, *, trust: bool = False) -> dict[str, Any]:
     """Runs the record's config in a process of its own. `ValueError` as `arguments_of`; `RuntimeError` if it left no record."""
-    overrides = [*arguments_of(record, trust=trust), "tracker.mode=disabled", f"hydra.run.dir={hydra_value(str(folder))}"]
+    overrides = [
+        *arguments_of(record, trust=trust),
+        "tracker.mode=disabled",
+        f"hydra.run.dir={hydra_value(str(folder))}",
+    ]
     print("$ " + shlex.join(["python", "-m", "moeexp", *overrides]), file=sys.stderr)
     code = subprocess.run([sys.executable, "-m", "moeexp", *overrides], stdout=STDERR).returncode
     if code == 130:
@@ -119,7 +132,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m moeexp.reproduce", description="Run a record again and say whether it agrees.")
     parser.add_argument("record", metavar="RECORD", type=Path, help="a record.json, or the folder of one run")
     parser.add_argument("--out", metavar="DIR", type=Path, help="the new run's folder; default: outputs/reproduce/…")
-    parser.add_argument("--trust", action="store_true", help="run code that the record names: ops, config files, an artifact")
+    parser.add_argument(
+        "--trust", action="store_true", help="run code that the record names: ops, config files, an artifact"
+    )
     default = f"{RUN_TO_RUN['cpu']} on a CPU, {RUN_TO_RUN['cuda']} on a GPU and more as far as it waits for the host"
     parser.add_argument("--tolerance", type=float, help=f"run-to-run noise in the speed ratio; default {default}")
     try:

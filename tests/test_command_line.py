@@ -1,6 +1,5 @@
 """The command that runs a record's config again: what it composes to, what it refuses, and who may say what runs."""
 
-import json
 import shlex
 from pathlib import Path
 

@@ -8,6 +8,7 @@ import synthetic
 
 from moeexp import reproduce
 
+
 def lines_of(old, new):
     agree, lines = reproduce.judge(old, new)
     return agree, "\n".join(lines)
