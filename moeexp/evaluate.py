@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from moeexp_runner.session import Session
@@ -13,7 +12,7 @@ from .phases import Phases
 from .prompts import Text
 from .record import Record
 from .schema import Config
-from .validate import heldout_file
+from .validate import heldout_file, heldout_text
 
 # Non-overlapping windows, each from reset state; the first token of a window has no context and is not scored.
 WINDOW = 1024
@@ -26,42 +25,41 @@ def record_quality(cfg: Config, session: Session, text: Text, record: Record, ph
     heldout = heldout_file(cfg.model)
     if not cfg.eval_bytes or heldout is None or cfg.model.weights == "random":
         return
-    if text.encode is None or text.decode is None:
+    if text.encode is None:
         record.note("no bits per byte: the snapshot brings no tokenizer, so held-out text has no tokens")
+        return
+    if text.measure is None:
+        record.note("no bits per byte: the snapshot's tokenizer does not tell which characters a token stands for")
         return
     if (record.data["check"] or {}).get("passed") is False:
         return
-    decode, piece = text.decode, heldout.read_bytes()[: cfg.eval_bytes].decode(errors="ignore")
-    count = len if cfg.model.tokenizer == "bytes" else lambda ids: len(decode(ids).encode())
+    piece = heldout_text(heldout, cfg.eval_bytes)
     with phases("bits per byte"):
-        quality = bits_per_byte(session, text.encode(piece), count)
+        quality = bits_per_byte(session, *text.measure(piece))
     quality |= {"file": heldout.name, "eval_bytes": len(piece.encode())}
     record.set(bits_per_byte=quality["bits_per_byte"], evaluation=quality)
 
 
-def bits_per_byte(
-    session: Session, tokens: list[int], token_bytes: Callable[[list[int]], int]
-) -> dict[str, float | int]:
-    """tokens of the text in order; token_bytes(ids) their length as UTF-8. Returns bits_per_byte, scored bytes, windows.
+def bits_per_byte(session: Session, tokens: list[int], sizes: list[int]) -> dict[str, float | int]:
+    """tokens of the text in order; sizes: how many of its bytes each stands for. Returns bits_per_byte, scored bytes, windows.
 
     Rows of a batch take consecutive windows; the last batch may repeat a window, which is not scored twice."""
     width = min(WINDOW, session.max_seq_len)
-    windows = [tokens[i : i + width] for i in range(0, len(tokens), width)]
-    windows = [window for window in windows if len(window) > 1]
-    if not windows:
+    starts = [i for i in range(0, len(tokens), width) if i + 1 < len(tokens)]
+    scored = sum(sum(sizes[i + 1 : i + width]) for i in starts)
+    if not scored:
         raise ValueError(
             f"{len(tokens)} tokens of held-out text are too few to score: raise eval_bytes, or set it to 0"
         )
-    nats, scored = 0.0, 0
-    for rows in _batches(windows, session.batch):
+    nats = 0.0
+    for rows in _batches([tokens[i : i + width] for i in starts], session.batch):
         padded = rows + [rows[-1]] * (session.batch - len(rows))
         losses = window_losses(session, torch.tensor(padded, device=session.device))
         nats += float(losses[: len(rows)].double().sum())
-        scored += sum(token_bytes(row[1:]) for row in rows)
     return {
         "bits_per_byte": nats / math.log(2) / scored,
         "scored_bytes": scored,
-        "windows": len(windows),
+        "windows": len(starts),
         "window": width,
     }
 

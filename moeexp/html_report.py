@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from moeexp import html_table, processes, report
+from moeexp.command_line import code_of, command_of, config_dir, given_of
 from moeexp.conditions import odd_ones
 from moeexp.html_charts import SECTIONS, label_of
 from moeexp.markdown_report import by_medians, three
-from moeexp.reproduce import command_of
 from moeexp.runs import Run, gain, runs_of
 
 ASSETS = Path(__file__).with_name("report_assets")
@@ -143,12 +143,19 @@ def _run(run: Run, index: int) -> str:
 
 
 def _command(record: dict[str, Any]) -> str:
-    """The command that runs this config; of a config that this version cannot compose, the one that was given."""
+    """The command that runs this config; of a config that this version cannot compose, the one that was given, unless that
+    could do more than choose settings. What names code is marked."""
     try:
-        return f'<pre class="command">{escape(command_of(record))}</pre>'
+        trust = config_dir(record) is None  # deriving a command reads the config files in it, and nothing else
+        command, named = command_of(record, trust=trust), "; ".join(code_of(record))
     except ValueError as error:
-        given = shlex.join([*record["command"], *record["overrides"]])
-        return f'<p class="soft">As it was given; {escape(str(error))}</p><pre class="command">{escape(given)}</pre>'
+        try:
+            command, named = given_of(record), f"As it was given; {error}"
+        except ValueError as refusal:
+            return f'<p class="soft">{escape(f"{error}; {refusal}")}</p>'
+    else:
+        named = f"Run it only if you trust who wrote the record: {named}" if named else ""
+    return f'<p class="soft">{escape(named)}</p>' * bool(named) + f'<pre class="command">{escape(command)}</pre>'
 
 
 def _gates(record: dict[str, Any]) -> str:

@@ -4,31 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .architecture import Architecture
 from .schema import Config
+from .token_bytes import token_bytes
 from .validate import check_lengths, weights_folder
 
 
 class Text:
-    """`encode` and `decode` of one model; both None where it has no text."""
+    """`encode` and `decode` of one model; both None where it has no text.
+
+    `measure`: tokens of a text, and how many of its bytes each stands for; None where a tokenizer does not tell."""
 
     def __init__(self, kind: str, folder: Path | None):
         self.encode: Callable[[str], list[int]] | None = None
         self.decode: Callable[[list[int]], str] | None = None
+        self.measure: Callable[[str], tuple[list[int], list[int]]] | None = None
         if kind == "bytes":
             self.encode = lambda text: list(text.encode())
             self.decode = lambda ids: bytes(i for i in ids if i < 256).decode(errors="replace")
+            self.measure = lambda text: (list(text.encode()), [1] * len(text.encode()))
         elif kind == "auto":
             # Imported here: only a snapshot with a tokenizer of its own needs transformers for it.
             from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            # Never the snapshot's own Python code, and no question on the terminal whether it may run.
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             self.encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
             self.decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
+            if tokenizer.is_fast:
+                self.measure = lambda text: _measure(tokenizer, text)
+
+
+def _measure(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids = found["input_ids"]
+    return ids, token_bytes(text, found["offset_mapping"], tokenizer.convert_ids_to_tokens(ids))
 
 
 def text_of(cfg: Config) -> Text:

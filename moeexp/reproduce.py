@@ -14,111 +14,34 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from moeexp import schema
 from moeexp.arguments import Parser
-from moeexp.composition_error import explain
+from moeexp.command_line import arguments_of, hydra_value
 from moeexp.conditions import LOAD, unlike
 from moeexp.markdown_report import times
-from moeexp.record import plain
+from moeexp.record import MAX_BYTES
 from moeexp.report import percent, read_published
-from moeexp.runs import GROUPS, HOUSEKEEPING
 from moeexp.statistics import RUN_TO_RUN, ratio, speed_of
 
 AGREES, DIFFERS, INVALID = 0, 1, 2
 STDERR = 2  # what the run prints is not the answer
-# Housekeeping that decides what is published, and from how much.
-RUN_AS_IT_WAS = ("check", "repeats", "eval_bytes", "min_samples", "min_time_s", "artifact")
+# Longer than any record, whose size is limited when it is written.
+MAX_SIZE = 50 * MAX_BYTES
+# What a record holds as a table, once it is known.
+TABLES = ("config", "environment", "telemetry", "identity", "check", "group", "token_latencies_ms")
 # On other hardware, or where others used it too, a speed is not judged at all.
-HARDWARE = ("GPU", "CPU", "CPU cores", "CPU threads", "power limit (W)", "throttled by", "other processes on the GPU", LOAD)
-
-
-def command_of(record: dict[str, Any]) -> str:
-    """A command line that runs this config, whatever sweep or recipe it came from. `ValueError` as `arguments_of`."""
-    return shlex.join(["python", "-m", "moeexp", *arguments_of(record)])
-
-
-def arguments_of(record: dict[str, Any]) -> list[str]:
-    """The arguments that turn the defaults into this record's config, with the user's own config folder if it had one.
-
-    `ValueError` for a config of which a group no longer exists."""
-    own = _config_dir(record["command"])
-    return (["--config-dir", own] if own else []) + overrides_of(record["config"], own)
-
-
-def _config_dir(command: Sequence[str]) -> str | None:
-    for flag, value in zip(command, [*command[1:], ""], strict=True):
-        if flag in ("--config-dir", "-cd"):
-            return value
-        if flag.startswith("--config-dir="):
-            return flag.partition("=")[2]
-    return None
-
-
-def overrides_of(config: dict[str, Any], config_dir: str | None = None) -> list[str]:
-    """Overrides alone. Housekeeping is left out."""
-    chosen = {group: config[group]["name"] for group in GROUPS} | {"ops": config["ops"]["default"]}
-    defaults = _defaults()
-    search = (f"hydra.searchpath=[{_hydra('file://' + str(Path(config_dir).absolute()))}]",) if config_dir else ()
-    groups = {group: name for group, name in chosen.items() if name != defaults[group]}
-    composed = _composed(tuple(f"{group}={name}" for group, name in chosen.items()) + search)
-    overrides = [f"{group}={name}" for group, name in groups.items()]
-    for key, value in config.items():
-        if key not in HOUSEKEEPING or key in RUN_AS_IT_WAS:
-            overrides += _differences(key, composed.get(key), value)
-    return overrides
-
-
-@cache
-def _composed(overrides: tuple[str, ...]) -> dict[str, Any]:
-    try:
-        return plain(schema.compose(overrides))
-    except Exception as error:  # Hydra's errors share no base with ours
-        raise ValueError(f"the record's config no longer composes: {explain(error)}") from error
-
-
-@cache
-def _defaults() -> dict[str, str]:
-    config = _composed(())
-    return {group: config[group]["name"] for group in GROUPS} | {"ops": config["ops"]["default"]}
-
-
-def _differences(key: str, default: Any, value: Any) -> list[str]:
-    if default == value or key == "model.architecture":
-        return []  # shapes follow from the model's name or its snapshot; as resolved they have other names
-    if isinstance(default, dict) and isinstance(value, dict):
-        return [one for name, item in value.items() for one in _differences(f"{key}.{name}", default.get(name), item)]
-    if (key, default, value) in DERIVED:
-        return []
-    return [f"{key}={_hydra(value)}"]
-
-
-# What resolving alone makes of a default, given in neither command.
-DERIVED = [("cuda_graph", True, "decode")]
-
-
-def _hydra(value: Any) -> str:
-    """A value in Hydra's grammar."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (int, float)):
-        return str(value)
-    if isinstance(value, list):
-        return "[" + ",".join(map(_hydra, value)) + "]"
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{_hydra(item)}" for key, item in value.items()) + "}"
-    if value and all(c.isalnum() or c in "_-./:" for c in value) and value[0].isalpha() and value.lower() not in WORDS:
-        return value
-    # Only a backslash before the quote needs one of its own.
-    return '"' + value.replace('\\"', '\\\\"').replace('"', '\\"') + '"'
-
-
-WORDS = ("null", "true", "false", "yes", "no", "on", "off", "nan", "inf")
+HARDWARE = (
+    "GPU",
+    "CPU",
+    "CPU cores",
+    "CPU threads",
+    "power limit (W)",
+    "throttled by",
+    "other processes on the GPU",
+    LOAD,
+)
 
 
 def find(path: Path) -> Path:
@@ -129,9 +52,30 @@ def find(path: Path) -> Path:
     return file
 
 
-def run_again(record: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Runs the record's config in a process of its own. `RuntimeError` if that left no record."""
-    overrides = [*arguments_of(record), "tracker.mode=disabled", f"hydra.run.dir={_hydra(str(folder))}"]
+def read(path: Path) -> dict[str, Any]:
+    """The record at `path`, anyone's. `ValueError` (one line) for what is no whole record."""
+    file = find(path)
+    if file.stat().st_size > MAX_SIZE:
+        raise ValueError(f"{file} has {file.stat().st_size} bytes, more than any record: it is none")
+    try:
+        record = read_published(file)
+        if wrong := [key for key in TABLES if not isinstance(record.get(key), dict | None)]:
+            raise ValueError(f"{file} is not a whole record: its {wrong[0]} is no table")
+        judge(record, record)  # what cannot be held against itself cannot be held against another
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # whatever a text, a number or nothing raises where something else belongs
+        raise ValueError(f"{file} is not a whole record ({type(error).__name__}: {str(error)[:100]!r})") from error
+    return record
+
+
+def run_again(record: dict[str, Any], folder: Path, *, trust: bool = False) -> dict[str, Any]:
+    """Runs the record's config in a process of its own. `ValueError` as `arguments_of`; `RuntimeError` if it left no record."""
+    overrides = [
+        *arguments_of(record, trust=trust),
+        "tracker.mode=disabled",
+        f"hydra.run.dir={hydra_value(str(folder))}",
+    ]
     print("$ " + shlex.join(["python", "-m", "moeexp", *overrides]), file=sys.stderr)
     code = subprocess.run([sys.executable, "-m", "moeexp", *overrides], stdout=STDERR).returncode
     if code == 130:
@@ -188,18 +132,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m moeexp.reproduce", description="Run a record again and say whether it agrees.")
     parser.add_argument("record", metavar="RECORD", type=Path, help="a record.json, or the folder of one run")
     parser.add_argument("--out", metavar="DIR", type=Path, help="the new run's folder; default: outputs/reproduce/…")
+    parser.add_argument(
+        "--trust", action="store_true", help="run code that the record names: ops, config files, an artifact"
+    )
     default = f"{RUN_TO_RUN['cpu']} on a CPU, {RUN_TO_RUN['cuda']} on a GPU and more as far as it waits for the host"
     parser.add_argument("--tolerance", type=float, help=f"run-to-run noise in the speed ratio; default {default}")
     try:
         options = parser.parse_args(arguments)
         if options.tolerance is not None and not options.tolerance >= 0:
             raise ValueError(f"--tolerance {options.tolerance} is not a part of a ratio: give 0 or more")
-        old = read_published(find(options.record))
+        old = read(options.record)
         stamp = f"{datetime.now():%Y-%m-%d-%H-%M-%S}-{secrets.token_hex(3)}"
         folder = options.out or Path("outputs") / "reproduce" / stamp
         if folder.exists() and any(folder.iterdir()):
             raise ValueError(f"--out {folder} is not empty: give a new folder")
-        new = run_again(old, folder)
+        new = run_again(old, folder, trust=options.trust)
     except SystemExit as stop:  # --help
         return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:

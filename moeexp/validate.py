@@ -6,6 +6,7 @@ that runs, with nothing left to choose; that is the one that is recorded and has
 
 from __future__ import annotations
 
+import codecs
 import math
 from dataclasses import fields, replace
 from pathlib import Path
@@ -148,6 +149,20 @@ def heldout_file(model: ModelConfig) -> Path | None:
     return path
 
 
+def heldout_text(path: Path, size: int) -> str:
+    """The first `size` bytes of a held-out text as they stand, without a character that the last of them cuts.
+
+    `ValueError` if they are no UTF-8."""
+    with open(path, "rb") as file:
+        data = file.read(size + 1)
+    try:
+        return codecs.getincrementaldecoder("utf-8")().decode(data[:size], final=len(data) <= size)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 at byte {error.start} ({error.reason}): convert it, or set model.heldout=null"
+        ) from error
+
+
 def load_architecture(model: ModelConfig) -> Architecture:
     """Shapes from the snapshot's config.json where there is one, else from `model.architecture`."""
     folder = weights_folder(model)
@@ -272,7 +287,9 @@ def _check_prompt(cfg: Config, arch: Architecture) -> None:
     tokenizer = tokenizer_kind(cfg.model, arch)
     if tokenizer == "bytes" and arch.vocab_size < 256:
         raise ValueError(f"model.tokenizer=bytes needs a vocabulary of 256 or more; this model has {arch.vocab_size}")
-    heldout_file(cfg.model)
+    heldout = heldout_file(cfg.model)
+    if heldout is not None and cfg.model.weights != "random":
+        heldout_text(heldout, cfg.eval_bytes)
     length = cfg.prompt_len
     if cfg.prompt is not None:
         if tokenizer == "none":

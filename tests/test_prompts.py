@@ -46,6 +46,22 @@ def test_the_snapshots_own_tokenizer(tmp_path, cfg):
     assert text.encode("inn") == [256, vocab["n"]]
     assert text.decode(text.encode("within é – ω")) == "within é – ω"
     assert text.decode([257, 256]) == "<s>in", "special tokens that a model generates are shown"
+    ids, sizes = text.measure("within é – 你<s>")
+    assert ids == text.encode("within é – 你<s>") and sizes == [1, 1, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 3]
+    assert max(sizes[5:-1]) == 1, "letters of two and three bytes, split over tokens"
+    assert text.measure("") == ([], [])
+
+
+def test_a_snapshots_own_python_is_never_run(tmp_path, cfg, monkeypatch):
+    """Nor is there a question on the terminal whether it may."""
+    monkeypatch.setattr("builtins.input", lambda prompt="": "y")
+    config = {"model_type": "stranger", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "stranger", "auto_map": {"AutoConfig": "evil.Evil"}}))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    with pytest.raises(ValueError, match="custom code|trust_remote_code"):
+        text_of(replace(cfg, model=replace(cfg.model, weights=str(tmp_path), tokenizer="auto")))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_text_and_given_ids_are_repeated_in_every_row(cfg):
