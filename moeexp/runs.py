@@ -90,7 +90,10 @@ def runs_of(records: Sequence[dict[str, Any]]) -> list[Run]:
     differing = _without_consequences(differing, flat)
     asked = _refused_axes(records, differing)
     resolved_as = {axis: _resolved_as(axis, resolved) for axis in differing}
-    same = [(_repeated(config), record["code_fingerprint"]) for record, config in zip(records, configs, strict=True)]
+    same = [
+        (_repeated(config), record["code_fingerprint"], as_text(record.get("identity")))  # other weights at the same path
+        for record, config in zip(records, configs, strict=True)
+    ]
     speeds = statistics.with_repeats(
         [statistics.speed_of(record) for record in records], same, [config[MACHINE] for config in configs]
     )

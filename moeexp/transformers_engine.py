@@ -22,6 +22,7 @@ from .dequantised import DequantisedWeights
 from .evaluate import record_quality
 from .factory import build_model
 from .floor import bytes_per_step
+from .identity import confirm
 from .model import Qwen35MoE
 from .phases import Phases
 from .prompts import prompt_tokens, text_of
@@ -110,6 +111,7 @@ def run_transformers(cfg: Config, *, run_dir: Path, record: Record, phases: Phas
     _check_memory(cfg, arch)
     with phases("weights"):
         ours = build_model(cfg, phases)
+        confirm(cfg, record.data["identity"])
         floor = bytes_per_step(ours, batch=cfg.batch, length=prompt.shape[1] + cfg.new_tokens // 2)
         model = convert(ours, arch, dtype=getattr(torch, cfg.dtype))
         del ours
