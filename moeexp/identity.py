@@ -119,8 +119,11 @@ def software(cfg: Config, gpu: str | None) -> dict[str, Any]:
     }
 
 
-def confirm(cfg: Config, identity: dict[str, Any]) -> None:
-    """After loading. `RuntimeError` if the files are not those that were looked at before it: what was loaded may be either."""
+def confirm(cfg: Config, identity: dict[str, Any] | None) -> None:
+    """After loading. `RuntimeError` if the files are not those that were looked at before it: what was loaded may be either.
+    None where nobody looked, as in an experiment that is called by itself."""
+    if identity is None:
+        return
     found = Identities().files(cfg)
     changed = [name for name, value in found.items() if plain(value) != identity[name]]
     if changed:

@@ -16,7 +16,8 @@ from moeexp import allocator, cli, environment, identity, schema, source_files, 
 from moeexp.architecture import Architecture
 from moeexp.digests import Digests
 from moeexp.identity import Identities, code_fingerprint, config_hash
-from moeexp.record import read_record
+from moeexp.job import Job
+from moeexp.record import plain, read_record
 
 ARCH = replace(
     Architecture.from_hf(schema.compose(["model=nano"]).model.architecture),
@@ -342,6 +343,31 @@ def test_weights_that_change_while_they_are_loaded_end_the_run(here, capsys):
         arguments = [*QUIET[1:-1], "model.weights=weights", "new_tokens=4"]
         assert cli.main(arguments) == 1
     assert "weights of model.weights=weights changed while the run loaded them" in capsys.readouterr().err
+
+
+def test_each_of_a_group_has_what_was_loaded(here, monkeypatch):
+    """The weights are loaded once for all; one whose look at them was another's ends, and no other."""
+    from moeexp import group
+
+    jobs = []
+    for number in range(2):
+        Path(f"{number}").mkdir()
+        overrides = ["model=nano", "model.weights=weights", "tracker=jsonl", "export=eager", "quant=none", "new_tokens=4"]
+        config = plain(schema.compose([*overrides, "repeats=1", "min_samples=1", "min_time_s=0"]))
+        jobs.append(Job(f"ab.{number}", f"{number}", config, overrides, ["python"], sweep=True))
+    prepare = group._prepare
+
+    def slow(member):
+        prepare(member)
+        if member.job.id == "ab.0":
+            flip(shard(Path("weights")))
+
+    monkeypatch.setattr(group, "_prepare", slow)
+    assert group.run_group(jobs) == 1
+    first, second = (read_record(Path(f"{number}/record.json")) for number in range(2))
+    assert (first["status"], second["status"]) == ("failed", "ok"), (first["error"], second["error"])
+    assert "changed while the run loaded them" in first["error"]["message"]
+    assert first["identity"]["weights"]["sha256"] != second["identity"]["weights"]["sha256"]
 
 
 def test_a_file_that_cannot_be_read_refuses_its_cells_alone(here, capsys):
