@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import re
 from collections.abc import Callable, Iterable
@@ -70,7 +71,7 @@ class Identities:
         from moeexp.artifact import read_manifest
 
         manifest = read_manifest(folder)
-        files = [folder / name for name in manifest["files"] if (folder / name).is_file()]
+        files = [path for path in folder.rglob("*") if path.is_file()]
         made_from = manifest["identity"]
         return made_from | {"weights": made_from["weights"] | {"artifact": self._contents(folder, lambda: files)["sha256"]}}
 
@@ -78,7 +79,7 @@ class Identities:
         """{sha256, files, bytes}; the digest is over names in the folder and contents."""
         paths = sorted(files())
         digests = self._digests.of(paths, self._progress)
-        named = [f"{path.relative_to(folder).as_posix()} {one}" for path, one in zip(paths, digests, strict=True)]
+        named = [f"{os.path.relpath(path, folder)} {one}" for path, one in zip(paths, digests, strict=True)]
         total = hashlib.sha256("\n".join(named).encode()).hexdigest()
         return {"sha256": total, "files": len(paths), "bytes": sum(path.stat().st_size for path in paths)}
 
@@ -89,7 +90,14 @@ class Identities:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if WEIGHTS.search(path.name) and path.is_file()]
+    """Those of the folder, and what its index names elsewhere. What is missing or damaged the loader refuses, not we."""
+    found = {path for path in folder.iterdir() if WEIGHTS.search(path.name)}
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            found |= {folder / name for name in json.loads(index.read_bytes())["weight_map"].values()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return [path for path in found if path.is_file()]
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

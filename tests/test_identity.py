@@ -133,6 +133,20 @@ def hash_of(*overrides, weights="weights"):
     return config_hash(cfg, Identities().of(cfg, gpu=None))
 
 
+def test_a_shard_that_only_the_index_names_is_part_of_it(here):
+    index, moved = Path("weights/model.safetensors.index.json"), Path("weights/below/a.safetensors")
+    moved.parent.mkdir()
+    shard(Path("weights")).rename(moved)
+    index.write_text(index.read_text().replace(shard(Path("weights")).name, "below/a.safetensors"))
+    before = hash_of()
+    same_stamps(moved, lambda: flip(moved))
+    changed = hash_of()
+    for damage in ("{", "[]", '{"weight_map": 1}', '{"weight_map": {"a": 1}}'):
+        index.write_text(damage)
+        assert hash_of() not in (before, changed), "the loader says what is wrong with it"
+    assert before != changed
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_other_contents_at_the_same_path_are_another_run(here, snapshots, change):
     before = hash_of(*TOKENS)
