@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 from .schema import Config
 
@@ -24,6 +25,14 @@ def environment_of(allocator: str) -> dict[str, str]:
         kept = [part for part in value.split(",") if part.strip() and not part.strip().startswith("backend:")]
         settings[name] = ",".join([f"backend:{BACKENDS[allocator]}", *kept])
     return settings
+
+
+def described(allocator: str) -> dict[str, Any]:
+    """The backend of a process with this allocator, and what the environment says about anything else of it."""
+    values = [os.environ.get(name, "") for name in (VARIABLE, GENERAL)]
+    parts = {part.strip() for value in values for part in value.split(",")}
+    settings = sorted(part for part in parts if part and not part.startswith("backend:"))
+    return {"backend": BACKENDS[allocator], "settings": settings}
 
 
 def prepare(cfg: Config) -> None:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from moeexp.model import Qwen35MoE
     from moeexp.phases import Phases
 
-VERSION = 2  # 1: without l2_prefetch in the config
+VERSION = 3  # 2: without the identity of what it was made from; 1: without l2_prefetch in the config
 MANIFEST = "manifest.json"
 SHARD_BYTES = 4 << 30
 # What of a snapshot a run needs beside its weights.
@@ -152,8 +152,11 @@ def method(cfg: Config, name: str) -> Artifact:
     return Artifact(entry["key"], folder / entry["file"], constants, cached=True, compile_s=entry["compile_s"])
 
 
-def write(out: Path, cfg: Config, stack: Stack, *, made_in_s: dict[str, float]) -> dict[str, Any]:
-    """Writes the artifact of a stack of compiled methods and returns its manifest. `out` appears whole or not at all."""
+def write(
+    out: Path, cfg: Config, stack: Stack, *, made_in_s: dict[str, float], identity: dict[str, Any]
+) -> dict[str, Any]:
+    """Writes the artifact of a stack of compiled methods and returns its manifest. `out` appears whole or not at all.
+    `identity`: {weights, tokenizer} that it is made from."""
     from moeexp_kernels import registry
 
     from moeexp.compile_cache import toolchain
@@ -186,6 +189,7 @@ def write(out: Path, cfg: Config, stack: Stack, *, made_in_s: dict[str, float]) 
             "weights": weights,
             "tied": tied,
             "model": copied,
+            "identity": {key: identity[key] for key in ("weights", "tokenizer")},
             "made_in_s": made_in_s,
             "files": {
                 path.relative_to(scratch).as_posix(): {"sha256": file_digest(path), "bytes": path.stat().st_size}

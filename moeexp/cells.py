@@ -21,7 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 from moeexp import report, schema, validate
 from moeexp.adopt import adopt
 from moeexp.devices import Gpu
-from moeexp.record import config_hash
+from moeexp.digests import Progress, unseen
+from moeexp.identity import Identities, config_hash
 from moeexp.resume import Earlier, History, runs_again
 
 
@@ -193,15 +194,18 @@ def _wanted(names: list[str], only: Any) -> set[int]:
     return {by_name[choice] for choice in choices}
 
 
-def judge(cells: Sequence[Cell], *, gpus: Sequence[Gpu], history: History, fingerprint: str, rerun: str) -> None:
+def judge(
+    cells: Sequence[Cell], *, gpus: Sequence[Gpu], history: History, fingerprint: str, rerun: str, progress: Progress = unseen
+) -> None:
     """Validates and resolves each cell, and looks up what it has been before. Fills the cells."""
+    identities = Identities(progress)
     for cell in cells:
         try:
             cell.config = validate.resolved(adopt(cell.given, cell.overrides), cuda_available=bool(gpus))
+            gpu = gpus[0].name if cell.config.device == "cuda" else None
+            cell.config_hash = config_hash(cell.config, identities.of(cell.config, gpu=gpu))
         except ValueError as refusal:
             cell.refusal = refusal
             continue
-        gpu = gpus[0].name if cell.config.device == "cuda" else None
-        cell.config_hash = config_hash(cell.config, device=cell.config.device, gpu=gpu)
         cell.earlier = history.latest(cell.config_hash, fingerprint)
         cell.again = runs_again(cell.earlier, rerun)

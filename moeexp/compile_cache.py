@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import importlib.util
 import json
 import os
 import platform
@@ -25,12 +24,13 @@ import torch
 from moeexp_runner.binding import TensorSpec
 from torch.export import ExportedProgram
 
-from .inductor import inductor_config
+from .inductor import compiling, inductor_config
 from .methods import compile_method
+from .source_files import files_of, imported_by
 
 MANIFEST_VERSION = 1
-# Beside every op: the sources whose text decides what a method's graph is.
-GRAPH_SOURCES = ("architecture.py", "methods.py", "model.py")
+# What traces and compiles, beside this module. What they import decides what a method's graph is and what becomes of it.
+TRACING = tuple(f"{__package__}.{name}" for name in ("factory", "methods", "inductor"))
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ def key_of(spec: MethodSpec) -> str:
     parts = {
         "spec": asdict(spec),
         "sources": _source_digest(),
+        "environment": compiling(),
         "inductor": inductor_config(method=spec.method, device=spec.device),
         "toolchain": toolchain(spec.device),
         "manifest": MANIFEST_VERSION,
@@ -181,16 +182,20 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
 
 
+def sources() -> dict[str, Path]:
+    """{name: file} of all that shapes compiled code: every op with its launch parameters, which are compiled into a package
+    as much as a line of source is, and what the modules that trace and compile import."""
+    traced = imported_by((*TRACING, __name__))
+    missing = [module for module in TRACING if module not in traced]
+    assert not missing, f"{missing} are no modules: name in TRACING what traces and compiles"
+    kernels = files_of("moeexp_kernels")
+    return kernels | {module: path for module, path in traced.items() if path not in set(kernels.values())}
+
+
 def _source_digest() -> str:
-    spec = importlib.util.find_spec("moeexp_kernels")
-    assert spec is not None and spec.submodule_search_locations
-    kernels = Path(next(iter(spec.submodule_search_locations)))
-    # A launch parameter is compiled into the package as much as a line of source is.
-    files = sorted([*kernels.glob("*.py"), *kernels.glob("tuned/*.json")])
-    files += [Path(__file__).with_name(name) for name in GRAPH_SOURCES]
     total = hashlib.sha256()
-    for path in files:
-        total.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    for name, path in sources().items():
+        total.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return total.hexdigest()
 
 

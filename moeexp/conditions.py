@@ -15,6 +15,10 @@ NOTICED = 0.05
 UNLIKE_LOAD = 4 / 3
 # What of a record's `group` is the same for all of its runs and for no others.
 GROUP_KEYS = ("id", "name", "members", "runs", "order")
+# Conditions that an older record tells in part or not at all: what it does not tell is not unlike anything.
+IN_PART = ("weights", "held-out text", "tokenizer")
+PARTS = (None, "trained", "random")
+DIGITS = 12  # shown, of a digest
 LOAD = "load of other processes (cores per core)"
 
 
@@ -58,7 +62,26 @@ def _code(record: dict[str, Any]) -> str | None:
 
 
 def _weights(record: dict[str, Any]) -> str:
-    return "random" if record["random_weights"] else "trained"
+    """Where they come from; with the seed or the first digits of their digest, unless the record is too old to tell."""
+    known = (record.get("identity") or {}).get("weights")
+    if record["random_weights"]:
+        return "random" if known is None else f"random, seed {known['seed']}"
+    return "trained" if known is None else f"trained {known['sha256'][:DIGITS]}"
+
+
+def _file(name: str) -> Callable[[dict[str, Any]], str | None]:
+    """The first digits of a file's digest; None where none was read, or the record is too old to tell."""
+
+    def get(record: dict[str, Any]) -> str | None:
+        return ((record.get("identity") or {}).get(name) or "")[:DIGITS] or None
+
+    return get
+
+
+def _allocator_settings(record: dict[str, Any]) -> str | None:
+    """Beside the backend, which is an axis."""
+    allocator = ((record.get("identity") or {}).get("software") or {}).get("allocator") or {}
+    return ",".join(allocator.get("settings") or ()) or None
 
 
 CONDITIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -73,6 +96,9 @@ CONDITIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "CUDA": _environment("cuda"),
     "code": _code,
     "weights": _weights,
+    "held-out text": _file("heldout"),
+    "tokenizer": _file("tokenizer"),
+    "allocator settings": _allocator_settings,
     "other processes on the GPU": lambda record: _environment("gpu_other_processes")(record) or None,
     "throttled by": lambda record: ", ".join(throttling(record)) or None,
     LOAD: other_load,
@@ -100,8 +126,8 @@ def odd_ones(records: Sequence[dict[str, Any]]) -> list[str]:
     measured = [record for record in records if record["decode_tok_s"] is not None]
     lines = []
     for name, get in CONDITIONS.items():
-        get = _levels(measured) if name == LOAD else get
-        values = Counter(map(get, measured))
+        get = _levels(measured) if name == LOAD else _told(get, measured) if name in IN_PART else get
+        values = Counter(value for value in map(get, measured) if value is not None or name not in IN_PART)
         if len(values) > 1:
             parts = [
                 f"{_text(value)} ({_ids([record['id'] for record in measured if get(record) == value])})"
@@ -114,7 +140,24 @@ def odd_ones(records: Sequence[dict[str, Any]]) -> list[str]:
 def _alike(name: str, x: Any, y: Any) -> bool:
     if name == LOAD:  # no two are ever equal, and an older record does not tell
         return x is None or y is None or max(cpu_left(x), cpu_left(y)) <= UNLIKE_LOAD * min(cpu_left(x), cpu_left(y))
-    return x == y
+    return x == y or (name in IN_PART and _covers(x, y))
+
+
+def _covers(x: str | None, y: str | None) -> bool:
+    """Whether one tells less than the other and no other thing: nothing at all, or `trained` beside `trained 3f2a…`."""
+    return any(less in PARTS and (less is None or more is None or more.startswith(less)) for less, more in ((x, y), (y, x)))
+
+
+def _told(get: Callable[[dict[str, Any]], Any], records: Sequence[dict[str, Any]]) -> Callable[[dict[str, Any]], Any]:
+    """Takes a record that tells less to be like the one value that says more, where there is only one."""
+    values = set(map(get, records))
+
+    def fuller(record: dict[str, Any]) -> Any:
+        value = get(record)
+        more = [other for other in values if other not in PARTS and value in PARTS and _covers(value, other)]
+        return more[0] if len(more) == 1 else value
+
+    return fuller
 
 
 def _levels(records: Sequence[dict[str, Any]]) -> Callable[[dict[str, Any]], str | None]:

@@ -33,9 +33,9 @@ def collect(device: str) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "versions": {"moeexp": __version__} | {name: _version(name) for name in DISTRIBUTIONS},
+        "versions": {"moeexp": __version__} | {name: version(name) for name in DISTRIBUTIONS},
         "cuda": torch.version.cuda,
-        "cpu": {"name": _cpu_name(), "cores": _cores(), "torch_threads": torch.get_num_threads()},
+        "cpu": {"name": cpu_name(), "cores": cores(), "torch_threads": torch.get_num_threads()},
         "gpu": _gpu() if device == "cuda" else None,
         "gpu_before": gpu_state() if device == "cuda" else None,
         "gpu_after": None,
@@ -75,17 +75,21 @@ def gpu_name() -> str:
     return torch.cuda.get_device_name(0)
 
 
+def driver() -> str:
+    """NVIDIA's, or why it is not known. Asks no CUDA."""
+    try:
+        return nvidia_smi("driver_version")[0]["driver_version"]
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"unknown (nvidia-smi: {error})"
+
+
 def _gpu() -> dict[str, Any]:
     import torch
 
     properties = torch.cuda.get_device_properties(0)
-    try:
-        driver = nvidia_smi("driver_version")[0]["driver_version"]
-    except (OSError, subprocess.SubprocessError) as error:
-        driver = f"unknown (nvidia-smi: {error})"
     return {
         "name": properties.name,
-        "driver": driver,
+        "driver": driver(),
         "capability": f"{properties.major}.{properties.minor}",
         "memory_gib": round(properties.total_memory / 2**30, 2),
         "multiprocessors": properties.multi_processor_count,
@@ -108,19 +112,19 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _version(distribution: str) -> str | None:
+def version(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
 
 
-def _cores() -> int | None:
+def cores() -> int | None:
     """Those this process may use, where the system tells (Linux)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -22,6 +22,7 @@ from .devices import others_on
 from .evaluate import record_quality
 from .factory import Stack, build_model, build_stack, check_coverage, prefetches, python_callbacks
 from .floor import bandwidth_share, bytes_per_step
+from .identity import confirm
 from .model import Qwen35MoE
 from .phases import Phases
 from .prompts import prompt_tokens, text_of
@@ -47,6 +48,7 @@ def run_experiment(cfg: Config, *, run_dir: Path, record: Record, phases: Phases
     run = Run(cfg, run_dir, record, phases)
     with phases("weights"):
         model = build_model(cfg, phases)
+    confirm(cfg, record.data["identity"])
     run.build(model)
     try:
         if cfg.check == "inline":

@@ -78,15 +78,17 @@ def export(arguments: Sequence[str]) -> tuple[Path, dict[str, Any]]:
 
 
 def _build(out: Path, cfg: schema.Config, record: Record, phases: Phases) -> dict[str, Any]:
-    from moeexp import artifact, factory
+    from moeexp import artifact, factory, identity
 
+    made_from = identity.Identities(phases.progress).files(cfg)
     with phases("weights"):
         model = factory.build_model(cfg, phases)
+    identity.confirm(cfg, made_from)
     # No capture is needed, but `all` is made of another prefill method.
     stack = factory.build_stack(cfg, model, phases, cuda_graph=None if cfg.cuda_graph == "all" else False)
     try:
         with phases("write"):
-            return artifact.write(out, cfg, stack, made_in_s=record.data["phases_s"])
+            return artifact.write(out, cfg, stack, made_in_s=record.data["phases_s"], identity=made_from)
     finally:
         stack.close()
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from .experiment import Run
 from .factory import build_model
+from .identity import confirm
 from .job import Job, conclude, open_record, prepare, status_of, verdict
 from .phases import Phases
 from .telemetry import watch
@@ -83,6 +84,8 @@ def _run(members: list[Member]) -> None:
         torch.cuda.reset_peak_memory_stats()
     with ready[0].phases("weights"):
         model = build_model(ready[0].config, ready[0].phases)
+    for member in ready:
+        member.step(lambda member: confirm(member.config, member.record.data["identity"]))
     references = References()
     for member in ready:
         member.step(lambda member: member.run.build(model))
@@ -95,7 +98,7 @@ def _run(members: list[Member]) -> None:
 
 
 def _prepare(member: Member) -> None:
-    member.config = prepare(member.job.composed(), member.record)
+    member.config = prepare(member.job.composed(), member.record, member.phases)
     member.run = Run(member.config, Path(member.job.run_dir), member.record, member.phases)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 from unittest import mock
@@ -18,6 +19,9 @@ import torch
 
 # Of torch's functions that analyse a kernel: the name up to 2.12, and after.
 ANALYSES = ("identify_mutated_tensors", "identify_accessed_tensors")
+# Prefixes of environment variables that change what is compiled, unless they say only where something lies.
+VARIABLES = ("TORCHINDUCTOR_", "TRITON_")
+PLACES = ("_DIR", "_HOME", "_PATH")
 
 
 def inductor_config(*, method: str, device: str) -> dict[str, Any]:
@@ -36,6 +40,12 @@ def inductor_config(*, method: str, device: str) -> dict[str, Any]:
         # ("End index 18 out of bounds").
         config["allow_buffer_reuse"] = False
     return config
+
+
+def compiling() -> dict[str, str]:
+    """The variables of this process that change what Inductor and Triton make."""
+    names = sorted(name for name in os.environ if name.startswith(VARIABLES) and not name.endswith(PLACES))
+    return {name: os.environ[name] for name in names}
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from moeexp import allocator, schema, summary, tracker, validate
+from moeexp.identity import Identities, code_fingerprint, config_hash
 from moeexp.phases import Phases
-from moeexp.record import Record, code_fingerprint, config_hash, write_atomically
+from moeexp.record import Record, write_atomically
 
 OK, FAILED, INVALID, INTERRUPTED = 0, 1, 2, 130
 EXIT_CODES = {
@@ -25,7 +27,7 @@ EXIT_CODES = {
 }  # fmt: skip
 
 # Phases that read what the user gave: a ValueError in one of them is about that input. Later it is a fault of the work.
-READING = {"weights", "verify artifact"}
+READING = {"weights", "verify artifact", "identity"}
 
 Experiment = Callable[..., None]
 
@@ -61,7 +63,7 @@ def run_job(job: Job, cfg: DictConfig, experiment: Experiment) -> int:
     phases = Phases(record, Console(stderr=True))
     config, error = None, None
     try:
-        config = prepare(cfg, record)
+        config = prepare(cfg, record, phases)
         experiment(config, run_dir=Path(job.run_dir), record=record, phases=phases)
         status = verdict(config, record)
     except BaseException as raised:
@@ -77,7 +79,7 @@ def open_record(job: Job) -> Record:
     return record
 
 
-def prepare(cfg: DictConfig, record: Record) -> schema.Config:
+def prepare(cfg: DictConfig, record: Record, phases: Phases) -> schema.Config:
     """Validates and resolves; the record then says what runs, and on what."""
     composed = schema.to_config(cfg)
     validate.check_values(composed)
@@ -89,9 +91,17 @@ def prepare(cfg: DictConfig, record: Record) -> schema.Config:
     composed = adopt.adopt(composed, record.data["overrides"])
     config = validate.resolved(composed, cuda_available=torch.cuda.is_available())
     gpu = environment.gpu_name() if config.device == "cuda" else None
+
+    @contextmanager
+    def progress(what: str, *, total: int) -> Iterator[Callable[[int], None]]:
+        with phases("identity"), phases.progress(what, total=total) as advance:
+            yield advance
+
+    identity = Identities(progress).of(config, gpu=gpu)
     record.set(
         config=config,
-        config_hash=config_hash(config, device=config.device, gpu=gpu),
+        config_hash=config_hash(config, identity),
+        identity=identity,
         code_fingerprint=code_fingerprint(),
         random_weights=config.model.weights == "random",
         not_applicable=validate.not_applicable(config),
@@ -126,7 +136,7 @@ def conclude(
     from moeexp import environment
 
     begun = set(record.data["phases_s"])
-    if status == "unsupported" and begun:
+    if status == "unsupported" and begun - {"identity"}:  # of a snapshot that was read only to know it, nothing was begun
         status = "failed"
     invalid = isinstance(error, ValueError) and begun <= READING
     if config is not None and config.device == "cuda":

@@ -66,9 +66,16 @@ class Phases:
             return
         if self._spinner is not None:
             self._spinner.stop()  # a terminal shows one live display at a time
-        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.console, transient=True) as bar:
-            task = bar.add_task(what, total=total)
-            yield lambda steps=1: bar.advance(task, steps)
+        with bar(self.console, what, total=total) as advance:
+            yield advance
         if self._spinner is not None:
             self._spinner.start()
+
+
+@contextmanager
+def bar(console: Console, what: str, *, total: int) -> Iterator[Callable[[int], None]]:
+    """On a terminal that shows nothing else. Yields `advance(steps=1)`."""
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as shown:
+        task = shown.add_task(what, total=total)
+        yield lambda steps=1: shown.advance(task, steps)

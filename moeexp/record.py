@@ -7,14 +7,12 @@ reader finds either the previous version or the new one.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import importlib.util
 import json
 import math
 import os
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,6 @@ from moeexp.migration import STEPS, migrate
 SCHEMA = "moeexp.record/2"
 SCHEMAS = (*STEPS, SCHEMA)  # those that are read
 STATUSES = ("running", "ok", "incorrect", "failed", "timeout", "interrupted", "unsupported")
-PACKAGES = ("moeexp", "moeexp_kernels", "moeexp_runner")
 
 # Published only for a run that is ok and whose check passed.
 SPEEDS = (
@@ -33,9 +30,6 @@ SPEEDS = (
 
 # Raw samples in milliseconds, by key the attribute of `Record` that takes them. Kept where a run was interrupted.
 SAMPLES = {"token_latencies_ms": "latencies_ms", "prefill_latencies_ms": "prefill_ms", "ttft_latencies_ms": "ttft_ms"}
-
-# Settings that a config's hash leaves out.
-NOT_MEASURED = ("tracker", "launcher", "rerun", "dry_run")
 
 MAX_BYTES = 200_000
 # (raw samples, tokens or characters) to keep; the first row that fits MAX_BYTES counts.
@@ -256,50 +250,6 @@ def head(path: Path) -> dict[str, Any]:
     if pairs.pop("schema", None) not in SCHEMAS or not set(HEAD) <= set(pairs):
         return {}
     return {key: pairs[key] for key in HEAD}
-
-
-def config_hash(config: Any, *, device: str, gpu: str | None) -> str:
-    """Digest of a resolved config with the device that it runs on: two runs with the same one measure the same thing.
-
-    The tracker and how a sweep is run change nothing that is measured. Files that the config names and that code
-    comes from (users' own ops, an artifact) count with their contents."""
-    settings = {key: value for key, value in plain(config).items() if key not in NOT_MEASURED}
-    parts = {"config": settings, "device": device, "gpu": gpu}
-    named = outside_code(settings)
-    return _digest([json.dumps(parts | ({"named": named} if named else {}), sort_keys=True).encode()])
-
-
-def outside_code(settings: dict[str, Any]) -> list[str]:
-    """Digests of the code that a config (as plain values) names: users' own ops, and the artifact."""
-    from moeexp_kernels import user_ops
-
-    own = {op: name for op, name in (settings.get("ops") or {}).items() if name and user_ops.is_user_op(name)}
-    found = [f"{op}={name}@{user_ops.digest(name)}" for op, name in sorted(own.items())]
-    if settings.get("artifact"):
-        from moeexp.artifact import read_manifest
-
-        found.append(read_manifest(Path(settings["artifact"]))["sha256"])
-    return found
-
-
-def code_fingerprint() -> str:
-    """Digest of every source file and tuning table of the packages, by relative path and content."""
-    parts = []
-    for name in PACKAGES:
-        spec = importlib.util.find_spec(name)
-        if spec is None or not spec.submodule_search_locations:
-            raise RuntimeError(f"package {name} is not installed beside moeexp: reinstall moeexp")
-        for root in map(Path, spec.submodule_search_locations):
-            for path in sorted([*root.rglob("*.py"), *root.glob("tuned/*.json")]):
-                parts += [f"{name}/{path.relative_to(root).as_posix()}".encode(), path.read_bytes()]
-    return _digest(parts)
-
-
-def _digest(parts: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little") + part)
-    return digest.hexdigest()[:16]
 
 
 def _dump(data: dict) -> str:

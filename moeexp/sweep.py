@@ -9,7 +9,7 @@ import dataclasses
 import shlex
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +21,12 @@ from rich.console import Console
 from moeexp import report, summary
 from moeexp.cells import Cell, Composer, cells_of, judge
 from moeexp.devices import Gpu, choose, visible_gpus
+from moeexp.identity import code_fingerprint
 from moeexp.job import FAILED, INTERRUPTED, OK, Experiment, Job, open_record, run_job, say, track, write_jobs
+from moeexp.phases import bar
 from moeexp.process import Process
 from moeexp.progress import Progress
-from moeexp.record import Record, code_fingerprint, write_atomically
+from moeexp.record import Record, write_atomically
 from moeexp.resume import Folder, History, link, read_running, read_whole
 from moeexp.schema import Config, LauncherConfig
 
@@ -68,7 +70,10 @@ class Sweep:
         self.gpus = choose(visible_gpus(), settings.gpus)
         self.history = History([Path(settings.root), self.directory])
         self.fingerprint = code_fingerprint()
-        judge(cells, gpus=self.gpus, history=self.history, fingerprint=self.fingerprint, rerun=rerun)
+        judge(
+            cells, gpus=self.gpus, history=self.history, fingerprint=self.fingerprint, rerun=rerun,
+            progress=_bar,
+        )  # fmt: skip
         if self._whole_groups():
             self._repeat_broken_groups(cells)
         self.cells += cells
@@ -292,6 +297,15 @@ def check_settings(settings: LauncherConfig, rerun: str) -> None:
 def shares_weights(config: Config) -> str:
     """Equal for runs that can use one copy of the weights in one process (whose allocator is one, too)."""
     return repr((config.model, config.quant, config.dtype, config.device, config.allocator, config.engine))
+
+
+@contextmanager
+def _bar(what: str, *, total: int) -> Iterator[Callable[[int], None]]:
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        say(f"{what}: {total} ...")
+    with bar(console, what, total=total) as advance:
+        yield advance
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from .dequantised import DequantisedWeights
 from .evaluate import record_quality
 from .factory import build_model
 from .floor import bandwidth_share, bytes_per_step
+from .identity import confirm
 from .model import Qwen35MoE
 from .phases import Phases
 from .prompts import prompt_tokens, text_of
@@ -111,6 +112,7 @@ def run_transformers(cfg: Config, *, run_dir: Path, record: Record, phases: Phas
     _check_memory(cfg, arch)
     with phases("weights"):
         ours = build_model(cfg, phases)
+        confirm(cfg, record.data["identity"])
         dtype = getattr(torch, cfg.dtype)
         model = convert(ours, arch, dtype=dtype)
         del ours

@@ -215,14 +215,6 @@ class Snapshot:
                 f"{self.folder}: tie_word_embeddings is true, yet lm_head.weight differs from the embedding"
             )
 
-    def digest(self) -> str:
-        """SHA-256 over the files' names and contents: what a cache of anything made from them is keyed on."""
-        total = hashlib.sha256()
-        for path in sorted({path for path, _ in self._files.values()} | {self.folder / "config.json"}):
-            with path.open("rb") as file:
-                total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-        return total.hexdigest()
-
 
 def _shards(folder: Path) -> list[Path]:
     """The safetensors files of a snapshot: those its index names, or the single file. `ValueError` if any is missing, or
@@ -291,9 +283,6 @@ class Random:
 
     def check_tied_head(self, embedding: Tensor) -> None:
         """Nothing to check: a tied head is drawn once, as the embedding."""
-
-    def digest(self) -> str:
-        return hashlib.sha256(f"random/1/{self.seed}/{self.arch}".encode()).hexdigest()
 
 
 Source = Snapshot | Random

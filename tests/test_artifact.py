@@ -14,6 +14,7 @@ from rich.console import Console
 
 from moeexp import adopt, artifact, cli, export, factory, schema, validate
 from moeexp.compile_cache import Artifact
+from moeexp.identity import Identities, config_hash
 from moeexp.phases import Phases
 from moeexp.record import Record
 
@@ -39,7 +40,7 @@ def written(out, overrides, monkeypatch):
         package = out.parent / f"{name}.pt2"
         package.write_bytes(name.encode())
         stack.artifacts[name] = Artifact("key", package, {}, cached=False, compile_s=1.0)
-    artifact.write(out, cfg, stack, made_in_s={"weights": 1.0})
+    artifact.write(out, cfg, stack, made_in_s={"weights": 1.0}, identity=Identities().files(cfg))
     return stack.model
 
 
@@ -136,11 +137,19 @@ def test_graphs_of_prompts_need_methods_made_for_them(folder):
 
 
 def test_a_result_is_not_taken_for_that_of_another_artifact(folder):
-    from moeexp.record import config_hash
+    def digest():
+        cfg = schema.compose([f"artifact={folder}"])
+        return config_hash(cfg, Identities().of(cfg, gpu=None))
 
-    before = config_hash(schema.compose([f"artifact={folder}"]), device="cpu", gpu=None)
+    before = digest()
+    moved = folder.rename(folder.with_name("elsewhere"))
+    folder.symlink_to(moved)
+    assert digest() == before
     reseal(folder, lambda manifest: manifest.update(made_in_s={}))
-    assert config_hash(schema.compose([f"artifact={folder}"]), device="cpu", gpu=None) != before
+    assert digest() != before
+    resealed, weights = digest(), next((folder / "weights").iterdir())
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    assert digest() != resealed, "it is refused, not reused"
 
 
 def test_a_recipe_that_contradicts_it_is_refused(folder):

@@ -4,16 +4,16 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
-import types
 
 import pytest
 import torch
 from common import ODD
 from moeexp_runner.binding import TensorSpec
 
-from moeexp import compile_cache
+from moeexp import compile_cache, source_files
 from moeexp.compile_cache import MethodSpec, cache_dir, get_or_compile, key_of
 
 SPEC = MethodSpec(
@@ -147,29 +147,91 @@ def test_code_and_toolchain_are_in_the_key(monkeypatch):
     assert len(keys) == 1 + len(versions) + 3
 
 
-def test_source_digest_sees_every_op_and_the_model(tmp_path, monkeypatch):
-    """One comment more in any of the files that make the graph is another digest."""
-    kernels = tmp_path / "moeexp_kernels"
-    kernels.mkdir()
-    (kernels / "__init__.py").write_text("")
-    (kernels / "op.py").write_text("a = 1\n")
-    own = tmp_path / "own"
-    own.mkdir()
-    for name in compile_cache.GRAPH_SOURCES:
-        (own / name).write_text("b = 1\n")
-    (own / "report.py").write_text("")
-    spec = types.SimpleNamespace(submodule_search_locations=[str(kernels)])
-    monkeypatch.setattr(compile_cache.importlib.util, "find_spec", lambda name: spec)
-    monkeypatch.setattr(compile_cache, "__file__", str(own / "compile_cache.py"))
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """{name: file} of copies of all packages, which the key is then made from; no module is imported anew."""
+    for package in source_files.PACKAGES:
+        shutil.copytree(source_files.folder_of(package), tmp_path / package, ignore=shutil.ignore_patterns("checkpoints"))
+    monkeypatch.setattr(source_files, "folder_of", lambda package: tmp_path / package)
+    return tmp_path
+
+
+def touched(path):
+    path.write_text(path.read_text() + "# more\n" if path.suffix == ".py" else path.read_text() + "\n")
+
+
+TRACED = ("factory", "methods", "model", "inductor", "architecture", "quantise", "weights", "compile_cache", "validate")
+KERNELS = ("linear", "dispatch", "registry", "graph_edges", "tuning", "words", "moe_prefill", "bench/case")
+RUNNER = ("session", "binding", "explicit", "arena", "loop", "step_graph")
+
+
+def test_every_file_that_shapes_compiled_code_is_in_the_key(copied):
+    """One comment more in any of them is another key; the list is that of the imports, and names what one would name."""
+    found = compile_cache.sources()
+    assert {f"moeexp.{name}" for name in TRACED} | {f"moeexp_runner.{name}" for name in RUNNER} <= set(found)
+    assert {f"moeexp_kernels/{name}.py" for name in KERNELS} | {"moeexp_kernels/tuned/sm_90.json"} <= set(found)
+    assert len(set(found.values())) == len(found), "each once"
     digests = [compile_cache._source_digest()]
-    for path in [kernels / "op.py", *(own / name for name in ("model.py", "methods.py", "architecture.py"))]:
-        path.write_text(path.read_text() + "# more\n")
+    for path in found.values():
+        touched(path)
         digests.append(compile_cache._source_digest())
-    (kernels / "new.py").write_text("")
-    digests.append(compile_cache._source_digest())
-    assert len(set(digests)) == len(digests)
-    (own / "report.py").write_text("# no part of a graph\n")
-    assert compile_cache._source_digest() == digests[-1]
+    assert len(set(digests)) == len(found) + 1
+
+
+def test_kernels_in_folders_are_in_the_key(copied):
+    before = compile_cache._source_digest()
+    folder = copied / "moeexp_kernels" / "ops" / "deep"
+    folder.mkdir(parents=True)
+    (folder / "new.py").write_text("a = 1\n")
+    first = compile_cache._source_digest()
+    (folder / "new.py").write_text("a = 2\n")
+    second = compile_cache._source_digest()
+    (folder / "new.py").rename(folder.parent / "new.py")
+    moved = compile_cache._source_digest()
+    (folder.parent / "tuned").mkdir()
+    (folder.parent / "tuned" / "sm_1.json").write_text("{}")
+    assert len({before, first, second, moved, compile_cache._source_digest()}) == 5
+
+
+def test_what_the_tracing_code_comes_to_import_is_in_the_key(copied):
+    """In a folder, by a relative import of a function of its own."""
+    folder = copied / "moeexp" / "room"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "noun.py").write_text("from . import other\n")
+    (folder / "other.py").write_text("")
+    before = compile_cache._source_digest()
+    touched(folder / "noun.py")
+    assert compile_cache._source_digest() == before, "nothing imports it yet"
+    model = copied / "moeexp" / "model.py"
+    model.write_text(model.read_text() + "def f():\n    from .room.noun import g\n")
+    assert {"moeexp.room", "moeexp.room.noun", "moeexp.room.other"} <= set(compile_cache.sources())
+
+
+def test_reports_are_not_in_the_key(copied):
+    before = compile_cache._source_digest()
+    others = ("report", "html_report", "charts", "statistics", "summary", "check", "tracker", "sweep", "cells", "experiment")
+    for name in others:
+        touched(copied / "moeexp" / f"{name}.py")
+    (copied / "moeexp" / "new.py").write_text("")
+    assert compile_cache._source_digest() == before
+
+
+def test_an_empty_list_of_sources_is_our_own_bug(copied, monkeypatch):
+    monkeypatch.setattr(compile_cache, "TRACING", ("moeexp.moved",))
+    with pytest.raises(AssertionError, match="moeexp.moved"):
+        compile_cache.sources()
+    monkeypatch.undo()
+
+
+def test_variables_that_change_what_is_compiled_are_in_the_key(monkeypatch):
+    keys = [key_of(SPEC)]
+    for name, value in (("TRITON_INTERPRET", "other"), ("TORCHINDUCTOR_MAX_AUTOTUNE", "1")):
+        monkeypatch.setenv(name, value)
+        keys.append(key_of(SPEC))
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):  # of each process its own
+        monkeypatch.setenv(name, "/elsewhere")
+    assert len(set(keys)) == 3 and key_of(SPEC) == keys[-1]
 
 
 def flip(path):

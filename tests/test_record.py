@@ -3,12 +3,11 @@
 import json
 import math
 import os
-import re
 
 import pytest
 
 from moeexp import environment, record
-from moeexp.record import MAX_BYTES, Record, config_hash, latency_summary, plain, read_record
+from moeexp.record import MAX_BYTES, Record, latency_summary, plain, read_record
 from moeexp.schema import compose
 
 
@@ -134,31 +133,6 @@ def test_foreign_files_are_refused_by_name(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match="record.json"):
             read_record(path)
-
-
-def test_config_hash_ignores_the_tracker_and_sees_the_rest():
-    def digest(*overrides, device="cpu", gpu=None):
-        return config_hash(compose(["model=nano", *overrides]), device=device, gpu=gpu)
-
-    assert digest() == digest("tracker=jsonl") == digest("tracker.project=x") == digest("launcher.strict=true")
-    others = [digest("seed=1"), digest("quant=int8"), digest("model.seed=1"), digest(device="cuda"), digest(gpu="H100")]
-    assert len({digest(), *others}) == 6
-
-
-def test_code_fingerprint_sees_every_source(tmp_path, monkeypatch):
-    package = tmp_path / "moeexp_probe"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "a.py").write_text("x = 1\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(record, "PACKAGES", ("moeexp_probe",))
-    before = record.code_fingerprint()
-    (package / "a.py").write_text("x = 2\n")
-    changed = record.code_fingerprint()
-    (package / "a.py").rename(package / "b.py")
-    assert len({before, changed, record.code_fingerprint()}) == 3
-    monkeypatch.undo()
-    assert re.fullmatch(r"[0-9a-f]{16}", record.code_fingerprint())
 
 
 def test_environment_is_plain_and_names_no_host():

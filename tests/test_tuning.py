@@ -12,7 +12,7 @@ from moeexp_kernels import tuning
 from moeexp_kernels.linear import gemv_config
 
 from moeexp.compile_cache import _source_digest
-from moeexp.record import code_fingerprint
+from moeexp.identity import code_fingerprint
 
 
 def test_a_row_serves_what_its_key_begins_and_the_longest_wins():

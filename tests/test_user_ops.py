@@ -135,10 +135,12 @@ def test_the_identity_follows_the_sources(module, changed):
 
 
 def test_a_result_is_not_taken_for_that_of_another_source(module):
-    from moeexp import record, schema
+    from moeexp import schema
+    from moeexp.identity import Identities, config_hash
 
     def hash_of(*overrides):
-        return record.config_hash(schema.compose([*NANO, *overrides]), device="cpu", gpu=None)
+        cfg = schema.compose([*NANO, *overrides])
+        return config_hash(cfg, Identities().of(cfg, gpu=None))
 
     plain, own = hash_of(), hash_of(f"ops.sdpa_decode={module}:right")
     assert own == hash_of(f"ops.sdpa_decode={module}:right")
