@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from moeexp import compare, html_report, markdown_report, migration, record, report, summary
-from moeexp.record import read_record
 from moeexp.command_line import arguments_of, command_of
+from moeexp.record import read_record
 from moeexp.schema import compose
 
 ROOT = Path(__file__).resolve().parents[1]
