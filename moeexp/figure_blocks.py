@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ KERNELS = "kernels_h100.json"
 PUBLISHED = {"dual methods, explicit state": "77.4", "shared buffers": "84.5", "CUDA graph": "82 → 98"}
 ONCE = "One process each: the rungs took turns in it, and none was repeated in another. Read their ratios, not one speed."
 WIDTH = 100  # characters of a line of the example
+PROSE = 125  # and of a paragraph
 
 
 def headline(results: Path) -> str:
@@ -53,14 +55,14 @@ def headline(results: Path) -> str:
     weights = "random weights, " if record["random_weights"] else ""
     work = f"batch {config['batch']}, {config['prompt_len']} prompt and {config['new_tokens']} new tokens"
     line = f"{weights}{work}, every run's check passed; [records](results/{HEADLINE}). {_stalled(found.runs)}"
-    return f"{markdown_table(header, rows)}\n{line[0].upper()}{line[1:]}"
+    return f"{markdown_table(header, rows)}\n{_prose(line[0].upper() + line[1:])}"
 
 
 def ladder_short(results: Path) -> str:
     steps = _steps(results / LADDER)
     rows = [[step.label, _tok_s(step.run), times(step.gain) if step.gain else "", _medians(step)] for step in steps]
     text = markdown_table(["rung", "decode tok/s", "gain over the rung before", "by medians"], rows)
-    return f"{text}\n{ONCE} {_in_all(steps)}"
+    return f"{text}\n{_prose(f'{ONCE} {_in_all(steps)}')}"
 
 
 def ladder(results: Path) -> str:
@@ -80,7 +82,7 @@ def ladder_summary(results: Path) -> str:
         explicit[run.record["config"]["state"]].append(run.record["prefill_tok_s"])
     prefill = "; ".join(f"`state={state}` {_range(values)} tok/s" for state, values in explicit.items())
     prompt = runs[0].record["config"]["prompt_len"]
-    return (
+    return _prose(
         f"{_in_all(steps)} {_stalled(runs)} Other work kept {number(load['cores'])} of the host's {load['of']} cores busy. "
         f"Prefill of {prompt} tokens, by its median: {prefill}."
     )
@@ -92,9 +94,9 @@ def ladder_start_summary(results: Path) -> str:
     recurrent, chunked = by_name["recurrent kernel"], by_name["chunked kernels at T=1"]
     found = gain(recurrent, chunked)
     split = steps[0].run.record["time_split"]
-    return (
+    return _prose(
         f"\"{steps[0].label}\" waits for the host during {percent(split['host_us'] / split['wall_us'])} of a step. The recurrent "
-        f"kernel has {times(found, marked=False, beside=True)} of the chunked rule's speed: {found.phrase}. "
+        f"kernel against the chunked rule: {times(found, marked=False, beside=True)}, {found.phrase}. "
         f"{_stalled([step.run for step in steps])}"
     )
 
@@ -103,7 +105,7 @@ def first_run(results: Path) -> str:
     record = read_record(results / FIRST_RUN)
     phases = record["phases_s"]
     compiling = sum(seconds for name, seconds in phases.items() if name.startswith("compile"))
-    return (
+    return _prose(
         f"One process, so no headline: its first token came {number(record['first_token_s'])} s after the start (weights made "
         f"and quantised {number(phases['weights'])} s, compiling {number(compiling)} s), it decoded at "
         f"{number(record['decode_tok_s'])} tok/s and had at most {number(_device_memory(record))} GiB of device memory in use."
@@ -127,10 +129,9 @@ def tiny_summary(results: Path) -> str:
     (found,) = [effect for effect in main_effects(runs) if effect.axis == "cuda_graph"]
     eager = [run.record["time_split"] for run in runs if not run.record["config"]["cuda_graph"]]
     waits = sorted(split["host_us"] / split["wall_us"] for split in eager)
-    return (
-        f"Replaying the same kernels from a graph has {times(found.ratio, marked=False, beside=True)} the speed, over "
-        f"{found.pairs} pairs: without one a step waits for the host during {percent(waits[0])} to {percent(waits[-1])} of its "
-        "time."
+    return _prose(
+        f"Replaying the same kernels from a graph: {times(found.ratio, marked=False, beside=True)}, over {found.pairs} pairs. "
+        f"Without a graph a step waits for the host during {percent(waits[0])} to {percent(waits[-1])} of its time."
     )
 
 
@@ -161,6 +162,10 @@ def example(results: Path) -> str:
     print_run(record, path=Path(folder) / "record.json", console=console)
     lines = console.file.getvalue().strip().splitlines()
     return "```text\n" + "\n".join(line if len(line) <= WIDTH else line[: WIDTH - 2] + " …" for line in lines) + "\n```"
+
+
+def _prose(text: str) -> str:
+    return textwrap.fill(text, PROSE, break_long_words=False, break_on_hyphens=False)
 
 
 def _steps(folder: Path) -> list[Step]:
