@@ -191,3 +191,32 @@ def test_published_ladder_s_gain_of_a_stall():
     plain, without = (b / a for a, b in zip(*speeds, strict=True))
     assert plain == pytest.approx(1.064, abs=0.001)
     assert abs(without - medians[1] / medians[0]) < 0.015 < plain - without
+
+
+@pytest.mark.parametrize("place", range(8))
+def test_a_hiccup_in_the_middle_of_a_burst_is_one_stall(place):
+    """The tokens before it in the burst came early, so that its delay shows in two steps."""
+    late = [8.0, *[0.0] * 7] * 16
+    late[64 + place] += 4.0
+    found = stalls.find(late, [128], 8, 1)
+    assert found["count"] == 1 and found["total_ms"] == pytest.approx(4.0, abs=0.1), found
+
+
+def test_whatever_the_latencies_the_parts_make_up_the_time():
+    """Random latencies of any kind, zeros among them; the message has what makes a case again."""
+    for seed in range(400):
+        rng = random.Random(seed)
+        lengths = [rng.choice([0, 1, 2, 7, 31, 64]) for _ in range(rng.randint(1, 6))]
+        ahead, zeros, tail = rng.choice([1, 2, 8, 64]), rng.choice([0.0, 0.5, 0.95]), rng.choice([0.0, 0.1, 0.5])
+        values = [
+            0.0 if rng.random() < zeros else rng.expovariate(1.0) * (100.0 if rng.random() < tail else 1.0)
+            for _ in range(sum(lengths))
+        ]
+        found = stalls.find(values, lengths, ahead, 2)
+        case = (seed, lengths, ahead, zeros, tail, found)
+        if found is None:
+            assert len(values) < stalls.LEAST or values.count(0.0) > len(values) / 2, case
+            continue
+        assert found["decode_tok_s"] > 0 and found["pace_ms"] > 0, case
+        assert 0 <= found["longest_ms"] <= found["total_ms"] <= sum(values) + 1e-4, case
+        assert 0 <= found["count"] <= len(values) and (found["count"] == 0) == (found["total_ms"] == 0), case

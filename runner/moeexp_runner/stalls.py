@@ -39,16 +39,19 @@ class Delays:
 
 def find(latencies_ms: Sequence[float], lengths: Sequence[int], ahead: int, batch: int = 1) -> dict[str, float] | None:
     """latencies_ms of consecutive generations, `lengths` of them each. The record's `stalls`: {count, total_ms, longest_ms,
-    pace_ms, ahead, decode_tok_s}, the last without the stalls, for `batch` sequences. None below `LEAST` latencies.
+    pace_ms, ahead, decode_tok_s}, the last without the stalls, for `batch` sequences. None below `LEAST` latencies,
+    and where there is no steady pace.
 
     Where the first token of a generation, which has no latency, came late, its successors come in a burst: what they are
     early by is no speed, and counts as time in `decode_tok_s`."""
     assert sum(lengths) == len(latencies_ms), (lengths, len(latencies_ms))
     assert ahead >= 1, ahead
-    if len(latencies_ms) < LEAST or min(latencies_ms) < 0 or not any(latencies_ms):
+    if len(latencies_ms) < LEAST:
         return None
     generations = list(_pieces(latencies_ms, [length for length in lengths if length]))
     time, paces = math.fsum(latencies_ms), _paces(generations, ahead)
+    if paces is None:
+        return None
     for _ in range(PASSES):
         found = _delays(generations, paces, ahead)
         paces = _scaled(paces, time - found.net)
@@ -70,9 +73,10 @@ def _pieces(values: Sequence[float], lengths: Sequence[int]) -> Iterator[Sequenc
         start += length
 
 
-def _paces(generations: Sequence[Sequence[float]], ahead: int) -> list[list[float]]:
+def _paces(generations: Sequence[Sequence[float]], ahead: int) -> list[list[float]] | None:
     """Time per token around each token: medians over windows, long enough to hold a burst, that are near it in context and
-    in time. Their level is that of the whole, stalls included, or above it."""
+    in time. Their level is that of the whole, stalls included, or above it.
+    None where most windows took no time."""
     windows = [_windows(generation, min(ahead, max(1, len(generation) // 3))) for generation in generations]
     near = max(NEIGHBOURS, 4 * ahead)
     paces = []
@@ -97,7 +101,7 @@ def _paces(generations: Sequence[Sequence[float]], ahead: int) -> list[list[floa
     time = math.fsum(map(math.fsum, generations))
     level = math.fsum(map(math.fsum, paces))
     if level == 0:
-        paces = [[1.0] * len(generation) for generation in generations]
+        return None
     # From below, each burst would look like a stall.
     return paces if level > time else _scaled(paces, time)
 
@@ -116,12 +120,13 @@ def _scaled(paces: list[list[float]], time: float) -> list[list[float]]:
 def _delays(generations: Sequence[Sequence[float]], paces: Sequence[Sequence[float]], ahead: int) -> Delays:
     delays = [_cumulated(generation, pace) for generation, pace in zip(generations, paces, strict=True)]
     lasting = _lasting(delays, ahead)
-    spread = _spread(lasting, ahead)
+    # Of the whole where a few tokens in a row took no time.
+    floor = max(SPREADS * _spread(lasting, ahead), SHARE / 4 * statistics.fmean(itertools.chain.from_iterable(paces)))
     lost: list[float] = []
     early = 0.0
     for delay, stays, pace in zip(delays, lasting, paces, strict=True):
-        stalls: list[float] = []
-        least = [max(SHARE * value, SPREADS * spread) for value in pace]
+        stalls: list[tuple[float, float]] = []
+        least = [max(SHARE * value, floor) for value in pace]
         begin, last = 0, -ahead
         for token in range(len(pace)):
             if stays[token + 1] - stays[token] <= least[token]:
@@ -132,8 +137,8 @@ def _delays(generations: Sequence[Sequence[float]], paces: Sequence[Sequence[flo
                 begin = token
             last = token
             # A second hiccup may hide for a while that the first is recovered.
-            stalls.append(min(stays[token + 1 : token + 2 + ahead]) - stays[begin])
-        lost += [stall for stall in stalls if stall > 0]
+            stalls.append((min(stays[token + 1 : token + 2 + ahead]) - stays[begin], least[begin]))
+        lost += [stall for stall, threshold in stalls if stall > threshold / 2]
         head = -min(delay[: ahead + 1])
         early += head if head > least[0] else 0.0
     return Delays(lost, early)
