@@ -1,0 +1,121 @@
+"""A snapshot's tensors as transformers itself finds them: its rules for names, slices, experts and ties, not ours.
+
+transformers' loader fills a model on the meta device, one parameter at a time, so that no more than one is in memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .weights import open_shards
+
+
+class SnapshotReader:
+    """Parameters of `Qwen3_5MoeForCausalLM` by their names there, e.g. `model.layers.0.mlp.experts.gate_up_proj`.
+
+    `missing`: parameters that the snapshot has nothing for, ties counted; `unused`: its tensors that transformers would
+    warn of."""
+
+    def __init__(self, folder: Path, config: Any):
+        from transformers import Qwen3_5MoeForCausalLM
+
+        self._load = _loader()
+        with torch.device("meta"):
+            self._model = Qwen3_5MoeForCausalLM(config)
+        self._slices = {key: handle.get_slice(key) for handle in open_shards(folder).values() for key in handle.keys()}
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}
+        self._sources: dict[str, list[str]] = {}  # parameter -> the tensors that make it up
+        unused = self._find_sources()
+        ties = self._model.get_expanded_tied_weights_keys(all_submodels=True)
+        self._tied = ties | {source: target for target, source in ties.items()}  # whichever of the two is there counts
+        self.missing = [name for name in self.shapes if self._home(name) not in self._sources]
+        ignored = self._model._keys_to_ignore_on_load_unexpected or []
+        self.unused = [key for key in unused if not any(re.search(pattern, key) for pattern in ignored)]
+
+    def _find_sources(self) -> list[str]:
+        """Sorts the snapshot's tensors by the parameter that transformers renames them to; returns the others."""
+        mapping, unused = self._load.mapping(self._model), []
+        renamings = [entry for entry in mapping if isinstance(entry, self._load.renaming)]
+        converters = [entry for entry in mapping if isinstance(entry, self._load.converter)]
+        for key in self._slices:
+            name, _ = self._load.rename(key, renamings, converters, self._model.base_model_prefix, self.shapes)
+            name = key if name not in self.shapes and key in self.shapes else name
+            if name in self.shapes:
+                self._sources.setdefault(name, []).append(key)
+            else:
+                unused.append(key)
+        return unused
+
+    def _home(self, name: str) -> str:
+        return name if name in self._sources else self._tied.get(name, name)
+
+    def read(self, name: str, device: torch.device) -> Tensor | None:
+        """One parameter in the snapshot's own dtype on `device`; None where its tensors do not make it up."""
+        home = self._home(name)
+        owner, leaf = self._model.get_submodule(home.rpartition(".")[0]), home.rpartition(".")[2]
+        slices = {key: self._slices[key] for key in self._sources[home]}
+        empty, dtype = owner._parameters[leaf], _dtype(next(iter(slices.values())))
+        owner._parameters[leaf] = nn.Parameter(empty.to(dtype), requires_grad=False)
+        settings = self._load.settings(
+            dtype=dtype, device_map={"": device}, weight_mapping=self._load.mapping(self._model)
+        )
+        try:
+            with _no_bar():
+                self._load.load(self._model, slices, settings)
+            loaded = owner._parameters[leaf].detach()
+        finally:
+            owner._parameters[leaf] = empty
+        return None if loaded.is_meta else loaded
+
+
+def _dtype(stored: Any) -> torch.dtype:
+    names = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+    if stored.get_dtype() not in names:
+        raise ValueError(f"the snapshot holds tensors of type {stored.get_dtype()}; supported: {', '.join(names)}")
+    return names[stored.get_dtype()]
+
+
+def _loader() -> SimpleNamespace:
+    """transformers' own functions that load a checkpoint; `RuntimeError` where this version has others."""
+    import transformers
+
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            convert_and_load_state_dict_in_model,
+            rename_source_key,
+        )
+        from transformers.modeling_utils import LoadStateDictConfig
+    except ImportError as error:
+        raise RuntimeError(
+            f"transformers {transformers.__version__} loads checkpoints by other functions than are known here ({error}): "
+            "use a tested version (5.17 to 5.23)"
+        ) from error
+    return SimpleNamespace(
+        mapping=get_model_conversion_mapping, converter=WeightConverter, renaming=WeightRenaming,
+        rename=rename_source_key, load=convert_and_load_state_dict_in_model, settings=LoadStateDictConfig,
+    )  # fmt: skip
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """transformers' loader draws a progress bar for each call."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
