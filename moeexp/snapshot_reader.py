@@ -1,10 +1,11 @@
 """A snapshot's tensors as transformers itself finds them: its rules for names, slices, experts and ties, not ours.
 
-transformers' loader fills a model on the meta device, one parameter at a time, so that no more than one is in memory.
+transformers' loader fills a model on the meta device a few parameters at a time, which are given up before the next.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from .weights import open_shards
+
+
+# Of the parameters that are in memory at one time, unless a single one has more.
+BATCH_ELEMENTS = 2**27
 
 
 class SnapshotReader:
@@ -30,6 +35,7 @@ class SnapshotReader:
         self._load = _loader()
         with torch.device("meta"):
             self._model = Qwen3_5MoeForCausalLM(config)
+        self._mapping = self._load.mapping(self._model)
         self._slices = {key: handle.get_slice(key) for handle in open_shards(folder).values() for key in handle.keys()}
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}
         self._sources: dict[str, list[str]] = {}  # parameter -> the tensors that make it up
@@ -42,9 +48,9 @@ class SnapshotReader:
 
     def _find_sources(self) -> list[str]:
         """Sorts the snapshot's tensors by the parameter that transformers renames them to; returns the others."""
-        mapping, unused = self._load.mapping(self._model), []
-        renamings = [entry for entry in mapping if isinstance(entry, self._load.renaming)]
-        converters = [entry for entry in mapping if isinstance(entry, self._load.converter)]
+        unused = []
+        renamings = [entry for entry in self._mapping if isinstance(entry, self._load.renaming)]
+        converters = [entry for entry in self._mapping if isinstance(entry, self._load.converter)]
         for key in self._slices:
             name, _ = self._load.rename(key, renamings, converters, self._model.base_model_prefix, self.shapes)
             name = key if name not in self.shapes and key in self.shapes else name
@@ -57,23 +63,37 @@ class SnapshotReader:
     def _home(self, name: str) -> str:
         return name if name in self._sources else self._tied.get(name, name)
 
-    def read(self, name: str, device: torch.device) -> Tensor | None:
-        """One parameter in the snapshot's own dtype on `device`; None where its tensors do not make it up."""
-        home = self._home(name)
-        owner, leaf = self._model.get_submodule(home.rpartition(".")[0]), home.rpartition(".")[2]
-        slices = {key: self._slices[key] for key in self._sources[home]}
-        empty, dtype = owner._parameters[leaf], _dtype(next(iter(slices.values())))
-        owner._parameters[leaf] = nn.Parameter(empty.to(dtype), requires_grad=False)
-        settings = self._load.settings(
-            dtype=dtype, device_map={"": device}, weight_mapping=self._load.mapping(self._model)
-        )
+    def read(self, names: list[str], device: torch.device) -> Iterator[tuple[str, Tensor | None]]:
+        """Parameters in the snapshot's own dtype on `device`, a few at a time; None where its tensors do not make one up."""
+        batch: list[str] = []
+        for name in names:
+            if sum(math.prod(self.shapes[other]) for other in (*batch, name)) > BATCH_ELEMENTS and batch:
+                yield from self._read(batch, device).items()
+                batch = []
+            batch.append(name)
+        yield from self._read(batch, device).items()
+
+    def _read(self, names: list[str], device: torch.device) -> dict[str, Tensor | None]:
+        slices: dict[str, Any] = {}
+        places = {name: self._place(self._home(name)) for name in names}
+        empty = {place: place[0]._parameters[place[1]] for place in places.values()}
         try:
+            for name, (owner, leaf) in places.items():
+                parts = {key: self._slices[key] for key in self._sources[self._home(name)]}
+                slices |= parts
+                like = owner._parameters[leaf].to(_dtype(next(iter(parts.values()))))  # else the loader would cast
+                owner._parameters[leaf] = nn.Parameter(like, requires_grad=False)
+            settings = self._load.settings(dtype=torch.float32, device_map={"": device}, weight_mapping=self._mapping)
             with _no_bar():
                 self._load.load(self._model, slices, settings)
-            loaded = owner._parameters[leaf].detach()
+            found = {name: owner._parameters[leaf].detach() for name, (owner, leaf) in places.items()}
         finally:
-            owner._parameters[leaf] = empty
-        return None if loaded.is_meta else loaded
+            for (owner, leaf), parameter in empty.items():
+                owner._parameters[leaf] = parameter
+        return {name: None if tensor.is_meta else tensor for name, tensor in found.items()}
+
+    def _place(self, name: str) -> tuple[nn.Module, str]:
+        return self._model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
 
 
 def _dtype(stored: Any) -> torch.dtype:

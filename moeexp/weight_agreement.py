@@ -31,7 +31,7 @@ FLAT = 2.0**-14  # a group whose values differ by less than 1e-4 is stored as it
 
 
 def check_weights(model: Qwen35MoE, folder: Path, config: Any, advance: Callable[[], None] = lambda: None) -> Part:
-    """`config`: transformers' own of the snapshot in `folder`. One parameter in memory at a time, beside a layer of ours."""
+    """`config`: transformers' own of the snapshot in `folder`. A layer of each in memory at a time."""
     reader, ours = SnapshotReader(folder, config), DequantisedWeights(model)
     problems = [f"{name}: nothing in the snapshot" for name in reader.missing]
     problems += [f"{key}: no parameter of transformers' model" for key in reader.unused]
@@ -42,11 +42,9 @@ def check_weights(model: Qwen35MoE, folder: Path, config: Any, advance: Callable
     compared = 0
     for prefix, names in by_prefix.items():
         stored = ours.stored(prefix)
-        for name in names:
-            if name in reader.missing:
-                continue
+        wanted = [name for name in names if name not in reader.missing]
+        for name, theirs in reader.read(wanted, model.norm.device):
             mine = stored.get(name.removeprefix("model.").removeprefix(prefix))
-            theirs = None if mine is None else reader.read(name, mine.value.device)
             if mine is None or theirs is None or theirs.shape != mine.value.shape:
                 shapes = [None if t is None else tuple(t.shape) for t in (mine and mine.value, theirs)]
                 problems.append(f"{name}: shape {shapes[0]} here, {shapes[1]} in the snapshot")
