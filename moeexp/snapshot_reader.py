@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from .weights import open_shards
 
-
 # Of the parameters that are in memory at one time, unless a single one has more.
 BATCH_ELEMENTS = 2**27
 

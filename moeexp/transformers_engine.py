@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from .architecture import Architecture
 from .benchmark import Benchmark
 from .check import Trace, check_tokens
+from .config_agreement import text_config
 from .dequantised import DequantisedWeights
 from .evaluate import record_quality
 from .factory import build_model
@@ -240,7 +241,7 @@ def check(
     def run(name: str, dtype: torch.dtype, expert_ids: Tensor | None = None) -> ReferenceRun:
         with phases(f"check: {name}"):
             return run_reference(
-                arch, weights, fed, prompt.shape[1], dtype=dtype, device=prompt.device, expert_ids=expert_ids
+                text_config(cfg.model), weights, fed, prompt.shape[1], dtype=dtype, device=prompt.device, expert_ids=expert_ids
             )
 
     reference, pair = run("reference", torch.float32, expert_ids), []

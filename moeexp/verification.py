@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Hashable
 from dataclasses import replace
@@ -12,17 +13,23 @@ from moeexp_kernels.sample import reference_scores, reference_support
 from torch import Tensor
 
 from .check import Trace, check_float32, check_timed, check_tokens, check_trace
+from .config_agreement import text_config
 from .dequantised import DequantisedWeights, as_dtype
 from .evaluate import position_slices
 from .factory import Stack, build_stack
 from .gates import Part, gate, make_part
+from .model import Qwen35MoE
 from .phases import Phases
 from .reference import ReferenceRun, generate_reference, run_reference
 from .schema import Config
 from .validate import weights_folder
+from .weight_agreement import check_weights
 
 # transformers.generate is compared with only where a float32 copy of the model is small (4 GiB).
 GENERATE_ELEMENTS = 1 << 30
+
+# Fed to the check on small inputs, half of them as a prompt.
+SMALL_TOKENS = 6
 
 
 class References:
@@ -57,12 +64,13 @@ def verify(
     references.reused = []
     with phases("check: trace"):
         trace = record_trace(stack, prompt.to(stack.device), cfg.new_tokens)
-    parts = [check_trace(trace, stack.arch)]
+    config = text_config(cfg.model)
+    parts = [check_trace(trace, config), *_against_snapshot(cfg, stack, config, phases, references)]
     if cfg.cuda_graph:
         with phases("check: replay"):
             parts.append(check_replay(stack, trace))
     if parts[0].passed:
-        parts += _against_reference(cfg, stack, trace, phases, references)
+        parts += _against_reference(cfg, stack, config, trace, phases, references)
     failures = [f"{part.name}: {line}" for part in parts for line in part.failures()]
     return {
         "passed": all(part.passed for part in parts),
@@ -173,18 +181,33 @@ def _differing(a: Tensor, b: Tensor) -> int:
     return int((a.view(bits) != b.view(bits)).sum())
 
 
+def _against_snapshot(
+    cfg: Config, stack: Stack, config: Any, phases: Phases, references: References
+) -> list[Part]:
+    """The weights by transformers' rules. Those from a seed have no names but ours, and an artifact no snapshot beside it."""
+    folder = weights_folder(cfg.model) if cfg.artifact is None else None
+    if folder is None:
+        return []
+
+    def make() -> Part:
+        with phases("check: weights"), phases.progress("weights", total=stack.arch.num_hidden_layers + 1) as advance:
+            return check_weights(stack.model, folder, config, lambda: advance(1))
+
+    return [references.get("weights", (), make)]
+
+
 def _against_reference(
-    cfg: Config, stack: Stack, trace: Trace, phases: Phases, references: References
+    cfg: Config, stack: Stack, config: Any, trace: Trace, phases: Phases, references: References
 ) -> list[Part]:
     weights = DequantisedWeights(stack.model)
     tokens = (digest(trace.token_ids), trace.prompt_len)
 
     def run(name: str, dtype: torch.dtype, expert_ids: Tensor | None) -> ReferenceRun:
         def make() -> ReferenceRun:
-            layers = stack.arch.num_hidden_layers
+            layers = config.num_hidden_layers
             with phases(f"check: {name}"), phases.progress(name, total=layers) as advance:
                 return run_reference(
-                    stack.arch, weights, trace.token_ids, trace.prompt_len, dtype=dtype, device=stack.device,
+                    config, weights, trace.token_ids, trace.prompt_len, dtype=dtype, device=stack.device,
                     expert_ids=expert_ids, on_layer=lambda index, total: advance(1),
                 )  # fmt: skip
 
@@ -192,13 +215,14 @@ def _against_reference(
 
     reference = run("reference", torch.float32, trace.expert_ids)
     race = race_of(cfg, trace) if cfg.sampler.name == "gumbel" else None
+    # Eager methods know no graph and no compiler.
+    alike = (*tokens, cfg.dispatch, cfg.state, cfg.max_seq_len, tuple(sorted(stack.ops.items())))
+    small = references.get("small inputs", alike, lambda: check_small_inputs(cfg, stack, config, trace, phases))
     if cfg.dtype == "float32":
         # The timed methods are the float32 methods: part (a) judges them directly, with the stricter limits.
-        parts = [check_float32(trace, reference), check_tokens(trace, reference, race=race)]
+        parts = [check_float32(trace, reference), small, check_tokens(trace, reference, race=race)]
         return parts + _against_generate(cfg, stack, trace, phases)
-    # Its eager methods know no graph and no compiler.
-    alike = (*tokens, cfg.dispatch, cfg.state, cfg.max_seq_len, tuple(sorted(stack.ops.items())))
-    parts = [references.get("float32", alike, lambda: _float32_twin(cfg, stack, trace, run, phases))]
+    parts = [references.get("float32", alike, lambda: _float32_twin(cfg, stack, config, trace, run, phases)), small]
     bf16 = run("bf16 baseline", torch.bfloat16, None)
     reference_on_bf16 = run("bf16 reference", torch.float32, bf16.expert_ids)
     with phases("check: compare"):
@@ -238,31 +262,55 @@ def race_of(cfg: Config, trace: Trace) -> Callable[[Tensor, int], Tensor]:
 
 
 def _float32_twin(
-    cfg: Config, stack: Stack, trace: Trace, run: Callable[[str, torch.dtype, Tensor], ReferenceRun], phases: Phases
-) -> Part:
+    cfg: Config, stack: Stack, config: Any, trace: Trace, run: Callable[[str, torch.dtype, Tensor], ReferenceRun],
+    phases: Phases,
+) -> Part:  # fmt: skip
     """Part (a) for a run in another dtype: the same ops, weights and tokens with float32 activations."""
     with phases("check: float32"):
-        twin_cfg = replace(cfg, dtype="float32")
-        twin = build_stack(twin_cfg, as_dtype(stack.model, torch.float32), phases, export="eager", cuda_graph=False)
-        try:
-            fed = trace.token_ids
-            twin_trace = record_trace(
-                twin, fed[:, : trace.prompt_len].contiguous(), fed.shape[1] - trace.prompt_len + 1,
-                forced=fed[:, trace.prompt_len :],
-            )  # fmt: skip
-        finally:
-            twin.close()
-    whole = check_trace(twin_trace, stack.arch)
+        model = as_dtype(stack.model, torch.float32)
+        twin_trace = _forced_trace(cfg, model, trace.token_ids, trace.prompt_len, phases)
+    whole = check_trace(twin_trace, config)
     if not whole.passed:
         return replace(whole, name="float32")
     # Its expert choices may differ from the trace's at near-ties, and its reference with them.
     return check_float32(twin_trace, run("reference", torch.float32, twin_trace.expert_ids))
 
 
-def _against_generate(cfg: Config, stack: Stack, trace: Trace, phases: Phases) -> list[Part]:
-    """Unquantised weights of a snapshot: transformers loads it itself and generates greedily, token for token the same.
+def check_small_inputs(cfg: Config, stack: Stack, config: Any, trace: Trace, phases: Phases) -> Part:
+    """Part (a) once more, on the first tokens and layers, with an embedding so small that its mean square is rms_norm_eps:
+    1 % of eps then shows as 0.25 % behind the first norm, where it is 1e-6 or less on a model's own embedding."""
+    with phases("check: small inputs"):
+        layers = 1 + max(config.layer_types.index(kind) for kind in set(config.layer_types))
+        config = copy.deepcopy(config)
+        config.num_hidden_layers, config.layer_types = layers, config.layer_types[:layers]
+        tokens, prompt_len = trace.token_ids[:, :SMALL_TOKENS], min(trace.prompt_len, SMALL_TOKENS // 2)
+        model = as_dtype(stack.model, torch.float32, layers=min(layers, stack.arch.num_hidden_layers))
+        embedding = model.embed_tokens.weight
+        size = torch.nn.functional.embedding(tokens, embedding).square().mean().sqrt().clamp(min=1e-20)
+        model.embed_tokens.register_buffer("weight", embedding * (config.rms_norm_eps**0.5 / size))
+        small = _forced_trace(cfg, model, tokens, prompt_len, phases)
+        whole = check_trace(small, config)
+        if not whole.passed:
+            return replace(whole, name="small inputs")
+        reference = run_reference(
+            config, DequantisedWeights(model), tokens, prompt_len, dtype=torch.float32, device=stack.device,
+            expert_ids=small.expert_ids,
+        )  # fmt: skip
+        return replace(check_float32(small, reference), name="small inputs")
 
-    Independent of our loader, which the reference above shares."""
+
+def _forced_trace(cfg: Config, model: Qwen35MoE, tokens: Tensor, prompt_len: int, phases: Phases) -> Trace:
+    """Of `tokens` through the run's ops in float32, as eager methods."""
+    stack = build_stack(replace(cfg, dtype="float32"), model, phases, export="eager", cuda_graph=False)
+    prompt, rest = tokens[:, :prompt_len].contiguous(), tokens[:, prompt_len:]
+    try:
+        return record_trace(stack, prompt, rest.shape[1] + 1, forced=rest)
+    finally:
+        stack.close()
+
+
+def _against_generate(cfg: Config, stack: Stack, trace: Trace, phases: Phases) -> list[Part]:
+    """Unquantised weights of a snapshot: transformers loads it itself and generates greedily, token for token the same."""
     folder = weights_folder(cfg.model) if cfg.artifact is None else None  # an artifact does not carry the snapshot
     size = sum(buffer.numel() for buffer in stack.model.buffers())
     if folder is None or cfg.quant.bits != 16 or cfg.sampler.name != "greedy" or size > GENERATE_ELEMENTS:
