@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from moeexp_kernels.linear import dequantise
@@ -73,12 +73,9 @@ class DequantisedWeights:
         return self.model.get_buffer(name).float()
 
 
-def as_dtype(model: Qwen35MoE, dtype: torch.dtype, *, layers: int | None = None) -> Qwen35MoE:
-    """A model with the same values: plain matrices cast to `dtype`, quantised ones and float32 vectors shared. `layers`:
-    only so many of the first ones."""
+def as_dtype(model: Qwen35MoE, dtype: torch.dtype) -> Qwen35MoE:
+    """A model with the same values: plain matrices cast to `dtype`, quantised ones and float32 vectors shared."""
     arch: Architecture = model.arch
-    if layers is not None:
-        arch = replace(arch, num_hidden_layers=layers, layer_types=arch.layer_types[:layers])
     twin = Qwen35MoE(arch, dtype=dtype, device="meta")
     cast: dict[int, Tensor] = {}  # a tied head stays one tensor
 
