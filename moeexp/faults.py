@@ -170,7 +170,8 @@ def _reordered(linear: Linear, rows: Tensor, dim: int) -> None:
         linear.scales = linear.scales.index_select(dim, rows)
 
 
-def _swapped_rows(linear: Linear, first: int, second: int, count: int, dim: int = -2) -> None:
+def _swapped_rows(linear: Linear, first: int, second: int, count: int) -> None:
+    dim = linear.weight.ndim - 2  # counted from the front, as scales have one dimension more
     rows = torch.arange(linear.weight.shape[dim])
     rows[first : first + count], rows[second : second + count] = (
         rows[second : second + count].clone(), rows[first : first + count].clone(),

@@ -23,6 +23,7 @@ from .dequantised import DequantisedWeights
 from .evaluate import record_quality
 from .factory import build_model
 from .floor import bytes_per_step
+from .gates import Part
 from .model import Qwen35MoE
 from .phases import Phases
 from .prompts import prompt_tokens, text_of
@@ -31,6 +32,7 @@ from .reference import ReferenceRun, run_reference
 from .schema import Config
 from .telemetry import watch
 from .validate import load_architecture
+from .verification import check_snapshot, snapshot_of
 
 # Beside the model: what its copy of one layer takes while it is filled, and the cache.
 HEADROOM = 1.15
@@ -111,6 +113,7 @@ def run_transformers(cfg: Config, *, run_dir: Path, record: Record, phases: Phas
     _check_memory(cfg, arch)
     with phases("weights"):
         ours = build_model(cfg, phases)
+        loaded = [check_snapshot(cfg, ours, phases)] if cfg.check != "off" and snapshot_of(cfg) is not None else []
         floor = bytes_per_step(ours, batch=cfg.batch, length=prompt.shape[1] + cfg.new_tokens // 2)
         model = convert(ours, arch, dtype=getattr(torch, cfg.dtype))
         del ours
@@ -141,7 +144,7 @@ def run_transformers(cfg: Config, *, run_dir: Path, record: Record, phases: Phas
         prompt_text=[decode(row) for row in prompt.tolist()] if decode and cfg.prompt is not None else None,
     )
     if cfg.check != "off":
-        record.set(check=check(cfg, arch, session, prompt, benchmark.ids, phases))
+        record.set(check=check(cfg, session, prompt, benchmark.ids, phases, loaded))
     record_quality(cfg, session, text, record, phases)  # type: ignore[arg-type]
 
 
@@ -223,11 +226,12 @@ def choices(session: TransformersSession, prompt: Tensor, new_tokens: int) -> tu
 
 
 def check(
-    cfg: Config, arch: Architecture, session: TransformersSession, prompt: Tensor, ids: list[list[int]], phases: Phases
+    cfg: Config, session: TransformersSession, prompt: Tensor, ids: list[list[int]], phases: Phases, loaded: list[Part]
 ) -> dict[str, Any]:
     """Every generated token against the float32 reference on the experts that were chosen, layer by layer; one more
     generation, which must repeat the timed `ids` [B][n], tells which those are. This engine is the reference's own code, so
-    its logits and choices are not judged: only that what was timed generates what it should."""
+    its logits and choices are not judged: only that what was timed generates what it should. `loaded`: what the check says of
+    the weights that were converted."""
     new = torch.tensor(ids, device=prompt.device)
     fed, weights = torch.cat([prompt, new[:, :-1]], dim=1), TransformersWeights(session.model)
     with phases("check: choices"):
@@ -248,7 +252,7 @@ def check(
     if cfg.dtype != "float32":
         bf16 = run("bf16 baseline", torch.bfloat16)
         pair = [bf16, run("bf16 reference", torch.float32, bf16.expert_ids)]
-    parts = [check_tokens(generated(reference), reference, *pair)]
+    parts = [*loaded, check_tokens(generated(reference), reference, *pair)]
     failures = [f"{part.name}: {line}" for part in parts for line in part.failures()]
     if again != ids:
         failures.insert(0, "benchmark: the timed generation chose other tokens than the checked one")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Hashable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .dequantised import DequantisedWeights, as_dtype
 from .evaluate import position_slices
 from .factory import Stack, build_stack
 from .gates import Part, gate, make_part
+from .model import Qwen35MoE
 from .phases import Phases
 from .reference import ReferenceRun, generate_reference, run_reference
 from .schema import Config
@@ -60,7 +62,9 @@ def verify(
     with phases("check: trace"):
         trace = record_trace(stack, prompt.to(stack.device), cfg.new_tokens)
     config = text_config(cfg.model)
-    parts = [check_trace(trace, config), *_against_snapshot(cfg, stack, config, phases, references)]
+    parts = [check_trace(trace, config)]
+    if snapshot_of(cfg) is not None:
+        parts.append(references.get("weights", (), lambda: check_snapshot(cfg, stack.model, phases)))
     if cfg.cuda_graph:
         with phases("check: replay"):
             parts.append(check_replay(stack, trace))
@@ -176,19 +180,17 @@ def _differing(a: Tensor, b: Tensor) -> int:
     return int((a.view(bits) != b.view(bits)).sum())
 
 
-def _against_snapshot(
-    cfg: Config, stack: Stack, config: Any, phases: Phases, references: References
-) -> list[Part]:
-    """The weights by transformers' rules. Those from a seed have no names but ours, and an artifact no snapshot beside it."""
-    folder = weights_folder(cfg.model) if cfg.artifact is None else None
-    if folder is None:
-        return []
+def snapshot_of(cfg: Config) -> Path | None:
+    """What the weights are compared with. Those from a seed have no names but ours, and an artifact no snapshot beside it."""
+    return weights_folder(cfg.model) if cfg.artifact is None else None
 
-    def make() -> Part:
-        with phases("check: weights"), phases.progress("weights", total=stack.arch.num_hidden_layers + 1) as advance:
-            return check_weights(stack.model, folder, config, lambda: advance(1))
 
-    return [references.get("weights", (), make)]
+def check_snapshot(cfg: Config, model: Qwen35MoE, phases: Phases) -> Part:
+    """The weights of `model` by transformers' rules."""
+    folder, layers = snapshot_of(cfg), model.arch.num_hidden_layers
+    assert folder is not None
+    with phases("check: weights"), phases.progress("check: weights", total=layers + 1) as advance:
+        return check_weights(model, folder, text_config(cfg.model), lambda: advance(1))
 
 
 def _against_reference(
@@ -280,7 +282,7 @@ def _float32_twin(
 
 def _against_generate(cfg: Config, stack: Stack, trace: Trace, phases: Phases) -> list[Part]:
     """Unquantised weights of a snapshot: transformers loads it itself and generates greedily, token for token the same."""
-    folder = weights_folder(cfg.model) if cfg.artifact is None else None  # an artifact does not carry the snapshot
+    folder = snapshot_of(cfg)
     size = sum(buffer.numel() for buffer in stack.model.buffers())
     if folder is None or cfg.quant.bits != 16 or cfg.sampler.name != "greedy" or size > GENERATE_ELEMENTS:
         return []
