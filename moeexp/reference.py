@@ -7,7 +7,6 @@ Shape letters: B batch, S sequence, L layers, D hidden, V vocabulary, E experts,
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from moeexp.pure_torch import assert_pure_torch, full_precision, modeling, pure_torch
+from moeexp.pure_torch import assert_pure_torch, eager, full_precision, modeling, pure_torch
 
 
 class ReferenceWeights(Protocol):
@@ -82,7 +81,7 @@ def run_reference(
     device = torch.device(device)
     token_ids = token_ids.to(device, torch.int64)
     _validate(config, token_ids, prompt_len, expert_ids)
-    config = _eager(config)
+    config = eager(config)
     layers, (batch, length) = config.num_hidden_layers, token_ids.shape
     top_k, experts = config.num_experts_per_tok, config.num_experts
 
@@ -171,14 +170,6 @@ def _causal_mask(length: int, like: Tensor) -> Tensor:
     attention layer how long the past is, which is empty in a layer-major run."""
     full = torch.full((length, length), torch.finfo(like.dtype).min, dtype=like.dtype, device=like.device)
     return full.triu(1)[None, None]
-
-
-def _eager(config: Any) -> Any:
-    """A copy that asks for transformers' plain implementations."""
-    config = copy.deepcopy(config)
-    config._attn_implementation = "eager"
-    config._experts_implementation = "eager"
-    return config
 
 
 def _load_layer(config: Any, index: int, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device):

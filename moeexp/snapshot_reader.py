@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .pure_torch import eager
 from .weights import open_shards
 
 # Of the parameters that are in memory at one time, unless a single one has more.
@@ -33,7 +34,7 @@ class SnapshotReader:
 
         self._load = _loader()
         with torch.device("meta"):
-            self._model = Qwen3_5MoeForCausalLM(config)
+            self._model = Qwen3_5MoeForCausalLM(eager(config))
         self._mapping = self._load.mapping(self._model)
         self._slices = {key: handle.get_slice(key) for handle in open_shards(folder).values() for key in handle.keys()}
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}

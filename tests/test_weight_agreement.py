@@ -1,6 +1,7 @@
 """The model's weights are the snapshot's own under transformers' rules, and every kind of mix-up is seen and named."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from moeexp import dequantised, weights
 from moeexp.architecture import Architecture
+from moeexp.config_agreement import text_config
 from moeexp.faults import FAULTS, copy_of, swapped_in_experts
+from moeexp.schema import ModelConfig
 from moeexp.snapshot_reader import SnapshotReader
 from moeexp.weight_agreement import check_weights
 from moeexp.weights import Snapshot
@@ -135,3 +138,12 @@ def test_tensors_that_only_one_side_places_are_named(tmp_path):
     text = "\n".join(part.failures())
     for name in ("layers.0.mlp.extra.weight", "layers.1.self_attn.k_norm.weight", "model.norm.weight: shape (32,) here"):
         assert name in text
+
+
+def test_an_attention_kernel_that_the_snapshot_names_is_not_loaded(tmp_path):
+    build_snapshot(tmp_path, EVEN)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attn_implementation": "someone/kernel"}))
+    config = text_config(ModelConfig("test", str(tmp_path), None, 0, None, "none"))
+    assert config._attn_implementation == "someone/kernel"
+    assert check_weights(loaded(tmp_path), tmp_path, config).passed
