@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from common import EVEN, ODD, ODD_CONFIG, write_snapshot
+from common import EVEN, ODD, ODD_CONFIG, build_snapshot, load_model, write_snapshot
 from rich.console import Console
 
 from moeexp import schema
@@ -15,6 +15,7 @@ from moeexp.phases import Phases
 from moeexp.record import Record
 from moeexp.schema import ModelConfig
 from moeexp.validate import load_architecture, resolve, resolved
+from moeexp.weights import Snapshot
 
 
 def folder_model(folder, config) -> ModelConfig:
@@ -123,3 +124,23 @@ def test_shapes_given_for_random_weights_are_compared_as_they_are_given(tmp_path
     _build(cfg, tmp_path)
     with pytest.raises(ValueError, match="rope_type.*'linear'"):
         _build(resolved(schema.compose([*overrides, scaled]), cuda_available=False), tmp_path)
+
+
+SHAPES = [
+    {name: getattr(ODD, name) + 1}
+    for name in (
+        "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "linear_num_key_heads",
+        "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim", "num_experts",
+        "moe_intermediate_size", "shared_expert_intermediate_size",
+    )
+]  # fmt: skip
+SHAPES += [{"layer_types": ("full_attention", "linear_attention")}, {"layer_types": (*ODD.layer_types, "full_attention")}]
+SHAPES += [{"tie_word_embeddings": True}]
+
+
+@pytest.mark.parametrize("change", SHAPES, ids=lambda change: next(iter(change)))
+def test_a_shape_that_we_misread_fails_at_loading(tmp_path, change):
+    """In our reading alone, past the comparison of configs."""
+    build_snapshot(tmp_path, ODD)
+    with pytest.raises(ValueError, match="does not fit its config.json|differs from the embedding"):
+        load_model(Snapshot(tmp_path, dataclasses.replace(ODD, **change)))
