@@ -10,7 +10,7 @@ from typing import Any
 LAYER_TYPES = ("linear_attention", "full_attention")
 MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
 
-_REQUIRED = (
+REQUIRED = (
     "vocab_size",
     "hidden_size",
     "num_hidden_layers",
@@ -83,7 +83,7 @@ class Architecture:
             raise ValueError(
                 f"model_type={model_type!r} is not a Qwen3.5-MoE model; supported: {', '.join(MODEL_TYPES)}"
             )
-        missing = [key for key in _REQUIRED if config.get(key) is None]
+        missing = [key for key in REQUIRED if config.get(key) is None]
         if missing:
             raise ValueError(
                 f"the model config lacks {', '.join(missing)}: it does not describe a Qwen3.5-MoE text model"
@@ -95,7 +95,7 @@ class Architecture:
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in ("default", "mrope"):
             raise ValueError(f"rope_type={rope_type!r} in the model config; only 'default' is supported")
-        for key in _REQUIRED:
+        for key in REQUIRED:
             if isinstance(config[key], bool) or not isinstance(config[key], int):
                 raise ValueError(f"{key}={config[key]!r} in the model config must be a whole number")
         layers = config["num_hidden_layers"]
@@ -107,7 +107,7 @@ class Architecture:
             types = ["full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(layers)]
         eos = config.get("eos_token_id", outer.get("eos_token_id"))
         arch = Architecture(
-            **{key: config[key] for key in _REQUIRED},
+            **{key: config[key] for key in REQUIRED},
             layer_types=tuple(types),
             partial_rotary_factor=float(rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 0.25))),
             rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
@@ -133,7 +133,7 @@ class Architecture:
 
     def to_hf(self) -> dict[str, Any]:
         """A flat dict that `Qwen3_5MoeTextConfig(**d)` accepts."""
-        fields = {key: getattr(self, key) for key in _REQUIRED}
+        fields = {key: getattr(self, key) for key in REQUIRED}
         return fields | {
             "layer_types": list(self.layer_types),
             "rope_parameters": {
@@ -149,7 +149,7 @@ class Architecture:
         }
 
     def _validate(self) -> None:
-        for key in (*_REQUIRED, "linear_conv_kernel_dim"):
+        for key in (*REQUIRED, "linear_conv_kernel_dim"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)} in the model config must be at least 1")
         if len(self.layer_types) != self.num_hidden_layers or set(self.layer_types) - set(LAYER_TYPES):

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeexp.architecture import Architecture
 from moeexp.deviation import (
     LogitRows,
     Rows,
@@ -60,14 +59,15 @@ class Trace:
     next_token: Tensor | None = None  # [B]: generated last and not fed; None if nothing was
 
 
-def check_trace(trace: Trace, architecture: Architecture) -> Part:
-    """Is the trace whole: every tensor there, of its shape, finite, and its expert ids a possible choice?"""
+def check_trace(trace: Trace, config: Any) -> Part:
+    """Is the trace whole: every tensor there, of its shape, finite, and its expert ids a possible choice? `config` is
+    transformers' own, as for the reference."""
     batch, length = trace.token_ids.shape
-    layers, k = architecture.num_hidden_layers, architecture.num_experts_per_tok
+    layers, k = config.num_hidden_layers, config.num_experts_per_tok
     wanted = {
-        "logits": (batch, length, architecture.vocab_size),
+        "logits": (batch, length, config.vocab_size),
         "expert_ids": (layers, batch, length, k),
-        **state_shapes(architecture, batch, length),
+        **state_shapes(config, batch, length),
     }
     found = {"logits": trace.logits, "expert_ids": trace.expert_ids, **_states(trace)}
     gates = []
@@ -85,7 +85,7 @@ def check_trace(trace: Trace, architecture: Architecture) -> Part:
     for layer, ids in enumerate(trace.expert_ids.long()):  # [B, S, k]
         ordered = ids.sort(-1).values
         repeated = (ordered[..., 1:] == ordered[..., :-1]).any(-1)
-        wrong = repeated | (ids < 0).any(-1) | (ids >= architecture.num_experts).any(-1)
+        wrong = repeated | (ids < 0).any(-1) | (ids >= config.num_experts).any(-1)
         bad.append((int(wrong.sum()), f"layer {layer}{_first(wrong)}"))
     gates += worst_rows("trace.experts", bad)
     return make_part("trace", gates, {"positions": batch * length, "layers": layers})
@@ -179,7 +179,7 @@ def check_tokens(
         targets = torch.cat([targets, trace.next_token.to(targets).view(batch, 1)], dim=1)
     stop = start + targets.shape[1]
     assert start < stop, "the trace generated no token"
-    vocab = reference.architecture.vocab_size
+    vocab = reference.config.vocab_size
     noise, cap = None, GATES["tokens.cap"].limit
     if bf16_run is not None:
         assert reference_on_bf16_choices is not None, "a bf16 run needs the reference on its choices"
@@ -218,15 +218,16 @@ def check_tokens(
     return make_part("tokens", worst_rows("tokens.deficit", values), report)
 
 
-def state_shapes(architecture: Architecture, batch: int, length: int) -> dict[str, tuple[int, ...]]:
+def state_shapes(config: Any, batch: int, length: int) -> dict[str, tuple[int, ...]]:
     """Shape of each state tensor of the model after `length` tokens, by name."""
-    a, shapes = architecture, {}
+    a, shapes = config, {}
+    key, value = a.linear_num_key_heads * a.linear_key_head_dim, a.linear_num_value_heads * a.linear_value_head_dim
     for i, kind in enumerate(a.layer_types):
         if kind == "full_attention":
             cache = (batch, a.num_key_value_heads, length, a.head_dim)
             shapes |= {f"layers.{i}.k_cache": cache, f"layers.{i}.v_cache": cache}
         else:
-            conv = (batch, a.conv_dim, a.linear_conv_kernel_dim - 1)
+            conv = (batch, 2 * key + value, a.linear_conv_kernel_dim - 1)
             recurrent = (batch, a.linear_num_value_heads, a.linear_key_head_dim, a.linear_value_head_dim)
             shapes |= {f"layers.{i}.conv_state": conv, f"layers.{i}.recurrent_state": recurrent}
     return shapes
@@ -247,7 +248,7 @@ def _slicer(run: Trace | ReferenceRun):
 
 def _compare(run: Trace | ReferenceRun, reference: ReferenceRun) -> LogitRows:
     batch, length = reference.token_ids.shape
-    return compare_logits(_slicer(run), reference.logits, batch, 0, length, reference.architecture.vocab_size)
+    return compare_logits(_slicer(run), reference.logits, batch, 0, length, reference.config.vocab_size)
 
 
 def _noise(logits: Tensor, reference: Tensor) -> Tensor:

@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
+
 import torch
 from moeexp_kernels.linear import dequantise
 from torch import Tensor
 
 from .architecture import Architecture
 from .model import Linear, Qwen35MoE
-from .weights import pieces
+from .weights import Piece, pieces
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor under transformers' name as the model holds it: its value, and what was free to be lost on the way to it."""
+
+    value: Tensor  # float32
+    dtype: torch.dtype  # of the buffer, or of what was quantised
+    scales: Tensor | None = None  # [..., N, K/G, 2] beside value [..., N, K], None where nothing was quantised
+    bits: int = 16
 
 
 class DequantisedWeights:
     """Views of `model`'s own buffers (plain ones) and dequantised copies (quantised ones), float32 on their device."""
 
     def __init__(self, model: Qwen35MoE):
-        self.model, self._pieces = model, pieces(model.arch)
+        self.model = model
+        self._places: dict[str, dict[str, tuple[str, Piece]]] = {}  # "layers.0." or "" -> key there -> buffer, piece
+        for name, parts in pieces(model.arch).items():
+            for piece in parts:
+                prefix = re.match(r"layers\.\d+\.|", piece.key)[0]
+                self._places.setdefault(prefix, {})[piece.key.removeprefix(prefix)] = name, piece
 
     def layer(self, index: int) -> dict[str, Tensor]:
         """Keys relative to transformers' decoder layer, e.g. `mlp.experts.gate_up_proj`."""
-        prefix, result = f"layers.{index}.", {}
-        for name, parts in self._pieces.items():
-            if name.startswith(prefix):
-                wide = self._wide(name)
-                for piece in parts:
-                    result[piece.key.removeprefix(prefix)] = wide[piece.start : piece.stop].view(piece.shape)
-        return result
+        return {key: stored.value for key, stored in self.stored(f"layers.{index}.").items()}
 
     def embedding(self) -> Tensor:
         return self._wide("embed_tokens.weight")
@@ -35,6 +47,24 @@ class DequantisedWeights:
 
     def head(self) -> Tensor:
         return self._wide("head.weight")
+
+    def stored(self, prefix: str) -> dict[str, Stored]:
+        """Every tensor of a layer (`layers.3.`), or those of none (the empty prefix): the head among them, also a tied one."""
+        places = dict(self._places.get(prefix, {}))
+        wide = {name: self._wide(name) for name, _ in places.values()}
+        result = {key: self._stored(name, piece, wide[name]) for key, (name, piece) in places.items()}
+        if not prefix and "lm_head.weight" not in result:
+            head = self.head()
+            result["lm_head.weight"] = self._stored("head.weight", Piece("lm_head.weight", head.shape, 0, len(head)), head)
+        return result
+
+    def _stored(self, name: str, piece: Piece, wide: Tensor) -> Stored:
+        value = wide[piece.start : piece.stop].view(piece.shape)
+        owner = self.model.get_submodule(name.rpartition(".")[0])
+        if not isinstance(owner, Linear) or owner.scales is None:
+            return Stored(value, self.model.get_buffer(name).dtype)
+        dtype = self.model.embed_tokens.weight.dtype  # what the matrix was before it was quantised
+        return Stored(value, dtype, owner.scales[piece.start : piece.stop], owner.bits)
 
     def _wide(self, name: str) -> Tensor:
         owner = self.model.get_submodule(name.rpartition(".")[0])

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import allocator, artifact
 from .architecture import Architecture
 from .compile_cache import Artifact, MethodSpec, get_or_compile
+from .config_agreement import check_agreement
 from .inductor import loading
 from .methods import (
     MODULES,
@@ -72,6 +73,7 @@ def build_model(cfg: Config, phases: Phases) -> Qwen35MoE:
     if cfg.artifact is not None:
         return artifact.load_model(cfg, device_of(cfg), phases)
     arch = load_architecture(cfg.model)
+    check_agreement(cfg.model, arch)
     source = source_of(cfg, arch)
     total = len(Qwen35MoE(arch, dtype=torch.float32, device="meta").state_dict())
     with phases.progress("weights", total=total) as advance:

@@ -37,6 +37,27 @@ GATES: dict[str, Gate] = {
         "positions whose expert ids are out of range or repeated",
         "the reference replays these ids: a broken list would be replayed as if it were a choice",
     ),
+    "weights.names": Gate(
+        0.0,
+        "parameters or tensors of the snapshot that transformers' loader and ours do not both place",
+        "a tensor that is not compared is not checked",
+    ),
+    "weights.exact": Gate(
+        0.0,
+        "elements of an unquantised tensor that are not the snapshot's, rounded to the dtype of the run",
+        "nothing may be lost but that rounding, which is the same everywhere; a swapped or shifted slice differs",
+    ),
+    "weights.step": Gate(
+        0.51,
+        "distance of a dequantised weight from the nearest value that its group can express, in steps of the group, the worst",
+        "hqq rounds last, so half a step; 0.4999 is the worst of tiny and of six other distributions of weights",
+    ),
+    "weights.clipped": Gate(
+        2.0,
+        "how far a weight of the snapshot lies beyond the outermost value of its group, in steps of the group, the worst",
+        "hqq moves the range to fit most weights better: by 1.00 step at most on tiny at 4 bits, 0.6 at 8, no more with heavy "
+        "tails, outliers or sparse rows; another tensor's weights lie 5 and more steps beyond",
+    ),
     "float32.logits": Gate(
         1e-4,
         "RMSE ratio of all logits",

@@ -7,10 +7,12 @@ undecorated torch functions, which the decorators keep, are put in their place f
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,6 +30,15 @@ def modeling() -> ModuleType:
     from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 
     return modeling_qwen3_5_moe
+
+
+def eager(config: Any) -> Any:
+    """A copy of a transformers config that asks for its plain implementations, whatever the snapshot asks for: the name of an
+    attention kernel there may be a repository, which transformers would load."""
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"
+    config._experts_implementation = "eager"
+    return config
 
 
 def unwrap(bound: object) -> object:

@@ -15,8 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from moeexp.architecture import Architecture
-from moeexp.pure_torch import assert_pure_torch, full_precision, modeling, pure_torch
+from moeexp.pure_torch import assert_pure_torch, eager, full_precision, modeling, pure_torch
 
 
 class ReferenceWeights(Protocol):
@@ -39,7 +38,7 @@ class ReferenceWeights(Protocol):
 class ReferenceRun:
     """What transformers computes on one set of token sequences. `expert_ids` are the experts that were used."""
 
-    architecture: Architecture
+    config: Any  # transformers' own text config
     weights: ReferenceWeights = field(repr=False)
     token_ids: Tensor  # [B, S] int64
     prompt_len: int
@@ -54,7 +53,7 @@ class ReferenceRun:
         """Logits of positions start..stop-1, [B, n, V] float32; norm and head in the run's dtype."""
         hidden = self.hidden[:, start:stop]
         with torch.device("meta"):
-            norm = modeling().Qwen3_5MoeRMSNorm(self.architecture.hidden_size, eps=self.architecture.rms_norm_eps)
+            norm = modeling().Qwen3_5MoeRMSNorm(self.config.hidden_size, eps=self.config.rms_norm_eps)
         _fill(norm, {"weight": self.weights.final_norm()}, self.dtype, hidden.device, "final norm")
         with full_precision():
             return nn.functional.linear(norm(hidden), self.weights.head().to(hidden.device, self.dtype)).float()
@@ -62,7 +61,7 @@ class ReferenceRun:
 
 @torch.no_grad()
 def run_reference(
-    architecture: Architecture,
+    config: Any,
     weights: ReferenceWeights,
     token_ids: Tensor,
     prompt_len: int,
@@ -74,16 +73,17 @@ def run_reference(
 ) -> ReferenceRun:
     """Runs `token_ids` [B, S] int64: positions 0..prompt_len-1 as one call, then one call per token.
 
+    `config` is transformers' own text config of the model (`moeexp.config_agreement.text_config`), never our reading of it.
     With `expert_ids` [L, B, S, k] the routers compute their logits as ever, but the given experts are used, weighted
     by the softmax over all experts renormalised over them. `on_layer(i, L)` is called after layer i.
     `ValueError` for tokens, a prompt length or expert ids out of range.
     """
     device = torch.device(device)
     token_ids = token_ids.to(device, torch.int64)
-    _validate(architecture, token_ids, prompt_len, expert_ids)
-    config = _config(architecture)
-    layers, (batch, length) = architecture.num_hidden_layers, token_ids.shape
-    top_k, experts = architecture.num_experts_per_tok, architecture.num_experts
+    _validate(config, token_ids, prompt_len, expert_ids)
+    config = eager(config)
+    layers, (batch, length) = config.num_hidden_layers, token_ids.shape
+    top_k, experts = config.num_experts_per_tok, config.num_experts
 
     router_logits = torch.full((layers, batch, length, experts), float("nan"), device=device)
     used_ids = torch.full((layers, batch, length, top_k), -1, dtype=torch.int64, device=device)
@@ -105,7 +105,7 @@ def run_reference(
             del layer, route, handle  # before the next layer's weights are made
             if on_layer is not None:
                 on_layer(index, layers)
-    return ReferenceRun(architecture, weights, token_ids, prompt_len, dtype, hidden, router_logits, used_ids, states)
+    return ReferenceRun(config, weights, token_ids, prompt_len, dtype, hidden, router_logits, used_ids, states)
 
 
 class _Routing:
@@ -172,15 +172,6 @@ def _causal_mask(length: int, like: Tensor) -> Tensor:
     return full.triu(1)[None, None]
 
 
-def _config(architecture: Architecture) -> Any:
-    from transformers import Qwen3_5MoeTextConfig
-
-    config = Qwen3_5MoeTextConfig(**architecture.to_hf())
-    config._attn_implementation = "eager"
-    config._experts_implementation = "eager"
-    return config
-
-
 def _load_layer(config: Any, index: int, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device):
     with torch.device("meta"):
         layer = modeling().Qwen3_5MoeDecoderLayer(config, index)
@@ -204,22 +195,22 @@ def _fill(module: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, dev
     assert not left, f"{where}: {left} were never filled"
 
 
-def _validate(architecture: Architecture, token_ids: Tensor, prompt_len: int, expert_ids: Tensor | None) -> None:
+def _validate(config: Any, token_ids: Tensor, prompt_len: int, expert_ids: Tensor | None) -> None:
     if token_ids.ndim != 2 or not token_ids.numel():
         raise ValueError(f"token_ids of shape {tuple(token_ids.shape)}: [batch, sequence] is needed, neither empty")
     low, high = int(token_ids.min()), int(token_ids.max())
-    if low < 0 or high >= architecture.vocab_size:
-        raise ValueError(f"token ids reach from {low} to {high}: they must lie in 0..{architecture.vocab_size - 1}")
+    if low < 0 or high >= config.vocab_size:
+        raise ValueError(f"token ids reach from {low} to {high}: they must lie in 0..{config.vocab_size - 1}")
     if not 1 <= prompt_len <= token_ids.shape[1]:
         raise ValueError(f"prompt_len={prompt_len} must lie in 1..{token_ids.shape[1]}, the length of the sequence")
     if expert_ids is None:
         return
-    shape = (architecture.num_hidden_layers, *token_ids.shape, architecture.num_experts_per_tok)
+    shape = (config.num_hidden_layers, *token_ids.shape, config.num_experts_per_tok)
     if tuple(expert_ids.shape) != shape:
         raise ValueError(f"expert_ids of shape {tuple(expert_ids.shape)}: [L, B, S, k] = {shape} is needed")
     low, high = int(expert_ids.min()), int(expert_ids.max())
-    if low < 0 or high >= architecture.num_experts:
-        raise ValueError(f"expert ids reach from {low} to {high}: they must lie in 0..{architecture.num_experts - 1}")
+    if low < 0 or high >= config.num_experts:
+        raise ValueError(f"expert ids reach from {low} to {high}: they must lie in 0..{config.num_experts - 1}")
 
 
 @torch.no_grad()

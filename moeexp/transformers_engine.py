@@ -19,10 +19,12 @@ from .architecture import Architecture
 from .benchmark import Benchmark
 from .cache_size import cache_bytes
 from .check import Trace, check_tokens
+from .config_agreement import text_config
 from .dequantised import DequantisedWeights
 from .evaluate import record_quality
 from .factory import build_model
 from .floor import bandwidth_share, bytes_per_step
+from .gates import Part
 from .identity import confirm
 from .model import Qwen35MoE
 from .phases import Phases
@@ -32,6 +34,7 @@ from .reference import ReferenceRun, run_reference
 from .schema import Config
 from .telemetry import watch
 from .validate import load_architecture
+from .verification import check_snapshot, snapshot_of
 
 # Beside the model: what its copy of one layer takes while it is filled, and the cache.
 HEADROOM = 1.15
@@ -113,6 +116,7 @@ def run_transformers(cfg: Config, *, run_dir: Path, record: Record, phases: Phas
     with phases("weights"):
         ours = build_model(cfg, phases)
         confirm(cfg, record.data["identity"])
+        loaded = [check_snapshot(cfg, ours, phases)] if cfg.check != "off" and snapshot_of(cfg) is not None else []
         dtype = getattr(torch, cfg.dtype)
         model = convert(ours, arch, dtype=dtype)
         del ours
@@ -152,7 +156,7 @@ def run_transformers(cfg: Config, *, run_dir: Path, record: Record, phases: Phas
         prompt_text=[decode(row) for row in prompt.tolist()] if decode and cfg.prompt is not None else None,
     )
     if cfg.check != "off":
-        record.set(check=check(cfg, arch, session, prompt, benchmark.ids, again, expert_ids, phases))
+        record.set(check=check(cfg, session, prompt, benchmark.ids, again, expert_ids, phases, loaded))
     record_quality(cfg, session, text, record, phases)  # type: ignore[arg-type]
 
 
@@ -232,12 +236,13 @@ def choices(session: TransformersSession, prompt: Tensor, new_tokens: int) -> tu
 
 
 def check(
-    cfg: Config, arch: Architecture, session: TransformersSession, prompt: Tensor, ids: list[list[int]],
-    again: list[list[int]], expert_ids: Tensor, phases: Phases,
+    cfg: Config, session: TransformersSession, prompt: Tensor, ids: list[list[int]], again: list[list[int]],
+    expert_ids: Tensor, phases: Phases, loaded: list[Part],
 ) -> dict[str, Any]:  # fmt: skip
     """Every generated token against the float32 reference on the experts that were chosen, layer by layer: `expert_ids`, of
     one more generation, whose tokens `again` must repeat the timed `ids` [B][n]. This engine is the reference's own code, so
-    its logits and choices are not judged: only that what was timed generates what it should."""
+    its logits and choices are not judged: only that what was timed generates what it should. `loaded`: what the check says of
+    the weights that were converted."""
     new = torch.tensor(ids, device=prompt.device)
     fed, weights = torch.cat([prompt, new[:, :-1]], dim=1), TransformersWeights(session.model)
 
@@ -249,14 +254,14 @@ def check(
     def run(name: str, dtype: torch.dtype, expert_ids: Tensor | None = None) -> ReferenceRun:
         with phases(f"check: {name}"):
             return run_reference(
-                arch, weights, fed, prompt.shape[1], dtype=dtype, device=prompt.device, expert_ids=expert_ids
+                text_config(cfg.model), weights, fed, prompt.shape[1], dtype=dtype, device=prompt.device, expert_ids=expert_ids
             )
 
     reference, pair = run("reference", torch.float32, expert_ids), []
     if cfg.dtype != "float32":
         bf16 = run("bf16 baseline", torch.bfloat16)
         pair = [bf16, run("bf16 reference", torch.float32, bf16.expert_ids)]
-    parts = [check_tokens(generated(reference), reference, *pair)]
+    parts = [*loaded, check_tokens(generated(reference), reference, *pair)]
     failures = [f"{part.name}: {line}" for part in parts for line in part.failures()]
     if again != ids:
         failures.insert(0, "benchmark: the timed generation chose other tokens than the checked one")

@@ -78,7 +78,7 @@ def validate(cfg: Config, *, cuda_available: bool) -> None:
 def resolve(cfg: Config, *, cuda_available: bool) -> Config:
     """The validated config with every `auto` and null that has a meaning replaced by it; `cuda_graph` is then False or
     a string, and exactly one of prompt, prompt_ids and prompt_len is set."""
-    arch = load_architecture(cfg.model)
+    arch, given = load_architecture(cfg.model), cfg.model.architecture
     device = _device(cfg, cuda_available)
     tokenizer = tokenizer_kind(cfg.model, arch)
     prompt, prompt_len = cfg.prompt, cfg.prompt_len
@@ -89,7 +89,8 @@ def resolve(cfg: Config, *, cuda_available: bool) -> Config:
         group_size = cfg.quant.group_size or default_group_size(arch, cfg.quant)
     return replace(
         cfg,
-        model=replace(cfg.model, architecture=arch.to_hf(), tokenizer=tokenizer),
+        # What a user gave stays as it is: transformers' reading of it is compared with ours.
+        model=replace(cfg.model, architecture=arch.to_hf() if weights_folder(cfg.model) else given, tokenizer=tokenizer),
         quant=replace(cfg.quant, group_size=group_size),
         cuda_graph="decode" if cfg.cuda_graph is True else cfg.cuda_graph,
         prefill_graph_lengths=_graph_lengths(cfg),

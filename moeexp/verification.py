@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Hashable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,14 +13,17 @@ from moeexp_kernels.sample import reference_scores, reference_support
 from torch import Tensor
 
 from .check import Trace, check_float32, check_timed, check_tokens, check_trace
+from .config_agreement import text_config
 from .dequantised import DequantisedWeights, as_dtype
 from .evaluate import position_slices
 from .factory import Stack, build_stack
 from .gates import Part, gate, make_part
+from .model import Qwen35MoE
 from .phases import Phases
 from .reference import ReferenceRun, generate_reference, run_reference
 from .schema import Config
 from .validate import weights_folder
+from .weight_agreement import check_weights
 
 # transformers.generate is compared with only where a float32 copy of the model is small (4 GiB).
 GENERATE_ELEMENTS = 1 << 30
@@ -57,12 +61,15 @@ def verify(
     references.reused = []
     with phases("check: trace"):
         trace = record_trace(stack, prompt.to(stack.device), cfg.new_tokens)
-    parts = [check_trace(trace, stack.arch)]
+    config = text_config(cfg.model)
+    parts = [check_trace(trace, config)]
+    if snapshot_of(cfg) is not None:
+        parts.append(references.get("weights", (), lambda: check_snapshot(cfg, stack.model, phases)))
     if cfg.cuda_graph:
         with phases("check: replay"):
             parts.append(check_replay(stack, trace))
     if parts[0].passed:
-        parts += _against_reference(cfg, stack, trace, phases, references)
+        parts += _against_reference(cfg, stack, config, trace, phases, references)
     failures = [f"{part.name}: {line}" for part in parts for line in part.failures()]
     return {
         "passed": all(part.passed for part in parts),
@@ -173,18 +180,31 @@ def _differing(a: Tensor, b: Tensor) -> int:
     return int((a.view(bits) != b.view(bits)).sum())
 
 
+def snapshot_of(cfg: Config) -> Path | None:
+    """What the weights are compared with. Those from a seed have no names but ours, and an artifact no snapshot beside it."""
+    return weights_folder(cfg.model) if cfg.artifact is None else None
+
+
+def check_snapshot(cfg: Config, model: Qwen35MoE, phases: Phases) -> Part:
+    """The weights of `model` by transformers' rules."""
+    folder, layers = snapshot_of(cfg), model.arch.num_hidden_layers
+    assert folder is not None
+    with phases("check: weights"), phases.progress("check: weights", total=layers + 1) as advance:
+        return check_weights(model, folder, text_config(cfg.model), lambda: advance(1))
+
+
 def _against_reference(
-    cfg: Config, stack: Stack, trace: Trace, phases: Phases, references: References
+    cfg: Config, stack: Stack, config: Any, trace: Trace, phases: Phases, references: References
 ) -> list[Part]:
     weights = DequantisedWeights(stack.model)
     tokens = (digest(trace.token_ids), trace.prompt_len)
 
     def run(name: str, dtype: torch.dtype, expert_ids: Tensor | None) -> ReferenceRun:
         def make() -> ReferenceRun:
-            layers = stack.arch.num_hidden_layers
+            layers = config.num_hidden_layers
             with phases(f"check: {name}"), phases.progress(name, total=layers) as advance:
                 return run_reference(
-                    stack.arch, weights, trace.token_ids, trace.prompt_len, dtype=dtype, device=stack.device,
+                    config, weights, trace.token_ids, trace.prompt_len, dtype=dtype, device=stack.device,
                     expert_ids=expert_ids, on_layer=lambda index, total: advance(1),
                 )  # fmt: skip
 
@@ -198,7 +218,7 @@ def _against_reference(
         return parts + _against_generate(cfg, stack, trace, phases)
     # Its eager methods know no graph and no compiler.
     alike = (*tokens, cfg.dispatch, cfg.state, cfg.max_seq_len, tuple(sorted(stack.ops.items())))
-    parts = [references.get("float32", alike, lambda: _float32_twin(cfg, stack, trace, run, phases))]
+    parts = [references.get("float32", alike, lambda: _float32_twin(cfg, stack, config, trace, run, phases))]
     bf16 = run("bf16 baseline", torch.bfloat16, None)
     reference_on_bf16 = run("bf16 reference", torch.float32, bf16.expert_ids)
     with phases("check: compare"):
@@ -238,8 +258,9 @@ def race_of(cfg: Config, trace: Trace) -> Callable[[Tensor, int], Tensor]:
 
 
 def _float32_twin(
-    cfg: Config, stack: Stack, trace: Trace, run: Callable[[str, torch.dtype, Tensor], ReferenceRun], phases: Phases
-) -> Part:
+    cfg: Config, stack: Stack, config: Any, trace: Trace, run: Callable[[str, torch.dtype, Tensor], ReferenceRun],
+    phases: Phases,
+) -> Part:  # fmt: skip
     """Part (a) for a run in another dtype: the same ops, weights and tokens with float32 activations."""
     with phases("check: float32"):
         twin_cfg = replace(cfg, dtype="float32")
@@ -252,7 +273,7 @@ def _float32_twin(
             )  # fmt: skip
         finally:
             twin.close()
-    whole = check_trace(twin_trace, stack.arch)
+    whole = check_trace(twin_trace, config)
     if not whole.passed:
         return replace(whole, name="float32")
     # Its expert choices may differ from the trace's at near-ties, and its reference with them.
@@ -260,10 +281,8 @@ def _float32_twin(
 
 
 def _against_generate(cfg: Config, stack: Stack, trace: Trace, phases: Phases) -> list[Part]:
-    """Unquantised weights of a snapshot: transformers loads it itself and generates greedily, token for token the same.
-
-    Independent of our loader, which the reference above shares."""
-    folder = weights_folder(cfg.model) if cfg.artifact is None else None  # an artifact does not carry the snapshot
+    """Unquantised weights of a snapshot: transformers loads it itself and generates greedily, token for token the same."""
+    folder = snapshot_of(cfg)
     size = sum(buffer.numel() for buffer in stack.model.buffers())
     if folder is None or cfg.quant.bits != 16 or cfg.sampler.name != "greedy" or size > GENERATE_ELEMENTS:
         return []

@@ -1,7 +1,8 @@
 """Fills a model's buffers from a Hugging Face snapshot or from a seed, quantising each as it comes.
 
 A buffer of `Qwen35MoE` is assembled from one or more *pieces* (checkpoint tensors stacked by rows). The piece table is
-the single place that knows both naming schemes: the loader reads it forwards, the reference (`HFWeights`) backwards.
+the single place that knows both naming schemes: the loader reads it forwards, `DequantisedWeights` backwards. The check
+does not take it on trust: `moeexp.weight_agreement` compares what came of it with what transformers' own loader finds.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -167,7 +169,7 @@ class Snapshot:
     def __init__(self, folder: Path, arch: Architecture):
         self.folder, self.arch = folder, arch
         self._files: dict[str, tuple[Path, str]] = {}  # key without prefix -> file, key in the file
-        self._handles = {path: _open(path) for path in _shards(folder)}
+        self._handles = open_shards(folder)
         shapes: dict[str, tuple[int, ...]] = {}
         for path, handle in self._handles.items():
             for key in handle.keys():
@@ -239,6 +241,11 @@ def _shards(folder: Path) -> list[Path]:
             "give the folder of a Hugging Face snapshot, or model.weights=random"
         )
     return [single]
+
+
+def open_shards(folder: Path) -> dict[Path, Any]:
+    """The folder's safetensors files, opened: file -> handle."""
+    return {path: _open(path) for path in _shards(folder)}
 
 
 def _open(path: Path):

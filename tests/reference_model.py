@@ -35,11 +35,18 @@ ARCHITECTURE = Architecture(
 )
 
 
+def config_of(architecture: Architecture):
+    """transformers' own config object, which the reference is built from."""
+    from transformers import Qwen3_5MoeTextConfig
+
+    return Qwen3_5MoeTextConfig(**architecture.to_hf())
+
+
 def build_model(architecture: Architecture = ARCHITECTURE, seed: int = 0):
     """float32, eager, weights that keep activations near 1 (transformers' own init leaves layers near identity)."""
-    from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+    from transformers import Qwen3_5MoeForCausalLM
 
-    config = Qwen3_5MoeTextConfig(**architecture.to_hf())
+    config = config_of(architecture)
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
     model = Qwen3_5MoeForCausalLM(config).float().eval()

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from reference_model import ARCHITECTURE, ModelWeights, build_model, run_model, tokens, trace_of
+from reference_model import ARCHITECTURE, ModelWeights, build_model, config_of, run_model, tokens, trace_of
 
 from moeexp import deviation
 from moeexp.check import Trace, check_float32, check_timed, check_tokens, check_trace, state_shapes
@@ -38,7 +38,7 @@ def references(weights):
 
 
 def reference(weights, ids, dtype=torch.float32, **options):
-    return run_reference(ARCHITECTURE, weights, ids, PROMPT, dtype=dtype, device="cpu", **options)
+    return run_reference(config_of(ARCHITECTURE), weights, ids, PROMPT, dtype=dtype, device="cpu", **options)
 
 
 def failed(part) -> set[str]:

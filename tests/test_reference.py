@@ -7,7 +7,7 @@ import functools
 
 import pytest
 import torch
-from reference_model import ARCHITECTURE, ModelWeights, build_model, run_model, tokens
+from reference_model import ARCHITECTURE, ModelWeights, build_model, config_of, run_model, tokens
 from torch import nn
 
 from moeexp.pure_torch import KERNEL_FUNCTIONS, assert_pure_torch, full_precision, modeling, pure_torch, torch_functions
@@ -22,7 +22,7 @@ def model():
 
 
 def reference(model, ids, prompt_len, dtype=torch.float32, **options):
-    return run_reference(ARCHITECTURE, ModelWeights(model), ids, prompt_len, dtype=dtype, device="cpu", **options)
+    return run_reference(config_of(ARCHITECTURE), ModelWeights(model), ids, prompt_len, dtype=dtype, device="cpu", **options)
 
 
 @pytest.mark.parametrize("prompt_len", [1, 2, 7, 20])
@@ -116,7 +116,7 @@ def test_weights_must_fill_a_layer_exactly(model):
             return tensors
 
     def run(change):
-        run_reference(ARCHITECTURE, Broken(model, change), tokens(1, 3), 2, dtype=torch.float32, device="cpu")
+        run_reference(config_of(ARCHITECTURE), Broken(model, change), tokens(1, 3), 2, dtype=torch.float32, device="cpu")
 
     with pytest.raises(ValueError, match=r"layer 0.*missing \['mlp.gate.weight'\]"):
         run(lambda t: t.pop("mlp.gate.weight"))
