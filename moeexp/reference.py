@@ -59,7 +59,7 @@ class ReferenceRun:
             return nn.functional.linear(norm(hidden), self.weights.head().to(hidden.device, self.dtype)).float()
 
 
-@torch.no_grad()
+@torch.inference_mode()  # a sixth of a check's time on a small model is bookkeeping that no_grad leaves on
 def run_reference(
     config: Any,
     weights: ReferenceWeights,
