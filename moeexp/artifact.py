@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from moeexp.model import Qwen35MoE
     from moeexp.phases import Phases
 
-VERSION = 2  # 1: without l2_prefetch in the config
+VERSION = 3  # without in the config: 1 l2_prefetch, 2 threads
 MANIFEST = "manifest.json"
 SHARD_BYTES = 4 << 30
 # What of a snapshot a run needs beside its weights.

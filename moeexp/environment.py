@@ -11,6 +11,7 @@ from typing import Any
 
 from moeexp import __version__
 from moeexp.devices import nvidia_smi
+from moeexp.threads import Choice, describe
 
 DISTRIBUTIONS = ("torch", "triton", "transformers", "hqq", "safetensors", "hydra-core", "wandb", "numpy")
 
@@ -26,16 +27,18 @@ GPU_STATE = {
 }
 
 
-def collect(device: str) -> dict[str, Any]:
-    """The `environment` of a record; `device` is `cpu` or `cuda`. `gpu_after` is filled in when the run has ended."""
+def collect(device: str, threads: Choice | None = None) -> dict[str, Any]:
+    """The `environment` of a record; `device` is `cpu` or `cuda`, `threads` what was chosen for a run. `gpu_after` is filled in
+    when the run has ended."""
     import torch
 
+    cpu = {"name": _cpu_name(), "cores": _cores(), "torch_threads": torch.get_num_threads()}
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "versions": {"moeexp": __version__} | {name: _version(name) for name in DISTRIBUTIONS},
         "cuda": torch.version.cuda,
-        "cpu": {"name": _cpu_name(), "cores": _cores(), "torch_threads": torch.get_num_threads()},
+        "cpu": cpu | (describe(threads) if threads else {}),
         "gpu": _gpu() if device == "cuda" else None,
         "gpu_before": gpu_state() if device == "cuda" else None,
         "gpu_after": None,

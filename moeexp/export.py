@@ -59,7 +59,7 @@ def export(arguments: Sequence[str]) -> tuple[Path, dict[str, Any]]:
 
     import torch
 
-    from moeexp import validate
+    from moeexp import threads, validate
 
     if cfg.artifact is not None:
         raise ValueError(f"artifact={cfg.artifact} is an artifact already: copy its folder")
@@ -68,6 +68,7 @@ def export(arguments: Sequence[str]) -> tuple[Path, dict[str, Any]]:
     cuda = torch.cuda.is_available()
     validate.validate(cfg, cuda_available=cuda)
     cfg = validate.resolve(cfg, cuda_available=cuda)
+    threads.apply(threads.choose(cfg.threads, validate.load_architecture(cfg.model)), cfg.device)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:  # the record of an export is the artifact's manifest
         record = Record(Path(scratch) / "record.json", id="export", config=cfg, command=["python", "-m", "moeexp.export"])

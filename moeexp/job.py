@@ -84,10 +84,12 @@ def prepare(cfg: DictConfig, record: Record) -> schema.Config:
     allocator.prepare(composed)
     import torch
 
-    from moeexp import adopt, environment
+    from moeexp import adopt, environment, threads
 
     composed = adopt.adopt(composed, record.data["overrides"])
     config = validate.resolved(composed, cuda_available=torch.cuda.is_available())
+    chosen = threads.choose(composed.threads, validate.load_architecture(composed.model))
+    threads.apply(chosen, config.device)
     gpu = environment.gpu_name() if config.device == "cuda" else None
     record.set(
         config=config,
@@ -95,8 +97,10 @@ def prepare(cfg: DictConfig, record: Record) -> schema.Config:
         code_fingerprint=code_fingerprint(),
         random_weights=config.model.weights == "random",
         not_applicable=validate.not_applicable(config),
-        environment=environment.collect(config.device),
+        environment=environment.collect(config.device, chosen),
     )
+    if chosen.number > (most := threads.granted().cores):
+        record.note(f"{chosen.number} threads on {most} granted core(s): they wait for each other at every barrier")
     record.write()
     return config
 

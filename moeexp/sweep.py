@@ -186,11 +186,12 @@ class Sweep:
         """A process each; as many at a time as there are GPUs, else one."""
         free: list[Gpu | None] = list(self.gpus) or [None]
         waiting, running = list(waiting), list[Running]()
+        at_once = min(len(free), len(waiting))
         with _terminated_as_interrupted(), Progress(Console(stderr=True)).shown() as progress:
             try:
                 while waiting or running:
                     while waiting and free and not self.stopped:
-                        running.append(self._start(waiting.pop(0), composer, free.pop(0)))
+                        running.append(self._start(waiting.pop(0), composer, free.pop(0), at_once))
                     for ended in [entry for entry in running if entry.process.ended()]:
                         running.remove(ended)
                         free.append(ended.gpu)
@@ -220,7 +221,7 @@ class Sweep:
         for entry in running:
             self._conclude(entry)
 
-    def _start(self, cells: list[Cell], composer: Composer, gpu: Gpu | None) -> Running:
+    def _start(self, cells: list[Cell], composer: Composer, gpu: Gpu | None, at_once: int) -> Running:
         assert self.settings is not None
         folders = [self._folder(cell, composer) for cell in cells]
         jobs = [self._job(cell, folder, composer) for cell, folder in zip(cells, folders, strict=True)]
@@ -236,6 +237,7 @@ class Sweep:
             folders[0].path / "output.txt",
             gpu=gpu.id if gpu else None,
             timeout_s=None if limit is None else limit * len(cells),
+            at_once=at_once,
         )
         return Running(process, cells, folders, jobs, gpu)
 
@@ -290,8 +292,8 @@ def check_settings(settings: LauncherConfig, rerun: str) -> None:
 
 
 def shares_weights(config: Config) -> str:
-    """Equal for runs that can use one copy of the weights in one process (whose allocator is one, too)."""
-    return repr((config.model, config.quant, config.dtype, config.device, config.allocator, config.engine))
+    """Equal for runs that can use one copy of the weights in one process (whose allocator and threads are one, too)."""
+    return repr((config.model, config.quant, config.dtype, config.device, config.threads, config.allocator, config.engine))
 
 
 @contextmanager

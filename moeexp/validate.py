@@ -10,6 +10,7 @@ import math
 from dataclasses import fields, replace
 from pathlib import Path
 
+from moeexp import threads
 from moeexp.architecture import Architecture
 from moeexp.schema import Config, ModelConfig, QuantConfig, SamplerConfig, model_label
 
@@ -93,6 +94,8 @@ def resolve(cfg: Config, *, cuda_available: bool) -> Config:
         cuda_graph="decode" if cfg.cuda_graph is True else cfg.cuda_graph,
         prefill_graph_lengths=_graph_lengths(cfg),
         device=device,
+        # On a GPU the host's threads load weights and decode nothing: how many there are is no setting of the result.
+        threads=threads.choose(cfg.threads, arch).number if device == "cpu" else cfg.threads,
         dtype=cfg.dtype if cfg.dtype != "auto" else {"cuda": "bfloat16", "cpu": "float32"}[device],
         prompt=prompt,
         prompt_len=prompt_len,
@@ -215,6 +218,8 @@ def check_values(cfg: Config) -> None:
         value = get(cfg, path)
         if value is not None and not value >= least:
             raise ValueError(f"{path}={value} is too small; it must be at least {least}")
+    if cfg.threads != "auto" and not (type(cfg.threads) is int and 1 <= cfg.threads <= threads.MOST):
+        raise ValueError(f"threads={_show(cfg.threads)} is neither auto nor a number of 1 to {threads.MOST}")
 
 
 def _check_device(cfg: Config, cuda_available: bool) -> None:

@@ -6,8 +6,11 @@ import fnmatch
 import os
 from pathlib import Path
 
-import kernels_common  # noqa: F401  before any module that imports triton
-import pytest
+# Tests run beside each other, one on each core: read when torch is first imported, and by every process that a test starts.
+os.environ["OMP_NUM_THREADS"] = os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+
+import kernels_common  # noqa: E402, F401  before any module that imports triton
+import pytest  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SKIPS = Path(__file__).with_name("skips.txt")
@@ -16,6 +19,14 @@ NO_GPU = "no CUDA device"
 os.environ["WANDB_MODE"] = "offline"
 PACKAGE_ROOTS = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "runner")]
 os.environ["PYTHONPATH"] = os.pathsep.join([*PACKAGE_ROOTS, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """`-n auto`: a worker on each core that the machine grants, by affinity and control groups."""
+    from moeexp.threads import granted
+
+    return granted().cores
 
 
 def pytest_collection_modifyitems(items):
