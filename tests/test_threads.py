@@ -21,7 +21,10 @@ from moeexp.threads import Choice, Grant, choose, cpu_quota, granted, physical_c
 from moeexp.validate import check_values, load_architecture, resolve
 
 V2 = "31 23 0:28 / {mount} rw,relatime shared:9 - cgroup2 cgroup2 rw,nsdelegate\n"
-V1 = "33 31 0:29 {root} {mount} rw,relatime - cgroup cgroup rw,cpu,cpuacct\n32 31 0:30 / /elsewhere rw - cgroup cgroup rw,cpuset\n"
+V1 = (
+    "33 31 0:29 {root} {mount} rw,relatime - cgroup cgroup rw,cpu,cpuacct\n"
+    "32 31 0:30 / /elsewhere rw - cgroup cgroup rw,cpuset\n"
+)
 
 
 @pytest.fixture
@@ -80,7 +83,9 @@ def test_a_quota_is_rounded_down_to_whole_cores_and_to_one_at_least(machine, tex
     assert (cpu_quota(), granted().cores) == (quota, cores)
 
 
-@pytest.mark.parametrize("outer, middle, inner", [("max", 300_000, "max"), (300_000, "max", 800_000), (900_000, 700_000, 300_000)])
+@pytest.mark.parametrize(
+    "outer, middle, inner", [("max", 300_000, "max"), (300_000, "max", 800_000), (900_000, 700_000, 300_000)]
+)
 def test_the_tightest_of_nested_groups_counts(machine, outer, middle, inner):
     machine.mounts(V2, "0::/slice/pod/container\n")
     machine.group("slice", max=f"{outer} 100000")
@@ -99,7 +104,9 @@ def test_version_1_and_both_at_once(machine):
     assert cpu_quota() == 1.5
 
 
-@pytest.mark.parametrize("root, path", [("/docker/c0ffee", "/docker/c0ffee/job"), ("/docker/c0ffee", "/elsewhere"), ("/", "/not/there")])
+@pytest.mark.parametrize(
+    "root, path", [("/docker/c0", "/docker/c0/job"), ("/docker/c0", "/elsewhere"), ("/", "/not/there")]
+)
 def test_inside_a_container_the_host_s_path_is_not_a_folder(machine, root, path):
     machine.mounts(V1, f"4:cpu,cpuacct:{path}\n", root=root)
     machine.group("", cfs_quota_us=200_000, cfs_period_us=100_000)
@@ -125,7 +132,7 @@ def test_where_linux_does_not_tell_each_cpu_is_a_core(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux tells it")
 def test_a_real_affinity():
     """That of `taskset`, and of a cpuset: the kernel takes what a cpuset leaves out from every affinity."""
-    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); from moeexp.threads import *; print(granted().cores)"
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nfrom moeexp import threads\nprint(threads.granted().cores)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "1\n"
 
 
@@ -194,9 +201,12 @@ def test_in_a_process_it_sets_torch_and_the_number_of_compilers(machine):
         "import os; from moeexp.threads import Choice, apply; import torch",
         "apply(Choice(3, ''), {device!r}); print(torch.get_num_threads(), os.environ['TORCHINDUCTOR_COMPILE_THREADS'])",
     ])  # fmt: skip
-    for device, set_, compilers in (("cpu", {}, "1"), ("cuda", {threads.OWN: "1"}, "1"), ("cuda", {threads.COMPILERS: "7"}, "7")):
-        clean = {name: value for name, value in os.environ.items() if name != threads.COMPILERS}
-        done = subprocess.run([sys.executable, "-c", code.format(device=device)], env=clean | set_, capture_output=True, text=True)
+    clean = {name: value for name, value in os.environ.items() if name != threads.COMPILERS}
+    for device, given, compilers in (
+        ("cpu", {}, "1"), ("cuda", {threads.OWN: "1"}, "1"), ("cuda", {threads.COMPILERS: "7"}, "7"),
+    ):  # fmt: skip
+        command = [sys.executable, "-c", code.format(device=device)]
+        done = subprocess.run(command, env=clean | given, capture_output=True, text=True)
         assert done.stdout.split() == ["3", compilers], done.stderr
 
 
@@ -214,7 +224,9 @@ def experiment(cfg, *, run_dir, record, phases):
     record.set(check={"passed": True, "threads": torch.get_num_threads()})
 
 
-@pytest.mark.parametrize("given, number, why", [([], 1, "auto: "), (["threads=2"], 2, "threads=2"), (["threads=40"], 40, "threads=40")])
+@pytest.mark.parametrize(
+    "given, number, why", [([], 1, "auto: "), (["threads=2"], 2, "threads=2"), (["threads=40"], 40, "threads=40")]
+)
 def test_a_run_has_them_and_says_so(machine, tmp_path, monkeypatch, given, number, why):
     monkeypatch.chdir(tmp_path)
     machine.mounts(V2, "0::/\n")
