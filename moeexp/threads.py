@@ -16,7 +16,7 @@ from typing import Any
 
 from moeexp.architecture import Architecture
 
-# Weights that a token multiplies, per thread: docs/threads.md has the measurements.
+# Weights that a token multiplies, per thread: docs/log.md has the measurements.
 WEIGHTS_PER_THREAD = 8_000_000
 MOST = 1024  # a slip of the finger beyond it would end in an error of the threading library
 OWN, OPENMP, COMPILERS = "MOEEXP_CORES", "OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"
@@ -67,10 +67,11 @@ def choose(wanted: Any, arch: Architecture) -> Choice:
     given = _number(OPENMP)
     if given is not None:
         return Choice(given, f"{OPENMP}={given}")
-    work, most = weights_per_token(arch), granted().threads
-    number = max(1, min(most, work // WEIGHTS_PER_THREAD))
-    limit = f"; this process is granted {most}" if number == most else ""
-    return Choice(number, f"auto: one per {WEIGHTS_PER_THREAD:,} of the {work:,} weights that a token multiplies{limit}")
+    work = weights_per_token(arch)
+    fed = max(1, work // WEIGHTS_PER_THREAD)
+    most = granted().threads if fed > 1 else 1
+    limit = f"; this process is granted {most}" if fed > most else ""
+    return Choice(min(fed, most), f"auto: one per {WEIGHTS_PER_THREAD:,} of the {work:,} weights that a token multiplies{limit}")
 
 
 def apply(choice: Choice, device: str) -> None:

@@ -132,7 +132,10 @@ def test_where_linux_does_not_tell_each_cpu_is_a_core(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux tells it")
 def test_a_real_affinity():
     """That of `taskset`, and of a cpuset: the kernel takes what a cpuset leaves out from every affinity."""
-    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nfrom moeexp import threads\nprint(threads.granted().cores)"
+    code = "\n".join([
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})",
+        "from moeexp import threads; print(threads.granted().cores)",
+    ])  # fmt: skip
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "1\n"
 
 
