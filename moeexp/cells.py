@@ -193,11 +193,15 @@ def _wanted(names: list[str], only: Any) -> set[int]:
     return {by_name[choice] for choice in choices}
 
 
-def judge(cells: Sequence[Cell], *, gpus: Sequence[Gpu], history: History, fingerprint: str, rerun: str) -> None:
-    """Validates and resolves each cell, and looks up what it has been before. Fills the cells."""
+def judge(
+    cells: Sequence[Cell], *, gpus: Sequence[Gpu], history: History, fingerprint: str, rerun: str, at_once: int = 1
+) -> None:
+    """Validates and resolves each cell, as the process that runs it will beside `at_once` - 1 others, and looks up what it has
+    been before. Fills the cells."""
     for cell in cells:
         try:
-            cell.config = validate.resolved(adopt(cell.given, cell.overrides), cuda_available=bool(gpus))
+            given = adopt(cell.given, cell.overrides)
+            cell.config = validate.resolved(given, cuda_available=bool(gpus), at_once=at_once)
         except ValueError as refusal:
             cell.refusal = refusal
             continue

@@ -120,7 +120,7 @@ def _environment(gpu: str | None, private: str, at_once: int) -> dict[str, str]:
     environment.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
     environment.setdefault("TORCHINDUCTOR_CACHE_DIR", private)
     if at_once > 1:
-        environment[OWN] = str(max(1, granted().cores // at_once))
+        environment[OWN] = str(granted().share(at_once).cores)
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
     return environment

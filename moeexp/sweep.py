@@ -68,11 +68,19 @@ class Sweep:
         self.gpus = choose(visible_gpus(), settings.gpus)
         self.history = History([Path(settings.root), self.directory])
         self.fingerprint = code_fingerprint()
-        judge(cells, gpus=self.gpus, history=self.history, fingerprint=self.fingerprint, rerun=rerun)
+        judge(
+            cells, gpus=self.gpus, history=self.history, fingerprint=self.fingerprint, rerun=rerun, at_once=self.at_once
+        )  # fmt: skip
         if self._whole_groups():
             self._repeat_broken_groups(cells)
         self.cells += cells
         return cells
+
+    @property
+    def at_once(self) -> int:
+        """Runs beside each other, at most: they share the cores."""
+        assert self.settings is not None
+        return 1 if self.settings.isolation == "none" else max(1, len(self.gpus))
 
     def run(self, composer: Composer, cells: Sequence[Cell]) -> None:
         """Gives each of the batch's cells a record; with dry_run, lists them."""
@@ -186,12 +194,11 @@ class Sweep:
         """A process each; as many at a time as there are GPUs, else one."""
         free: list[Gpu | None] = list(self.gpus) or [None]
         waiting, running = list(waiting), list[Running]()
-        at_once = min(len(free), len(waiting))
         with _terminated_as_interrupted(), Progress(Console(stderr=True)).shown() as progress:
             try:
                 while waiting or running:
                     while waiting and free and not self.stopped:
-                        running.append(self._start(waiting.pop(0), composer, free.pop(0), at_once))
+                        running.append(self._start(waiting.pop(0), composer, free.pop(0)))
                     for ended in [entry for entry in running if entry.process.ended()]:
                         running.remove(ended)
                         free.append(ended.gpu)
@@ -221,7 +228,7 @@ class Sweep:
         for entry in running:
             self._conclude(entry)
 
-    def _start(self, cells: list[Cell], composer: Composer, gpu: Gpu | None, at_once: int) -> Running:
+    def _start(self, cells: list[Cell], composer: Composer, gpu: Gpu | None) -> Running:
         assert self.settings is not None
         folders = [self._folder(cell, composer) for cell in cells]
         jobs = [self._job(cell, folder, composer) for cell, folder in zip(cells, folders, strict=True)]
@@ -237,7 +244,7 @@ class Sweep:
             folders[0].path / "output.txt",
             gpu=gpu.id if gpu else None,
             timeout_s=None if limit is None else limit * len(cells),
-            at_once=at_once,
+            at_once=self.at_once,
         )
         return Running(process, cells, folders, jobs, gpu)
 

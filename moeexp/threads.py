@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,10 @@ class Grant:
         """For threads that meet at barriers."""
         return min(self.cores, self.physical)
 
+    def share(self, at_once: int) -> Grant:
+        """Of one of so many runs beside each other."""
+        return self if at_once == 1 else replace(self, own=max(1, self.cores // at_once))
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -60,8 +64,9 @@ def granted() -> Grant:
     return Grant(len(cpus), physical_cores(cpus), cpu_quota(), _number(OWN))
 
 
-def choose(wanted: Any, arch: Architecture) -> Choice:
-    """`wanted`: a config's `threads`. A number there wins over OMP_NUM_THREADS, and that over `auto`."""
+def choose(wanted: Any, arch: Architecture, *, at_once: int = 1) -> Choice:
+    """`wanted`: a config's `threads`. A number there wins over OMP_NUM_THREADS, and that over `auto`. `at_once`: runs that share
+    what this process is granted."""
     if wanted != "auto":
         return Choice(wanted, f"threads={wanted}")
     given = _number(OPENMP)
@@ -69,7 +74,7 @@ def choose(wanted: Any, arch: Architecture) -> Choice:
         return Choice(given, f"{OPENMP}={given}")
     work = weights_per_token(arch)
     fed = max(1, work // WEIGHTS_PER_THREAD)
-    most = granted().threads if fed > 1 else 1
+    most = granted().share(at_once).threads if fed > 1 else 1
     limit = f"; this process is granted {most}" if fed > most else ""
     return Choice(min(fed, most), f"auto: one per {WEIGHTS_PER_THREAD:,} of the {work:,} weights that a token multiplies{limit}")
 

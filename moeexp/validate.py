@@ -75,9 +75,9 @@ def validate(cfg: Config, *, cuda_available: bool) -> None:
         raise ValueError("eos=true, and the model's config names no eos_token_id: use eos=false")
 
 
-def resolve(cfg: Config, *, cuda_available: bool) -> Config:
+def resolve(cfg: Config, *, cuda_available: bool, at_once: int = 1) -> Config:
     """The validated config with every `auto` and null that has a meaning replaced by it; `cuda_graph` is then False or
-    a string, and exactly one of prompt, prompt_ids and prompt_len is set."""
+    a string, and exactly one of prompt, prompt_ids and prompt_len is set. `at_once`: runs that share the machine."""
     arch = load_architecture(cfg.model)
     device = _device(cfg, cuda_available)
     tokenizer = tokenizer_kind(cfg.model, arch)
@@ -95,7 +95,7 @@ def resolve(cfg: Config, *, cuda_available: bool) -> Config:
         prefill_graph_lengths=_graph_lengths(cfg),
         device=device,
         # On a GPU the host's threads load weights and decode nothing: how many there are is no setting of the result.
-        threads=threads.choose(cfg.threads, arch).number if device == "cpu" else cfg.threads,
+        threads=threads.choose(cfg.threads, arch, at_once=at_once).number if device == "cpu" else cfg.threads,
         dtype=cfg.dtype if cfg.dtype != "auto" else {"cuda": "bfloat16", "cpu": "float32"}[device],
         prompt=prompt,
         prompt_len=prompt_len,
@@ -107,10 +107,10 @@ def _graph_lengths(cfg: Config) -> list[int]:
     return sorted({min(length, cfg.max_seq_len) for length in cfg.prefill_graph_lengths})
 
 
-def resolved(cfg: Config, *, cuda_available: bool) -> Config:
+def resolved(cfg: Config, *, cuda_available: bool, at_once: int = 1) -> Config:
     """Both: the config that runs, or `ValueError`."""
     validate(cfg, cuda_available=cuda_available)
-    return resolve(cfg, cuda_available=cuda_available)
+    return resolve(cfg, cuda_available=cuda_available, at_once=at_once)
 
 
 def not_applicable(cfg: Config) -> list[str]:

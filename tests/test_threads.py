@@ -218,9 +218,11 @@ def test_runs_beside_each_other_share_the_cores(machine, monkeypatch):
     machine.group(max="800000 100000")
     for at_once, share in ((1, 8), (2, 4), (3, 2), (16, 1)):
         given = process._environment(None, "/private", at_once).get(threads.OWN)
+        foreseen = resolve(compose(["model=small", "device=cpu"]), cuda_available=True, at_once=at_once).threads
         with monkeypatch.context() as patch:
             patch.setenv(threads.OWN, given or "128")
             assert granted().cores == share
+            assert resolve(compose(["model=small", "device=cpu"]), cuda_available=True).threads == foreseen == share
 
 
 def experiment(cfg, *, run_dir, record, phases):
