@@ -80,8 +80,8 @@ def choose(wanted: Any, arch: Architecture, *, at_once: int = 1) -> Choice:
 
 
 def apply(choice: Choice, device: str) -> None:
-    """In this process, before it computes or compiles. The compilers beside each other are those of Triton's kernels; on a CPU
-    they would be started, import torch and have nothing to do. A number of the user's stays."""
+    """In this process, before it computes or compiles. The compilers beside each other are those of Triton's kernels, of
+    which a CPU has none; torch counts CPUs for them, whatever the quota. A number of the user's stays."""
     import torch
 
     torch.set_num_threads(choice.number)
