@@ -5,11 +5,11 @@
 
 BASE_PYTHON ?= python3
 ARGS ?=
-# Of the tests: a number, or auto, one for each core that the machine grants. A file's tests stay with one worker, which builds
-# their fixtures once.
+# Of the tests: a number, or auto, one for each core that the machine grants. Each begins with a stretch of successive files,
+# whose fixtures it builds once; who has finished takes from the end of the longest queue.
 WORKERS ?= auto
 PYTEST = $(PYTHON) -m pytest -q
-BESIDE = -n $(WORKERS) --dist loadfile
+BESIDE = -n $(WORKERS) --dist worksteal
 
 ifeq ($(origin PYTHON), undefined)
 PYTHON := .venv/bin/python
