@@ -33,8 +33,7 @@ test-all: $(SETUP)  ## every test that needs no GPU
 	$(PYTEST) $(BESIDE) -m "not gpu"
 
 test-gpu: $(SETUP)  ## the tests that need a GPU
-	$(PYTEST) $(BESIDE) -m "gpu and not alone"
-	$(PYTEST) -m "gpu and alone"
+	$(PYTEST) $(BESIDE) -m "gpu and not alone"; beside=$$?; $(PYTEST) -m "gpu and alone" && exit $$beside
 
 lint: $(SETUP)  ## static checks
 	$(PYTHON) -m ruff check .

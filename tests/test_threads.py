@@ -11,10 +11,12 @@ from types import SimpleNamespace
 
 import common  # noqa: F401  before any module of the packages
 import pytest
+import synthetic
 import torch
 
 from moeexp import adopt, artifact, cli, environment, inductor, process, threads
 from moeexp.compile_cache import MethodSpec, key_of
+from moeexp.conditions import unlike
 from moeexp.record import plain
 from moeexp.schema import compose
 from moeexp.threads import Choice, Grant, choose, cpu_quota, granted, physical_cores
@@ -280,3 +282,10 @@ def test_workers_of_the_tests_are_the_cores_that_are_granted(monkeypatch):
     monkeypatch.setattr(threads, "granted", lambda: SimpleNamespace(cores=3))
     assert conftest.pytest_xdist_auto_num_workers(None) == 3
     assert torch.get_num_threads() == 1 and os.environ["OMP_NUM_THREADS"] == "1"
+
+
+def test_threads_of_a_gpu_s_host_are_no_condition_of_its_speed():
+    records = [synthetic.record(device=device) for device in ("cpu", "cpu", "cuda", "cuda")]
+    for record, number in zip(records, (1, 2, 1, 2), strict=True):
+        record["environment"] = record["environment"] | {"cpu": {"name": "a CPU", "cores": 16, "torch_threads": number}}
+    assert unlike(*records[:2]) == ["CPU threads: 1 / 2"] and unlike(*records[2:]) == []
