@@ -17,6 +17,7 @@ import torch
 from moeexp import adopt, artifact, cli, environment, inductor, process, threads
 from moeexp.compile_cache import MethodSpec, key_of
 from moeexp.conditions import unlike
+from moeexp.methods import torch_compiled
 from moeexp.record import plain
 from moeexp.schema import compose
 from moeexp.threads import Choice, Grant, choose, cpu_quota, granted, physical_cores
@@ -199,6 +200,15 @@ def test_a_package_of_a_cpu_is_compiled_for_its_threads():
     finally:
         torch.set_num_threads(before)
     assert len(keys) == 3
+
+
+@pytest.mark.parametrize("device, options", [("cpu", {"cpp.threads": 1}), ("meta", None)])
+def test_torch_compile_writes_kernels_for_them_too(monkeypatch, device, options):
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda module, **settings: seen.append(settings["options"]))
+    model = SimpleNamespace(norm=torch.empty(1, device=device))
+    torch_compiled(SimpleNamespace(model=model, name="decode"))
+    assert seen == [options]
 
 
 def test_in_a_process_it_sets_torch_and_the_number_of_compilers(machine):
