@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import signal
 from pathlib import Path
 
 # Tests run beside each other, one on each core: read when torch is first imported, and by every process that a test starts.
@@ -11,6 +12,9 @@ os.environ["OMP_NUM_THREADS"] = os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1
 
 import kernels_common  # noqa: E402, F401  before any module that imports triton
 import pytest  # noqa: E402
+
+# A shell has what it starts in the background ignore Ctrl-C, and so would the commands that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 SKIPS = Path(__file__).with_name("skips.txt")

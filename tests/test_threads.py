@@ -211,18 +211,22 @@ def test_torch_compile_writes_kernels_for_them_too(monkeypatch, device, options)
     assert seen == [options]
 
 
-def test_in_a_process_it_sets_torch_and_the_number_of_compilers(machine):
-    code = "\n".join([
-        "import os; from moeexp.threads import Choice, apply; import torch",
-        "apply(Choice(3, ''), {device!r}); print(torch.get_num_threads(), os.environ['TORCHINDUCTOR_COMPILE_THREADS'])",
-    ])  # fmt: skip
-    clean = {name: value for name, value in os.environ.items() if name != threads.COMPILERS}
-    for device, given, compilers in (
-        ("cpu", {}, "1"), ("cuda", {threads.OWN: "1"}, "1"), ("cuda", {threads.COMPILERS: "7"}, "7"),
-    ):  # fmt: skip
-        command = [sys.executable, "-c", code.format(device=device)]
-        done = subprocess.run(command, env=clean | given, capture_output=True, text=True)
-        assert done.stdout.split() == ["3", compilers], done.stderr
+IN_A_PROCESS = """
+import os
+from moeexp.threads import Choice, apply
+import torch
+own = {"TORCHINDUCTOR_COMPILE_THREADS": "7"}
+for number, device, given in ((3, "cpu", {}), (2, "cuda", {"MOEEXP_CORES": "1"}), (1, "cuda", own)):
+    os.environ.pop("TORCHINDUCTOR_COMPILE_THREADS", None)
+    os.environ.update(given)
+    apply(Choice(number, ""), device)
+    print(torch.get_num_threads(), os.environ["TORCHINDUCTOR_COMPILE_THREADS"])
+"""
+
+
+def test_it_sets_torch_and_the_number_of_compilers():
+    done = subprocess.run([sys.executable, "-c", IN_A_PROCESS], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["3 1", "2 1", "1 7"], done.stderr
 
 
 def test_runs_beside_each_other_share_the_cores(machine, monkeypatch):
