@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from moeexp import schema
+from moeexp import schema, threads
 from moeexp.composition_error import explain
 from moeexp.phases import Phases
 from moeexp.record import Record
@@ -57,9 +57,10 @@ def export(arguments: Sequence[str]) -> tuple[Path, dict[str, Any]]:
     out = _out([argument for argument in arguments if argument.startswith("out=")])
     cfg = schema.compose([argument for argument in arguments if not argument.startswith("out=")])
 
+    threads.prepare()
     import torch
 
-    from moeexp import threads, validate
+    from moeexp import validate
 
     if cfg.artifact is not None:
         raise ValueError(f"artifact={cfg.artifact} is an artifact already: copy its folder")

@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from moeexp import allocator, schema, summary, tracker, validate
+from moeexp import allocator, schema, summary, threads, tracker, validate
 from moeexp.phases import Phases
 from moeexp.record import Record, code_fingerprint, config_hash, write_atomically
 
@@ -82,9 +82,10 @@ def prepare(cfg: DictConfig, record: Record) -> schema.Config:
     composed = schema.to_config(cfg)
     validate.check_values(composed)
     allocator.prepare(composed)
+    threads.prepare()
     import torch
 
-    from moeexp import adopt, environment, threads
+    from moeexp import adopt, environment
 
     composed = adopt.adopt(composed, record.data["overrides"])
     config = validate.resolved(composed, cuda_available=torch.cuda.is_available())

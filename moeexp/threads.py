@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ from moeexp.architecture import Architecture
 WEIGHTS_PER_THREAD = 8_000_000
 MOST = 1024  # a slip of the finger beyond it would end in an error of the threading library
 OWN, OPENMP, COMPILERS = "MOEEXP_CORES", "OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"
+
+# How often a thread looks whether the others have come before it sleeps: some ten microseconds, enough for threads that run.
+# libgomp's own number is thirty times that: beside busy processes a step on two threads took seventy times as long as on one.
+SPIN, POLICY, SPINS = "GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "10000"
 
 CPUS, PROC = Path("/sys/devices/system/cpu"), Path("/proc/self")
 
@@ -79,6 +84,12 @@ def choose(wanted: Any, arch: Architecture, *, at_once: int = 1) -> Choice:
     return Choice(min(fed, most), f"auto: one per {WEIGHTS_PER_THREAD:,} of the {work:,} weights that a token multiplies{limit}")
 
 
+def prepare() -> None:
+    """Before anything imports torch, whose threading library reads it once. What the user has set stays."""
+    if "torch" not in sys.modules and not {SPIN, POLICY} & os.environ.keys():
+        os.environ[SPIN] = SPINS
+
+
 def apply(choice: Choice, device: str) -> None:
     """In this process, before it computes or compiles. The compilers beside each other are those of Triton's kernels, of
     which a CPU has none; torch counts CPUs for them, whatever the quota. A number of the user's stays."""
@@ -90,8 +101,8 @@ def apply(choice: Choice, device: str) -> None:
 
 def describe(choice: Choice) -> dict[str, Any]:
     """For a record's `environment.cpu`."""
-    grant = granted()
-    return {"granted_cores": grant.cores, "quota": grant.quota, "threads_from": choice.why}
+    grant, waiting = granted(), {name: os.environ[name] for name in (SPIN, POLICY) if name in os.environ}
+    return {"granted_cores": grant.cores, "quota": grant.quota, "threads_from": choice.why, "waiting": waiting}
 
 
 @functools.cache

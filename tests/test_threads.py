@@ -229,6 +229,20 @@ def test_it_sets_torch_and_the_number_of_compilers():
     assert done.stdout.splitlines() == ["3 1", "2 1", "1 7"], done.stderr
 
 
+BEFORE_TORCH = "import os, sys; from moeexp import threads; threads.prepare(); print('torch' in sys.modules, {v!r} in os.environ)"
+
+
+@pytest.mark.parametrize(
+    "first, given, set_", [("", {}, True), ("", {"OMP_WAIT_POLICY": "active"}, False), ("import torch; ", {}, False)]
+)
+def test_threads_sleep_soon_at_a_barrier_unless_the_user_says_how(first, given, set_):
+    """Read once, when torch is loaded: set later it would be recorded and not be so."""
+    clean = {name: value for name, value in os.environ.items() if name not in (threads.SPIN, threads.POLICY)}
+    command = [sys.executable, "-c", first + BEFORE_TORCH.format(v=threads.SPIN)]
+    done = subprocess.run(command, env=clean | given, capture_output=True, text=True)
+    assert done.stdout.split() == [str(bool(first)), str(set_)], done.stderr
+
+
 def test_runs_beside_each_other_share_the_cores(machine, monkeypatch):
     machine.mounts(V2, "0::/\n")
     machine.group(max="800000 100000")
@@ -262,6 +276,7 @@ def test_a_run_has_them_and_says_so(machine, tmp_path, monkeypatch, given, numbe
     record = json.loads(path.read_text())
     cpu = record["environment"]["cpu"]
     assert record["check"]["threads"] == cpu["torch_threads"] == record["config"]["threads"] == number
+    assert cpu["waiting"] == {name: os.environ[name] for name in (threads.SPIN, threads.POLICY) if name in os.environ}
     assert (cpu["granted_cores"], cpu["quota"]) == (3, 3.0) and cpu["threads_from"].startswith(why)
     assert any("40 threads on 3 granted core(s)" in note for note in record["notes"]) is (number == 40)
 

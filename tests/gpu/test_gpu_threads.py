@@ -39,7 +39,7 @@ def test_a_run_on_the_cpu_is_within_5_percent_of_the_best_number_of_threads(tmp_
         speeds = decode_speeds(resolve(replace(cfg, threads=1), cuda_available=False), counts, most, tmp_path)
     finally:
         torch.set_num_threads(before)
-    print(f"\n{threads.granted()}\n{chosen}")
+    print(f"\n{threads.granted()}\n{chosen}\n{threads.describe(chosen)['waiting']}")
     for count, speed in speeds.items():
         print(f"{count:3} threads {speed:9.2f} tok/s" + ("  chosen" if count == chosen.number else ""))
     assert speeds[chosen.number] >= 0.95 * max(speeds.values())
