@@ -22,9 +22,9 @@ WEIGHTS_PER_THREAD = 8_000_000
 MOST = 1024  # a slip of the finger beyond it would end in an error of the threading library
 OWN, OPENMP, COMPILERS = "MOEEXP_CORES", "OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"
 
-# How often a thread looks whether the others have come before it sleeps: some ten microseconds, enough for threads that run.
-# libgomp's own number is thirty times that: beside busy processes a step on two threads took seventy times as long as on one.
-SPIN, POLICY, SPINS = "GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "10000"
+# How often a thread looks whether the others have come before it sleeps: long enough for threads that run. libgomp's own number
+# is three hundred times that: beside busy processes a step on two threads took some fifty times as long as on one; see docs/log.md.
+SPIN, POLICY, SPINS = "GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "1000"
 
 CPUS, PROC = Path("/sys/devices/system/cpu"), Path("/proc/self")
 
