@@ -5,6 +5,11 @@
 
 BASE_PYTHON ?= python3
 ARGS ?=
+# Of the tests: a number, or auto, one for each core that the machine grants. Each begins with a stretch of successive files,
+# whose fixtures it builds once; who has finished takes from the end of the longest queue.
+WORKERS ?= auto
+PYTEST = $(PYTHON) -m pytest -q
+BESIDE = -n $(WORKERS) --dist worksteal
 
 ifeq ($(origin PYTHON), undefined)
 PYTHON := .venv/bin/python
@@ -16,18 +21,19 @@ export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(CURDIR)/runner$(if $(PYTHONPA
 help:  ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
 	@echo 'variables:  ARGS="model=small"  what `make run` passes on;  PYTHON=python3  use this one, install nothing'
+	@echo '           WORKERS=4  tests beside each other; auto: one for each core'
 
 run: $(SETUP)  ## decode the shipped model on this machine, check and measure it
 	$(PYTHON) -m moeexp $(ARGS)
 
 test: $(SETUP)  ## the quick tests, on the CPU
-	$(PYTHON) -m pytest -q -m "not slow and not gpu"
+	$(PYTEST) $(BESIDE) -m "not slow and not gpu"
 
 test-all: $(SETUP)  ## every test that needs no GPU
-	$(PYTHON) -m pytest -q -m "not gpu"
+	$(PYTEST) $(BESIDE) -m "not gpu"
 
 test-gpu: $(SETUP)  ## the tests that need a GPU
-	$(PYTHON) -m pytest -q -m gpu
+	$(PYTEST) $(BESIDE) -m "gpu and not alone"; beside=$$?; $(PYTEST) -m "gpu and alone" && exit $$beside
 
 lint: $(SETUP)  ## static checks
 	$(PYTHON) -m ruff check .

@@ -18,7 +18,7 @@ FIXED = (
     "model.name", "model.weights", "model.architecture", "model.seed", "model.tokenizer",
     "quant.name", "quant.bits", "quant.group_size", "quant.skip",
     *(f"ops.{field.name}" for field in dataclasses.fields(OpsConfig) if field.name != "sample"),
-    "engine", "dispatch", "state", "l2_prefetch", "export", "dtype", "device", "batch", "max_seq_len",
+    "engine", "dispatch", "state", "l2_prefetch", "export", "dtype", "device", "batch", "max_seq_len", "threads",
 )  # fmt: skip
 
 
@@ -36,7 +36,9 @@ def adopt(cfg: Config, overrides: Sequence[str] = ()) -> Config:
     made = manifest["config"]
     default = _default_config()
     named = [override.lstrip("+~").partition("=")[0].replace("/", ".") for override in overrides]
-    for path in FIXED:
+    # Compiled into the kernels of a CPU, and into nothing of a GPU's.
+    paths = [path for path in FIXED if path != "threads" or made["device"] == "cpu"]
+    for path in paths:
         wish, has = _get(cfg, path), _get(made, path)
         asked = wish != _get(default, path) or any(path == name or path.startswith(f"{name}.") for name in named)
         if asked and wish not in (None, "auto") and not _agree(path, wish, has):
@@ -51,7 +53,7 @@ def adopt(cfg: Config, overrides: Sequence[str] = ()) -> Config:
         model = replace(model, weights=str(folder / "model"))
     if manifest["model"]["heldout"] and model.heldout != "shipped":
         model = replace(model, heldout=str(folder / "model" / "heldout.txt"))
-    fixed = {path: made[path] for path in FIXED if "." not in path}
+    fixed = {path: made[path] for path in paths if "." not in path}
     ops = OpsConfig(**made["ops"] | {"sample": cfg.ops.sample})
     return replace(cfg, artifact=str(folder), model=model, quant=QuantConfig(**made["quant"]), ops=ops, **fixed | padded)
 

@@ -71,6 +71,17 @@ class Architecture:
     def rotary_dim(self) -> int:
         return int(self.head_dim * self.partial_rotary_factor)
 
+    @property
+    def weights_per_token(self) -> int:
+        """Elements of the matrices that one token is multiplied by: of the experts those that it chooses."""
+        hidden, heads = self.hidden_size, self.num_attention_heads * self.head_dim
+        linear = self.conv_dim + 2 * self.value_dim + 2 * self.linear_num_value_heads
+        attention = 3 * heads + 2 * self.num_key_value_heads * self.head_dim
+        mixers = sum(linear if kind == "linear_attention" else attention for kind in self.layer_types)
+        experts = 3 * (self.num_experts_per_tok * self.moe_intermediate_size + self.shared_expert_intermediate_size)
+        moe = self.num_hidden_layers * (self.num_experts + 1 + experts)
+        return hidden * (mixers + moe + self.vocab_size)
+
     @staticmethod
     def from_hf(config: dict[str, Any]) -> Architecture:
         """Reads a flat text config or a multimodal one that nests it as `text_config`. `ValueError` names what is off."""

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from moeexp.model import Qwen35MoE
     from moeexp.phases import Phases
 
-VERSION = 3  # 2: without the identity of what it was made from; 1: without l2_prefetch in the config
+VERSION = 3  # 2: without `threads` in the config and the identity of what it was made from; 1: without l2_prefetch
 MANIFEST = "manifest.json"
 SHARD_BYTES = 4 << 30
 # What of a snapshot a run needs beside its weights.

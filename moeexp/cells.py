@@ -195,13 +195,16 @@ def _wanted(names: list[str], only: Any) -> set[int]:
 
 
 def judge(
-    cells: Sequence[Cell], *, gpus: Sequence[Gpu], history: History, fingerprint: str, rerun: str, progress: Progress = unseen
-) -> None:
-    """Validates and resolves each cell, and looks up what it has been before. Fills the cells."""
+    cells: Sequence[Cell], *, gpus: Sequence[Gpu], history: History, fingerprint: str, rerun: str, at_once: int = 1,
+    progress: Progress = unseen,
+) -> None:  # fmt: skip
+    """Validates and resolves each cell, as the process that runs it will beside `at_once` - 1 others, and looks up what it has
+    been before. Fills the cells."""
     identities = Identities(progress)
     for cell in cells:
         try:
-            cell.config = validate.resolved(adopt(cell.given, cell.overrides), cuda_available=bool(gpus))
+            given = adopt(cell.given, cell.overrides)
+            cell.config = validate.resolved(given, cuda_available=bool(gpus), at_once=at_once)
             gpu = gpus[0].name if cell.config.device == "cuda" else None
             cell.config_hash = config_hash(cell.config, identities.of(cell.config, gpu=gpu))
         except ValueError as refusal:

@@ -84,13 +84,18 @@ def _allocator_settings(record: dict[str, Any]) -> str | None:
     return ",".join(allocator.get("settings") or ()) or None
 
 
+def _threads(record: dict[str, Any]) -> int | None:
+    """Of a run on a CPU. Those of a GPU's host load its weights and decode nothing."""
+    return None if _environment("gpu")(record) else _environment("cpu", "torch_threads")(record)
+
+
 CONDITIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "GPU": _environment("gpu", "name"),
     "driver": _environment("gpu", "driver"),
     "power limit (W)": _environment("gpu_before", "power_limit_w"),
     "CPU": _environment("cpu", "name"),
     "CPU cores": _environment("cpu", "cores"),
-    "CPU threads": _environment("cpu", "torch_threads"),
+    "CPU threads": _threads,
     "torch": _environment("versions", "torch"),
     "triton": _environment("versions", "triton"),
     "CUDA": _environment("cuda"),

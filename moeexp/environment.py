@@ -26,16 +26,18 @@ GPU_STATE = {
 }
 
 
-def collect(device: str) -> dict[str, Any]:
-    """The `environment` of a record; `device` is `cpu` or `cuda`. `gpu_after` is filled in when the run has ended."""
+def collect(device: str, threads: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The `environment` of a record; `device` is `cpu` or `cuda`, `threads` what `threads.describe` says of a run's. `gpu_after`
+    is filled in when the run has ended."""
     import torch
 
+    cpu = {"name": cpu_name(), "cores": cores(), "torch_threads": torch.get_num_threads()}
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "versions": {"moeexp": __version__} | {name: version(name) for name in DISTRIBUTIONS},
         "cuda": torch.version.cuda,
-        "cpu": {"name": cpu_name(), "cores": cores(), "torch_threads": torch.get_num_threads()},
+        "cpu": cpu | (threads or {}),
         "gpu": _gpu() if device == "cuda" else None,
         "gpu_before": gpu_state() if device == "cuda" else None,
         "gpu_after": None,

@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from moeexp import schema
+from moeexp import schema, threads
 from moeexp.composition_error import explain
 from moeexp.phases import Phases
 from moeexp.record import Record
@@ -57,6 +57,7 @@ def export(arguments: Sequence[str]) -> tuple[Path, dict[str, Any]]:
     out = _out([argument for argument in arguments if argument.startswith("out=")])
     cfg = schema.compose([argument for argument in arguments if not argument.startswith("out=")])
 
+    threads.prepare()
     import torch
 
     from moeexp import validate
@@ -68,6 +69,7 @@ def export(arguments: Sequence[str]) -> tuple[Path, dict[str, Any]]:
     cuda = torch.cuda.is_available()
     validate.validate(cfg, cuda_available=cuda)
     cfg = validate.resolve(cfg, cuda_available=cuda)
+    threads.apply(threads.choose(cfg.threads, validate.load_architecture(cfg.model)), cfg.device)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:  # the record of an export is the artifact's manifest
         record = Record(Path(scratch) / "record.json", id="export", config=cfg, command=["python", "-m", "moeexp.export"])

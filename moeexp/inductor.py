@@ -35,6 +35,10 @@ def inductor_config(*, method: str, device: str) -> dict[str, Any]:
     }
     if device == "cuda":
         config["cpp.vec_isa_ok"] = False
+    else:
+        # Kernels are written for so many threads, and keep partial results in arrays of that size. Left to Inductor it would be
+        # this number all the same, or, where it equals the machine's CPUs, whatever the process that loads them happens to have.
+        config["cpp.threads"] = torch.get_num_threads()
     if method == "cond":
         # torch 2.11 plans the reuse of a branch's buffers with the peaks of the graph around it, and then fails
         # ("End index 18 out of bounds").

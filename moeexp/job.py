@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from moeexp import allocator, schema, summary, tracker, validate
+from moeexp import allocator, schema, summary, threads, tracker, validate
 from moeexp.identity import Identities, code_fingerprint, config_hash
 from moeexp.phases import Phases
 from moeexp.record import Record, write_atomically
@@ -84,12 +84,15 @@ def prepare(cfg: DictConfig, record: Record, phases: Phases) -> schema.Config:
     composed = schema.to_config(cfg)
     validate.check_values(composed)
     allocator.prepare(composed)
+    threads.prepare()
     import torch
 
     from moeexp import adopt, environment
 
     composed = adopt.adopt(composed, record.data["overrides"])
     config = validate.resolved(composed, cuda_available=torch.cuda.is_available())
+    chosen = threads.choose(composed.threads, validate.load_architecture(composed.model))
+    threads.apply(chosen, config.device)
     gpu = environment.gpu_name() if config.device == "cuda" else None
 
     @contextmanager
@@ -105,8 +108,10 @@ def prepare(cfg: DictConfig, record: Record, phases: Phases) -> schema.Config:
         code_fingerprint=code_fingerprint(),
         random_weights=config.model.weights == "random",
         not_applicable=validate.not_applicable(config),
-        environment=environment.collect(config.device),
+        environment=environment.collect(config.device, threads.describe(chosen)),
     )
+    if chosen.number > (most := threads.granted().cores):
+        record.note(f"{chosen.number} threads on {most} granted core(s): they wait for each other at every barrier")
     record.write()
     return config
 

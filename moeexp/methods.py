@@ -190,7 +190,9 @@ def torch_compiled(module: Method) -> Callable:
     # The methods are one function to dynamo, which else makes symbols of whatever differs between their inputs: with explicit
     # state of the trace's length too, and torch 2.11 cannot lower a kernel that mutates such a tensor.
     torch._dynamo.config.automatic_dynamic_shapes = False
-    compiled = torch.compile(module, fullgraph=True)
+    # Said, so that it is in the key of Inductor's own cache: not every torch has there how many threads kernels are written for.
+    options = {"cpp.threads": torch.get_num_threads()} if module.model.norm.device.type == "cpu" else None
+    compiled = torch.compile(module, fullgraph=True, options=options)
     if module.name == "decode":
         return compiled
 

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from moeexp.threads import OWN, granted
+
 # What a run gets to write its record and to hand it to the tracker, once it has been told to stop.
 GRACE_S = 15.0
 
@@ -24,7 +26,7 @@ class Process:
     packages are shared through `moeexp.compile_cache`, which locks and renames; so does Triton's cache, which stays
     shared.) `TORCHINDUCTOR_CACHE_DIR`, where it is set, is respected and shared."""
 
-    def __init__(self, jobs: Path, output: Path, *, gpu: str | None, timeout_s: float | None):
+    def __init__(self, jobs: Path, output: Path, *, gpu: str | None, timeout_s: float | None, at_once: int = 1):
         self.output, self.timeout_s = output, timeout_s
         self.timed_out = self.interrupted = False
         self._private = tempfile.mkdtemp(prefix="moeexp-inductor-")
@@ -36,7 +38,7 @@ class Process:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env=_environment(gpu, self._private),
+                env=_environment(gpu, self._private, at_once),
                 start_new_session=True,  # Ctrl-C reaches the parent alone, which decides
             )
 
@@ -108,14 +110,17 @@ class Process:
         shutil.rmtree(self._private, ignore_errors=True)
 
 
-def _environment(gpu: str | None, private: str) -> dict[str, str]:
-    """The parent's, with its import path (a user's own ops are found as here), one GPU, and a cache of its own."""
+def _environment(gpu: str | None, private: str, at_once: int) -> dict[str, str]:
+    """The parent's, with its import path (a user's own ops are found as here), one GPU, its share of the cores, and a cache of
+    its own."""
     environment = dict(os.environ)
     environment.pop("HYDRA_FULL_ERROR", None)
     environment["PYTHONPATH"] = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     environment["PYTHONUNBUFFERED"] = "1"
     environment.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
     environment.setdefault("TORCHINDUCTOR_CACHE_DIR", private)
+    if at_once > 1:
+        environment[OWN] = str(granted().share(at_once).cores)
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
     return environment

@@ -119,6 +119,7 @@ class Config:
     allocator: str = MISSING
     check: str = MISSING
     device: str = MISSING
+    threads: Any = MISSING  # of the CPU: auto, or a number
     batch: int = MISSING
     prompt: str | None = MISSING
     prompt_ids: list[int] | None = MISSING

@@ -71,13 +71,19 @@ class Sweep:
         self.history = History([Path(settings.root), self.directory])
         self.fingerprint = code_fingerprint()
         judge(
-            cells, gpus=self.gpus, history=self.history, fingerprint=self.fingerprint, rerun=rerun,
+            cells, gpus=self.gpus, history=self.history, fingerprint=self.fingerprint, rerun=rerun, at_once=self.at_once,
             progress=_bar,
         )  # fmt: skip
         if self._whole_groups():
             self._repeat_broken_groups(cells)
         self.cells += cells
         return cells
+
+    @property
+    def at_once(self) -> int:
+        """Runs beside each other, at most: they share the cores."""
+        assert self.settings is not None
+        return 1 if self.settings.isolation == "none" else max(1, len(self.gpus))
 
     def run(self, composer: Composer, cells: Sequence[Cell]) -> None:
         """Gives each of the batch's cells a record; with dry_run, lists them."""
@@ -241,6 +247,7 @@ class Sweep:
             folders[0].path / "output.txt",
             gpu=gpu.id if gpu else None,
             timeout_s=None if limit is None else limit * len(cells),
+            at_once=self.at_once,
         )
         return Running(process, cells, folders, jobs, gpu)
 
@@ -295,8 +302,8 @@ def check_settings(settings: LauncherConfig, rerun: str) -> None:
 
 
 def shares_weights(config: Config) -> str:
-    """Equal for runs that can use one copy of the weights in one process (whose allocator is one, too)."""
-    return repr((config.model, config.quant, config.dtype, config.device, config.allocator, config.engine))
+    """Equal for runs that can use one copy of the weights in one process (whose allocator and threads are one, too)."""
+    return repr((config.model, config.quant, config.dtype, config.device, config.threads, config.allocator, config.engine))
 
 
 @contextmanager

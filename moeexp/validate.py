@@ -11,6 +11,7 @@ import math
 from dataclasses import fields, replace
 from pathlib import Path
 
+from moeexp import threads
 from moeexp.architecture import Architecture
 from moeexp.schema import Config, ModelConfig, QuantConfig, SamplerConfig, model_label
 
@@ -75,9 +76,9 @@ def validate(cfg: Config, *, cuda_available: bool) -> None:
         raise ValueError("eos=true, and the model's config names no eos_token_id: use eos=false")
 
 
-def resolve(cfg: Config, *, cuda_available: bool) -> Config:
+def resolve(cfg: Config, *, cuda_available: bool, at_once: int = 1) -> Config:
     """The validated config with every `auto` and null that has a meaning replaced by it; `cuda_graph` is then False or
-    a string, and exactly one of prompt, prompt_ids and prompt_len is set."""
+    a string, and exactly one of prompt, prompt_ids and prompt_len is set. `at_once`: runs that share the machine."""
     arch, given = load_architecture(cfg.model), cfg.model.architecture
     device = _device(cfg, cuda_available)
     tokenizer = tokenizer_kind(cfg.model, arch)
@@ -95,6 +96,8 @@ def resolve(cfg: Config, *, cuda_available: bool) -> Config:
         cuda_graph="decode" if cfg.cuda_graph is True else cfg.cuda_graph,
         prefill_graph_lengths=_graph_lengths(cfg),
         device=device,
+        # On a GPU the host's threads load weights and decode nothing: how many there are is no setting of the result.
+        threads=threads.choose(cfg.threads, arch, at_once=at_once).number if device == "cpu" else cfg.threads,
         dtype=cfg.dtype if cfg.dtype != "auto" else {"cuda": "bfloat16", "cpu": "float32"}[device],
         prompt=prompt,
         prompt_len=prompt_len,
@@ -106,10 +109,10 @@ def _graph_lengths(cfg: Config) -> list[int]:
     return sorted({min(length, cfg.max_seq_len) for length in cfg.prefill_graph_lengths})
 
 
-def resolved(cfg: Config, *, cuda_available: bool) -> Config:
+def resolved(cfg: Config, *, cuda_available: bool, at_once: int = 1) -> Config:
     """Both: the config that runs, or `ValueError`."""
     validate(cfg, cuda_available=cuda_available)
-    return resolve(cfg, cuda_available=cuda_available)
+    return resolve(cfg, cuda_available=cuda_available, at_once=at_once)
 
 
 def not_applicable(cfg: Config) -> list[str]:
@@ -231,6 +234,8 @@ def check_values(cfg: Config) -> None:
         value = get(cfg, path)
         if value is not None and not value >= least:
             raise ValueError(f"{path}={value} is too small; it must be at least {least}")
+    if cfg.threads != "auto" and not (type(cfg.threads) is int and 1 <= cfg.threads <= threads.MOST):
+        raise ValueError(f"threads={_show(cfg.threads)} is neither auto nor a number of 1 to {threads.MOST}")
 
 
 def _check_device(cfg: Config, cuda_available: bool) -> None:

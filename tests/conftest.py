@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import signal
 from pathlib import Path
 
-import kernels_common  # noqa: F401  before any module that imports triton
-import pytest
+# Tests run beside each other, one on each core: read when torch is first imported, and by every process that a test starts.
+os.environ["OMP_NUM_THREADS"] = os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in a run; see `moeexp.threads`
+
+import kernels_common  # noqa: E402, F401  before any module that imports triton
+import pytest  # noqa: E402
+
+# A shell has what it starts in the background ignore Ctrl-C, and so would the commands that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 SKIPS = Path(__file__).with_name("skips.txt")
@@ -16,6 +25,14 @@ NO_GPU = "no CUDA device"
 os.environ["WANDB_MODE"] = "offline"
 PACKAGE_ROOTS = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "runner")]
 os.environ["PYTHONPATH"] = os.pathsep.join([*PACKAGE_ROOTS, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """`-n auto`: a worker on each core that the machine grants, by affinity and control groups."""
+    from moeexp.threads import granted
+
+    return granted().cores
 
 
 def pytest_collection_modifyitems(items):
