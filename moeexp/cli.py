@@ -1,6 +1,6 @@
 """`python -m moeexp`: one config or a sweep of them through Hydra, one record each, one exit code.
 
-0 ok, 1 incorrect or failed, 2 invalid config or input, 130 interrupted.
+0 ok, 1 incorrect or failed, 2 invalid config or input, 130 interrupted (Ctrl-C, SIGTERM, SIGHUP).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from moeexp import launcher, schema
+from moeexp import launcher, schema, signals
 from moeexp.composition_error import HELP, explain
 from moeexp.job import FAILED, INTERRUPTED, INVALID, OK, Experiment, Job, default_experiment, run_job, say
 from moeexp.objective import objective
@@ -60,7 +60,14 @@ class Session:
 def main(arguments: Sequence[str] | None = None, *, experiment: Experiment = default_experiment) -> int:
     """Runs the command line and returns the exit code. `experiment`, a function of a module, replaces
     `run_experiment` (in a sweep's processes too), for tests."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    with signals.handled():
+        try:
+            return _main(list(sys.argv[1:] if arguments is None else arguments), experiment)
+        except KeyboardInterrupt:  # after the last record was complete
+            return INTERRUPTED
+
+
+def _main(arguments: list[str], experiment: Experiment) -> int:
     # argparse takes overrides before a flag or after it, not both.
     arguments.sort(key=lambda argument: argument not in MULTIRUN)
     session = Session(["python", "-m", "moeexp", *arguments], experiment)

@@ -12,6 +12,7 @@ import torch
 from moeexp_runner import timing
 from rich.console import Console
 
+from . import signals
 from .experiment import Run, memory
 from .factory import build_model
 from .job import Job, conclude, open_record, prepare, status_of, verdict
@@ -62,14 +63,17 @@ class Member:
 
 def run_group(jobs: Sequence[Job]) -> int:
     """Returns the worst exit code. The jobs agree in model, quantisation, dtype and device (`sweep.shares_weights`)."""
-    members = [Member(job) for job in jobs]
-    try:
-        _run(members)
-    except BaseException as error:
-        for member in members:
-            member.end(error, begun=True)
-        if not isinstance(error, (KeyboardInterrupt, Exception)):
-            raise
+    with signals.deferred():  # between a record's first and its last writing nothing ends without a word
+        members = [Member(job) for job in jobs]
+        try:
+            with signals.allowed():
+                _run(members)
+                signals.raise_if_received()
+        except BaseException as error:
+            for member in members:
+                member.end(error, begun=True)
+            if not isinstance(error, (KeyboardInterrupt, Exception)):
+                raise
     return max(member.exit_code or 0 for member in members)
 
 

@@ -19,8 +19,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from moeexp.liveness import is_gone, this_process
+
 SCHEMA = "moeexp.record/1"
-STATUSES = ("running", "ok", "incorrect", "failed", "timeout", "interrupted", "unsupported")
+# lost: it said `running`, and its process is gone; see `moeexp.liveness`.
+STATUSES = ("running", "ok", "incorrect", "failed", "timeout", "interrupted", "lost", "unsupported")
 PACKAGES = ("moeexp", "moeexp_kernels", "moeexp_runner")
 
 # Published only for a run that is ok and whose check passed.
@@ -53,6 +56,7 @@ KEYS = (
     "started",
     "finished",
     "phase",
+    "process",
     "design",
     "command",
     "overrides",
@@ -104,13 +108,13 @@ class Record:
         self.latencies_ms: list[float] = []
         self.data: dict[str, Any] = {"schema": SCHEMA} | dict.fromkeys(KEYS)
         self.set(id=id, config=config, command=command, overrides=list(overrides))
-        self.set(status="running", started=_now(), phases_s={}, notes=[])
+        self.set(status="running", started=_now(), process=this_process(), phases_s={}, notes=[])
 
     @classmethod
     def load(cls, path: Path) -> Record:
         """The record that another process left at `path`, to be finished here."""
         record = cls.__new__(cls)
-        record.path, record.data = path, read_record(path)
+        record.path, record.data = path, _read(path)
         record.latencies_ms = list((record.data["token_latencies_ms"] or {}).get("samples", []))
         return record
 
@@ -213,7 +217,22 @@ def plain(value: Any) -> Any:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """`ValueError` names a file that is no record, or one of another schema version."""
+    """`ValueError` names a file that is no record, or one of another schema version. A record that says `running` while its
+    process is gone reads as `lost`."""
+    data = _read(path)
+    if data.get("status") == "running" and is_gone(data.get("process")):
+        data |= {"status": "lost", "error": lost_error(data)}
+    return data
+
+
+def lost_error(data: dict[str, Any]) -> dict[str, Any]:
+    phase = data.get("phase")
+    during = f" during {phase}" if phase else ""
+    message = f"the run's process is gone{during} and left no word: it was killed, or the machine went down"
+    return {"type": "ProcessLost", "message": message, "phase": phase, "traceback": None}
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -241,6 +260,11 @@ def head(path: Path) -> dict[str, Any]:
     pairs = {key: None if value == "null" else value.strip('"') for key, value in HEAD_LINE.findall(text)}
     if pairs.pop("schema", None) != SCHEMA or not set(HEAD) <= set(pairs):
         return {}
+    if pairs["status"] == "running":  # few do: whether it still runs is said further down
+        try:
+            pairs["status"] = read_record(path)["status"]
+        except ValueError:  # broken further down
+            return {}
     return {key: pairs[key] for key in HEAD}
 
 

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,14 +16,14 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from moeexp import report, summary
+from moeexp import report, signals, summary
 from moeexp.cells import Cell, Composer, cells_of, judge
 from moeexp.devices import Gpu, choose, visible_gpus
 from moeexp.job import FAILED, INTERRUPTED, OK, Experiment, Job, open_record, run_job, say, track, write_jobs
 from moeexp.process import Process
 from moeexp.progress import Progress
 from moeexp.record import Record, code_fingerprint, write_atomically
-from moeexp.resume import Folder, History, link, read_running, read_whole
+from moeexp.resume import Folder, History, close_lost, link, read_running, read_whole
 from moeexp.schema import Config, LauncherConfig
 
 POLL_S = 0.05
@@ -80,6 +78,7 @@ class Sweep:
         if self.dry_run:
             summary.print_cells(cells, history=self.history, console=Console())
             return
+        self._close_lost(cells)
         self._refuse_and_reuse(cells, composer)
         waiting = self._grouped([cell for cell in cells if cell.record is None])
         if self.settings.isolation == "none":
@@ -131,6 +130,13 @@ class Sweep:
         self.settings, rerun, self.dry_run = views[0]
         check_settings(self.settings, rerun)
         return self.settings, rerun
+
+    def _close_lost(self, cells: Sequence[Cell]) -> None:
+        """Of an earlier call that was killed, the records of these cells."""
+        hashes = {cell.config_hash for cell in cells if cell.config_hash}
+        for run in self.history.runs:
+            if run.status == "lost" and run.config_hash in hashes:
+                close_lost(run.path)
 
     def _refuse_and_reuse(self, cells: Sequence[Cell], composer: Composer) -> None:
         for cell in cells:
@@ -186,7 +192,7 @@ class Sweep:
         """A process each; as many at a time as there are GPUs, else one."""
         free: list[Gpu | None] = list(self.gpus) or [None]
         waiting, running = list(waiting), list[Running]()
-        with _terminated_as_interrupted(), Progress(Console(stderr=True)).shown() as progress:
+        with signals.repeated(), Progress(Console(stderr=True)).shown() as progress:
             try:
                 while waiting or running:
                     while waiting and free and not self.stopped:
@@ -292,16 +298,6 @@ def check_settings(settings: LauncherConfig, rerun: str) -> None:
 def shares_weights(config: Config) -> str:
     """Equal for runs that can use one copy of the weights in one process (whose allocator is one, too)."""
     return repr((config.model, config.quant, config.dtype, config.device, config.allocator, config.engine))
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM stops the sweep as Ctrl-C does, so that its runs end with it."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _earlier_group(cell: Cell) -> str:
