@@ -26,6 +26,7 @@ from moeexp import launcher, schema, signals
 from moeexp.composition_error import HELP, explain
 from moeexp.job import FAILED, INTERRUPTED, INVALID, OK, Experiment, Job, default_experiment, run_job, say
 from moeexp.objective import objective
+from moeexp.override_text import as_typed
 from moeexp.record import read_record
 from moeexp.sweep import Sweep
 
@@ -69,6 +70,8 @@ def main(arguments: Sequence[str] | None = None, *, experiment: Experiment = def
 
 def _main(arguments: list[str], experiment: Experiment) -> int:
     # argparse takes overrides before a flag or after it, not both.
+    if any("\ud800" <= character <= "\udfff" for argument in arguments for character in argument):
+        return _say("error: an argument is not UTF-8 text: write it in UTF-8, and let the locale say so (LANG=C.UTF-8)", INVALID)
     arguments.sort(key=lambda argument: argument not in MULTIRUN)
     session = Session(["python", "-m", "moeexp", *arguments], experiment)
     if arguments and arguments[0] not in MULTIRUN and any(text.startswith(AS_A_SWEEP) for text in arguments):
@@ -79,6 +82,7 @@ def _main(arguments: list[str], experiment: Experiment) -> int:
         return _task(cfg, session)
 
     task.session = session  # type: ignore[attr-defined]  for our launcher, which Hydra makes
+    arguments = [as_typed(argument) for argument in arguments]
     command = hydra.main(version_base="1.3", config_path=str(schema.conf_dir()), config_name="config")(task)
     code = _guarded(command, arguments, session)
     if session.sweep is not None:
@@ -141,7 +145,7 @@ def _task(cfg: DictConfig, session: Session) -> float:
     settings = HydraConfig.get()
     run_dir = Path(settings.runtime.output_dir)
     sweep = settings.mode == RunMode.MULTIRUN
-    config = OmegaConf.to_container(cfg)
+    config = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(config, dict)
     job = Job(
         id=f"{session.id}.{settings.job.num}" if sweep else session.id,

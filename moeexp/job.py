@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from moeexp import allocator, schema, signals, summary, tracker, validate
+from moeexp.override_text import without_interpolation
 from moeexp.phases import Phases
 from moeexp.record import Record, code_fingerprint, config_hash, write_atomically
 
@@ -52,7 +53,16 @@ class Job:
     code_fingerprint: str | None = None
 
     def composed(self) -> DictConfig:
-        return OmegaConf.merge(OmegaConf.structured(schema.Config), self.config)
+        """`config` is resolved: what looks like an interpolation in it is text."""
+        return OmegaConf.merge(OmegaConf.structured(schema.Config), _texts(self.config))
+
+
+def _texts(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _texts(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_texts(item) for item in value]
+    return without_interpolation(value) if isinstance(value, str) else value
 
 
 def run_job(job: Job, cfg: DictConfig, experiment: Experiment) -> int:

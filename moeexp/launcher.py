@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from moeexp.cells import Cell, Composer
 from moeexp.job import FAILED
+from moeexp.override_text import as_typed
 from moeexp.record import read_record
 from moeexp.sweep import Sweep
 
@@ -88,6 +89,7 @@ class GridSweeper(Sweeper):
 
         given = [f"{key}={value}" for key, value in self.params.items()] + arguments
         parser = OverridesParser.create(config_loader=self.context.config_loader)
+        given = [as_typed(override, sweep=True) for override in given]
         batches = BasicSweeper.split_arguments(parser.parse_overrides(given), self.max_batch_size)
         directory = Path(str(self.config.hydra.sweep.dir))
         directory.mkdir(parents=True, exist_ok=True)

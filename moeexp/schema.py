@@ -182,9 +182,11 @@ def _check_keys(node: DictConfig, schema: type, prefix: str = "") -> None:
 
 def compose(overrides: Sequence[str] = ()) -> Config:
     """What `python -m moeexp OVERRIDES…` composes, for scripts and tests: `compose(["model=nano", "batch=2"])`."""
+    from moeexp.override_text import as_typed  # imports this module
+
     register()
     with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
-        config = to_config(hydra_compose("config", overrides=list(overrides)))
+        config = to_config(hydra_compose("config", overrides=list(map(as_typed, overrides))))
     from moeexp.adopt import adopt  # imports this module
 
     return adopt(config, overrides)
