@@ -18,6 +18,7 @@ from rich.table import Table
 
 from moeexp.arguments import Parser
 from moeexp.probes import ANSWER, PROBES, Finding
+from moeexp.streams import fitted
 from moeexp.tracker import wandb_mode
 
 SECONDS = 300  # that a probe may take: compiling is slow where a machine is busy
@@ -96,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parser.parse_args(arguments)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(fitted(f"error: {error}"), file=sys.stderr)
         return 2
     console = Console(stderr=True)
     findings, seconds = {}, {}

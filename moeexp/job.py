@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from moeexp import allocator, schema, signals, summary, tracker, validate
+from moeexp import allocator, schema, signals, streams, summary, tracker, validate
 from moeexp.override_text import without_interpolation
 from moeexp.phases import Phases
 from moeexp.record import Record, code_fingerprint, config_hash, write_atomically
@@ -201,8 +201,8 @@ def _report(error: BaseException, record: Record, phases: Phases, *, invalid: bo
 
 
 def say(line: str) -> None:
-    """One line to the user."""
-    print(line, file=sys.stderr)
+    """To the user; each line fits a terminal and a log."""
+    print("\n".join(map(streams.fitted, line.split("\n"))), file=sys.stderr)
 
 
 def default_experiment(*arguments: Any, **keywords: Any) -> None:

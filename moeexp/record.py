@@ -38,6 +38,9 @@ NOT_MEASURED = ("tracker", "launcher", "rerun", "dry_run")
 MAX_BYTES = 200_000
 # (raw samples, tokens or characters) to keep; the first row that fits MAX_BYTES counts.
 LIMITS = ((4000, 8000), (400, 800), (0, 80))
+SAMPLED = ("token_latencies_ms", "prefill_latencies_ms", "ttft_latencies_ms")
+# Where that is not enough: the longest text, and the most entries of a list, anywhere. The first that fits counts.
+TEXT_LIMITS = (8000, 2000, 400, 100, 20)
 MAX_TRACEBACK = 20_000
 
 # Raw newlines are layout only, never inside a JSON string.
@@ -154,27 +157,41 @@ class Record:
 def shorten(data: dict[str, Any]) -> dict[str, Any]:
     """A copy of `data` with raw samples, tokens and text cut until it fits MAX_BYTES; `notes` says what was cut."""
     for samples, tokens in LIMITS:
-        result = data | {"notes": list(data["notes"])}
-        if data["token_latencies_ms"]:
-            kept, note = _cut(data["token_latencies_ms"]["samples"], samples, "token_latencies_ms.samples")
-            result["token_latencies_ms"] = data["token_latencies_ms"] | {"samples": kept}
-            result["notes"] += note
+        result, cut = dict(data), []
+        for key in SAMPLED:
+            if isinstance(data.get(key), dict) and "samples" in data[key]:
+                kept, note = _cut(data[key]["samples"], samples, f"{key}.samples")
+                result[key] = data[key] | {"samples": kept}
+                cut += note
         for key, limit in (("generated_ids", tokens), ("generated_text", tokens), ("rounds", samples)):
             result[key], note = _cut(data[key], limit, key)
-            result["notes"] += note
+            cut += note
+        result["notes"] = [*data["notes"], *cut]
         if len(_dump(result)) < MAX_BYTES:
             return result
-    raise AssertionError(f"{len(_dump(result))} bytes: something large was set that is neither samples nor text")
+    # What a user gave can be of any length, anywhere: then no text and no list may be long.
+    for limit in TEXT_LIMITS:
+        spared = {key: list(result[key]) if key == "notes" else result[key] for key in result}
+        shorter = {key: _cut_deep(value, limit) for key, value in spared.items()}
+        changed = [key for key in shorter if key != "notes" and shorter[key] != result[key]]
+        note = f"cut to fit the record, texts to {limit} characters and lists to as many entries: {', '.join(changed)}"
+        shorter["notes"] = [*shorter["notes"], note]
+        if len(_dump(shorter)) < MAX_BYTES:
+            return shorter
+    raise AssertionError(f"{len(_dump(shorter))} bytes: something large was set that is neither list nor text")
 
 
-def _cut(value: Any, limit: int, key: str) -> tuple[Any, list[str]]:
-    """The first `limit` entries of a list or text, or of each row of a batch, and the note about it."""
-    if isinstance(value, list) and value and isinstance(value[0], (list, str)):
-        rows = [_cut(row, limit, key) for row in value]
-        return [row for row, _ in rows], [note for _, notes in rows[:1] for note in notes]
-    if value is None or len(value) <= limit:
-        return value, []
-    return value[:limit], [f"{key}: the first {limit} of {len(value)} are kept here; statistics are over all"]
+def _cut_deep(value: Any, limit: int) -> Any:
+    if isinstance(value, dict):
+        kept = list(value.items())[:limit]
+        return {_cut_text(key, limit): _cut_deep(item, limit) for key, item in kept}
+    if isinstance(value, list):
+        return [_cut_deep(item, limit) for item in value[:limit]]
+    return _cut_text(value, limit) if isinstance(value, str) else value
+
+
+def _cut_text(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[:limit]}… [{len(text)} characters]"
 
 
 def latency_summary(samples_ms: list[float]) -> dict[str, Any]:

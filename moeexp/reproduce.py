@@ -18,6 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.types import Quote, QuotedString
+
 from moeexp import schema
 from moeexp.arguments import Parser
 from moeexp.composition_error import explain
@@ -27,6 +29,7 @@ from moeexp.record import plain
 from moeexp.report import percent, read_published
 from moeexp.runs import GROUPS, HOUSEKEEPING
 from moeexp.statistics import RUN_TO_RUN, ratio, speed_of
+from moeexp.streams import fitted
 
 AGREES, DIFFERS, INVALID = 0, 1, 2
 STDERR = 2  # what the run prints is not the answer
@@ -114,8 +117,7 @@ def _hydra(value: Any) -> str:
         return "{" + ",".join(f"{key}:{_hydra(item)}" for key, item in value.items()) + "}"
     if value and all(c.isalnum() or c in "_-./:" for c in value) and value[0].isalpha() and value.lower() not in WORDS:
         return value
-    # Only a backslash before the quote needs one of its own.
-    return '"' + value.replace('\\"', '\\\\"').replace('"', '\\"') + '"'
+    return QuotedString(value, Quote.double).with_quotes()
 
 
 WORDS = ("null", "true", "false", "yes", "no", "on", "off", "nan", "inf")
@@ -205,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(fitted(f"error: {error}"), file=sys.stderr)
         return INVALID
     agree, lines = judge(old, new, tolerance=options.tolerance)
     print("\n".join(lines))

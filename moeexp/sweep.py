@@ -20,6 +20,7 @@ from moeexp import report, signals, summary
 from moeexp.cells import Cell, Composer, cells_of, judge
 from moeexp.devices import Gpu, choose, visible_gpus
 from moeexp.job import FAILED, INTERRUPTED, OK, Experiment, Job, open_record, run_job, say, track, write_jobs
+from moeexp.paths import expanded
 from moeexp.process import Process
 from moeexp.progress import Progress
 from moeexp.record import Record, code_fingerprint, write_atomically
@@ -64,7 +65,7 @@ class Sweep:
         cells = cells_of(composer, overrides, max(first, len(self.cells)))
         settings, rerun = self._agreed(cells)
         self.gpus = choose(visible_gpus(), settings.gpus)
-        self.history = History([Path(settings.root), self.directory])
+        self.history = History([expanded(settings.root), self.directory])
         self.fingerprint = code_fingerprint()
         judge(cells, gpus=self.gpus, history=self.history, fingerprint=self.fingerprint, rerun=rerun)
         if self._whole_groups():

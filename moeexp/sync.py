@@ -12,6 +12,7 @@ from pathlib import Path
 
 from moeexp.arguments import Parser
 from moeexp.record import read_record
+from moeexp.streams import fitted
 from moeexp.tracker import wandb_mode
 
 DEFAULT_FOLDERS = ("outputs", "multirun")
@@ -93,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError("not logged in to W&B: run `wandb login`, or set WANDB_API_KEY")
         left = upload(waiting, seconds=options.timeout)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(fitted(f"error: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

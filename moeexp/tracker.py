@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from moeexp.record import read_record
+from moeexp.paths import expanded
+from moeexp.record import read_record, shorten
 
 ANSWER = "moeexp-tracker: "
 # Where `wandb login` goes without a server of one's own, by version.
@@ -31,7 +32,7 @@ def track(record: dict[str, Any], *, run_dir: Path, exit_code: int, group: str |
     Raises nothing that concerns the tracker: a measured run is not lost to an unreachable server."""
     settings = record["config"]["tracker"]
     if settings["name"] == "jsonl":
-        return _append(record, Path(settings["path"]))
+        return _append(shorten(record), expanded(settings["path"]))
     return _wandb_process(run_dir, exit_code, group or settings["group"], settings["timeout_s"])
 
 

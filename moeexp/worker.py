@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from moeexp import signals
+from moeexp import signals, streams
 from moeexp.job import INTERRUPTED, Job, TimeUp, default_experiment, run_job
 
 PR_SET_PDEATHSIG = 1
@@ -25,6 +25,7 @@ PR_SET_PDEATHSIG = 1
 def main(path: str) -> int:
     """Its exit code is the worst of its jobs'; the records say the rest."""
     # A background job ignores SIGINT, with which the parent stops this.
+    streams.prepare()
     with signals.handled(even_if_ignored=(signal.SIGINT,)):
         return run(path)
 

@@ -16,8 +16,9 @@ from moeexp.record import read_record
 TEXTS = [
     "1.50", "1_000", "1e3", "true", "True", "FALSE", "+5", "-0", "int(3.2)", "str(5)", "float(x)", "007", "3.14", "yes", "off",
     "None", "NULL", "Null", "nan", "inf", "[a]", "[1.50,2]", "{a:1}", "{a: 1, b: 2}", " leading", "trailing ", "   ", "a  b",
-    "What is 1+1?", "Hello!", "It's", 'say "no"', '"a" and "b"', "a=b", "x: y", "é 日本 🙂", "a;b", "#x", "50%", "~", "a\nb", "\ttab",
-    "f(x)", "print(1)", "$5", "a\\b", "'", '"', "'a", "@", "1.", ".5", "0x1F", "12:30", "a|b&c", "<s>", "[", "}", "(", "\\d",
+    "What is 1+1?", "Hello!", "It's", 'say "no"', '"a" and "b"', "a=b", "x: y", "é 日本 🙂", "a;b", "#x", "50%", "~", "a\nb",
+    "\ttab", "f(x)", "print(1)", "$5", "a\\b", "'", '"', "'a", "@", "1.", ".5", "0x1F", "12:30", "a|b&c", "<s>", "[", "}", "(",
+    "\\d",
 ]  # fmt: skip
 # Typed, and what it means: one level of quotes, Hydra's escapes.
 MEANT = [
