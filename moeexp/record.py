@@ -36,11 +36,13 @@ SPEEDS = (
 NOT_MEASURED = ("tracker", "launcher", "rerun", "dry_run")
 
 MAX_BYTES = 200_000
-# (raw samples, tokens or characters) to keep; the first row that fits MAX_BYTES counts.
-LIMITS = ((4000, 8000), (400, 800), (0, 80))
+FULL_CONFIG = "config.json"  # beside a record whose config had to be cut
+# (raw samples; tokens or characters; entries or characters of anything else) to keep; the first row that fits MAX_BYTES counts.
+LIMITS = (
+    (4000, 8000, None), (4000, 8000, 8000), (4000, 8000, 2000), (400, 800, None), (400, 800, 2000),
+    (0, 80, 2000), (0, 80, 400), (0, 80, 100), (0, 20, 40),
+)  # fmt: skip
 SAMPLED = ("token_latencies_ms", "prefill_latencies_ms", "ttft_latencies_ms")
-# Where that is not enough: the longest text, and the most entries of a list, anywhere. The first that fits counts.
-TEXT_LIMITS = (8000, 2000, 400, 100, 20)
 MAX_TRACEBACK = 20_000
 
 # Raw newlines are layout only, never inside a JSON string.
@@ -64,6 +66,7 @@ KEYS = (
     "command",
     "overrides",
     "config",
+    "full_config",
     "identity",
     "random_weights",
     "check",
@@ -151,47 +154,67 @@ class Record:
     def write(self) -> None:
         """Replace the file by the present state, shortened where that is needed to stay under MAX_BYTES."""
         self.data["token_latencies_ms"] = latency_summary(self.latencies_ms) if self.latencies_ms else None
-        write_atomically(self.path, _dump(shorten(self.data)))
+        shown = shorten(self.data)
+        if shown["config"] != self.data["config"]:
+            text = json.dumps(self.data["config"])
+            digest = hashlib.sha256(text.encode()).hexdigest()
+            if (self.data["full_config"] or {}).get("sha256") != digest:
+                self.data["full_config"] = {"file": FULL_CONFIG, "sha256": digest}
+                write_atomically(self.path.with_name(FULL_CONFIG), text)
+            shown["full_config"] = self.data["full_config"]
+        write_atomically(self.path, _dump(shown))
 
 
 def shorten(data: dict[str, Any]) -> dict[str, Any]:
-    """A copy of `data` with raw samples, tokens and text cut until it fits MAX_BYTES; `notes` says what was cut."""
-    for samples, tokens in LIMITS:
+    """A copy of `data`, cut until it fits MAX_BYTES: raw samples, tokens, and what a user gave, which can be of any length
+    anywhere. `notes` says what was cut."""
+    for samples, tokens, text in LIMITS:
         result, cut = dict(data), []
+        limits = {"generated_ids": tokens, "generated_text": tokens, "rounds": samples}
         for key in SAMPLED:
-            if isinstance(data.get(key), dict) and "samples" in data[key]:
+            if data[key]:
                 kept, note = _cut(data[key]["samples"], samples, f"{key}.samples")
                 result[key] = data[key] | {"samples": kept}
                 cut += note
-        for key, limit in (("generated_ids", tokens), ("generated_text", tokens), ("rounds", samples)):
+        for key, limit in limits.items():
             result[key], note = _cut(data[key], limit, key)
             cut += note
-        result["notes"] = [*data["notes"], *cut]
+        if text is not None:
+            others = [key for key in data if key not in (*SAMPLED, *limits)]
+            shorter = {key: _cut_anywhere(data[key], text) for key in others}
+            if changed := [key for key in others if shorter[key] != data[key]]:
+                cut.append(f"{', '.join(changed)}: texts and lists are kept here up to {text} characters or entries")
+            result |= shorter
+        result["notes"] = [*result["notes"], *cut]
         if len(_dump(result)) < MAX_BYTES:
             return result
-    # What a user gave can be of any length, anywhere: then no text and no list may be long.
-    for limit in TEXT_LIMITS:
-        spared = {key: list(result[key]) if key == "notes" else result[key] for key in result}
-        shorter = {key: _cut_deep(value, limit) for key, value in spared.items()}
-        changed = [key for key in shorter if key != "notes" and shorter[key] != result[key]]
-        note = f"cut to fit the record, texts to {limit} characters and lists to as many entries: {', '.join(changed)}"
-        shorter["notes"] = [*shorter["notes"], note]
-        if len(_dump(shorter)) < MAX_BYTES:
-            return shorter
-    raise AssertionError(f"{len(_dump(shorter))} bytes: something large was set that is neither list nor text")
+    raise AssertionError(f"{len(_dump(result))} bytes: something large was set that is neither list nor text")
 
 
-def _cut_deep(value: Any, limit: int) -> Any:
+def _cut_anywhere(value: Any, limit: int) -> Any:
     if isinstance(value, dict):
-        kept = list(value.items())[:limit]
-        return {_cut_text(key, limit): _cut_deep(item, limit) for key, item in kept}
+        return {_cut_text(key, limit): _cut_anywhere(item, limit) for key, item in [*value.items()][:limit]}
     if isinstance(value, list):
-        return [_cut_deep(item, limit) for item in value[:limit]]
+        return [_cut_anywhere(item, limit) for item in value[:limit]]
     return _cut_text(value, limit) if isinstance(value, str) else value
 
 
 def _cut_text(text: str, limit: int) -> str:
-    return text if len(text) <= limit else f"{text[:limit]}… [{len(text)} characters]"
+    """With its digest: two texts that begin alike stay two."""
+    if len(text) <= limit:
+        return text
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return f"{text[:limit]}… [{len(text)} characters, sha256 {digest}]"
+
+
+def _cut(value: Any, limit: int, key: str) -> tuple[Any, list[str]]:
+    """The first `limit` entries of a list or text, or of each row of a batch, and the note about it."""
+    if isinstance(value, list) and value and isinstance(value[0], (list, str)):
+        rows = [_cut(row, limit, key) for row in value]
+        return [row for row, _ in rows], [note for _, notes in rows[:1] for note in notes]
+    if value is None or len(value) <= limit:
+        return value, []
+    return value[:limit], [f"{key}: the first {limit} of {len(value)} are kept here; statistics are over all"]
 
 
 def latency_summary(samples_ms: list[float]) -> dict[str, Any]:
@@ -258,6 +281,19 @@ def _read(path: Path) -> dict[str, Any]:
     if found != SCHEMA:
         raise ValueError(f"{path} has schema={found!r}; this version reads {SCHEMA!r}")
     return data
+
+
+def full_config(record: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The config of the record at `path`, whole where the record has it cut. `ValueError` where it is not to be had."""
+    if not record.get("full_config"):
+        return record["config"]
+    file = path.with_name(FULL_CONFIG)
+    if not file.is_file():
+        raise ValueError(f"the config of {path} is cut, and {FULL_CONFIG} beside it, which has it whole, is missing")
+    text = file.read_text(encoding="utf-8")
+    if hashlib.sha256(text.encode()).hexdigest() != record["full_config"].get("sha256"):
+        raise ValueError(f"{file} is not the config of {path}: its digest is another one")
+    return json.loads(text)
 
 
 def is_prepared(record: dict[str, Any]) -> bool:

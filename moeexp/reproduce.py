@@ -25,13 +25,14 @@ from moeexp.arguments import Parser
 from moeexp.composition_error import explain
 from moeexp.conditions import LOAD, unlike
 from moeexp.markdown_report import times
-from moeexp.record import plain
+from moeexp.record import full_config, plain
 from moeexp.report import percent, read_published
 from moeexp.runs import GROUPS, HOUSEKEEPING
 from moeexp.statistics import RUN_TO_RUN, ratio, speed_of
 from moeexp.streams import fitted
 
 AGREES, DIFFERS, INVALID = 0, 1, 2
+LONGEST_ARGUMENT = 128_000  # bytes; Linux takes 131,071
 STDERR = 2  # what the run prints is not the answer
 # Housekeeping that decides what is published, and from how much.
 RUN_AS_IT_WAS = ("check", "repeats", "eval_bytes", "min_samples", "min_time_s", "artifact")
@@ -134,6 +135,10 @@ def find(path: Path) -> Path:
 def run_again(record: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Runs the record's config in a process of its own. `RuntimeError` if that left no record."""
     overrides = [*arguments_of(record), "tracker.mode=disabled", f"hydra.run.dir={_hydra(str(folder))}"]
+    longest = max(overrides, key=len)
+    if len(longest.encode()) > LONGEST_ARGUMENT:
+        key = longest.partition("=")[0]
+        raise ValueError(f"{key} has {len(longest)} characters, more than a command line can hold: it is in the record's config")
     print("$ " + shlex.join(["python", "-m", "moeexp", *overrides]), file=sys.stderr)
     code = subprocess.run([sys.executable, "-m", "moeexp", *overrides], stdout=STDERR).returncode
     if code == 130:
@@ -196,7 +201,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parser.parse_args(arguments)
         if options.tolerance is not None and not options.tolerance >= 0:
             raise ValueError(f"--tolerance {options.tolerance} is not a part of a ratio: give 0 or more")
-        old = read_published(find(options.record))
+        path = find(options.record)
+        old = read_published(path)
+        old["config"] = full_config(old, path)
         stamp = f"{datetime.now():%Y-%m-%d-%H-%M-%S}-{secrets.token_hex(3)}"
         folder = options.out or Path("outputs") / "reproduce" / stamp
         if folder.exists() and any(folder.iterdir()):
