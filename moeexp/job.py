@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from moeexp import allocator, schema, signals, streams, summary, tracker, validate
+from moeexp import allocator, caches, schema, signals, streams, summary, tracker, validate
 from moeexp.override_text import without_interpolation
 from moeexp.phases import Phases
 from moeexp.record import Record, code_fingerprint, config_hash, write_atomically
@@ -95,6 +95,7 @@ def prepare(cfg: DictConfig, record: Record) -> schema.Config:
     composed = schema.to_config(cfg)
     validate.check_values(composed)
     allocator.prepare(composed)
+    check_surroundings(composed)
     import torch
 
     from moeexp import adopt, environment
@@ -112,6 +113,15 @@ def prepare(cfg: DictConfig, record: Record) -> schema.Config:
     )
     record.write()
     return config
+
+
+def check_surroundings(config: schema.Config) -> None:
+    """What is wrong with the environment rather than with the config, before any work. `ValueError`, one line."""
+    tracker.check_environment(config.tracker)
+    if config.export != "eager" and config.engine == "moeexp":
+        caches.prepare()
+        if config.export == "aoti" and config.artifact is None:
+            caches.check()
 
 
 def verdict(config: schema.Config, record: Record) -> str:

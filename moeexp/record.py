@@ -158,7 +158,7 @@ class Record:
         if shown["config"] != self.data["config"]:
             text = json.dumps(self.data["config"])
             digest = hashlib.sha256(text.encode()).hexdigest()
-            if (self.data["full_config"] or {}).get("sha256") != digest:
+            if (self.data.get("full_config") or {}).get("sha256") != digest:
                 self.data["full_config"] = {"file": FULL_CONFIG, "sha256": digest}
                 write_atomically(self.path.with_name(FULL_CONFIG), text)
             shown["full_config"] = self.data["full_config"]

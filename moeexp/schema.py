@@ -65,10 +65,11 @@ class SamplerConfig:
 @dataclass
 class TrackerConfig:
     name: str = MISSING
-    project: str = MISSING
+    # null: what W&B's own variables say (WANDB_PROJECT, WANDB_ENTITY, WANDB_RUN_GROUP, WANDB_TAGS), else see tracker.py
+    project: str | None = MISSING
     entity: str | None = MISSING
     group: str | None = MISSING
-    tags: list[str] = MISSING
+    tags: list[str] | None = MISSING
     mode: str = MISSING
     path: str | None = MISSING  # the file that tracker=jsonl appends to
     timeout_s: float = MISSING  # the longest that tracking may take

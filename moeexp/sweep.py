@@ -19,7 +19,19 @@ from rich.console import Console
 from moeexp import report, signals, summary
 from moeexp.cells import Cell, Composer, cells_of, judge
 from moeexp.devices import Gpu, choose, visible_gpus
-from moeexp.job import FAILED, INTERRUPTED, OK, Experiment, Job, open_record, run_job, say, track, write_jobs
+from moeexp.job import (
+    FAILED,
+    INTERRUPTED,
+    OK,
+    Experiment,
+    Job,
+    check_surroundings,
+    open_record,
+    run_job,
+    say,
+    track,
+    write_jobs,
+)
 from moeexp.paths import expanded
 from moeexp.process import Process
 from moeexp.progress import Progress
@@ -68,6 +80,9 @@ class Sweep:
         self.history = History([expanded(settings.root), self.directory])
         self.fingerprint = code_fingerprint()
         judge(cells, gpus=self.gpus, history=self.history, fingerprint=self.fingerprint, rerun=rerun)
+        for cell in cells:
+            if cell.again and cell.refusal is None:
+                check_surroundings(cell.given)  # a fault of the whole sweep, not of a cell
         if self._whole_groups():
             self._repeat_broken_groups(cells)
         self.cells += cells

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from moeexp.architecture import Architecture
 from moeexp.schema import Config, ModelConfig, QuantConfig, SamplerConfig, model_label
+from moeexp.tracker import settled
 
 DEFAULT_PROMPT = "In the beginning"
 DEFAULT_PROMPT_LEN = 32
@@ -90,6 +91,7 @@ def resolve(cfg: Config, *, cuda_available: bool) -> Config:
         cfg,
         model=replace(cfg.model, architecture=arch.to_hf(), tokenizer=tokenizer),
         quant=replace(cfg.quant, group_size=group_size),
+        tracker=settled(cfg.tracker),
         cuda_graph="decode" if cfg.cuda_graph is True else cfg.cuda_graph,
         prefill_graph_lengths=_graph_lengths(cfg),
         device=device,
