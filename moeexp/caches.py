@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import shlex
 import tempfile
 from pathlib import Path
 
@@ -29,15 +30,26 @@ def check() -> None:
 
 
 def prepare() -> None:
-    """Moves the caches of torch and Triton into ours where they could not work in their own places; before torch is
-    imported. Inductor builds its compiler's command from words, which a blank in a path breaks."""
+    """Moves the folders of torch and Triton into ours where they could not work in their own places; before torch is
+    imported. Inductor splits its compiler's command into words, which a blank or a quote in a path breaks."""
     if "TRITON_CACHE_DIR" not in os.environ and _refusal(Path(os.path.expanduser("~/.triton/cache"))) is not None:
         os.environ["TRITON_CACHE_DIR"] = str(cache_dir() / "triton")
-    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ and (" " in tempfile.gettempdir() or not _has_name()):
+    if not _is_word(tempfile.gettempdir()):
+        folder = cache_dir() / "tmp"
+        if not _is_word(folder) or _refusal(folder) is not None:
+            raise ValueError(f"torch cannot compile in TMPDIR={tempfile.gettempdir()!r}: set TMPDIR to a folder without blanks")
+        os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ and not _has_name():
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir() / "inductor")
-    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
-    if " " in folder:
-        raise ValueError(f"torch cannot compile in {folder!r}, which has a blank in it: set TORCHINDUCTOR_CACHE_DIR")
+    own = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    if not _is_word(own):
+        raise ValueError(f"torch cannot compile in TORCHINDUCTOR_CACHE_DIR={own!r}: set it to a folder without blanks")
+
+
+def _is_word(folder: str | os.PathLike[str]) -> bool:
+    """To a shell, as it stands."""
+    text = os.fspath(folder)
+    return text == shlex.quote(text) or text == ""
 
 
 def _refusal(folder: Path) -> str | None:
