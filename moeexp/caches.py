@@ -17,7 +17,7 @@ def cache_dir() -> Path:
     """`$MOEEXP_CACHE_DIR`, else `$XDG_CACHE_HOME/moeexp`, else `~/.cache/moeexp`. `ValueError` without a home folder."""
     own, base = os.environ.get(VARIABLE), os.environ.get("XDG_CACHE_HOME")
     try:
-        return expanded(own) if own else expanded(base or "~/.cache") / "moeexp"
+        return expanded(own).absolute() if own else expanded(base or "~/.cache").absolute() / "moeexp"
     except ValueError as error:
         raise ValueError(f"there is no folder for compiled code: {error}, or set {VARIABLE}") from error
 

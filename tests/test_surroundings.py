@@ -271,10 +271,11 @@ def test_a_cache_that_cannot_be_written_is_a_line(monkeypatch, tmp_path, capsys)
     assert run("export=eager") == 0, "nothing is compiled"
 
 
-def test_no_home(monkeypatch, capsys):
+def test_no_home(monkeypatch, tmp_path, capsys):
     monkeypatch.delenv("HOME")
     for name in ("MOEEXP_CACHE_DIR", "XDG_CACHE_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "to be put back")
+        monkeypatch.delenv(name)
 
     def unknown(uid):
         raise KeyError(uid)
@@ -287,7 +288,8 @@ def test_no_home(monkeypatch, capsys):
     assert "set HOME" in line and "MOEEXP_CACHE_DIR" in line and RAN == []
     monkeypatch.setenv("MOEEXP_CACHE_DIR", "cache")
     caches.prepare()
-    assert os.environ["TRITON_CACHE_DIR"] == "cache/triton" and os.environ["TORCHINDUCTOR_CACHE_DIR"] == "cache/inductor"
+    cache = tmp_path / "cache"
+    assert os.environ["TRITON_CACHE_DIR"] == f"{cache}/triton" and os.environ["TORCHINDUCTOR_CACHE_DIR"] == f"{cache}/inductor"
 
 
 @pytest.mark.parametrize("name", ["a b", "it's", "a;b"])
