@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from moeexp import signals
 from moeexp.arguments import Parser
 from moeexp.probes import ANSWER, PROBES, Finding
 from moeexp.streams import fitted
@@ -96,6 +97,11 @@ def show(facts: dict[str, Any], findings: dict[str, Finding], console: Console) 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 nothing that a run needs is broken, 1 something is, 2 invalid arguments."""
+    with signals.handled():  # SIGTERM as Ctrl-C
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parser = Parser("python -m moeexp.doctor", description="Versions and known traps of this machine.")
     parser.add_argument("--quick", action="store_true", help="leave out the probes that compile")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")

@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from moeexp import schema, streams
+from moeexp import schema, signals, streams
 from moeexp.composition_error import explain
 from moeexp.phases import Phases
 from moeexp.record import Record
@@ -30,6 +30,11 @@ Exports and compiles the methods of a config and writes them with its quantised 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 written, 1 failed, 2 invalid input, 130 interrupted."""
+    with signals.handled():  # SIGTERM as Ctrl-C
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     streams.prepare()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):

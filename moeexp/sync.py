@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from moeexp import signals
 from moeexp.arguments import Parser
 from moeexp.record import read_record
 from moeexp.streams import fitted
@@ -74,6 +75,11 @@ def upload(runs: Sequence[OfflineRun], *, seconds: float) -> list[OfflineRun]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 all is uploaded, 1 something is not, 2 invalid input or not logged in, 130 interrupted."""
+    with signals.handled():  # SIGTERM as Ctrl-C
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parser = Parser("python -m moeexp.sync", description="Upload runs that W&B logged offline.")
     parser.add_argument("folders", nargs="*", metavar="DIR", type=Path, help="default: outputs and multirun, if there")
     parser.add_argument("--dry-run", action="store_true", help="say what would be uploaded and stop")
