@@ -118,7 +118,7 @@ def prepare(cfg: DictConfig, record: Record) -> schema.Config:
 def check_surroundings(config: schema.Config) -> None:
     """What is wrong with the environment rather than with the config, before any work. `ValueError`, one line."""
     tracker.check_environment(config.tracker)
-    if config.export != "eager" and config.engine == "moeexp":
+    if config.engine == "moeexp" and (config.export != "eager" or config.device != "cpu"):  # else nothing is compiled
         caches.prepare()
         if config.export == "aoti" and config.artifact is None:
             caches.check()

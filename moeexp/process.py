@@ -114,7 +114,8 @@ def _environment(gpu: str | None, private: str) -> dict[str, str]:
     environment.pop("HYDRA_FULL_ERROR", None)
     environment["PYTHONPATH"] = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     environment["PYTHONUNBUFFERED"] = "1"
-    environment.setdefault("TRITON_CACHE_DIR", os.path.expanduser("~/.triton/cache"))
+    if (home := os.path.expanduser("~")) != "~":  # else nobody knows it; see `moeexp.caches`
+        environment.setdefault("TRITON_CACHE_DIR", f"{home}/.triton/cache")
     environment.setdefault("TORCHINDUCTOR_CACHE_DIR", private)
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
