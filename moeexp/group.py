@@ -15,7 +15,7 @@ from rich.console import Console
 from . import signals
 from .experiment import Run, memory
 from .factory import build_model
-from .job import Job, conclude, open_record, prepare, status_of, verdict
+from .job import INTERRUPTED, Job, conclude, open_record, prepare, status_of, verdict
 from .phases import Phases
 from .telemetry import watch
 from .verification import References
@@ -52,6 +52,7 @@ class Member:
             return
         sweep = self.job.sweep and not begun
         status = verdict(self.config, self.record) if error is None else status_of(error, sweep=sweep)
+        self.exit_code = INTERRUPTED  # it has ended, also where its tracking is interrupted
         self.exit_code = conclude(self.job, self.record, self.phases, self.config, status, error)
         if self.run is not None:
             self.run.close()
