@@ -10,6 +10,7 @@ import sys
 import tempfile
 import typing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -341,6 +342,17 @@ def test_the_config_goes_before_wandbs_variables_and_they_before_ours(monkeypatc
     assert settled() == ("p", "e", "g", ["a", "b"])
     set_here = ["tracker.project=moeexp", "tracker.entity=x", "tracker.group=y", "tracker.tags=[]"]
     assert settled(*set_here) == ("moeexp", "x", "y", [])
+
+
+@pytest.mark.parametrize("given, variable, group", [(["tracker.group=mine"], "theirs", "mine"), ([], "theirs", "theirs"),
+                                                     ([], None, "a sweep")])  # fmt: skip
+def test_the_group_of_a_run_in_a_sweep(given, variable, group, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_GROUP", variable or "")
+    config = dataclasses.asdict(schema.compose(["model=nano", *given]))
+    run = Record(tmp_path / "record.json", id="a", config=config, command=[])
+    wandb = SimpleNamespace(init=lambda **settings: settings, Settings=lambda **settings: settings)
+    made = tracker._init(wandb, run.data, tmp_path, "offline", "a sweep")
+    assert made["group"] == group and made["project"] == "moeexp" and made["tags"] == ["running"]
 
 
 def test_a_record_says_where_it_was_tracked(monkeypatch):
