@@ -23,6 +23,7 @@ from moeexp.adopt import adopt
 from moeexp.devices import Gpu
 from moeexp.digests import Progress, unseen
 from moeexp.identity import Identities, config_hash
+from moeexp.override_text import as_typed
 from moeexp.resume import Earlier, History, runs_again
 
 
@@ -57,7 +58,7 @@ class Composer:
         self.loader, self.master = loader, master
         self._bases: dict[tuple[str, ...], Base] = {}
         self._groups: dict[str, bool] = {}
-        self._parse = functools.cache(lambda text: OverridesParser.create().parse_overrides([text])[0])
+        self._parse = functools.cache(lambda text: OverridesParser.create().parse_overrides([as_typed(text)])[0])
 
     def compose(self, overrides: Sequence[str]) -> DictConfig:
         """The task's config without Hydra's node. Raises what Hydra raises."""
@@ -99,7 +100,7 @@ class Composer:
         template = OmegaConf.to_container(self.master.hydra.sweep, resolve=False)["subdir"]
         if template == "${hydra.job.num}":
             return str(number)
-        config = self.loader.load_sweep_config(self.master, list(overrides))
+        config = self.loader.load_sweep_config(self.master, list(map(as_typed, overrides)))
         with open_dict(config):
             config.hydra.job.num = config.hydra.job.id = number
         return str(config.hydra.sweep.subdir)

@@ -1,6 +1,6 @@
 """`python -m moeexp`: one config or a sweep of them through Hydra, one record each, one exit code.
 
-0 ok, 1 incorrect or failed, 2 invalid config or input, 130 interrupted.
+0 ok, 1 incorrect or failed, 2 invalid config or input, 130 interrupted (Ctrl-C, SIGTERM, SIGHUP).
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from moeexp import launcher, schema
+from moeexp import launcher, schema, signals, streams
 from moeexp.composition_error import HELP, explain
 from moeexp.job import FAILED, INTERRUPTED, INVALID, OK, Experiment, Job, default_experiment, run_job, say
 from moeexp.objective import objective
+from moeexp.override_text import as_typed
+from moeexp.paths import expanded
 from moeexp.record import read_record
 from moeexp.sweep import Sweep
 
 MULTIRUN = ("-m", "--multirun")
-# What only a sweep can do (a time limit, a GPU of one's own, …): a single run that asks for it is a sweep of one.
-AS_A_SWEEP = ("dry_run=true", "launcher.")
+CONFIG_FOLDER = ("--config-dir", "-cd", "--config-path", "-cp")
 
 
 @dataclass
@@ -50,6 +51,7 @@ class Session:
         schema.register()
         launcher.register()
         OmegaConf.register_new_resolver("moeexp_id", lambda: self.id, replace=True)
+        OmegaConf.register_new_resolver("moeexp_mode", launcher.mode, replace=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A cluster launcher sends the task to another process, which composes the job there."""
@@ -60,24 +62,46 @@ class Session:
 def main(arguments: Sequence[str] | None = None, *, experiment: Experiment = default_experiment) -> int:
     """Runs the command line and returns the exit code. `experiment`, a function of a module, replaces
     `run_experiment` (in a sweep's processes too), for tests."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    streams.prepare()
+    with signals.handled():
+        try:
+            return _main(list(sys.argv[1:] if arguments is None else arguments), experiment)
+        except KeyboardInterrupt:  # after the last record was complete
+            return INTERRUPTED
+
+
+def _main(arguments: list[str], experiment: Experiment) -> int:
     # argparse takes overrides before a flag or after it, not both.
+    if any("\ud800" <= character <= "\udfff" for argument in arguments for character in argument):
+        return _say("error: an argument is not UTF-8 text: write it in UTF-8, and let the locale say so (LANG=C.UTF-8)", INVALID)
     arguments.sort(key=lambda argument: argument not in MULTIRUN)
     session = Session(["python", "-m", "moeexp", *arguments], experiment)
-    if arguments and arguments[0] not in MULTIRUN and any(text.startswith(AS_A_SWEEP) for text in arguments):
-        arguments.insert(0, "-m")
     session.register()
 
     def task(cfg: DictConfig) -> float:
         return _task(cfg, session)
 
     task.session = session  # type: ignore[attr-defined]  for our launcher, which Hydra makes
+    try:
+        arguments = [as_typed(argument) for argument in _expanded_folders(arguments)]
+    except ValueError as error:
+        return _say(f"error: {error}", INVALID)
     command = hydra.main(version_base="1.3", config_path=str(schema.conf_dir()), config_name="config")(task)
     code = _guarded(command, arguments, session)
     if session.sweep is not None:
         session.sweep.finish()
         code = max(code, session.sweep.exit_code())
     return code or session.exit_code
+
+
+def _expanded_folders(arguments: Sequence[str]) -> Iterator[str]:
+    """`~` in Hydra's own flags that take a folder."""
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        flag, is_set, value = argument.partition("=")
+        if is_set and flag in CONFIG_FOLDER:
+            yield f"{flag}={expanded(value)}"
+        else:
+            yield str(expanded(argument)) if before in CONFIG_FOLDER else argument
 
 
 def _guarded(command: Callable[[], Any], arguments: list[str], session: Session) -> int:
@@ -134,7 +158,9 @@ def _task(cfg: DictConfig, session: Session) -> float:
     settings = HydraConfig.get()
     run_dir = Path(settings.runtime.output_dir)
     sweep = settings.mode == RunMode.MULTIRUN
-    config = OmegaConf.to_container(cfg)
+    if cfg.dry_run:
+        raise ValueError("dry_run=true lists what a sweep would run by our own launcher: leave hydra/launcher out")
+    config = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(config, dict)
     job = Job(
         id=f"{session.id}.{settings.job.num}" if sweep else session.id,

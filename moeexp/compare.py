@@ -15,6 +15,7 @@ from moeexp.report import MEDIAN, MEDIAN_NOTE, is_median, number, percent, read_
 from moeexp.reproduce import find
 from moeexp.runs import HOUSEKEEPING, as_text, gain, runs_of, settings_text
 from moeexp.statistics import speed_of
+from moeexp.streams import fitted
 
 TOP_KERNELS = 15
 # Of a phase or a kernel, a change below this is noise that nobody looks for.
@@ -187,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # --help
         return stop.code if isinstance(stop.code, int) else 0
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(fitted(f"error: {error}"), file=sys.stderr)
         return 2
     return 0
 

@@ -24,6 +24,7 @@ import torch
 from moeexp_runner.binding import TensorSpec
 from torch.export import ExportedProgram
 
+from .caches import cache_dir
 from .inductor import compiling, inductor_config
 from .methods import compile_method
 from .source_files import files_of, imported_by
@@ -61,13 +62,6 @@ class Artifact:
     constants: dict[str, TensorSpec]
     cached: bool
     compile_s: float
-
-
-def cache_dir() -> Path:
-    """`$MOEEXP_CACHE_DIR`, else `$XDG_CACHE_HOME/moeexp`, else `~/.cache/moeexp`."""
-    own = os.environ.get("MOEEXP_CACHE_DIR")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(own) if own else base / "moeexp"
 
 
 def key_of(spec: MethodSpec) -> str:

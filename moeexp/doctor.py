@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,8 +16,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from moeexp import signals
 from moeexp.arguments import Parser
 from moeexp.probes import ANSWER, PROBES, Finding
+from moeexp.streams import fitted
 from moeexp.tracker import wandb_mode
 
 SECONDS = 300  # that a probe may take: compiling is slow where a machine is busy
@@ -48,10 +50,10 @@ def versions() -> dict[str, Any]:
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     from moeexp import environment
-    from moeexp.compile_cache import cache_dir
+    from moeexp.caches import cache_dir
 
     facts = environment.collect("cuda" if torch.cuda.is_available() else "cpu")
-    mode = wandb_mode({"mode": "auto"}, os.environ)
+    mode = _or_broken(lambda: wandb_mode({"mode": "auto"}, os.environ))
     return {
         "python": facts["python"],
         "platform": facts["platform"],
@@ -60,9 +62,9 @@ def versions() -> dict[str, Any]:
         "gpu": facts["gpu"] and f"{facts['gpu']['name']}, sm_{facts['gpu']['capability'].replace('.', '')}",
         "driver": facts["gpu"] and facts["gpu"]["driver"],
         "cpu": f"{facts['cpu']['name']}, {facts['cpu']['cores']} cores",
-        "CXX": _compiler(),
-        "compiled methods": str(cache_dir()),
-        "inductor's cache": os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir(),
+        "CXX": _or_broken(_compiler),
+        "compiled methods": _or_broken(cache_dir),
+        "inductor's cache": os.environ.get("TORCHINDUCTOR_CACHE_DIR") or _or_broken(default_cache_dir),
         "wandb runs": {"online": "online: logged in", "offline": "offline: not logged in, or WANDB_MODE"}.get(mode, mode),
     }
 
@@ -70,9 +72,14 @@ def versions() -> dict[str, Any]:
 def _compiler() -> str:
     from moeexp.compile_cache import toolchain
 
+    return str(toolchain("cpu")["cxx"])
+
+
+def _or_broken(fact: Callable[[], Any]) -> str:
+    """What a run would be refused for is a fact here: no compiler, no home folder, no name of the user, a mistyped variable."""
     try:
-        return str(toolchain("cpu")["cxx"])
-    except RuntimeError as error:
+        return str(fact())
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
         return f"broken: {error}"
 
 
@@ -90,13 +97,18 @@ def show(facts: dict[str, Any], findings: dict[str, Finding], console: Console) 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 nothing that a run needs is broken, 1 something is, 2 invalid arguments."""
+    with signals.handled():  # SIGTERM as Ctrl-C
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parser = Parser("python -m moeexp.doctor", description="Versions and known traps of this machine.")
     parser.add_argument("--quick", action="store_true", help="leave out the probes that compile")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     try:
         options = parser.parse_args(arguments)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(fitted(f"error: {error}"), file=sys.stderr)
         return 2
     console = Console(stderr=True)
     findings, seconds = {}, {}

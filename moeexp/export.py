@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from moeexp import schema, threads
+from moeexp import schema, signals, streams, threads
 from moeexp.composition_error import explain
 from moeexp.phases import Phases
 from moeexp.record import Record
@@ -30,6 +30,12 @@ Exports and compiles the methods of a config and writes them with its quantised 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 written, 1 failed, 2 invalid input, 130 interrupted."""
+    with signals.handled():  # SIGTERM as Ctrl-C
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    streams.prepare()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -108,7 +114,7 @@ def _out(given: list[str]) -> Path:
 
 
 def _say(line: str, code: int) -> int:
-    print(line, file=sys.stderr)
+    print(streams.fitted(line), file=sys.stderr)
     return code
 
 

@@ -12,10 +12,11 @@ import torch
 from moeexp_runner import timing
 from rich.console import Console
 
+from . import signals
 from .experiment import Run
 from .factory import build_model
 from .identity import confirm
-from .job import Job, conclude, open_record, prepare, status_of, verdict
+from .job import INTERRUPTED, Job, conclude, open_record, prepare, status_of, verdict
 from .phases import Phases
 from .telemetry import watch
 from .verification import References
@@ -52,6 +53,7 @@ class Member:
             return
         sweep = self.job.sweep and not begun
         status = verdict(self.config, self.record) if error is None else status_of(error, sweep=sweep)
+        self.exit_code = INTERRUPTED  # it has ended, also where its tracking is interrupted
         self.exit_code = conclude(self.job, self.record, self.phases, self.config, status, error)
         if self.run is not None:
             self.run.close()
@@ -63,14 +65,17 @@ class Member:
 
 def run_group(jobs: Sequence[Job]) -> int:
     """Returns the worst exit code. The jobs agree in model, quantisation, dtype and device (`sweep.shares_weights`)."""
-    members = [Member(job) for job in jobs]
-    try:
-        _run(members)
-    except BaseException as error:
-        for member in members:
-            member.end(error, begun=True)
-        if not isinstance(error, (KeyboardInterrupt, Exception)):
-            raise
+    with signals.deferred():  # between a record's first and its last writing nothing ends without a word
+        members = [Member(job) for job in jobs]
+        try:
+            with signals.allowed():
+                _run(members)
+                signals.raise_if_received()
+        except BaseException as error:
+            for member in members:
+                member.end(error, begun=True)
+            if not isinstance(error, (KeyboardInterrupt, Exception)):
+                raise
     return max(member.exit_code or 0 for member in members)
 
 

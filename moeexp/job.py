@@ -16,8 +16,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from moeexp import allocator, schema, summary, threads, tracker, validate
+from moeexp import allocator, caches, schema, signals, streams, summary, threads, tracker, validate
 from moeexp.identity import Identities, code_fingerprint, config_hash
+from moeexp.override_text import without_interpolation
 from moeexp.phases import Phases
 from moeexp.record import Record, write_atomically
 
@@ -54,21 +55,33 @@ class Job:
     code_fingerprint: str | None = None
 
     def composed(self) -> DictConfig:
-        return OmegaConf.merge(OmegaConf.structured(schema.Config), self.config)
+        """`config` is resolved: what looks like an interpolation in it is text."""
+        return OmegaConf.merge(OmegaConf.structured(schema.Config), _texts(self.config))
+
+
+def _texts(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _texts(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_texts(item) for item in value]
+    return without_interpolation(value) if isinstance(value, str) else value
 
 
 def run_job(job: Job, cfg: DictConfig, experiment: Experiment) -> int:
     """Runs one config. Returns the exit code; the record holds the status."""
-    record = open_record(job)
-    phases = Phases(record, Console(stderr=True))
-    config, error = None, None
-    try:
-        config = prepare(cfg, record, phases)
-        experiment(config, run_dir=Path(job.run_dir), record=record, phases=phases)
-        status = verdict(config, record)
-    except BaseException as raised:
-        status, error = status_of(raised, sweep=job.sweep), raised
-    return conclude(job, record, phases, config, status, error)
+    with signals.deferred():  # between its first and its last writing nothing ends without a word
+        record = open_record(job)
+        phases = Phases(record, Console(stderr=True))
+        config, status, error = None, "ok", None
+        try:
+            with signals.allowed():
+                config = prepare(cfg, record, phases)
+                experiment(config, run_dir=Path(job.run_dir), record=record, phases=phases)
+                signals.raise_if_received()  # where something in the run swallowed the interrupt
+                status = verdict(config, record)
+        except BaseException as raised:
+            status, error = status_of(raised, sweep=job.sweep), raised
+        return conclude(job, record, phases, config, status, error)
 
 
 def open_record(job: Job) -> Record:
@@ -84,6 +97,7 @@ def prepare(cfg: DictConfig, record: Record, phases: Phases) -> schema.Config:
     composed = schema.to_config(cfg)
     validate.check_values(composed)
     allocator.prepare(composed)
+    check_surroundings(composed)
     threads.prepare()
     import torch
 
@@ -116,6 +130,15 @@ def prepare(cfg: DictConfig, record: Record, phases: Phases) -> schema.Config:
     return config
 
 
+def check_surroundings(config: schema.Config) -> None:
+    """What is wrong with the environment rather than with the config, before any work. `ValueError`, one line."""
+    tracker.check_environment(config.tracker)
+    if config.engine == "moeexp" and (config.export != "eager" or config.device != "cpu"):  # else nothing is compiled
+        caches.prepare()
+        if config.export == "aoti" and config.artifact is None:
+            caches.check()
+
+
 def verdict(config: schema.Config, record: Record) -> str:
     if config.check == "off":
         return "ok"
@@ -129,7 +152,7 @@ def status_of(raised: BaseException, *, sweep: bool) -> str:
     `failed` where work had begun."""
     if isinstance(raised, TimeUp):
         return "timeout"
-    if isinstance(raised, KeyboardInterrupt):
+    if isinstance(raised, KeyboardInterrupt) or signals.received():
         return "interrupted"
     return "unsupported" if sweep and isinstance(raised, ValueError) else "failed"
 
@@ -137,28 +160,37 @@ def status_of(raised: BaseException, *, sweep: bool) -> str:
 def conclude(
     job: Job, record: Record, phases: Phases, config: schema.Config | None, status: str, error: BaseException | None
 ) -> int:
-    """Finishes the record, tracks and shows it. Returns the exit code."""
-    from moeexp import environment
-
+    """Finishes the record, tracks and shows it. Returns the exit code. Only tracking can be interrupted."""
     begun = set(record.data["phases_s"])
     if status == "unsupported" and begun - {"identity"}:  # of a snapshot that was read only to know it, nothing was begun
         status = "failed"
+    if status == "interrupted" and not isinstance(error, KeyboardInterrupt):
+        error = signals.stopped(error)  # the signal reached a child too, whose end came first
     invalid = isinstance(error, ValueError) and begun <= READING
-    if config is not None and config.device == "cuda":
-        record.data["environment"]["gpu_after"] = environment.gpu_state()
-    record.finish(status, error=_describe(error, phases))
-    code = INVALID if invalid else EXIT_CODES[status]
-    if config is not None:  # a config that was refused measured nothing that a tracker should show
-        track(record, code, group=job.group)
-    if error is not None:
-        _report(error, record, phases, invalid=invalid)
-    if not invalid:
-        summary.print_run(record.data, path=record.path, console=Console())
+    with signals.deferred():
+        if config is not None and config.device == "cuda":
+            from moeexp import environment
+
+            record.data["environment"]["gpu_after"] = environment.gpu_state()
+        record.finish(status, error=_describe(error, phases))
+        code = INVALID if invalid else EXIT_CODES[status]
+        if config is not None:  # a config that was refused measured nothing that a tracker should show
+            track(record, code, group=job.group)
+        if error is not None:
+            _report(error, record, phases, invalid=invalid)
+        if not invalid:
+            summary.print_run(record.data, path=record.path, console=Console())
     return code
 
 
 def track(record: Record, exit_code: int, *, group: str | None) -> None:
-    found = tracker.track(record.data, run_dir=record.path.parent, exit_code=exit_code, group=group)
+    try:
+        with signals.allowed():
+            found = tracker.track(record.data, run_dir=record.path.parent, exit_code=exit_code, group=group)
+    except KeyboardInterrupt:
+        record.note("tracking was interrupted; the record is whole")
+        record.write()
+        raise
     record.set(tracker=found)
     record.write()
     if found["warning"]:
@@ -170,9 +202,11 @@ def _describe(error: BaseException | None, phases: Phases) -> dict[str, Any] | N
         return None
     lines = "".join(traceback.format_exception(error))
     message = str(error)
-    if not message and isinstance(error, KeyboardInterrupt):
-        message = f"interrupted during {phases.failed}" if phases.failed else "interrupted"
-    return {"type": type(error).__name__, "message": message, "phase": phases.failed, "traceback": lines}
+    kind = type(error).__name__
+    if isinstance(error, KeyboardInterrupt) and not isinstance(error, TimeUp):
+        by = f" by {error}" if isinstance(error, signals.Stopped) else ""
+        kind, message = "KeyboardInterrupt", f"interrupted{by}" + (f" during {phases.failed}" if phases.failed else "")
+    return {"type": kind, "message": message, "phase": phases.failed, "traceback": lines}
 
 
 def _report(error: BaseException, record: Record, phases: Phases, *, invalid: bool) -> None:
@@ -192,8 +226,8 @@ def _report(error: BaseException, record: Record, phases: Phases, *, invalid: bo
 
 
 def say(line: str) -> None:
-    """One line to the user."""
-    print(line, file=sys.stderr)
+    """To the user; each line fits a terminal and a log."""
+    print("\n".join(map(streams.fitted, line.split("\n"))), file=sys.stderr)
 
 
 def default_experiment(*arguments: Any, **keywords: Any) -> None:

@@ -8,19 +8,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus, setup_globals
+from hydra.experimental.callback import Callback
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from moeexp.cells import Cell, Composer
-from moeexp.job import FAILED
+from moeexp.job import FAILED, INVALID, say
+from moeexp.override_text import as_typed, quoted
+from moeexp.paths import expanded
 from moeexp.record import read_record
+from moeexp.schema import conf_dir
 from moeexp.sweep import Sweep
 
 # Hydra instantiates plugins by their names in this package, which has them from here.
@@ -88,6 +93,7 @@ class GridSweeper(Sweeper):
 
         given = [f"{key}={value}" for key, value in self.params.items()] + arguments
         parser = OverridesParser.create(config_loader=self.context.config_loader)
+        given = [as_typed(override, sweep=True) for override in given]
         batches = BasicSweeper.split_arguments(parser.parse_overrides(given), self.max_batch_size)
         directory = Path(str(self.config.hydra.sweep.dir))
         directory.mkdir(parents=True, exist_ok=True)
@@ -96,6 +102,43 @@ class GridSweeper(Sweeper):
         for batch in batches:
             returned.append(self.launcher.launch(batch, initial_job_idx=sum(map(len, returned))))
         return returned
+
+
+class BeforeAnything(Callback):
+    """`~` in `hydra.run.dir` and `hydra.sweep.dir`, wherever they were set, before Hydra makes the folders. SystemExit, as
+    Hydra makes a warning of what an Exception says."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        if config.dry_run:
+            say("error: dry_run=true lists what a sweep would run, and hydra.mode=RUN is none: leave hydra.mode out")
+            raise SystemExit(INVALID)
+        self._expand(config)
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        self._expand(config)
+
+    def _expand(self, config: DictConfig) -> None:
+        for name in ("run", "sweep"):
+            given = str(config.hydra[name].dir)
+            try:
+                folder = str(expanded(given))
+            except ValueError as error:
+                say(f"error: {error}")
+                raise SystemExit(INVALID) from error
+            if folder != given:
+                with open_dict(config.hydra):
+                    config.hydra[name].dir = folder
+                    # Whoever composes the config again, as launchers do for each job, begins from this list.
+                    config.hydra.overrides.hydra.append(f"hydra.{name}.dir={quoted(folder)}")
+
+
+def mode(*, _root_: DictConfig) -> str | None:
+    """Hydra's mode of a composed config that names none: what only a sweep can do (a list of what would run, a time limit, a
+    GPU of one's own, …) makes a single run a sweep of one."""
+    given = [override.lstrip("+") for override in _root_.hydra.overrides.task]
+    asked = any(override.startswith(("launcher.", "launcher=")) for override in given)
+    default = OmegaConf.load(conf_dir() / "config.yaml").launcher
+    return "MULTIRUN" if _root_.dry_run or asked or _root_.launcher != default else None
 
 
 @dataclass

@@ -100,10 +100,13 @@ def cache_folder() -> Finding:
     """The compile cache can be written, renamed in and locked, and has room."""
     import fcntl
 
-    from moeexp.compile_cache import cache_dir
+    from moeexp.caches import cache_dir
 
-    folder = cache_dir()
     remedy = "set MOEEXP_CACHE_DIR to a folder of yours on a local disk"
+    try:
+        folder = cache_dir()
+    except ValueError as error:  # no home folder
+        return Finding("broken", str(error), remedy)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".doctor-") as scratch:

@@ -117,7 +117,8 @@ def _environment(gpu: str | None, private: str, at_once: int) -> dict[str, str]:
     environment.pop("HYDRA_FULL_ERROR", None)
     environment["PYTHONPATH"] = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     environment["PYTHONUNBUFFERED"] = "1"
-    environment.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
+    if (home := os.path.expanduser("~")) != "~":  # else nobody knows it; see `moeexp.caches`
+        environment.setdefault("TRITON_CACHE_DIR", f"{home}/.triton/cache")
     environment.setdefault("TORCHINDUCTOR_CACHE_DIR", private)
     if at_once > 1:
         environment[OWN] = str(granted().share(at_once).cores)

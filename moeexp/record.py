@@ -7,6 +7,7 @@ reader finds either the previous version or the new one.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -17,11 +18,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from moeexp.liveness import is_gone, this_process
 from moeexp.migration import STEPS, migrate
 
 SCHEMA = "moeexp.record/2"
 SCHEMAS = (*STEPS, SCHEMA)  # those that are read
-STATUSES = ("running", "ok", "incorrect", "failed", "timeout", "interrupted", "unsupported")
+# lost: it said `running`, and its process is gone; see `moeexp.liveness`.
+STATUSES = ("running", "ok", "incorrect", "failed", "timeout", "interrupted", "lost", "unsupported")
 
 # Published only for a run that is ok and whose check passed.
 SPEEDS = (
@@ -32,8 +35,12 @@ SPEEDS = (
 SAMPLES = {"token_latencies_ms": "latencies_ms", "prefill_latencies_ms": "prefill_ms", "ttft_latencies_ms": "ttft_ms"}
 
 MAX_BYTES = 200_000
-# (raw samples, tokens or characters) to keep; the first row that fits MAX_BYTES counts.
-LIMITS = ((4000, 8000), (400, 800), (0, 80))
+FULL_CONFIG = "config.json"  # beside a record whose config had to be cut
+# (raw samples; tokens or characters; entries or characters of anything else) to keep; the first row that fits MAX_BYTES counts.
+LIMITS = (
+    (4000, 8000, None), (4000, 8000, 8000), (4000, 8000, 2000), (400, 800, None), (400, 800, 2000),
+    (0, 80, 2000), (0, 80, 400), (0, 80, 100), (0, 20, 40),
+)  # fmt: skip
 MAX_TRACEBACK = 20_000
 
 # Raw newlines are layout only, never inside a JSON string.
@@ -52,10 +59,12 @@ KEYS = (
     "started",
     "finished",
     "phase",
+    "process",
     "design",
     "command",
     "overrides",
     "config",
+    "full_config",
     "identity",
     "random_weights",
     "check",
@@ -106,13 +115,13 @@ class Record:
         self.ttft_ms: list[float] = []
         self.data: dict[str, Any] = {"schema": SCHEMA} | dict.fromkeys(KEYS)
         self.set(id=id, config=config, command=command, overrides=list(overrides))
-        self.set(status="running", started=_now(), phases_s={}, notes=[])
+        self.set(status="running", started=_now(), process=this_process(), phases_s={}, notes=[])
 
     @classmethod
     def load(cls, path: Path) -> Record:
         """The record that another process left at `path`, to be finished here."""
         record = cls.__new__(cls)
-        record.path, record.data = path, read_record(path)
+        record.path, record.data = path, _read(path)
         for key, name in SAMPLES.items():
             setattr(record, name, list((record.data[key] or {}).get("samples", [])))
         return record
@@ -148,23 +157,57 @@ class Record:
         """Replace the file by the present state, shortened where that is needed to stay under MAX_BYTES."""
         for key, name in SAMPLES.items():
             self.data[key] = latency_summary(getattr(self, name)) if getattr(self, name) else None
-        write_atomically(self.path, _dump(shorten(self.data)))
+        shown = shorten(self.data)
+        if shown["config"] != self.data["config"]:
+            text = json.dumps(self.data["config"])
+            digest = hashlib.sha256(text.encode()).hexdigest()
+            if (self.data.get("full_config") or {}).get("sha256") != digest:
+                self.data["full_config"] = {"file": FULL_CONFIG, "sha256": digest}
+                write_atomically(self.path.with_name(FULL_CONFIG), text)
+            shown["full_config"] = self.data["full_config"]
+        write_atomically(self.path, _dump(shown))
 
 
 def shorten(data: dict[str, Any]) -> dict[str, Any]:
-    """A copy of `data` with raw samples, tokens and text cut until it fits MAX_BYTES; `notes` says what was cut."""
-    for samples, tokens in LIMITS:
-        result = data | {"notes": list(data["notes"])}
-        for key in (key for key in SAMPLES if data[key]):
-            kept, note = _cut(data[key]["samples"], samples, f"{key}.samples")
-            result[key] = data[key] | {"samples": kept}
-            result["notes"] += note
-        for key, limit in (("generated_ids", tokens), ("generated_text", tokens), ("rounds", samples)):
+    """A copy of `data`, cut until it fits MAX_BYTES: raw samples, tokens, and what a user gave, which can be of any length
+    anywhere. `notes` says what was cut."""
+    for samples, tokens, text in LIMITS:
+        result, cut = dict(data), []
+        limits = {"generated_ids": tokens, "generated_text": tokens, "rounds": samples}
+        for key in SAMPLES:
+            if data[key]:
+                kept, note = _cut(data[key]["samples"], samples, f"{key}.samples")
+                result[key] = data[key] | {"samples": kept}
+                cut += note
+        for key, limit in limits.items():
             result[key], note = _cut(data[key], limit, key)
-            result["notes"] += note
+            cut += note
+        if text is not None:
+            others = [key for key in data if key not in (*SAMPLES, *limits)]
+            shorter = {key: _cut_anywhere(data[key], text) for key in others}
+            if changed := [key for key in others if shorter[key] != data[key]]:
+                cut.append(f"{', '.join(changed)}: texts and lists are kept here up to {text} characters or entries")
+            result |= shorter
+        result["notes"] = [*result["notes"], *cut]
         if len(_dump(result)) < MAX_BYTES:
             return result
-    raise AssertionError(f"{len(_dump(result))} bytes: something large was set that is neither samples nor text")
+    raise AssertionError(f"{len(_dump(result))} bytes: something large was set that is neither list nor text")
+
+
+def _cut_anywhere(value: Any, limit: int) -> Any:
+    if isinstance(value, dict):
+        return {_cut_text(key, limit): _cut_anywhere(item, limit) for key, item in [*value.items()][:limit]}
+    if isinstance(value, list):
+        return [_cut_anywhere(item, limit) for item in value[:limit]]
+    return _cut_text(value, limit) if isinstance(value, str) else value
+
+
+def _cut_text(text: str, limit: int) -> str:
+    """With its digest: two texts that begin alike stay two."""
+    if len(text) <= limit:
+        return text
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return f"{text[:limit]}… [{len(text)} characters, sha256 {digest}]"
 
 
 def _cut(value: Any, limit: int, key: str) -> tuple[Any, list[str]]:
@@ -218,7 +261,22 @@ def plain(value: Any) -> Any:
 
 def read_record(path: Path) -> dict[str, Any]:
     """As the present schema has it; an earlier one is migrated, and its file left as it is. `ValueError` names a file that
-    is no record, or one of a schema that this version does not know."""
+    is no record, or one of a schema that this version does not know. A record that says `running` while its process is gone
+    reads as `lost`."""
+    data = _read(path)
+    if data.get("status") == "running" and is_gone(data.get("process")):
+        data |= {"status": "lost", "error": lost_error(data)}
+    return data
+
+
+def lost_error(data: dict[str, Any]) -> dict[str, Any]:
+    phase = data.get("phase")
+    during = f" during {phase}" if phase else ""
+    message = f"the run's process is gone{during} and left no word: it was killed, or the machine went down"
+    return {"type": "ProcessLost", "message": message, "phase": phase, "traceback": None}
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -230,6 +288,19 @@ def read_record(path: Path) -> dict[str, Any]:
         return migrate(data)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def full_config(record: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The config of the record at `path`, whole where the record has it cut. `ValueError` where it is not to be had."""
+    if not record.get("full_config"):
+        return record["config"]
+    file = path.with_name(FULL_CONFIG)
+    if not file.is_file():
+        raise ValueError(f"the config of {path} is cut, and {FULL_CONFIG} beside it, which has it whole, is missing")
+    text = file.read_text(encoding="utf-8")
+    if hashlib.sha256(text.encode()).hexdigest() != record["full_config"].get("sha256"):
+        raise ValueError(f"{file} is not the config of {path}: its digest is another one")
+    return json.loads(text)
 
 
 def is_prepared(record: dict[str, Any]) -> bool:
@@ -249,6 +320,11 @@ def head(path: Path) -> dict[str, Any]:
     pairs = {key: None if value == "null" else value.strip('"') for key, value in HEAD_LINE.findall(text)}
     if pairs.pop("schema", None) not in SCHEMAS or not set(HEAD) <= set(pairs):
         return {}
+    if pairs["status"] == "running":  # few do: whether it still runs is said further down
+        try:
+            pairs["status"] = read_record(path)["status"]
+        except ValueError:  # broken further down
+            return {}
     return {key: pairs[key] for key in HEAD}
 
 

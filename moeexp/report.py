@@ -12,6 +12,7 @@ from typing import Any
 from moeexp.arguments import Parser
 from moeexp.conditions import group_name
 from moeexp.record import SPEEDS, is_prepared, read_record, write_atomically
+from moeexp.streams import fitted
 
 MEASURED = ("decode tok/s", "prefill tok/s", "TTFT ms", "bits/byte", "peak GiB")
 STALLS = "stalls: how many, ms, tok/s without"
@@ -239,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # --help
         return stop.code if isinstance(stop.code, int) else 0
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(fitted(f"error: {error}"), file=sys.stderr)
         return 2
 
 

@@ -21,16 +21,18 @@ from moeexp.arguments import Parser
 from moeexp.command_line import arguments_of, hydra_value
 from moeexp.conditions import LOAD, unlike
 from moeexp.markdown_report import times
-from moeexp.record import MAX_BYTES
+from moeexp.record import MAX_BYTES, full_config
 from moeexp.report import percent, read_published
 from moeexp.statistics import RUN_TO_RUN, ratio, speed_of
+from moeexp.streams import fitted
 
 AGREES, DIFFERS, INVALID = 0, 1, 2
+LONGEST_ARGUMENT = 128_000  # bytes; Linux takes 131,071
 STDERR = 2  # what the run prints is not the answer
 # Longer than any record, whose size is limited when it is written.
 MAX_SIZE = 50 * MAX_BYTES
 # What a record holds as a table, once it is known.
-TABLES = ("config", "environment", "telemetry", "identity", "check", "group", "token_latencies_ms")
+TABLES = ("config", "full_config", "environment", "telemetry", "identity", "check", "group", "token_latencies_ms")
 # On other hardware, or where others used it too, a speed is not judged at all.
 HARDWARE = (
     "GPU",
@@ -61,6 +63,7 @@ def read(path: Path) -> dict[str, Any]:
         record = read_published(file)
         if wrong := [key for key in TABLES if not isinstance(record.get(key), dict | None)]:
             raise ValueError(f"{file} is not a whole record: its {wrong[0]} is no table")
+        record["config"] = full_config(record, file)
         judge(record, record)  # what cannot be held against itself cannot be held against another
     except (ValueError, OSError):
         raise
@@ -76,6 +79,10 @@ def run_again(record: dict[str, Any], folder: Path, *, trust: bool = False) -> d
         "tracker.mode=disabled",
         f"hydra.run.dir={hydra_value(str(folder))}",
     ]
+    longest = max(overrides, key=len)
+    if len(longest.encode()) > LONGEST_ARGUMENT:
+        key = longest.partition("=")[0]
+        raise ValueError(f"{key} has {len(longest)} characters, more than a command line can hold: it is in the record's config")
     print("$ " + shlex.join(["python", "-m", "moeexp", *overrides]), file=sys.stderr)
     code = subprocess.run([sys.executable, "-m", "moeexp", *overrides], stdout=STDERR).returncode
     if code == 130:
@@ -152,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(fitted(f"error: {error}"), file=sys.stderr)
         return INVALID
     agree, lines = judge(old, new, tolerance=options.tolerance)
     print("\n".join(lines))

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-from moeexp.record import head, read_record
+from moeexp.record import Record, head, lost_error, read_record
 
 # A result; repeating it would measure the same again. The rest was not completed.
 RESULTS = ("ok", "incorrect")
@@ -58,6 +58,22 @@ def runs_again(earlier: Earlier | None, rerun: str) -> bool:
     if earlier is None or rerun == "all":
         return True
     return rerun == "failed" and earlier.status not in RESULTS
+
+
+def close_lost(path: Path) -> None:
+    """Finishes the record of a run whose process is gone, in the file as it reads already. One whose folder a sweep holds
+    is that sweep's to finish."""
+    held = path.with_name(".lock")
+    lock = _try_lock(held) if held.exists() else None
+    if held.exists() and lock is None:
+        return
+    try:
+        record = Record.load(path)
+        if record.data["status"] == "running":
+            record.finish("lost", error=lost_error(record.data))
+    finally:
+        if lock is not None:
+            lock.close()
 
 
 class Folder:

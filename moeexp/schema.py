@@ -65,10 +65,11 @@ class SamplerConfig:
 @dataclass
 class TrackerConfig:
     name: str = MISSING
-    project: str = MISSING
+    # null: what W&B's own variables say (WANDB_PROJECT, WANDB_ENTITY, WANDB_RUN_GROUP, WANDB_TAGS), else see tracker.py
+    project: str | None = MISSING
     entity: str | None = MISSING
     group: str | None = MISSING
-    tags: list[str] = MISSING
+    tags: list[str] | None = MISSING
     mode: str = MISSING
     path: str | None = MISSING  # the file that tracker=jsonl appends to
     timeout_s: float = MISSING  # the longest that tracking may take
@@ -183,9 +184,11 @@ def _check_keys(node: DictConfig, schema: type, prefix: str = "") -> None:
 
 def compose(overrides: Sequence[str] = ()) -> Config:
     """What `python -m moeexp OVERRIDES…` composes, for scripts and tests: `compose(["model=nano", "batch=2"])`."""
+    from moeexp.override_text import as_typed  # imports this module
+
     register()
     with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
-        config = to_config(hydra_compose("config", overrides=list(overrides)))
+        config = to_config(hydra_compose("config", overrides=list(map(as_typed, overrides))))
     from moeexp.adopt import adopt  # imports this module
 
     return adopt(config, overrides)

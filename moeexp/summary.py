@@ -14,7 +14,7 @@ from rich.text import Text
 from moeexp.report import footnotes, is_median, markdown, number, table, why
 from moeexp.schema import model_label
 
-COLOURS = {"ok": "green", "running": "yellow", "unsupported": "yellow", "interrupted": "yellow"}
+COLOURS = {"ok": "green", "running": "yellow", "unsupported": "yellow", "interrupted": "yellow", "lost": "yellow"}
 MAX_TEXT = 600
 LABEL = 14
 

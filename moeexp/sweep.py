@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,16 +17,29 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from moeexp import report, summary
+from moeexp import report, signals, summary
 from moeexp.cells import Cell, Composer, cells_of, judge
 from moeexp.devices import Gpu, choose, visible_gpus
 from moeexp.identity import code_fingerprint
-from moeexp.job import FAILED, INTERRUPTED, OK, Experiment, Job, open_record, run_job, say, track, write_jobs
+from moeexp.job import (
+    FAILED,
+    INTERRUPTED,
+    OK,
+    Experiment,
+    Job,
+    check_surroundings,
+    open_record,
+    run_job,
+    say,
+    track,
+    write_jobs,
+)
+from moeexp.paths import expanded
 from moeexp.phases import bar
 from moeexp.process import Process
 from moeexp.progress import Progress
 from moeexp.record import Record, write_atomically
-from moeexp.resume import Folder, History, link, read_running, read_whole
+from moeexp.resume import Folder, History, close_lost, link, read_running, read_whole
 from moeexp.schema import Config, LauncherConfig
 
 POLL_S = 0.05
@@ -68,12 +80,15 @@ class Sweep:
         cells = cells_of(composer, overrides, max(first, len(self.cells)))
         settings, rerun = self._agreed(cells)
         self.gpus = choose(visible_gpus(), settings.gpus)
-        self.history = History([Path(settings.root), self.directory])
+        self.history = History([expanded(settings.root), self.directory])
         self.fingerprint = code_fingerprint()
         judge(
             cells, gpus=self.gpus, history=self.history, fingerprint=self.fingerprint, rerun=rerun, at_once=self.at_once,
             progress=_bar,
         )  # fmt: skip
+        for cell in cells:
+            if cell.again and cell.refusal is None:
+                check_surroundings(cell.given)  # a fault of the whole sweep, not of a cell
         if self._whole_groups():
             self._repeat_broken_groups(cells)
         self.cells += cells
@@ -91,6 +106,7 @@ class Sweep:
         if self.dry_run:
             summary.print_cells(cells, history=self.history, console=Console())
             return
+        self._close_lost(cells)
         self._refuse_and_reuse(cells, composer)
         waiting = self._grouped([cell for cell in cells if cell.record is None])
         if self.settings.isolation == "none":
@@ -142,6 +158,13 @@ class Sweep:
         self.settings, rerun, self.dry_run = views[0]
         check_settings(self.settings, rerun)
         return self.settings, rerun
+
+    def _close_lost(self, cells: Sequence[Cell]) -> None:
+        """Of an earlier call that was killed, the records of these cells."""
+        hashes = {cell.config_hash for cell in cells if cell.config_hash}
+        for run in self.history.runs:
+            if run.status == "lost" and run.config_hash in hashes:
+                close_lost(run.path)
 
     def _refuse_and_reuse(self, cells: Sequence[Cell], composer: Composer) -> None:
         for cell in cells:
@@ -197,7 +220,7 @@ class Sweep:
         """A process each; as many at a time as there are GPUs, else one."""
         free: list[Gpu | None] = list(self.gpus) or [None]
         waiting, running = list(waiting), list[Running]()
-        with _terminated_as_interrupted(), Progress(Console(stderr=True)).shown() as progress:
+        with signals.repeated(), Progress(Console(stderr=True)).shown() as progress:
             try:
                 while waiting or running:
                     while waiting and free and not self.stopped:
@@ -313,16 +336,6 @@ def _bar(what: str, *, total: int) -> Iterator[Callable[[int], None]]:
         say(f"{what}: {total} ...")
     with bar(console, what, total=total) as advance:
         yield advance
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM stops the sweep as Ctrl-C does, so that its runs end with it."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _earlier_group(cell: Cell) -> str:

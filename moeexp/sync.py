@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from moeexp import signals
 from moeexp.arguments import Parser
 from moeexp.record import read_record
+from moeexp.streams import fitted
 from moeexp.tracker import wandb_mode
 
 DEFAULT_FOLDERS = ("outputs", "multirun")
@@ -73,6 +75,11 @@ def upload(runs: Sequence[OfflineRun], *, seconds: float) -> list[OfflineRun]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 all is uploaded, 1 something is not, 2 invalid input or not logged in, 130 interrupted."""
+    with signals.handled():  # SIGTERM as Ctrl-C
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parser = Parser("python -m moeexp.sync", description="Upload runs that W&B logged offline.")
     parser.add_argument("folders", nargs="*", metavar="DIR", type=Path, help="default: outputs and multirun, if there")
     parser.add_argument("--dry-run", action="store_true", help="say what would be uploaded and stop")
@@ -93,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError("not logged in to W&B: run `wandb login`, or set WANDB_API_KEY")
         left = upload(waiting, seconds=options.timeout)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(fitted(f"error: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -6,6 +6,7 @@ connections and never answers, and keeps its hooks and output away from the run.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import netrc
 import os
@@ -17,9 +18,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from moeexp.record import SAMPLES, read_record
+from moeexp.paths import expanded
+from moeexp.record import SAMPLES, read_record, shorten
+from moeexp.schema import TrackerConfig
 
 ANSWER = "moeexp-tracker: "
+PROJECT = "moeexp"
+# What W&B takes, and what it means.
+WANDB_MODES = {"online": "online", "offline": "offline", "disabled": "disabled", "run": "online", "dryrun": "offline"}
+WANDB_VARIABLES = {
+    "project": "WANDB_PROJECT", "entity": "WANDB_ENTITY", "group": "WANDB_RUN_GROUP", "tags": "WANDB_TAGS",
+}  # fmt: skip
 # Where `wandb login` goes without a server of one's own, by version.
 CLOUD_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
 SUMMARY_KEYS = ("decode_tok_s", "prefill_tok_s", "ttft_s", "bandwidth_share", "joules_per_token")
@@ -31,8 +40,8 @@ def track(record: dict[str, Any], *, run_dir: Path, exit_code: int, group: str |
     Raises nothing that concerns the tracker: a measured run is not lost to an unreachable server."""
     settings = record["config"]["tracker"]
     if settings["name"] == "jsonl":
-        return _append(record, Path(settings["path"]))
-    return _wandb_process(run_dir, exit_code, group or settings["group"], settings["timeout_s"])
+        return _append(shorten(record), expanded(settings["path"]))
+    return _wandb_process(run_dir, exit_code, group, settings["timeout_s"])
 
 
 def _result(name: str, **known: Any) -> dict[str, Any]:
@@ -81,12 +90,34 @@ def _wandb_process(run_dir: Path, exit_code: int, group: str | None, timeout_s: 
 
 
 def wandb_mode(settings: dict[str, Any], environment: dict[str, str] | os._Environ) -> str:
-    """online | offline | disabled. `auto` is WANDB_MODE where that is set, else online when logged in."""
+    """online | offline | disabled. `auto` is WANDB_MODE where that is set, else online when logged in. `ValueError` where that
+    is no mode of W&B's."""
     if settings["mode"] != "auto":
         return settings["mode"]
-    if environment.get("WANDB_MODE"):
-        return environment["WANDB_MODE"]
+    if own := environment.get("WANDB_MODE"):
+        if own not in WANDB_MODES:
+            raise ValueError(f"the environment's WANDB_MODE={own} is not a mode; allowed: {', '.join(WANDB_MODES)}")
+        return WANDB_MODES[own]
     return "online" if _logged_in(environment) else "offline"
+
+
+def check_environment(settings: TrackerConfig) -> None:
+    """Before a run: what tracking will read of the environment. `ValueError`, one line."""
+    if settings.name == "wandb":
+        wandb_mode({"mode": settings.mode}, os.environ)
+
+
+def settled(settings: TrackerConfig) -> TrackerConfig:
+    """What the config leaves open of a W&B run's place: W&B's own variables, else ours."""
+    own = {key: os.environ.get(name) or None for key, name in WANDB_VARIABLES.items()}
+    tags = [tag.strip() for tag in (own["tags"] or "").split(",") if tag.strip()]
+    return dataclasses.replace(
+        settings,
+        project=settings.project or own["project"] or PROJECT,
+        entity=settings.entity or own["entity"],
+        group=settings.group or own["group"],
+        tags=tags if settings.tags is None else settings.tags,
+    )
 
 
 def _logged_in(environment: dict[str, str] | os._Environ) -> bool:
@@ -142,12 +173,13 @@ def _log_to_wandb(run_dir: Path, exit_code: int, group: str | None) -> dict[str,
 
 def _init(wandb: Any, record: dict[str, Any], run_dir: Path, mode: str, group: str | None) -> Any:
     settings = record["config"]["tracker"]
+    where = settled(TrackerConfig(**settings))  # also of a run that was killed before its config was resolved
     config = {key: value for key, value in record["config"].items() if key != "tracker"}
     return wandb.init(
-        project=settings["project"],
-        entity=settings["entity"],
-        group=group,
-        tags=[*settings["tags"], record["status"]],
+        project=where.project,
+        entity=where.entity,
+        group=where.group or group,
+        tags=[*where.tags, record["status"]],
         name=record["id"],
         config=config | {"config_hash": record["config_hash"], "environment": record["environment"]},
         dir=str(run_dir),

@@ -16,13 +16,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from moeexp.job import Job, TimeUp, default_experiment, run_job
+from moeexp import signals, streams
+from moeexp.job import INTERRUPTED, Job, TimeUp, default_experiment, run_job
 
 PR_SET_PDEATHSIG = 1
 
 
 def main(path: str) -> int:
     """Its exit code is the worst of its jobs'; the records say the rest."""
+    # A background job ignores SIGINT, with which the parent stops this.
+    streams.prepare()
+    with signals.handled(even_if_ignored=(signal.SIGINT,)):
+        return run(path)
+
+
+def run(path: str) -> int:
     faulthandler.enable()
     die_with_parent()
     content = json.loads(Path(path).read_text())
@@ -34,7 +42,6 @@ def main(path: str) -> int:
 
     # The parent watches the clock and sends this; see `moeexp.process`.
     signal.signal(signal.SIGALRM, time_is_up)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # may be ignored in a background job
     module, _, name = content["experiment"].partition(":")
     experiment = getattr(importlib.import_module(module), name)
     if len(jobs) > 1:
@@ -52,4 +59,7 @@ def die_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    try:
+        sys.exit(main(sys.argv[1]))
+    except KeyboardInterrupt:  # after the records were complete
+        sys.exit(INTERRUPTED)

@@ -131,3 +131,20 @@ def test_a_bfloat16_run_shares_its_references_and_not_what_its_ops_compute():
     reused = [set(record["check"]["reused"]) for record in found]
     assert {"reference", "bf16 baseline", "bf16 reference"} <= reused[1]
     assert ["float32" in names for names in reused] == [False, False, False, True]
+
+
+def test_a_run_whose_tracking_is_interrupted_stays_complete(monkeypatch):
+    def finished(members):
+        for member in members:
+            group._prepare(member)
+            member.record.set(check={"passed": True, "parts": [], "failures": []}, decode_tok_s=5.0)
+            member.end(None)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(group, "_run", finished)
+    monkeypatch.setattr("moeexp.tracker.track", interrupted)
+    assert group.run_group(jobs([], [])) == 130
+    first, second = records(2)
+    assert first["status"] == "ok" and first["decode_tok_s"] == 5.0 and second["status"] == "interrupted"

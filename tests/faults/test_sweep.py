@@ -140,7 +140,7 @@ def test_a_killed_sweep_leaves_no_run_behind():
         run.kill()
         run.wait()
     until(lambda: not _processes_in(os.getcwd()), seconds=10)
-    assert statuses() == {4: "running"} and by_seed()[4]["config_hash"]
+    assert statuses() == {4: "lost"} and by_seed()[4]["config_hash"]
     ran(), Path("sabotage").unlink()
     assert sweep("seed=4") == 0 and ran() == [4]
 

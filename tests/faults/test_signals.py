@@ -1,0 +1,184 @@
+"""SIGTERM and SIGHUP end a run as Ctrl-C does, at any moment; what a killed run leaves behind reads as lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from sabotage import experiment, ran
+
+from moeexp import liveness
+from moeexp.cli import main
+from moeexp.record import Record, head, read_record
+from moeexp.resume import History
+
+EXPERIMENT = """
+import sys, time
+from moeexp import tracker
+from moeexp.cli import main
+def ready():
+    print("ready", flush=True)
+    time.sleep(60)
+def experiment(cfg, *, run_dir, record, phases):
+    record.set(check={"passed": True})
+    record.latencies_ms += [1.0]
+    with phases("benchmark"):
+        BODY
+TRACK
+sys.exit(main(["model=nano", "tracker=jsonl"], experiment=experiment))
+"""
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def start(body="ready()", track="", ignored=()):
+    code = EXPERIMENT.replace("BODY", body.replace("\n", "\n        ")).replace("TRACK", track)
+
+    def listen():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
+
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, "-c", code], preexec_fn=listen, **pipes)
+
+
+def ready(run):
+    for line in run.stdout:
+        if line == "ready\n":
+            return
+    raise AssertionError(f"it ended with {run.wait()}")
+
+
+def the_record():
+    (path,) = Path("outputs").rglob("record.json")
+    return read_record(path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_run_is_interrupted(number):
+    with start() as run:
+        ready(run)
+        run.send_signal(number)
+        run.send_signal(number)  # `timeout` signals its child, then the child's group: one request
+        output, _ = run.communicate(timeout=60)
+    assert run.returncode == 130 and "Traceback" not in output and "interrupted; what was measured is in" in output
+    record = the_record()
+    assert record["status"] == "interrupted" and record["token_latencies_ms"]["samples"] == [1.0]
+    assert record["error"]["message"] == f"interrupted by {number.name} during benchmark"
+    assert json.loads(Path("outputs/runs.jsonl").read_text())["status"] == "interrupted"
+
+
+SWALLOWED = "try:\n    ready()\nexcept KeyboardInterrupt:\n    pass"
+ANOTHER_ERROR = "try:\n    ready()\nexcept KeyboardInterrupt:\n    raise RuntimeError('the compiler was killed')"
+
+
+@pytest.mark.parametrize("body", [SWALLOWED, ANOTHER_ERROR])
+def test_an_interrupt_that_gets_lost_on_its_way_is_one(body):
+    with start(body) as run:
+        ready(run)
+        run.terminate()
+        run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert the_record()["status"] == "interrupted" and the_record()["error"]["type"] == "KeyboardInterrupt"
+
+
+def test_a_second_one_kills():
+    with start("try:\n    ready()\nexcept KeyboardInterrupt:\n    ready()") as run:
+        ready(run)
+        run.terminate()
+        ready(run)
+        time.sleep(0.6)
+        run.terminate()
+        run.communicate(timeout=10)
+    assert run.returncode == -signal.SIGTERM
+    record = the_record()
+    assert record["status"] == "lost" and "is gone during benchmark" in record["error"]["message"]
+
+
+def test_one_that_was_ignored_stays_ignored():
+    """nohup."""
+    with start("print('ready', flush=True)\ntime.sleep(2)", ignored=[signal.SIGHUP]) as run:
+        ready(run)
+        run.send_signal(signal.SIGHUP)
+        run.communicate(timeout=60)
+    assert run.returncode == 0 and the_record()["status"] == "ok"
+
+
+def test_during_tracking_the_record_stays_whole():
+    with start("pass", track="tracker.track = lambda *_, **__: ready()") as run:
+        ready(run)
+        run.terminate()
+        run.communicate(timeout=60)
+    assert run.returncode == 130
+    record = the_record()
+    assert record["status"] == "ok" and "tracking was interrupted; the record is whole" in record["notes"]
+
+
+def test_during_imports():
+    """The record is there before torch is."""
+    with start() as run:
+        deadline = time.monotonic() + 60
+        while not list(Path(".").rglob("record.json")):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        run.terminate()
+        output, _ = run.communicate(timeout=60)
+    assert run.returncode == 130, output
+    assert the_record()["status"] == "interrupted" and the_record()["environment"] is None
+
+
+def test_a_process_that_is_there_is_not_lost(tmp_path):
+    run = Record(tmp_path / "record.json", id="a", config={}, command=[])
+    run.write()
+    assert read_record(run.path)["status"] == head(run.path)["status"] == "running"
+
+
+GONE = {"pid": 2**22 + 1}
+OTHER = [
+    (GONE, "lost"),
+    ({"started_ticks": 1}, "lost"),  # the pid came again
+    ({"boot": "another"}, "lost"),
+    (GONE | {"host": "elsewhere"}, "running"),
+    (GONE | {"pid_namespace": "pid:[1]"}, "running"),
+    ({"pid": "x"}, "running"),
+    ({"pid": 0}, "running"),
+]
+
+
+@pytest.mark.parametrize("changed, status", OTHER)
+def test_whose_process_is_gone(tmp_path, changed, status):
+    run = Record(tmp_path / "record.json", id="a", config={}, command=[])
+    run.set(process=liveness.this_process() | changed)
+    run.write()
+    assert read_record(run.path)["status"] == head(run.path)["status"] == History([tmp_path]).runs[0].status == status
+    assert Record.load(run.path).data["status"] == "running", "only reading says so"
+
+
+def test_the_next_call_of_a_sweep_closes_what_was_lost():
+    call = "import sys; from moeexp.cli import main; from sabotage import experiment; "
+    arguments = ["-m", "model=nano", "tracker=jsonl", "export=eager", "seed=4"]
+    Path("sabotage").touch()
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
+    command = [sys.executable, "-c", call + f"sys.exit(main({arguments!r}, experiment=experiment))"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        while not Path("ran").exists():
+            assert run.poll() is None
+            time.sleep(0.05)
+        run.kill()
+    (path,) = Path("multirun").rglob("record.json")
+    deadline = time.monotonic() + 10
+    while read_record(path)["status"] != "lost":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert json.loads(path.read_text())["status"] == "running"
+    ran(), Path("sabotage").unlink()
+    assert main(arguments, experiment=experiment) == 0 and ran() == [4]
+    closed = json.loads(path.read_text())
+    assert closed["status"] == "lost" and closed["finished"] and closed["error"]["type"] == "ProcessLost"
