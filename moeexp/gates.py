@@ -50,7 +50,7 @@ GATES: dict[str, Gate] = {
     "weights.step": Gate(
         0.51,
         "distance of a dequantised weight from the nearest value that its group can express, in steps of the group, the worst",
-        "hqq rounds last, so half a step; 0.4999 is the worst of tiny and of six other distributions of weights",
+        "hqq rounds last, so half a step; 0.4999 is the worst of tiny and of four other distributions of weights",
     ),
     "weights.clipped": Gate(
         2.0,
