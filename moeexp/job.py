@@ -132,7 +132,7 @@ def prepare(cfg: DictConfig, record: Record, phases: Phases) -> schema.Config:
 
 def check_surroundings(config: schema.Config) -> None:
     """What is wrong with the environment rather than with the config, before any work. `ValueError`, one line."""
-    tracker.check_environment(config.tracker)
+    tracker.check_environment(dataclasses.asdict(config.tracker))
     if config.engine == "moeexp" and (config.export != "eager" or config.device != "cpu"):  # else nothing is compiled
         caches.prepare()
         if config.export == "aoti" and config.artifact is None:

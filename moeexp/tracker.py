@@ -6,7 +6,6 @@ connections and never answers, and keeps its hooks and output away from the run.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import netrc
 import os
@@ -20,7 +19,6 @@ from urllib.parse import urlparse
 
 from moeexp.paths import expanded
 from moeexp.record import SAMPLES, read_record, shorten
-from moeexp.schema import TrackerConfig
 
 ANSWER = "moeexp-tracker: "
 PROJECT = "moeexp"
@@ -101,23 +99,22 @@ def wandb_mode(settings: dict[str, Any], environment: dict[str, str] | os._Envir
     return "online" if _logged_in(environment) else "offline"
 
 
-def check_environment(settings: TrackerConfig) -> None:
+def check_environment(settings: dict[str, Any]) -> None:
     """Before a run: what tracking will read of the environment. `ValueError`, one line."""
-    if settings.name == "wandb":
-        wandb_mode({"mode": settings.mode}, os.environ)
+    if settings["name"] == "wandb":
+        wandb_mode(settings, os.environ)
 
 
-def settled(settings: TrackerConfig) -> TrackerConfig:
-    """What the config leaves open of a W&B run's place: W&B's own variables, else ours."""
+def settled(settings: dict[str, Any]) -> dict[str, Any]:
+    """With what the config leaves open of a W&B run's place: W&B's own variables, else ours."""
     own = {key: os.environ.get(name) or None for key, name in WANDB_VARIABLES.items()}
     tags = [tag.strip() for tag in (own["tags"] or "").split(",") if tag.strip()]
-    return dataclasses.replace(
-        settings,
-        project=settings.project or own["project"] or PROJECT,
-        entity=settings.entity or own["entity"],
-        group=settings.group or own["group"],
-        tags=tags if settings.tags is None else settings.tags,
-    )
+    return settings | {
+        "project": settings["project"] or own["project"] or PROJECT,
+        "entity": settings["entity"] or own["entity"],
+        "group": settings["group"] or own["group"],
+        "tags": tags if settings["tags"] is None else settings["tags"],
+    }
 
 
 def _logged_in(environment: dict[str, str] | os._Environ) -> bool:
@@ -173,13 +170,13 @@ def _log_to_wandb(run_dir: Path, exit_code: int, group: str | None) -> dict[str,
 
 def _init(wandb: Any, record: dict[str, Any], run_dir: Path, mode: str, group: str | None) -> Any:
     settings = record["config"]["tracker"]
-    where = settled(TrackerConfig(**settings))  # also of a run that was killed before its config was resolved
+    where = settled(settings)  # also of a run that was killed before its config was resolved
     config = {key: value for key, value in record["config"].items() if key != "tracker"}
     return wandb.init(
-        project=where.project,
-        entity=where.entity,
-        group=where.group or group,
-        tags=[*where.tags, record["status"]],
+        project=where["project"],
+        entity=where["entity"],
+        group=where["group"] or group,
+        tags=[*where["tags"], record["status"]],
         name=record["id"],
         config=config | {"config_hash": record["config_hash"], "environment": record["environment"]},
         dir=str(run_dir),

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import codecs
 import math
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from moeexp import threads
 from moeexp.architecture import Architecture
-from moeexp.schema import Config, ModelConfig, QuantConfig, SamplerConfig, model_label
+from moeexp.schema import Config, ModelConfig, QuantConfig, SamplerConfig, TrackerConfig, model_label
 from moeexp.tracker import settled
 
 DEFAULT_PROMPT = "In the beginning"
@@ -94,7 +94,7 @@ def resolve(cfg: Config, *, cuda_available: bool, at_once: int = 1) -> Config:
         # What a user gave stays as it is: transformers' reading of it is compared with ours.
         model=replace(cfg.model, architecture=arch.to_hf() if weights_folder(cfg.model) else given, tokenizer=tokenizer),
         quant=replace(cfg.quant, group_size=group_size),
-        tracker=settled(cfg.tracker),
+        tracker=TrackerConfig(**settled(asdict(cfg.tracker))),
         cuda_graph="decode" if cfg.cuda_graph is True else cfg.cuda_graph,
         prefill_graph_lengths=_graph_lengths(cfg),
         device=device,

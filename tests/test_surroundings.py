@@ -329,8 +329,8 @@ def test_what_wandb_takes_as_a_mode(mode, meant):
 
 
 def settled(*overrides):
-    found = tracker.settled(schema.compose(["model=nano", *overrides]).tracker)
-    return found.project, found.entity, found.group, found.tags
+    found = tracker.settled(dataclasses.asdict(schema.compose(["model=nano", *overrides]).tracker))
+    return found["project"], found["entity"], found["group"], found["tags"]
 
 
 def test_the_config_goes_before_wandbs_variables_and_they_before_ours(monkeypatch):
