@@ -68,6 +68,11 @@ def main(arguments: Sequence[str] | None = None, *, experiment: Experiment = def
             return _main(list(sys.argv[1:] if arguments is None else arguments), experiment)
         except KeyboardInterrupt:  # after the last record was complete
             return INTERRUPTED
+        except OSError:
+            if not signals.received():
+                raise
+            streams.outlive()  # nobody listens any more
+            return INTERRUPTED
 
 
 def _main(arguments: list[str], experiment: Experiment) -> int:

@@ -227,7 +227,12 @@ def _report(error: BaseException, record: Record, phases: Phases, *, invalid: bo
 
 def say(line: str) -> None:
     """To the user; each line fits a terminal and a log."""
-    print("\n".join(map(streams.fitted, line.split("\n"))), file=sys.stderr)
+    try:
+        print("\n".join(map(streams.fitted, line.split("\n"))), file=sys.stderr)
+    except OSError:
+        if not signals.received():
+            raise
+        streams.outlive()  # the listener went a moment after the signal
 
 
 def default_experiment(*arguments: Any, **keywords: Any) -> None:

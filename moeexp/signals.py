@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from moeexp import streams
+
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ECHO_S = 0.5
 
@@ -135,4 +137,5 @@ def _stop(number: int, *, second: bool) -> None:
     if second and number != signal.SIGINT and not _state.again:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
+    streams.outlive()
     raise Stopped(signal.Signals(number).name)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import codecs
 import io
+import os
+import select
 import sys
 
 MAX_LINE = 400
@@ -21,6 +23,21 @@ def prepare() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="moeexp")
+
+
+def outlive() -> None:
+    """Whoever read the output may be gone (a terminal that hung up, a `tee` that got the same signal): then to nowhere, as
+    what remains to be done matters more than who hears of it."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        try:
+            poll = select.poll()
+            poll.register(stream.fileno(), select.POLLOUT)
+            gone = any(event & (select.POLLERR | select.POLLHUP | select.POLLNVAL) for _, event in poll.poll(0))
+        except (OSError, ValueError, AttributeError):  # no file: a test's, a notebook's
+            continue
+        if gone:
+            setattr(sys, name, open(os.devnull, "w"))
 
 
 def _spelled(error: UnicodeError) -> tuple[str, int]:

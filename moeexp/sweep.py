@@ -240,9 +240,9 @@ class Sweep:
                 self._stop_all(running)
 
     def _stop_all(self, running: list[Running]) -> None:
-        say("interrupted: stopping the runs that are under way; again to kill them")
         for entry in running:
             entry.process.interrupt()
+        say("interrupted: stopping the runs that are under way; again to kill them")
         try:
             while not all([entry.process.ended() for entry in running]):
                 time.sleep(POLL_S)

@@ -75,6 +75,17 @@ def test_a_run_is_interrupted(number):
     assert json.loads(Path("outputs/runs.jsonl").read_text())["status"] == "interrupted"
 
 
+def test_nobody_listens_any_more():
+    """A terminal that hung up, or a `tee` that got the same signal."""
+    with start() as run:
+        ready(run)
+        run.stdout.close()
+        run.terminate()
+        assert run.wait(60) == 130
+    assert the_record()["status"] == "interrupted"
+    assert json.loads(Path("outputs/runs.jsonl").read_text())["status"] == "interrupted"
+
+
 SWALLOWED = "try:\n    ready()\nexcept KeyboardInterrupt:\n    pass"
 ANOTHER_ERROR = "try:\n    ready()\nexcept KeyboardInterrupt:\n    raise RuntimeError('the compiler was killed')"
 
@@ -161,17 +172,32 @@ def test_whose_process_is_gone(tmp_path, changed, status):
     assert Record.load(run.path).data["status"] == "running", "only reading says so"
 
 
-def test_the_next_call_of_a_sweep_closes_what_was_lost():
-    call = "import sys; from moeexp.cli import main; from sabotage import experiment; "
+def start_sweep():
     arguments = ["-m", "model=nano", "tracker=jsonl", "export=eager", "seed=4"]
     Path("sabotage").touch()
+    call = "import sys; from moeexp.cli import main; from sabotage import experiment; "
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
     command = [sys.executable, "-c", call + f"sys.exit(main({arguments!r}, experiment=experiment))"]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
-        while not Path("ran").exists():
-            assert run.poll() is None
-            time.sleep(0.05)
-        run.kill()
+    run = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not Path("ran").exists():
+        assert run.poll() is None
+        time.sleep(0.05)
+    return run, arguments
+
+
+def test_a_sweep_that_nobody_listens_to_stops_its_runs():
+    run, _ = start_sweep()
+    run.stdout.close()
+    run.send_signal(signal.SIGHUP)
+    assert run.wait(60) == 130
+    (path,) = Path("multirun").rglob("record.json")
+    assert json.loads(path.read_text())["status"] == "interrupted"
+
+
+def test_the_next_call_of_a_sweep_closes_what_was_lost():
+    run, arguments = start_sweep()
+    run.kill()
+    run.wait()
     (path,) = Path("multirun").rglob("record.json")
     deadline = time.monotonic() + 10
     while read_record(path)["status"] != "lost":
