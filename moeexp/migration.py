@@ -35,7 +35,7 @@ def from_1_to_2(old: dict[str, Any]) -> dict[str, Any]:
     token had prefill in it, the floor of several sequences assumed distinct experts, and a graph's kernels were counted
     in an eager step: all three are dropped."""
     new = old | {"schema": "moeexp.record/2", "joules_per_token": None}
-    new |= dict.fromkeys(("identity", "stalls", "prefill_latencies_ms", "ttft_latencies_ms", "energy"))
+    new |= dict.fromkeys(("process", "full_config", "identity", "stalls", "prefill_latencies_ms", "ttft_latencies_ms", "energy"))
     config, latencies, floor = old["config"], old["token_latencies_ms"], old.get("bytes_per_token")
     if config.get("cuda_graph"):
         new["kernels_per_token"] = None

@@ -36,6 +36,7 @@ SHOWN = 60
 # Fields of any type in the schema. Those of the launcher never become part of a command.
 UNTYPED = {
     "cuda_graph": bool | str,
+    "threads": int | str,
     "launcher.gpus": int | str | list[int],
     "launcher.only": int | str | list[int | str],
 }

@@ -112,7 +112,13 @@ def put(config, place, value):
     return config
 
 
-CONFIG = base()["config"]
+def whole(config):
+    """With its shapes in full, as a snapshot's are recorded."""
+    shapes = Architecture.from_hf(config["model"]["architecture"]).to_hf()
+    return config | {"model": config["model"] | {"architecture": shapes}}
+
+
+CONFIG = whole(base()["config"])
 PLACES = list(places(CONFIG))
 
 
