@@ -22,14 +22,17 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from moeexp import launcher, schema, signals, streams
-from moeexp.composition_error import HELP, explain
-from moeexp.job import FAILED, INTERRUPTED, INVALID, OK, Experiment, Job, default_experiment, run_job, say
-from moeexp.objective import objective
-from moeexp.override_text import as_typed
-from moeexp.paths import expanded
-from moeexp.record import read_record
-from moeexp.sweep import Sweep
+from moeexp.config import schema
+from moeexp.config.errors import HELP, explain
+from moeexp.config.override_text import as_typed
+from moeexp.record import streams
+from moeexp.record.objective import objective
+from moeexp.record.paths import expanded
+from moeexp.record.record import read_record
+from moeexp.run import signals
+from moeexp.run.job import FAILED, INTERRUPTED, INVALID, OK, Experiment, Job, default_experiment, run_job, say
+from moeexp.sweep import hydra_plugins
+from moeexp.sweep.sweep import Sweep
 
 MULTIRUN = ("-m", "--multirun")
 CONFIG_FOLDER = ("--config-dir", "-cd", "--config-path", "-cp")
@@ -49,9 +52,9 @@ class Session:
     def register(self) -> None:
         """What composing our config takes, in this process."""
         schema.register()
-        launcher.register()
+        hydra_plugins.register()
         OmegaConf.register_new_resolver("moeexp_id", lambda: self.id, replace=True)
-        OmegaConf.register_new_resolver("moeexp_mode", launcher.mode, replace=True)
+        OmegaConf.register_new_resolver("moeexp_mode", hydra_plugins.mode, replace=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A cluster launcher sends the task to another process, which composes the job there."""

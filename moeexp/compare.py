@@ -8,14 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moeexp.arguments import Parser
-from moeexp.conditions import conditions, differing
-from moeexp.markdown_report import LATE, times
-from moeexp.report import MEDIAN, MEDIAN_NOTE, is_median, number, percent, read_published, why
-from moeexp.reproduce import find
-from moeexp.runs import HOUSEKEEPING, as_text, gain, runs_of, settings_text
-from moeexp.statistics import speed_of
-from moeexp.streams import fitted
+from moeexp.config.errors import Parser
+from moeexp.record.streams import fitted
+from moeexp.report.conditions import conditions, differing
+from moeexp.report.format import MEDIAN, MEDIAN_NOTE, number, percent
+from moeexp.report.intervals import speed_of
+from moeexp.report.markdown import LATE, times
+from moeexp.report.records import find, is_median, read_published, why
+from moeexp.report.runs import HOUSEKEEPING, as_text, gain, runs_of, settings_text
 
 TOP_KERNELS = 15
 # Of a phase or a kernel, a change below this is noise that nobody looks for.

@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from moeexp import signals
-from moeexp.arguments import Parser
+from moeexp.config.errors import Parser
 from moeexp.probes import ANSWER, PROBES, Finding
-from moeexp.streams import fitted
-from moeexp.tracker import wandb_mode
+from moeexp.record.streams import fitted
+from moeexp.record.tracker import wandb_mode
+from moeexp.run import signals
 
 SECONDS = 300  # that a probe may take: compiling is slow where a machine is busy
 STYLES = {"ok": "green", "trap": "cyan", "warning": "yellow", "broken": "bold red", "not probed": "dim"}
@@ -49,8 +49,8 @@ def versions() -> dict[str, Any]:
     import torch
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    from moeexp import environment
-    from moeexp.caches import cache_dir
+    from moeexp.record import environment
+    from moeexp.stack.caches import cache_dir
 
     facts = environment.collect("cuda" if torch.cuda.is_available() else "cpu")
     mode = _or_broken(lambda: wandb_mode({"mode": "auto"}, os.environ))
@@ -70,7 +70,7 @@ def versions() -> dict[str, Any]:
 
 
 def _compiler() -> str:
-    from moeexp.compile_cache import toolchain
+    from moeexp.stack.compile_cache import toolchain
 
     return str(toolchain("cpu")["cxx"])
 

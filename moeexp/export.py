@@ -15,10 +15,12 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from moeexp import schema, signals, streams, threads
-from moeexp.composition_error import explain
-from moeexp.phases import Phases
-from moeexp.record import Record
+from moeexp.config import compose, schema, threads
+from moeexp.config.errors import explain
+from moeexp.record import streams
+from moeexp.record.phases import Phases
+from moeexp.record.record import Record
+from moeexp.run import signals
 
 USAGE = """usage: python -m moeexp.export OVERRIDES… out=DIR
 
@@ -61,12 +63,12 @@ def _main(arguments: Sequence[str] | None) -> int:
 def export(arguments: Sequence[str]) -> tuple[Path, dict[str, Any]]:
     """The folder and the manifest. Nothing is left of it if this raises."""
     out = _out([argument for argument in arguments if argument.startswith("out=")])
-    cfg = schema.compose([argument for argument in arguments if not argument.startswith("out=")])
+    cfg = compose.compose([argument for argument in arguments if not argument.startswith("out=")])
 
     threads.prepare()
     import torch
 
-    from moeexp import validate
+    from moeexp.config import resolve, sources, validate
 
     if cfg.artifact is not None:
         raise ValueError(f"artifact={cfg.artifact} is an artifact already: copy its folder")
@@ -74,8 +76,8 @@ def export(arguments: Sequence[str]) -> tuple[Path, dict[str, Any]]:
         raise ValueError(f"export={cfg.export} compiles nothing that could be kept; an artifact needs export=aoti")
     cuda = torch.cuda.is_available()
     validate.validate(cfg, cuda_available=cuda)
-    cfg = validate.resolve(cfg, cuda_available=cuda)
-    threads.apply(threads.choose(cfg.threads, validate.load_architecture(cfg.model)), cfg.device)
+    cfg = resolve.resolve(cfg, cuda_available=cuda)
+    threads.apply(threads.choose(cfg.threads, sources.load_architecture(cfg.model)), cfg.device)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:  # the record of an export is the artifact's manifest
         record = Record(Path(scratch) / "record.json", id="export", config=cfg, command=["python", "-m", "moeexp.export"])
@@ -86,7 +88,8 @@ def export(arguments: Sequence[str]) -> tuple[Path, dict[str, Any]]:
 
 
 def _build(out: Path, cfg: schema.Config, record: Record, phases: Phases) -> dict[str, Any]:
-    from moeexp import artifact, factory, identity
+    from moeexp.run import identity
+    from moeexp.stack import artifact_writer, factory
 
     made_from = identity.Identities(phases.progress).files(cfg)
     with phases("weights"):
@@ -96,7 +99,7 @@ def _build(out: Path, cfg: schema.Config, record: Record, phases: Phases) -> dic
     stack = factory.build_stack(cfg, model, phases, cuda_graph=None if cfg.cuda_graph == "all" else False)
     try:
         with phases("write"):
-            return artifact.write(out, cfg, stack, made_in_s=record.data["phases_s"], identity=made_from)
+            return artifact_writer.write(out, cfg, stack, made_in_s=record.data["phases_s"], identity=made_from)
     finally:
         stack.close()
 

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from moeexp.arguments import Parser
-from moeexp.record import write_atomically
+from moeexp.config.errors import Parser
+from moeexp.record.record import write_atomically
 
 MARKER = re.compile(r"^<!-- (figures: [^\n]*|/figures) -->$", re.MULTILINE)
 BLOCK = re.compile(r"^(<!-- figures: ([a-z0-9-]+) -->\n)(.*?)^(<!-- /figures -->)$", re.MULTILINE | re.DOTALL)
@@ -21,7 +21,7 @@ BLOCK = re.compile(r"^(<!-- figures: ([a-z0-9-]+) -->\n)(.*?)^(<!-- /figures -->
 def rewritten(text: str, results: Path, *, name: str = "the text") -> tuple[str, list[str]]:
     """The text with every block as the records have it, and the names of those that were not. `ValueError` for a block that
     nobody makes, or whose marker has no other end."""
-    from moeexp.figure_blocks import BLOCKS
+    from moeexp.report.figure_blocks import BLOCKS
 
     stale = []
 

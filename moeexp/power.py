@@ -18,16 +18,18 @@ import torch
 from moeexp_kernels import registry
 from rich.console import Console
 
-from . import dequantised, schema, weights
-from .config_agreement import check_agreement, differences, text_config
-from .factory import build_model, build_stack
-from .faults import FAULTS, PROMPT_LEN, Fault, copy_of, with_reading
-from .model import Qwen35MoE
-from .phases import Phases
-from .prompts import prompt_tokens, text_of
-from .record import Record
-from .validate import resolved, weights_folder
-from .verification import References, verify
+from moeexp.check.faults import FAULTS, PROMPT_LEN, Fault, copy_of, with_reading
+from moeexp.check.verify import References, verify
+from moeexp.config import compose, schema
+from moeexp.config.resolve import resolved
+from moeexp.config.sources import weights_folder
+from moeexp.model import checkpoint, dequantise
+from moeexp.model.config_agreement import check_agreement, differences, text_config
+from moeexp.model.prompt import prompt_tokens, text_of
+from moeexp.model.qwen3_5_moe import Qwen35MoE
+from moeexp.record.phases import Phases
+from moeexp.record.record import Record
+from moeexp.stack.factory import build_model, build_stack
 
 DEFAULT_OUT = Path("docs") / "check_power.md"
 QUANT = ("none", "int8", "int4")
@@ -62,7 +64,7 @@ class Shared(References):
 
 
 def configured(overrides: Iterable[str]) -> schema.Config:
-    return resolved(schema.compose([*FIXED, *overrides]), cuda_available=torch.cuda.is_available())
+    return resolved(compose.compose([*FIXED, *overrides]), cuda_available=torch.cuda.is_available())
 
 
 def seen_by(fault: Fault, cfg: schema.Config, clean: Qwen35MoE, references: References | None = None) -> list[str]:
@@ -164,13 +166,13 @@ class _Wrapped:
 @contextlib.contextmanager
 def _renamed(fault: Fault) -> Iterator[None]:
     """The piece table as the fault has it, for the loader and for the reference's weights."""
-    real = weights.pieces
+    real = checkpoint.pieces
     changed = real if fault.pieces is None else lambda *args, **options: fault.pieces(real(*args, **options))
     try:
-        weights.pieces = dequantised.pieces = changed
+        checkpoint.pieces = dequantise.pieces = changed
         yield
     finally:
-        weights.pieces = dequantised.pieces = real
+        checkpoint.pieces = dequantise.pieces = real
 
 
 @contextlib.contextmanager

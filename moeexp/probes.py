@@ -65,7 +65,7 @@ def hqq_quantise() -> Finding:
     """hqq imports without a CUDA toolkit, and quantises."""
     import torch
 
-    from moeexp.quantise import quantise
+    from moeexp.model.quantise import quantise
 
     weight = torch.linspace(-1, 1, 4 * 64).view(4, 64)
     stored, scales = quantise(weight, bits=4, group_size=32)
@@ -100,7 +100,7 @@ def cache_folder() -> Finding:
     """The compile cache can be written, renamed in and locked, and has room."""
     import fcntl
 
-    from moeexp.caches import cache_dir
+    from moeexp.stack.caches import cache_dir
 
     remedy = "set MOEEXP_CACHE_DIR to a folder of yours on a local disk"
     try:
@@ -269,8 +269,8 @@ def _package(module: Any, example: Any, folder: Path) -> Any:
     import torch
     from torch._inductor import aoti_load_package
 
-    from moeexp.inductor import inductor_config, loading
-    from moeexp.methods import compile_method
+    from moeexp.stack.inductor import inductor_config, loading
+    from moeexp.stack.methods import compile_method
 
     path, device = folder / f"{type(module).__name__}.pt2", example.device.type
     with torch.no_grad():

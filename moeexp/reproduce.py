@@ -17,14 +17,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from moeexp.arguments import Parser
-from moeexp.command_line import arguments_of, hydra_value
-from moeexp.conditions import LOAD, unlike
-from moeexp.markdown_report import times
-from moeexp.record import MAX_BYTES, full_config
-from moeexp.report import percent, read_published
-from moeexp.statistics import RUN_TO_RUN, ratio, speed_of
-from moeexp.streams import fitted
+from moeexp.config.errors import Parser
+from moeexp.record.record import MAX_BYTES, full_config
+from moeexp.record.streams import fitted
+from moeexp.report.command_line import arguments_of, hydra_value
+from moeexp.report.conditions import LOAD, unlike
+from moeexp.report.format import percent
+from moeexp.report.intervals import RUN_TO_RUN, ratio, speed_of
+from moeexp.report.markdown import times
+from moeexp.report.records import find, read_published
 
 AGREES, DIFFERS, INVALID = 0, 1, 2
 LONGEST_ARGUMENT = 128_000  # bytes; Linux takes 131,071
@@ -44,14 +45,6 @@ HARDWARE = (
     "other processes on the GPU",
     LOAD,
 )
-
-
-def find(path: Path) -> Path:
-    """A record, or the record of a run's folder."""
-    file = path / "record.json" if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"{path} is no record: give a record.json or the folder of one run")
-    return file
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moeexp import signals
-from moeexp.arguments import Parser
-from moeexp.record import read_record
-from moeexp.streams import fitted
-from moeexp.tracker import wandb_mode
+from moeexp.config.errors import Parser
+from moeexp.record.record import read_record
+from moeexp.record.streams import fitted
+from moeexp.record.tracker import wandb_mode
+from moeexp.run import signals
 
 DEFAULT_FOLDERS = ("outputs", "multirun")
 AT_ONCE = 50  # runs that one `wandb sync` is given

@@ -19,10 +19,11 @@ from moeexp_runner.session import Session
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moeexp.architecture import Architecture
-from moeexp.methods import MODULES
-from moeexp.model import Qwen35MoE, state_shapes
-from moeexp.weights import NEVER_QUANTISED, Random, Source, load
+from moeexp.config.architecture import Architecture
+from moeexp.config.quantisation import NEVER_QUANTISED
+from moeexp.model.qwen3_5_moe import Qwen35MoE, state_shapes
+from moeexp.model.weights import Random, Source, load
+from moeexp.stack.methods import MODULES
 
 torch.set_num_threads(1)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 # Tests run beside each other, one on each core: read when torch is first imported, and by every process that a test starts.
 os.environ["OMP_NUM_THREADS"] = os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in a run; see `moeexp.threads`
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in a run; see `moeexp.config.threads`
 
 import kernels_common  # noqa: E402, F401  before any module that imports triton
 import pytest  # noqa: E402
@@ -30,7 +30,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([*PACKAGE_ROOTS, *filter(None, [os.en
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
     """`-n auto`: a worker on each core that the machine grants, by affinity and control groups."""
-    from moeexp.threads import granted
+    from moeexp.config.threads import granted
 
     return granted().cores
 

@@ -6,8 +6,8 @@ hold every pair of values that a legal combination has. Dispatch and graph alone
 import itertools
 from dataclasses import replace
 
-from moeexp.schema import compose
-from moeexp.validate import validate
+from moeexp.config.compose import compose
+from moeexp.config.validate import validate
 
 BASE = ["model=nano", "quant=int4", "max_seq_len=128", "export=eager", "new_tokens=12", "prefill_graph_lengths=[16,32]"]
 AXES = {

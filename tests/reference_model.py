@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moeexp.architecture import Architecture
-from moeexp.check import Trace
-from moeexp.reference import ReferenceRun
+from moeexp.check.check import Trace
+from moeexp.check.reference import ReferenceRun
+from moeexp.config.architecture import Architecture
 
 ARCHITECTURE = Architecture(
     vocab_size=64,

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from moeexp.record import Record, latency_summary, plain
-from moeexp.schema import compose
-from moeexp.validate import resolve
+from moeexp.config.compose import compose
+from moeexp.config.resolve import resolve
+from moeexp.record.record import Record, latency_summary, plain
 
 ENVIRONMENT = {
     "python": "3.12.3",

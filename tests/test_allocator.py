@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from moeexp import allocator
-from moeexp.schema import compose
+from moeexp.config.compose import compose
+from moeexp.stack import allocator
 
 
 @pytest.fixture(autouse=True)
@@ -36,8 +36,8 @@ def test_what_else_is_set_is_kept_and_a_backend_is_replaced(monkeypatch):
 def test_a_run_sets_it_before_torch_is_imported():
     code = (
         "import os, sys\n"
-        "from moeexp import allocator\n"
-        "from moeexp.schema import compose\n"
+        "from moeexp.stack import allocator\n"
+        "from moeexp.config.schema import compose\n"
         "assert 'torch' not in sys.modules\n"
         "allocator.prepare(compose(['allocator=cuda_malloc_async']))\n"
         "print(os.environ['PYTORCH_CUDA_ALLOC_CONF'])\n"
@@ -59,7 +59,7 @@ def test_a_process_with_another_allocator_is_refused(monkeypatch):
 
 def test_a_launch_gets_addresses_and_everything_else_as_it_is():
     import torch
-    from moeexp_kernels.launch import by_address
+    from moeexp_kernels.parts.launch import by_address
 
     class Launcher:
         def __call__(self, *arguments):

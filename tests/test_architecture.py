@@ -5,7 +5,7 @@ import json
 import pytest
 from common import EVEN, ODD, ODD_CONFIG
 
-from moeexp.architecture import Architecture
+from moeexp.config.architecture import Architecture
 
 
 def config_class():

@@ -12,11 +12,15 @@ import pytest
 import torch
 from rich.console import Console
 
-from moeexp import adopt, artifact, cli, export, factory, schema, validate
-from moeexp.compile_cache import Artifact
-from moeexp.identity import Identities, config_hash
-from moeexp.phases import Phases
-from moeexp.record import Record
+from moeexp import cli, export
+from moeexp.config import compose as config_compose
+from moeexp.config import resolve, schema, sources
+from moeexp.config import schema as config_schema
+from moeexp.record.phases import Phases
+from moeexp.record.record import Record
+from moeexp.run.identity import Identities, config_hash
+from moeexp.stack import artifact, artifact_config, artifact_manifest, artifact_writer, factory
+from moeexp.stack.compile_cache import Artifact
 
 NANO = ["model=nano", "export=aoti", "batch=2", "max_seq_len=96"]
 RUN = ["tracker=jsonl", "new_tokens=4", "repeats=1"]
@@ -27,8 +31,12 @@ def phases():
     return Phases(record, Console(stderr=True))
 
 
+def adopted(overrides):
+    return artifact_config.adopt(config_compose.compose(overrides), overrides)
+
+
 def resolved(overrides):
-    return validate.resolve(schema.compose(overrides), cuda_available=False)
+    return resolve.resolve(config_compose.compose(overrides), cuda_available=False)
 
 
 def written(out, overrides, monkeypatch):
@@ -40,7 +48,7 @@ def written(out, overrides, monkeypatch):
         package = out.parent / f"{name}.pt2"
         package.write_bytes(name.encode())
         stack.artifacts[name] = Artifact("key", package, {}, cached=False, compile_s=1.0)
-    artifact.write(out, cfg, stack, made_in_s={"weights": 1.0}, identity=Identities().files(cfg))
+    artifact_writer.write(out, cfg, stack, made_in_s={"weights": 1.0}, identity=Identities().files(cfg))
     return stack.model
 
 
@@ -53,18 +61,18 @@ def folder(tmp_path, monkeypatch):
 
 def reseal(folder, change):
     """Edits the manifest as a careful hand would: its own digest fits again."""
-    manifest = artifact.read_manifest(folder)
+    manifest = artifact_manifest.read_manifest(folder)
     del manifest["sha256"]
     change(manifest)
-    text = json.dumps(manifest | {"sha256": artifact._seal(manifest)})
-    (folder / artifact.MANIFEST).write_text(text)
+    text = json.dumps(manifest | {"sha256": artifact_manifest._seal(manifest)})
+    (folder / artifact_manifest.MANIFEST).write_text(text)
 
 
 @pytest.mark.parametrize("overrides", [["quant=int4"], ["quant=none", "dtype=bfloat16"], ["quant=int8"]])
 def test_weights_come_back_bit_for_bit(tmp_path, monkeypatch, overrides):
-    monkeypatch.setattr(artifact, "SHARD_BYTES", 60_000)
+    monkeypatch.setattr(artifact_writer, "SHARD_BYTES", 60_000)
     model = written(tmp_path / "A", overrides, monkeypatch)
-    cfg = validate.resolve(schema.compose([f"artifact={tmp_path / 'A'}"]), cuda_available=False)
+    cfg = resolve.resolve(adopted([f"artifact={tmp_path / 'A'}"]), cuda_available=False)
     assert len(list((tmp_path / "A" / "weights").iterdir())) > 1
     loaded = artifact.load_model(cfg, torch.device("cpu"), phases())
     state = ("conv_state", "recurrent_state", "k_cache", "v_cache", "expert_ids")
@@ -80,24 +88,24 @@ def test_a_tied_head_stays_tied(tmp_path, monkeypatch):
     common.build_snapshot(tmp_path / "snapshot", common.EVEN, tied=True)
     more = [f"model.weights={tmp_path / 'snapshot'}", "quant=none", "model.tokenizer=none"]
     written(tmp_path / "A", more, monkeypatch)
-    cfg = validate.resolve(schema.compose([f"artifact={tmp_path / 'A'}"]), cuda_available=False)
+    cfg = resolve.resolve(adopted([f"artifact={tmp_path / 'A'}"]), cuda_available=False)
     loaded = artifact.load_model(cfg, torch.device("cpu"), phases())
     assert loaded.head.weight.data_ptr() == loaded.embed_tokens.weight.data_ptr()
 
 
 def test_the_config_is_taken_over(folder):
-    cfg = schema.compose([f"artifact={folder}", "new_tokens=7", "sampler=gumbel"])
+    cfg = adopted([f"artifact={folder}", "new_tokens=7", "sampler=gumbel"])
     assert (cfg.model.name, cfg.quant.bits, cfg.batch, cfg.max_seq_len) == ("nano", 4, 2, 96)
     assert cfg.dtype == "float32" and cfg.device == "cpu" and cfg.quant.group_size == 32
     assert cfg.new_tokens == 7 and cfg.sampler.name == "gumbel"
-    assert schema.compose([]).model.name == "tiny"
+    assert config_compose.compose([]).model.name == "tiny"
 
 
 @pytest.mark.parametrize(
     "agreeing", [["model=nano"], ["quant=int4"], ["batch=2"], ["dtype=auto"], ["ops=auto"], ["quant.group_size=32"]]
 )
 def test_what_the_artifact_was_made_with_may_be_said_again(folder, agreeing):
-    assert schema.compose([f"artifact={folder}", *agreeing]).batch == 2
+    assert adopted([f"artifact={folder}", *agreeing]).batch == 2
 
 
 @pytest.mark.parametrize(
@@ -123,7 +131,7 @@ def test_what_contradicts_it_is_refused_in_one_line(folder, capsys, asked, path)
 
 def test_graphs_of_prompts_need_methods_made_for_them(folder):
     def adopted(cuda_graph, *overrides):
-        return adopt.adopt(schema.to_config(_composed([f"artifact={folder}", f"cuda_graph={cuda_graph}"])), overrides)
+        return artifact_config.adopt(schema.to_config(_composed([f"artifact={folder}", f"cuda_graph={cuda_graph}"])), overrides)
 
     assert adopted("true").cuda_graph is True and adopted("loop").cuda_graph == "loop"
     with pytest.raises(ValueError, match="cuda_graph=all .* made for cuda_graph=false"):
@@ -138,7 +146,7 @@ def test_graphs_of_prompts_need_methods_made_for_them(folder):
 
 def test_a_result_is_not_taken_for_that_of_another_artifact(folder):
     def digest():
-        cfg = schema.compose([f"artifact={folder}"])
+        cfg = adopted([f"artifact={folder}"])
         return config_hash(cfg, Identities().of(cfg, gpu=None))
 
     before = digest()
@@ -155,7 +163,7 @@ def test_a_result_is_not_taken_for_that_of_another_artifact(folder):
 def test_a_recipe_that_contradicts_it_is_refused(folder):
     cfg = replace(schema.to_config(_composed([f"artifact={folder}", "batch=3"])))
     with pytest.raises(ValueError, match="batch=3"):
-        adopt.adopt(cfg, ())  # nothing on the command line
+        artifact_config.adopt(cfg, ())  # nothing on the command line
 
 
 def _composed(overrides):
@@ -167,9 +175,9 @@ def _composed(overrides):
 
 
 def test_defaults_composed_by_hand_are_hydras():
-    by_hand, composed = adopt._default_config(), schema.compose([])
-    for path in adopt.FIXED:
-        assert adopt._get(by_hand, path) == adopt._get(composed, path), path
+    by_hand, composed = artifact_config._default_config(), config_compose.compose([])
+    for path in config_schema.FIXED:
+        assert artifact_config._get(by_hand, path) == artifact_config._get(composed, path), path
 
 
 @pytest.mark.parametrize(
@@ -182,11 +190,11 @@ def test_defaults_composed_by_hand_are_hydras():
     ],
 )
 def test_a_foreign_machine_is_refused(folder, monkeypatch, key, value, part):
-    here = artifact.here
-    monkeypatch.setattr(artifact, "here", lambda device: {"gpu_arch": "sm_80"} | here(device))
+    here = artifact_manifest.here
+    monkeypatch.setattr(artifact_manifest, "here", lambda device: {"gpu_arch": "sm_80"} | here(device))
     reseal(folder, lambda manifest: manifest["runs_on"].update({key: value}))
     with pytest.raises(ValueError, match=part):
-        schema.compose([f"artifact={folder}"])
+        adopted([f"artifact={folder}"])
 
 
 def flip(path):
@@ -234,13 +242,13 @@ def test_a_damaged_manifest_is_refused_before_work(folder, capsys, damage, part)
 
 
 def test_a_method_that_is_not_in_it(folder):
-    cfg = schema.compose([f"artifact={folder}"])
+    cfg = adopted([f"artifact={folder}"])
     with pytest.raises(ValueError, match="holds the methods prefill, decode, and this run needs forward"):
         artifact.method(cfg, "forward")
 
 
 def test_nothing_is_left_of_a_failed_write(tmp_path, monkeypatch):
-    monkeypatch.setattr(artifact, "_write_weights", lambda *_: 1 / 0)
+    monkeypatch.setattr(artifact_writer, "_write_weights", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         written(tmp_path / "A", ["quant=none"], monkeypatch)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["decode.pt2", "prefill.pt2"]
@@ -267,7 +275,7 @@ def test_export_refuses_in_one_line(tmp_path, monkeypatch, capsys, arguments, pa
 
 
 OWN_OP = """
-from moeexp_kernels.attention import reference_sdpa
+from moeexp_kernels.ops.attention import reference_sdpa
 
 def own(*, q, qkv, k_cache, v_cache, positions):
     return reference_sdpa(q=q, qkv=qkv, k_cache=k_cache, v_cache=v_cache, positions=positions)
@@ -281,7 +289,7 @@ def test_a_snapshot_exported_runs_elsewhere_without_it(tmp_path, monkeypatch, ca
     monkeypatch.setenv("MOEEXP_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     Path("own_sdpa_exported.py").write_text(OWN_OP)
-    common.build_snapshot(tmp_path / "snapshot", validate.load_architecture(schema.compose(["model=nano"]).model))
+    common.build_snapshot(tmp_path / "snapshot", sources.load_architecture(config_compose.compose(["model=nano"]).model))
     what = ["model=nano", f"model.weights={tmp_path / 'snapshot'}", "model.tokenizer=none", "quant=int4"]
     what += ["ops.sdpa_decode=own_sdpa_exported:own", "max_seq_len=96"]
     assert export.main([*what, "out=made"]) == 0, capsys.readouterr().err

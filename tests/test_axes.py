@@ -18,16 +18,17 @@ from moeexp_runner.explicit import ExplicitState
 from rich.console import Console
 
 from moeexp import cli
-from moeexp.experiment import Run, chosen_experts
-from moeexp.factory import build_model, build_stack, python_callbacks
-from moeexp.inductor import inductor_config
-from moeexp.methods import MODULES, compile_method, export_method, session_methods
-from moeexp.model import state_shapes
-from moeexp.phases import Phases
-from moeexp.record import Record
-from moeexp.schema import compose
-from moeexp.validate import resolve, validate
-from moeexp.verification import check_replay, record_trace, verify
+from moeexp.check.verify import check_replay, record_trace, verify
+from moeexp.config.compose import compose
+from moeexp.config.resolve import resolve
+from moeexp.config.validate import validate
+from moeexp.model.qwen3_5_moe import state_shapes
+from moeexp.record.phases import Phases
+from moeexp.record.record import Record
+from moeexp.run.experiment import Run, chosen_experts
+from moeexp.stack.factory import build_model, build_stack, python_callbacks
+from moeexp.stack.inductor import inductor_config
+from moeexp.stack.methods import MODULES, compile_method, export_method, session_methods
 
 BASE = ["model=nano", "quant=int4", "max_seq_len=96", "export=eager", "new_tokens=12", "dtype=float32"]
 DISPATCH, STATE = ("dual", "single", "token_by_token", "cond"), ("shared", "explicit")
@@ -366,7 +367,7 @@ def test_drawn_tokens_are_checked_by_their_race(model, phases):
     assert failed == ["tokens"]
 
 
-OWN_SAMPLE = "ops.sample=moeexp_kernels.sample:reference_greedy"  # named as a user's op is
+OWN_SAMPLE = "ops.sample=moeexp_kernels.ops.sample:reference_greedy"  # named as a user's op is
 
 
 def test_a_sampler_that_makes_no_draws_is_refused():

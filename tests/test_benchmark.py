@@ -8,11 +8,12 @@ import pytest
 import torch
 from moeexp_runner import energy, timing
 
-from moeexp import benchmark, schema
-from moeexp.benchmark import Benchmark
-from moeexp.record import Record, latency_summary
+from moeexp.config import compose
+from moeexp.record.record import Record, latency_summary
+from moeexp.run import benchmark
+from moeexp.run.benchmark import Benchmark
 
-CONFIG = schema.compose(["model=nano", "new_tokens=4", "batch=2"])
+CONFIG = compose.compose(["model=nano", "new_tokens=4", "batch=2"])
 
 
 class Session:

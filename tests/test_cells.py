@@ -9,17 +9,18 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from moeexp import cells, launcher, schema, validate
 from moeexp.cli import main
-from moeexp.record import plain
-from moeexp.resume import History
-from moeexp.runs import flatten
+from moeexp.config import compose, resolve, schema, validate
+from moeexp.record.record import plain
+from moeexp.report.runs import flatten
+from moeexp.sweep import cells, hydra_plugins
+from moeexp.sweep.history import History
 
 
 @pytest.fixture(scope="module")
 def composer():
     schema.register()
-    launcher.register()
+    hydra_plugins.register()
     OmegaConf.register_new_resolver("moeexp_id", lambda: "id", replace=True)
     with initialize_config_dir(config_dir=str(schema.conf_dir()), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
@@ -40,14 +41,14 @@ JOBS = [
 
 def test_the_quick_way_gives_what_hydra_gives(composer):
     for job in JOBS + JOBS:  # a second time, on bases that the first left as they were
-        assert composer.config(job) == schema.compose(job), job
+        assert composer.config(job) == compose.compose(job), job
 
 
 @pytest.mark.parametrize("bad", ["batch=x", "nosuch=1", "quant=int9", "model.nosuch=1"])
 def test_what_cannot_be_composed_is_refused_and_changes_nothing(composer, bad):
     with pytest.raises(Exception, match="batch|nosuch|int9"):
         composer.config(["model=nano", bad])
-    assert composer.config(["model=nano"]) == schema.compose(["model=nano"])
+    assert composer.config(["model=nano"]) == compose.compose(["model=nano"])
 
 
 def test_a_design_is_its_cells(composer):
@@ -57,7 +58,7 @@ def test_a_design_is_its_cells(composer):
     assert [cell.given.cuda_graph for cell in found] == [False, True], "a cell's axis is the cell's"
     assert all(cell.given.model.name == "nano" and cell.given.launcher.cells == [] for cell in found)
     # The cell's overrides alone make it again.
-    assert schema.compose(found[0].overrides) == found[0].given
+    assert compose.compose(found[0].overrides) == found[0].given
 
 
 GRAPH = {"cuda_graph": ("false", "decode"), "overlap": ("true", "false")}  # edges of a graph: none to start early before it
@@ -91,12 +92,12 @@ def test_each_rung_of_the_ladder_changes_one_thing(composer):
     settings = []
     for cell in found:
         validate.validate(cell.given, cuda_available=True)
-        config = plain(validate.resolve(cell.given, cuda_available=True))
+        config = plain(resolve.resolve(cell.given, cuda_available=True))
         settings.append({axis: value for axis, value in flatten(config).items() if not axis.startswith("quant.")})
     for (name, changes), before, after in zip(LADDER[1:], settings, settings[1:], strict=False):
         assert {axis: (before[axis], after[axis]) for axis in after if after[axis] != before[axis]} == changes, name
     assert {one["dtype"] for one in settings} == {"bfloat16"}
-    assert "overlap" in validate.not_applicable(validate.resolve(found[8].given, cuda_available=True))
+    assert "overlap" in resolve.not_applicable(resolve.resolve(found[8].given, cuda_available=True))
 
 
 @pytest.mark.parametrize("name", [name for name, _ in LADDER])

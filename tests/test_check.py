@@ -10,11 +10,11 @@ import pytest
 import torch
 from reference_model import ARCHITECTURE, ModelWeights, build_model, config_of, run_model, tokens, trace_of
 
-from moeexp import deviation
-from moeexp.check import Trace, check_float32, check_timed, check_tokens, check_trace, state_shapes
-from moeexp.deviation import choice_gaps, compare_logits, compare_rows
-from moeexp.gates import GATES, own_limit, worst_rows
-from moeexp.reference import run_reference
+from moeexp.check import metrics
+from moeexp.check.check import Trace, check_float32, check_timed, check_tokens, check_trace, state_shapes
+from moeexp.check.metrics import choice_gaps, compare_logits, compare_rows
+from moeexp.check.reference import run_reference
+from moeexp.check.tolerances import GATES, own_limit, worst_rows
 
 torch.set_num_threads(1)
 LENGTH, PROMPT = 24, 15
@@ -320,9 +320,9 @@ def test_slices_change_nothing(references, monkeypatch):
         return compare_logits(half.logits, on_half.logits, 2, 0, LENGTH, 64)
 
     whole = rows()
-    monkeypatch.setattr(deviation, "SLICE_ELEMENTS", 2 * 64 * 5)
-    assert deviation.slices(2, 0, LENGTH, 64) == [(0, 5), (5, 10), (10, 15), (15, 20), (20, 24)]
-    assert deviation.slices(2, 3, 5, 10**6) == [(3, 4), (4, 5)]
+    monkeypatch.setattr(metrics, "SLICE_ELEMENTS", 2 * 64 * 5)
+    assert metrics.slices(2, 0, LENGTH, 64) == [(0, 5), (5, 10), (10, 15), (15, 20), (20, 24)]
+    assert metrics.slices(2, 3, 5, 10**6) == [(3, 4), (4, 5)]
     sliced = rows()
     torch.testing.assert_close(sliced.rows.error, whole.rows.error, rtol=1e-3, atol=0)
     torch.testing.assert_close(sliced.kl, whole.kl, rtol=1e-2, atol=1e-6)

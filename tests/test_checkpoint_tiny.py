@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from moeexp.architecture import Architecture
+from moeexp.check.pure_torch import pure_torch
 from moeexp.checkpoints import train_tiny
 from moeexp.checkpoints.text_tiny import BOOKS, HELD_OUT, VALIDATION, format_verses, share_known, split_books, words_of
-from moeexp.pure_torch import pure_torch
+from moeexp.config.architecture import Architecture
 
 TINY = Path(train_tiny.__file__).parent / "tiny"
 MIB = 2**20

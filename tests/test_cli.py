@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from moeexp.cli import main
-from moeexp.record import read_record
+from moeexp.record.record import read_record
 
 QUIET = ["model=nano", "tracker=jsonl"]
 HERE = "launcher.isolation=none"  # sweeps with a process per run: tests/faults
@@ -233,12 +233,12 @@ def test_help_and_cfg(capsys):
 
 
 def test_a_bug_of_ours_is_not_dressed_up_as_a_config_error(monkeypatch):
-    from moeexp import job
+    from moeexp.run import job
 
     def broken(*_, **__):
         raise KeyError("our own")
 
-    monkeypatch.setattr(job.summary, "print_run", broken)
+    monkeypatch.setattr(job.terminal, "print_run", broken)
     with pytest.raises(KeyError):
         run()
 

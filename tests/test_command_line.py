@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import synthetic
 
-from moeexp import command_line
-from moeexp.architecture import Architecture
-from moeexp.record import plain, read_record
-from moeexp.schema import compose
-from moeexp.validate import resolve, validate
+from moeexp.config.architecture import Architecture
+from moeexp.config.compose import compose
+from moeexp.config.resolve import resolve
+from moeexp.config.validate import validate
+from moeexp.record.record import plain, read_record
+from moeexp.report import command_line
 
 RESULTS = sorted((Path(__file__).parents[1] / "results").rglob("record.json"))
 

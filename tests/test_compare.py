@@ -7,8 +7,8 @@ import numpy as np
 import synthetic
 
 from moeexp import compare
-from moeexp.markdown_report import LATE
-from moeexp.report import MEDIAN, MEDIAN_NOTE
+from moeexp.report.format import MEDIAN, MEDIAN_NOTE
+from moeexp.report.markdown import LATE
 
 
 def section(text, title):

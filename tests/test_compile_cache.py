@@ -13,8 +13,8 @@ import torch
 from common import ODD
 from moeexp_runner.binding import TensorSpec
 
-from moeexp import compile_cache, source_files
-from moeexp.compile_cache import MethodSpec, cache_dir, get_or_compile, key_of
+from moeexp.stack import compile_cache, source_files
+from moeexp.stack.compile_cache import MethodSpec, cache_dir, get_or_compile, key_of
 
 SPEC = MethodSpec(
     method="decode",

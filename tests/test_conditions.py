@@ -7,8 +7,8 @@ import pytest
 import synthetic
 
 from moeexp.compare import explain
-from moeexp.conditions import odd_ones, throttling, unlike
-from moeexp.runs import runs_of
+from moeexp.report.conditions import odd_ones, throttling, unlike
+from moeexp.report.runs import runs_of
 
 
 @pytest.mark.parametrize(

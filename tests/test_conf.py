@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from moeexp import schema, validate
 from moeexp.cli import main
-from moeexp.record import read_record
+from moeexp.config import compose, resolve, schema
+from moeexp.record.record import read_record
 
 CONF = schema.conf_dir()
 GROUPS = ("model", "quant", "ops", "sampler", "tracker")
@@ -28,8 +28,8 @@ def cell_count(name):
 
 @pytest.mark.parametrize("group, name", CHOICES)
 def test_every_choice_composes(group, name):
-    config = schema.compose([f"{group}={name}"])
-    assert validate.resolved(config, cuda_available=True).device == "cuda"
+    config = compose.compose([f"{group}={name}"])
+    assert resolve.resolved(config, cuda_available=True).device == "cuda"
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

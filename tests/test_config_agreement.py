@@ -7,15 +7,16 @@ import pytest
 from common import EVEN, ODD, ODD_CONFIG, build_snapshot, load_model, write_snapshot
 from rich.console import Console
 
-from moeexp import schema
-from moeexp.architecture import Architecture
-from moeexp.config_agreement import check_agreement, differences, text_config
-from moeexp.factory import build_model
-from moeexp.phases import Phases
-from moeexp.record import Record
-from moeexp.schema import ModelConfig
-from moeexp.validate import load_architecture, resolve, resolved
-from moeexp.weights import Snapshot
+from moeexp.config import compose
+from moeexp.config.architecture import Architecture
+from moeexp.config.resolve import resolve, resolved
+from moeexp.config.schema import ModelConfig
+from moeexp.config.sources import load_architecture
+from moeexp.model.checkpoint import Snapshot
+from moeexp.model.config_agreement import check_agreement, differences, text_config
+from moeexp.record.phases import Phases
+from moeexp.record.record import Record
+from moeexp.stack.factory import build_model
 
 
 def folder_model(folder, config) -> ModelConfig:
@@ -26,7 +27,7 @@ def folder_model(folder, config) -> ModelConfig:
 
 @pytest.mark.parametrize("name", ["tiny", "nano", "small", "qwen3_5_35b_a3b"])
 def test_models_that_ship_are_read_alike(name):
-    check_agreement(schema.compose([f"model={name}"]).model)
+    check_agreement(compose.compose([f"model={name}"]).model)
 
 
 @pytest.mark.parametrize("arch", [EVEN, ODD], ids=["even", "odd"])
@@ -110,7 +111,7 @@ def test_refused_before_weights_are_read(tmp_path):
     """The folder holds no weights at all, and it is the config that is named."""
     folder = tmp_path / "snapshot"
     folder_model(folder, ODD_CONFIG | {"rope_scaling": YARN})
-    cfg = resolved(schema.compose(["model=tiny", f"model.weights={folder}", "device=cpu"]), cuda_available=False)
+    cfg = resolved(compose.compose(["model=tiny", f"model.weights={folder}", "device=cpu"]), cuda_available=False)
     with pytest.raises(ValueError, match="rope_type.*'yarn'"):
         _build(cfg, tmp_path)
 
@@ -119,11 +120,11 @@ def test_shapes_given_for_random_weights_are_compared_as_they_are_given(tmp_path
     rope = "{rope_type: default, rope_theta: 10000.0, partial_rotary_factor: 0.25}"
     overrides = ["model=nano", "device=cpu", f"+model.architecture.rope_parameters={rope}"]
     scaled = "+model.architecture.rope_scaling={rope_type: linear, factor: 2.0}"
-    cfg = resolve(schema.compose(overrides), cuda_available=False)
+    cfg = resolve(compose.compose(overrides), cuda_available=False)
     assert "rope_parameters" in cfg.model.architecture
     _build(cfg, tmp_path)
     with pytest.raises(ValueError, match="rope_type.*'linear'"):
-        _build(resolved(schema.compose([*overrides, scaled]), cuda_available=False), tmp_path)
+        _build(resolved(compose.compose([*overrides, scaled]), cuda_available=False), tmp_path)
 
 
 SHAPES = [

@@ -3,8 +3,8 @@
 import pytest
 from covering import AXES, BASE, COMPILED, COMPILED_AXES, PAIRWISE, missing_pairs
 
-from moeexp.schema import compose
-from moeexp.validate import validate
+from moeexp.config.compose import compose
+from moeexp.config.validate import validate
 
 LISTS = pytest.mark.parametrize(
     "cells, axes", [(PAIRWISE, AXES), (COMPILED, COMPILED_AXES)], ids=["eager", "compiled"]

@@ -5,11 +5,12 @@ import dataclasses
 import pytest
 import torch
 from common import EVEN, ODD, build_session, build_snapshot, load_model, random_tokens
-from moeexp_kernels.linear import dequantise
+from moeexp_kernels.ops.linear import dequantise
 
-from moeexp.architecture import Architecture
-from moeexp.dequantised import DequantisedWeights, as_dtype
-from moeexp.weights import Random, Snapshot
+from moeexp.config.architecture import Architecture
+from moeexp.model.checkpoint import Snapshot
+from moeexp.model.dequantise import DequantisedWeights, as_dtype
+from moeexp.model.weights import Random
 
 
 @pytest.mark.parametrize("arch", [ODD, EVEN], ids=["odd", "even"])

@@ -5,8 +5,8 @@ import subprocess
 import pytest
 import torch
 
-from moeexp import devices
-from moeexp.devices import Gpu, choose, others_on, visible_gpus
+from moeexp.record import gpus
+from moeexp.record.gpus import Gpu, choose, others_on, visible_gpus
 
 THREE = [Gpu(0, "GPU-aaaa", "A"), Gpu(1, "GPU-bbbb", "A"), Gpu(2, "GPU-bbcc", "B")]
 
@@ -15,7 +15,7 @@ THREE = [Gpu(0, "GPU-aaaa", "A"), Gpu(1, "GPU-bbbb", "A"), Gpu(2, "GPU-bbcc", "B
 def three(monkeypatch):
     rows = [{"index": str(gpu.index), "uuid": gpu.id, "name": gpu.name} for gpu in THREE]
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(devices, "nvidia_smi", lambda *fields, **_: rows)
+    monkeypatch.setattr(gpus, "nvidia_smi", lambda *fields, **_: rows)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_what_cuda_visible_devices_leaves(three, shown, ids):
 
 
 def test_part_of_a_gpu_is_what_torch_says(three, monkeypatch):
-    monkeypatch.setattr(devices, "_ask_torch", lambda: [Gpu(0, "MIG-1", "A MIG 1g")])
+    monkeypatch.setattr(gpus, "_ask_torch", lambda: [Gpu(0, "MIG-1", "A MIG 1g")])
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": "MIG-1"}) == [Gpu(0, "MIG-1", "A MIG 1g")]
 
 
@@ -64,7 +64,7 @@ def test_refused(wanted):
 @pytest.mark.parametrize("listed, own, expected", [(0, 1, None), (1, 1, 0), (3, 1, 2), (0, 0, 0)])
 def test_other_processes_are_counted(monkeypatch, listed, own, expected):
     rows = [{"gpu_uuid": "GPU-aaaa", "pid": str(i)} for i in range(listed)] + [{"gpu_uuid": "GPU-bbbb", "pid": "9"}]
-    monkeypatch.setattr(devices, "nvidia_smi", lambda *fields, query: rows)
+    monkeypatch.setattr(gpus, "nvidia_smi", lambda *fields, query: rows)
     assert others_on("GPU-aaaa", own=own) == expected
 
 
@@ -72,5 +72,5 @@ def test_a_driver_that_does_not_answer_tells_nothing(monkeypatch):
     def hangs(*_, **__):
         raise subprocess.TimeoutExpired("nvidia-smi", 10)
 
-    monkeypatch.setattr(devices, "nvidia_smi", hangs)
+    monkeypatch.setattr(gpus, "nvidia_smi", hangs)
     assert others_on("GPU-aaaa", own=1) is None

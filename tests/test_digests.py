@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from moeexp import digests
-from moeexp.digests import Digests
+from moeexp.run import digests
+from moeexp.run.digests import Digests
 
 OPENED: list[str] | None = None
 

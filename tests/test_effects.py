@@ -3,9 +3,9 @@
 import pytest
 import synthetic
 
-from moeexp.effects import axes_of, interactions, main_effects
-from moeexp.runs import runs_of
-from moeexp.waterfall import waterfalls
+from moeexp.report.effects import axes_of, interactions, main_effects
+from moeexp.report.runs import runs_of
+from moeexp.report.waterfall import waterfalls
 
 QUANT = {"none": 1.0, "int4": 0.5}
 EXPORT = {"eager": 1.0, "aoti": 0.25}

@@ -6,13 +6,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from moeexp import evaluate
-from moeexp.evaluate import bits_per_byte, position_slices, record_quality, window_losses
-from moeexp.phases import Phases
-from moeexp.prompts import Text
-from moeexp.record import Record
-from moeexp.schema import compose
-from moeexp.validate import validate
+from moeexp.check import bits_per_byte as evaluate
+from moeexp.check.bits_per_byte import bits_per_byte, position_slices, record_quality, window_losses
+from moeexp.config.compose import compose
+from moeexp.config.validate import validate
+from moeexp.model.prompt import Text
+from moeexp.record.phases import Phases
+from moeexp.record.record import Record
 
 VOCAB = 11
 BYTES = Text("bytes", None)

@@ -8,7 +8,7 @@ import pytest
 import synthetic
 
 from moeexp import figures
-from moeexp.figure_blocks import BLOCKS, HEADLINE
+from moeexp.report.figure_blocks import BLOCKS, HEADLINE
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")

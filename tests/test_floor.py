@@ -7,11 +7,12 @@ import pytest
 import torch
 from common import EVEN, ODD, load_model
 
-from moeexp.architecture import Architecture
-from moeexp.cache_size import cache_bytes, of_cores
-from moeexp.floor import bandwidth_share, bytes_per_step, distinct_experts, expected_experts
-from moeexp.model import Qwen35MoE
-from moeexp.weights import NEVER_QUANTISED, Random
+from moeexp.config.architecture import Architecture
+from moeexp.config.quantisation import NEVER_QUANTISED
+from moeexp.model.qwen3_5_moe import Qwen35MoE
+from moeexp.model.weights import Random
+from moeexp.run.cache_size import cache_bytes, of_cores
+from moeexp.run.roofline import bandwidth_share, bytes_per_step, distinct_experts, expected_experts
 
 
 def by_hand(arch, *, used, bits=16, group=16, item=4, batch=1, head_bits=None):

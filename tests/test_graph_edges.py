@@ -4,7 +4,7 @@ import ctypes
 
 import kernels_common  # noqa: F401  before triton
 import pytest
-from moeexp_kernels import graph_edges
+from moeexp_kernels.parts import graph_edges
 
 KERNEL, MEMCPY, ALLOCATION = 0, 1, 10
 

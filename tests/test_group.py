@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from moeexp import group
-from moeexp.benchmark import Benchmark
 from moeexp.cli import main
-from moeexp.job import Job
-from moeexp.record import read_record
-from moeexp.schema import compose
-from moeexp.sweep import shares_weights
+from moeexp.config.compose import compose
+from moeexp.record.record import read_record
+from moeexp.run import group
+from moeexp.run.benchmark import Benchmark
+from moeexp.run.job import Job
+from moeexp.sweep.sweep import shares_weights
 
 QUICK = ["model=nano", "tracker=jsonl", "export=eager", "new_tokens=5", "prompt_len=9"]
 QUICK += ["repeats=1", "min_samples=1", "min_time_s=0"]
@@ -144,7 +144,7 @@ def test_a_run_whose_tracking_is_interrupted_stays_complete(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(group, "_run", finished)
-    monkeypatch.setattr("moeexp.tracker.track", interrupted)
+    monkeypatch.setattr("moeexp.record.tracker.track", interrupted)
     assert group.run_group(jobs([], [])) == 130
     first, second = records(2)
     assert first["status"] == "ok" and first["decode_tok_s"] == 5.0 and second["status"] == "interrupted"

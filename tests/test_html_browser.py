@@ -12,7 +12,7 @@ import pytest
 import synthetic
 from test_html_report import records
 
-from moeexp import html_report
+from moeexp.report.html import page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
@@ -80,7 +80,7 @@ def chromium(folder, *arguments):
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
-    (folder / "report.html").write_text(html_report.page(records(), title="a sweep"), encoding="utf-8")
+    (folder / "report.html").write_text(page.page(records(), title="a sweep"), encoding="utf-8")
     return folder
 
 
@@ -137,7 +137,7 @@ def wide(design, stalled):
 
 @pytest.mark.parametrize(("design", "stalled"), [(False, False), (True, False), (False, True), (True, True)])
 def test_the_ranking_of_five_axes_fits_a_screen(tmp_path, design, stalled):
-    (tmp_path / "wide.html").write_text(html_report.page(wide(design, stalled), title="t"), encoding="utf-8")
+    (tmp_path / "wide.html").write_text(page.page(wide(design, stalled), title="t"), encoding="utf-8")
     (tmp_path / "probe.html").write_text(WIDTHS)
     dom, console = chromium(tmp_path, "--window-size=1400,1000", "--dump-dom", (tmp_path / "probe.html").as_uri())
     assert console == []

@@ -7,8 +7,10 @@ from html.parser import HTMLParser
 import pytest
 import synthetic
 
-from moeexp import charts, html_report, report
-from moeexp.charts import Scale
+from moeexp.report import __main__ as report_command
+from moeexp.report.html import page as html_report
+from moeexp.report.html import svg
+from moeexp.report.html.svg import Scale
 
 VOID = {"meta", "link", "input", "br", "wbr"}
 SVG_LEAVES = {"rect", "line", "circle"}
@@ -194,16 +196,16 @@ def test_a_page_of_failed_runs_says_why(tmp_path):
 def test_the_file_is_written_and_the_format_is_by_its_name(tmp_path, capsys, monkeypatch):
     folder = synthetic.write(tmp_path / "sweep", records())
     monkeypatch.chdir(tmp_path)
-    assert report.main([str(folder), "--out", "r.html", "--title", "mine"]) == 0
-    assert report.main([str(folder), "--to", "html"]) == 0
+    assert report_command.main([str(folder), "--out", "r.html", "--title", "mine"]) == 0
+    assert report_command.main([str(folder), "--to", "html"]) == 0
     assert "<title>mine</title>" in (tmp_path / "r.html").read_text()
     assert (tmp_path / "report.html").is_file() and "report of 5 runs" in capsys.readouterr().err
-    assert report.main([str(folder), "--out", "r.md"]) == 0
+    assert report_command.main([str(folder), "--out", "r.md"]) == 0
     capsys.readouterr()
     markdown = (tmp_path / "r.md").read_text()
     assert "### Effects" in markdown and "### Interactions" in markdown and "████" in markdown
     for wrong in (["--to", "pdf"], ["--nonsense"]):
-        assert report.main([str(folder), *wrong]) == 2
+        assert report_command.main([str(folder), *wrong]) == 2
         assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -227,7 +229,7 @@ def test_a_scale_maps_its_ends_to_the_ends():
     for scale in (Scale(2, 8), Scale(2, 8, log=True)):
         assert (scale(2), scale(8), scale(100), scale(-3)) == (0, 100, 100, 0)
     assert Scale(2, 8, log=True)(4) == 50 and Scale(0, 8)(2) == 25
-    assert [charts.short(v) for v in (0.5, 1500, 12000, 2e6)] == ["0.5", "1500", "12k", "2M"]
+    assert [svg.short(v) for v in (0.5, 1500, 12000, 2e6)] == ["0.5", "1500", "12k", "2M"]
 
 
 def test_stalls_and_ratios_by_medians_are_shown_and_stalls_only_where_there_were_any():

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from moeexp import cli, schema, validate
-from moeexp.objective import objective
+from moeexp import cli
+from moeexp.config import compose as config_compose
+from moeexp.config import schema, validate
+from moeexp.record.objective import objective
 
 ROOT = Path(__file__).resolve().parents[1]
 NANO = ["model=nano", "export=eager", "tracker=jsonl", "new_tokens=4", "repeats=1", "prompt_len=9"]
@@ -121,7 +123,7 @@ def test_the_search_maximises_over_valid_choices():
     assert config.sweeper.direction == "maximize" and config.mode.name == "MULTIRUN"
     for key, space in config.sweeper.params.items():
         for choice in space.removeprefix("choice(").removesuffix(")").split(","):
-            composed = schema.compose([f"{key}={choice}"])  # a choice that does not exist raises
+            composed = config_compose.compose([f"{key}={choice}"])  # a choice that does not exist raises
             if key in validate.ALLOWED:
                 assert validate.get(composed, key) in validate.ALLOWED[key]
 

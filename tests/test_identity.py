@@ -12,15 +12,19 @@ import torch
 from common import build_snapshot
 from test_digests import opened
 
-from moeexp import allocator, cli, environment, identity, schema, source_files, validate
-from moeexp.architecture import Architecture
-from moeexp.digests import Digests
-from moeexp.identity import Identities, code_fingerprint, config_hash
-from moeexp.job import Job
-from moeexp.record import plain, read_record
+from moeexp import cli
+from moeexp.config import compose, resolve, sources
+from moeexp.config.architecture import Architecture
+from moeexp.record import environment
+from moeexp.record.record import plain, read_record
+from moeexp.run import identity
+from moeexp.run.digests import Digests
+from moeexp.run.identity import Identities, code_fingerprint, config_hash
+from moeexp.run.job import Job
+from moeexp.stack import allocator, source_files
 
 ARCH = replace(
-    Architecture.from_hf(schema.compose(["model=nano"]).model.architecture),
+    Architecture.from_hf(compose.compose(["model=nano"]).model.architecture),
     num_hidden_layers=2, layer_types=("linear_attention", "full_attention"), num_experts=2,
 )  # fmt: skip
 SHARDS = 2
@@ -128,8 +132,8 @@ TOKENS = ["model.tokenizer=auto", "prompt_ids=[1]"]
 
 def hash_of(*overrides, weights="weights"):
     """As a new process finds it."""
-    given = schema.compose(["model=nano", f"model.weights={weights}", "model.heldout=heldout.txt", *overrides])
-    cfg = validate.resolve(given, cuda_available=False)
+    given = compose.compose(["model=nano", f"model.weights={weights}", "model.heldout=heldout.txt", *overrides])
+    cfg = resolve.resolve(given, cuda_available=False)
     return config_hash(cfg, Identities().of(cfg, gpu=None))
 
 
@@ -227,7 +231,7 @@ def test_a_blob_of_the_hub_cache_that_is_another_is_another_run(here, snapshots)
 
 def test_a_whole_run_of_other_weights(here, snapshots, capsys):
     """Nothing replaced by a stub: the tokens are those of the weights that the record names."""
-    from moeexp.job import default_experiment
+    from moeexp.run.job import default_experiment
 
     short = ["new_tokens=8", "repeats=1", "min_samples=1", "min_time_s=0", "eval_bytes=64", "model.tokenizer=bytes"]
     found = []
@@ -297,7 +301,7 @@ def test_after_an_upgrade_a_sweep_runs_again(here, capsys):
 
 def on_gpu(monkeypatch, *overrides, gpu="H100", driver="580"):
     monkeypatch.setattr(environment, "driver", lambda: driver)
-    cfg = validate.resolve(schema.compose(["model=nano", "device=cuda", *overrides]), cuda_available=True)
+    cfg = resolve.resolve(compose.compose(["model=nano", "device=cuda", *overrides]), cuda_available=True)
     return config_hash(cfg, Identities().of(cfg, gpu=gpu))
 
 
@@ -320,7 +324,7 @@ def test_driver_gpu_and_allocator_are_part_of_it(monkeypatch):
 
 def test_the_hash_ignores_the_tracker_and_sees_the_rest():
     def digest(*overrides):
-        cfg = schema.compose(["model=nano", *overrides])
+        cfg = compose.compose(["model=nano", *overrides])
         return config_hash(cfg, Identities().of(cfg, gpu=None))
 
     assert digest() == digest("tracker=jsonl") == digest("tracker.project=x") == digest("launcher.strict=true")
@@ -329,14 +333,14 @@ def test_the_hash_ignores_the_tracker_and_sees_the_rest():
 
 
 def test_random_weights_are_their_seed(here):
-    cfg = schema.compose(["model=nano", "model.seed=3", "model.heldout=heldout.txt"])
+    cfg = compose.compose(["model=nano", "model.seed=3", "model.heldout=heldout.txt"])
     found = Identities().of(cfg, gpu=None)
     assert (found["weights"], found["heldout"], found["tokenizer"]) == ({"seed": 3}, None, None)
 
 
 def test_the_shipped_checkpoint_is_its_contents(here):
-    shipped = schema.compose(["model=tiny"])
-    shutil.copytree(validate.SHIPPED_CHECKPOINT, "tiny")
+    shipped = compose.compose(["model=tiny"])
+    shutil.copytree(sources.SHIPPED_CHECKPOINT, "tiny")
     own = replace(shipped, model=replace(shipped.model, weights="tiny", heldout="tiny/heldout.txt"))
     hashes = [config_hash(cfg, Identities().of(cfg, gpu=None)) for cfg in (shipped, own)]
     assert hashes[0] == hashes[1]
@@ -346,7 +350,7 @@ def test_the_shipped_checkpoint_is_its_contents(here):
 
 def test_weights_that_change_while_they_are_loaded_end_the_run(here, capsys):
     """Between the look at them and the end of loading: which of the two was measured nobody knows."""
-    from moeexp import factory
+    from moeexp.stack import factory
 
     load = factory.load
 
@@ -363,13 +367,13 @@ def test_weights_that_change_while_they_are_loaded_end_the_run(here, capsys):
 
 def test_each_of_a_group_has_what_was_loaded(here, monkeypatch):
     """The weights are loaded once for all; one whose look at them was another's ends, and no other."""
-    from moeexp import group
+    from moeexp.run import group
 
     jobs = []
     for number in range(2):
         Path(f"{number}").mkdir()
         overrides = ["model=nano", "model.weights=weights", "tracker=jsonl", "export=eager", "quant=none", "new_tokens=4"]
-        config = plain(schema.compose([*overrides, "repeats=1", "min_samples=1", "min_time_s=0"]))
+        config = plain(compose.compose([*overrides, "repeats=1", "min_samples=1", "min_time_s=0"]))
         jobs.append(Job(f"ab.{number}", f"{number}", config, overrides, ["python"], sweep=True))
     prepare = group._prepare
 
@@ -407,7 +411,7 @@ def test_a_file_that_cannot_be_read_refuses_its_cells_alone(here, capsys):
 
 
 def test_a_thousand_cells_look_at_a_snapshot_once(here, snapshots):
-    cfg = validate.resolve(schema.compose(["model=nano", "model.weights=weights"]), cuda_available=False)
+    cfg = resolve.resolve(compose.compose(["model=nano", "model.weights=weights"]), cuda_available=False)
     identities, asked = Identities(), []
     of = identities._digests.of
     identities._digests.of = lambda paths, *more: asked.append(paths) or of(paths, *more)
@@ -441,5 +445,5 @@ def test_a_package_without_sources_is_our_own_bug(tmp_path, monkeypatch):
 
 
 def test_it_fits_a_record(here):
-    cfg = validate.resolve(schema.compose(["model=nano", "model.weights=weights"]), cuda_available=False)
+    cfg = resolve.resolve(compose.compose(["model=nano", "model.weights=weights"]), cuda_available=False)
     assert len(json.dumps(Identities().of(cfg, gpu=None))) < 2000

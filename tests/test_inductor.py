@@ -14,8 +14,8 @@ import torch
 from torch._higher_order_ops import triton_kernel_wrap
 from torch._inductor import compile_fx, config
 
-from moeexp import inductor
-from moeexp.methods import compile_method
+from moeexp.stack import inductor
+from moeexp.stack.methods import compile_method
 
 
 @pytest.fixture
@@ -120,12 +120,12 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._higher_order_ops import triton_kernel_wrap
 from triton.backends.compiler import GPUTarget
 
-from moeexp.inductor import remember_kernel_analyses
-from moeexp.methods import export_method
-from moeexp.model import state_shapes
-from moeexp.schema import compose
-from moeexp.validate import load_architecture, resolve
-from moeexp.weights import NEVER_QUANTISED, Random, load
+from moeexp.stack.inductor import remember_kernel_analyses
+from moeexp.stack.methods import export_method
+from moeexp.model.qwen3_5_moe import state_shapes
+from moeexp.config.schema import compose
+from moeexp.config.validate import load_architecture, resolve
+from moeexp.model.weights import NEVER_QUANTISED, Random, load
 
 class Driver:
     def get_current_target(self):

@@ -9,8 +9,8 @@ from __future__ import annotations
 import kernels_common as common
 import pytest
 import torch
-from moeexp_kernels import attention as ops
-from moeexp_kernels import qk_norm_rope as rope
+from moeexp_kernels.ops import attention as ops
+from moeexp_kernels.ops import qk_norm_rope as rope
 from torch import Tensor
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from moeexp_kernels import tuning
 from moeexp_kernels.bench import measure, table
 from moeexp_kernels.bench.__main__ import main, measure_or_say
 from moeexp_kernels.bench.candidates import targets
@@ -25,7 +24,8 @@ from moeexp_kernels.bench.layers import Layers, chain_rows
 from moeexp_kernels.bench.peers import executorch, fla, torch_int4, torch_ops
 from moeexp_kernels.bench.peers.peer import WHOLE, delta_expected, delta_inputs
 from moeexp_kernels.bench.shapes import FULL
-from moeexp_kernels.linear import dequantise
+from moeexp_kernels.ops.linear import dequantise
+from moeexp_kernels.parts import tuning
 
 TINY = replace(
     FULL, vocab=300, hidden=64, heads=4, kv_heads=2, head_dim=16, rotary=8, gdn_k_heads=1, gdn_v_heads=4, gdn_k_dim=16,
@@ -169,7 +169,7 @@ def test_codes_reach_the_peers_in_their_own_layout():
 @pytest.mark.parametrize("spec", [Spec("gdn", "decode", 2), Spec("gdn", "prefill", 20)], ids=str)
 def test_what_delta_rule_peers_get_is_what_our_op_computes(spec):
     """Their inputs, the rule, then the gated norm: our op's output, so that they are timed on the same problem."""
-    from moeexp_kernels.gated_delta import _gated_norm
+    from moeexp_kernels.ops.gated_delta import _gated_norm
 
     case = case_of(spec)
     arguments = case.copies[0]

@@ -9,12 +9,12 @@ import sys
 # In a process without Triton's interpreter, through whose kernels no trace can pass.
 PROGRAM = """
 import torch
-from moeexp_kernels.attention import sdpa_prefill
-from moeexp_kernels.qk_norm_rope import qk_norm_rope
-from moeexp_kernels.linear import linear
-from moeexp_kernels.router import router
-from moeexp_kernels.router_fused import router_fused
-from moeexp_kernels.moe_prefill import moe_prefill
+from moeexp_kernels.ops.attention import sdpa_prefill
+from moeexp_kernels.ops.qk_norm_rope import qk_norm_rope
+from moeexp_kernels.ops.linear import linear
+from moeexp_kernels.ops.router import router
+from moeexp_kernels.ops.router_fused import router_fused
+from moeexp_kernels.ops.moe_prefill import moe_prefill
 
 D, E, WIDTH, HEADS, KV, DIM, SLOTS = 64, 8, 32, 4, 2, 16, 64
 BUFFERS = dict(

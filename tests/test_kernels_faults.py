@@ -11,10 +11,11 @@ from functools import partial
 import kernels_common as common
 import pytest
 import torch
-from moeexp_kernels import attention, dispatch, moe, moe_prefill, qk_norm_rope, router, router_fused, sample
-from moeexp_kernels.gated_delta import gdn_decode
-from moeexp_kernels.gated_delta_prefill import gdn_prefill
-from moeexp_kernels.linear import linear
+from moeexp_kernels import dispatch
+from moeexp_kernels.ops import attention, moe, moe_prefill, qk_norm_rope, router, router_fused, sample
+from moeexp_kernels.ops.gated_delta import gdn_decode
+from moeexp_kernels.ops.gated_delta_prefill import gdn_prefill
+from moeexp_kernels.ops.linear import linear
 from test_kernels_attention import make_attention_case, make_qkv, make_weights, positions_of
 from test_kernels_gated_delta import BF16, DECODE_TOL, F32, PREFILL_TOL, STATE, check, definition, make_case, run
 from test_kernels_linear import quantised

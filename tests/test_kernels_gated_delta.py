@@ -13,10 +13,11 @@ import sys
 import kernels_common as common
 import pytest
 import torch
-from moeexp_kernels import gated_delta, tuning
-from moeexp_kernels.gated_delta import gdn_decode, reference_gdn_decode, reference_gdn_prefill
-from moeexp_kernels.gated_delta_out import gdn_decode_out, reference_gdn_decode_out
-from moeexp_kernels.gated_delta_prefill import gdn_prefill
+from moeexp_kernels.ops import gated_delta
+from moeexp_kernels.ops.gated_delta import gdn_decode, reference_gdn_decode, reference_gdn_prefill
+from moeexp_kernels.ops.gated_delta_out import gdn_decode_out, reference_gdn_decode_out
+from moeexp_kernels.ops.gated_delta_prefill import gdn_prefill
+from moeexp_kernels.parts import tuning
 from test_kernels_linear import quantised
 from tolerances import tolerance
 
@@ -299,8 +300,8 @@ def test_refused_calls_leave_the_state_alone():
 
 EXPORT = """
 import torch
-from moeexp_kernels.gated_delta import gdn_decode
-from moeexp_kernels.gated_delta_prefill import gdn_prefill
+from moeexp_kernels.ops.gated_delta import gdn_decode
+from moeexp_kernels.ops.gated_delta_prefill import gdn_prefill
 
 SIZES = dict(num_k_heads=1, num_v_heads=2, head_k_dim=16, head_v_dim=16, eps=1e-6)
 TENSORS = dict(conv_weight=(64, 4), a_log=(2,), dt_bias=(2,), norm_weight=(16,), conv_state=(2, 64, 3),

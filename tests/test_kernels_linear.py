@@ -13,7 +13,7 @@ from kernels_common import (
     poisoned_empty,
     randn,
 )
-from moeexp_kernels.linear import (
+from moeexp_kernels.ops.linear import (
     GEMV_ROWS,
     MIDDLE_CODE,
     few_rows,
@@ -23,7 +23,7 @@ from moeexp_kernels.linear import (
     linear,
     reference_linear,
 )
-from moeexp_kernels.prefetch import AHEAD_BYTES, ahead_lengths
+from moeexp_kernels.parts.prefetch import AHEAD_BYTES, ahead_lengths
 from tolerances import tolerance
 from torch import Tensor
 

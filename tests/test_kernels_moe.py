@@ -14,12 +14,12 @@ from kernels_common import (
     poisoned_empty,
     randn,
 )
-from moeexp_kernels import tuning
-from moeexp_kernels.moe import moe_decode, reference_moe_decode
-from moeexp_kernels.moe_prefill import block_bound, moe_prefill, sort_by_expert
-from moeexp_kernels.moe_routed import moe_routed, reference_moe_routed
-from moeexp_kernels.router import reference_router, router
-from moeexp_kernels.router_fused import router_fused
+from moeexp_kernels.ops.moe import moe_decode, reference_moe_decode
+from moeexp_kernels.ops.moe_prefill import block_bound, moe_prefill, sort_by_expert
+from moeexp_kernels.ops.moe_routed import moe_routed, reference_moe_routed
+from moeexp_kernels.ops.router import reference_router, router
+from moeexp_kernels.ops.router_fused import router_fused
+from moeexp_kernels.parts import tuning
 from test_kernels_linear import quantised
 from tolerances import tolerance
 

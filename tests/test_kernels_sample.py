@@ -5,8 +5,8 @@ from __future__ import annotations
 import kernels_common as common
 import pytest
 import torch
-from moeexp_kernels import sample as ops
-from moeexp_kernels import tuning
+from moeexp_kernels.ops import sample as ops
+from moeexp_kernels.parts import tuning
 from torch import Tensor
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

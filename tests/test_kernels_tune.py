@@ -9,10 +9,10 @@ import time
 import kernels_common  # noqa: F401  before triton
 import pytest
 import torch
-from moeexp_kernels import tuning
 from moeexp_kernels.bench import tune as tuner
 from moeexp_kernels.bench.candidates import Target
 from moeexp_kernels.bench.cases import Spec
+from moeexp_kernels.parts import tuning
 
 OP, KEY, ARCH = "router_gemv", "plain16/256x2048", "sm_90"
 FIRST = {"BLOCK_N": 2, "TILES": 1, "CACHE": "", "num_warps": 4}

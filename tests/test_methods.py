@@ -8,13 +8,13 @@ import torch
 from moeexp_kernels import registry
 from rich.console import Console
 
-from moeexp.compile_cache import cache_dir
-from moeexp.factory import Recipe, build_model, build_stack
-from moeexp.phases import Phases
-from moeexp.record import Record
-from moeexp.schema import compose
-from moeexp.validate import resolve
-from moeexp.verification import record_trace
+from moeexp.check.verify import record_trace
+from moeexp.config.compose import compose
+from moeexp.config.resolve import resolve
+from moeexp.record.phases import Phases
+from moeexp.record.record import Record
+from moeexp.stack.compile_cache import cache_dir
+from moeexp.stack.factory import Recipe, build_model, build_stack
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_second_build_compiles_nothing(cfg, model, phases, compiled, monkeypatch
     folder = compiled.artifacts["decode"].package.parent.parent.parent
     monkeypatch.setenv("MOEEXP_CACHE_DIR", str(folder))
     assert cache_dir() == folder
-    monkeypatch.setattr("moeexp.factory.export_method", lambda *a, **k: pytest.fail("exported again"))
+    monkeypatch.setattr("moeexp.stack.factory.export_method", lambda *a, **k: pytest.fail("exported again"))
     again = build_stack(cfg, model, phases)
     assert all(artifact.cached for artifact in again.artifacts.values())
     prompt = tokens(9)

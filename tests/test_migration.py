@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from moeexp import compare, html_report, markdown_report, migration, record, report, summary
-from moeexp.command_line import arguments_of
-from moeexp.record import read_record
-from moeexp.schema import compose
+from moeexp import compare
+from moeexp.config.compose import compose
+from moeexp.record import migration, record
+from moeexp.record.record import read_record
+from moeexp.report import format, markdown, terminal
+from moeexp.report import records as report_records
+from moeexp.report.command_line import arguments_of
+from moeexp.report.html import page as html_report
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(__file__).with_name("data")
@@ -125,14 +129,14 @@ def test_every_stored_result_reports():
     # A run by itself, or the folder of its sweep.
     folders = {path.parent.parent if path.parent.name.isdigit() else path for path in RESULTS}
     for folder in sorted(folders):
-        records = report.load_records([folder])
-        text, page = markdown_report.document(records), html_report.page(records, title=folder.name)
+        records = report_records.load_records([folder])
+        text, page = markdown.document(records), html_report.page(records, title=folder.name)
         for one in records:
-            assert report.number(one["decode_tok_s"]) in text and report.number(one["decode_tok_s"]) in page
+            assert format.number(one["decode_tok_s"]) in text and format.number(one["decode_tok_s"]) in page
             console = Console(file=io.StringIO())
-            summary.print_run(one, path=folder, console=console)
-            assert report.number(one["decode_tok_s"]) in console.file.getvalue()
+            terminal.print_run(one, path=folder, console=console)
+            assert format.number(one["decode_tok_s"]) in console.file.getvalue()
         told = compare.explain(records[0], records[-1])
-        assert report.number(records[-1]["decode_tok_s"]) in told
+        assert format.number(records[-1]["decode_tok_s"]) in told
         old = any(one["migrated"] for one in records)
-        assert [report.MEDIAN_NOTE in one for one in (text, page, told)] == [old] * 3, "of older ones prefill is a median"
+        assert [format.MEDIAN_NOTE in one for one in (text, page, told)] == [old] * 3, "of older ones prefill is a median"

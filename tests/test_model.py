@@ -3,17 +3,18 @@
 import pytest
 import torch
 from moeexp_kernels import registry
-from moeexp_kernels.gated_delta_out import reference_gdn_decode_out
-from moeexp_kernels.moe_routed import reference_moe_routed
+from moeexp_kernels.ops.gated_delta_out import reference_gdn_decode_out
+from moeexp_kernels.ops.moe_routed import reference_moe_routed
 from moeexp_runner.arena import Arena
 
-from moeexp.architecture import Architecture
-from moeexp.dequantised import DequantisedWeights
-from moeexp.model import state_shapes
-from moeexp.pure_torch import pure_torch
-from moeexp.schema import compose
-from moeexp.validate import load_architecture
-from moeexp.weights import NEVER_QUANTISED, Random, load
+from moeexp.check.pure_torch import pure_torch
+from moeexp.config.architecture import Architecture
+from moeexp.config.compose import compose
+from moeexp.config.quantisation import NEVER_QUANTISED
+from moeexp.config.sources import load_architecture
+from moeexp.model.dequantise import DequantisedWeights
+from moeexp.model.qwen3_5_moe import state_shapes
+from moeexp.model.weights import Random, load
 
 
 def build(arch, *, bits=16, batch=1, max_seq_len=128, dtype=torch.float32, seed=0):

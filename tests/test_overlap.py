@@ -8,7 +8,7 @@ from pathlib import Path
 import kernels_common  # noqa: F401  before triton
 import moeexp_kernels
 import torch
-from moeexp_kernels.overlap import OVERLAPPING, WITHIN_AN_OP, can_overlap
+from moeexp_kernels.parts.pdl import OVERLAPPING, WITHIN_AN_OP, can_overlap
 
 SOURCES = sorted(Path(moeexp_kernels.__path__[0]).glob("*.py"))
 

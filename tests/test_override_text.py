@@ -7,10 +7,11 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from test_cells import composer  # noqa: F401  a fixture
 
-from moeexp import cells, schema
 from moeexp.cli import main
-from moeexp.override_text import TEXT, as_typed, kind_of, quoted
-from moeexp.record import read_record
+from moeexp.config import compose, schema
+from moeexp.config.override_text import TEXT, as_typed, kind_of, quoted
+from moeexp.record.record import read_record
+from moeexp.sweep import cells
 
 # Each is itself.
 TEXTS = [
@@ -38,8 +39,8 @@ def test_a_prompt_is_what_was_typed(composer, typed, text):  # noqa: F811
 
 def test_single_runs_compose_the_same():
     for typed, text in [("1.50", "1.50"), ("int(3.2)", "int(3.2)"), ("${batch}", "${batch}"), *MEANT[:3]]:
-        assert schema.compose(["model=nano", f"prompt={typed}"]).prompt == text
-    assert schema.compose(["prompt=null"]).prompt is None and schema.compose(["++prompt=1.50"]).prompt == "1.50"
+        assert compose.compose(["model=nano", f"prompt={typed}"]).prompt == text
+    assert compose.compose(["prompt=null"]).prompt is None and compose.compose(["++prompt=1.50"]).prompt == "1.50"
 
 
 def fields(cls, prefix=""):

@@ -31,21 +31,19 @@ def test_wheel_holds_the_packages_the_configs_and_the_checkpoint(wheel):
     checkpoint = ROOT / "moeexp" / "checkpoints" / "tiny"
     files = [path for path in checkpoint.rglob("*") if path.suffix in (".safetensors", ".json", ".txt")]
     expected |= {str(path.relative_to(ROOT)) for path in files}
-    expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "moeexp" / "report_assets").iterdir()}
+    expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "moeexp" / "report" / "html" / "assets").iterdir()}
     assert expected <= names
 
 
 def test_wheel_has_no_top_level_but_ours(wheel):
     tops = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
-    # hydra_plugins is the namespace in which Hydra looks for plugins; with an __init__.py it would shadow everyone else's.
-    ours = {"moeexp", "moeexp_kernels", "moeexp_runner", "hydra_plugins"}
+    ours = {"moeexp", "moeexp_kernels", "moeexp_runner"}
     assert {top for top in tops if not top.endswith(".dist-info")} == ours
-    assert "hydra_plugins/__init__.py" not in zipfile.ZipFile(wheel).namelist()
 
 
 def test_unpacked_wheel_finds_its_configs(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    code = "from moeexp.schema import compose, conf_dir; print(conf_dir()); print(compose(['model=nano']).model.name)"
+    code = "from moeexp.config.schema import compose, conf_dir; print(conf_dir()); print(compose(['model=nano']).model.name)"
     environment = {"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin:/bin"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from common import EVEN, build_snapshot
 
-from moeexp.factory import build_model
-from moeexp.faults import FAULTS, PROMPT_LEN, Fault
+from moeexp.check.faults import FAULTS, PROMPT_LEN, Fault
 from moeexp.power import INTRODUCTION, QUANT, Shared, _phases, configured, markdown, seen_by, table
+from moeexp.stack.factory import build_model
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "check_power.md"
 IDS = ",".join(str(1 + i % 50) for i in range(PROMPT_LEN))

@@ -3,9 +3,10 @@
 import pytest
 import synthetic
 
-from moeexp import html_report, markdown_report
-from moeexp.processes import HEADER, headline, processes, rows
-from moeexp.runs import runs_of
+from moeexp.report import markdown
+from moeexp.report.html import page as html_report
+from moeexp.report.processes import HEADER, headline, processes, rows
+from moeexp.report.runs import runs_of
 
 
 def repeats(*ms, **values):
@@ -20,7 +21,7 @@ def test_the_median_of_the_processes_stands_with_its_least_and_most():
     assert found.count == 3 and found.label == "quant=int4"
     row = dict(zip(HEADER, rows([found])[0], strict=True))
     assert row["processes"] == "3" and row["decode tok/s"] == "1,000 [800, 1,250]"
-    for text in (markdown_report.document(repeats(1.0, 1.25, 0.8)), html_report.page(repeats(1.0, 1.25, 0.8), title="t")):
+    for text in (markdown.document(repeats(1.0, 1.25, 0.8)), html_report.page(repeats(1.0, 1.25, 0.8), title="t")):
         assert "1,000 [800, 1,250]" in text and "3 processes or more" in text
     page = html_report.page(repeats(1.0, 1.25, 0.8) + others, title="t")
     assert "<b>1,000 tok/s</b><span>fastest decode, median of 3 processes [800, 1,250]: quant=int4</span>" in page
@@ -33,7 +34,7 @@ def test_runs_of_other_code_weights_or_settings_repeat_nothing():
         a, b = repeats(1.0, 1.1)
         assert not processes(runs_of([a, b | change])) and processes(runs_of([a, b]))
     assert not processes(runs_of(synthetic.grid({("quant=none",): 1.0, ("quant=int4",): 0.5})))
-    assert "### Processes" not in markdown_report.document(synthetic.grid({("quant=none",): 1.0, ("quant=int4",): 0.5}))
+    assert "### Processes" not in markdown.document(synthetic.grid({("quant=none",): 1.0, ("quant=int4",): 0.5}))
 
 
 def test_a_headline_needs_three_processes_of_one_config():

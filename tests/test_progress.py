@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 from rich.console import Console
 
-from moeexp.progress import Progress
-from moeexp.record import Record
+from moeexp.record.record import Record
+from moeexp.sweep.terminal import Progress
 
 
 def cell(tmp_path):

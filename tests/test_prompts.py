@@ -7,8 +7,8 @@ import pytest
 import torch
 from common import ODD
 
-from moeexp.prompts import Text, prompt_tokens, text_of
-from moeexp.schema import compose
+from moeexp.config.compose import compose
+from moeexp.model.prompt import Text, prompt_tokens, text_of
 
 BYTES = Text("bytes", None)
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from moeexp_kernels.linear import dequantise
+from moeexp_kernels.ops.linear import dequantise
 
-from moeexp import quantise as module
-from moeexp.quantise import pack, quantise, unpack
+from moeexp.model import quantise as module
+from moeexp.model.quantise import pack, quantise, unpack
 
 
 @pytest.fixture(autouse=True)

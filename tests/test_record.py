@@ -6,9 +6,9 @@ import os
 
 import pytest
 
-from moeexp import environment, record
-from moeexp.record import MAX_BYTES, Record, latency_summary, plain, read_record
-from moeexp.schema import compose
+from moeexp.config.compose import compose
+from moeexp.record import environment, record
+from moeexp.record.record import MAX_BYTES, Record, latency_summary, plain, read_record
 
 
 def new(tmp_path, **values) -> Record:

@@ -12,13 +12,16 @@ from pathlib import Path
 import pytest
 import synthetic
 
-from moeexp import command_line, html_report, reproduce, schema
-from moeexp.architecture import Architecture
-from moeexp.record import plain
-from moeexp.recorded_config import ARCHITECTURE, AT_MOST, check
-from moeexp.runs import HOUSEKEEPING
-from moeexp.schema import compose
-from moeexp.validate import SHIPPED_CHECKPOINT
+from moeexp import reproduce
+from moeexp.config import schema
+from moeexp.config.architecture import Architecture
+from moeexp.config.compose import compose
+from moeexp.config.recorded import ARCHITECTURE, AT_MOST, check
+from moeexp.config.sources import SHIPPED_CHECKPOINT
+from moeexp.record.record import plain
+from moeexp.report import command_line
+from moeexp.report.html import page as html_report
+from moeexp.report.runs import HOUSEKEEPING
 
 LINE = 400  # characters of an error
 # What resembles Hydra's grammar, OmegaConf's, a shell's or Python's.

@@ -10,8 +10,15 @@ import torch
 from reference_model import ARCHITECTURE, ModelWeights, build_model, config_of, run_model, tokens
 from torch import nn
 
-from moeexp.pure_torch import KERNEL_FUNCTIONS, assert_pure_torch, full_precision, modeling, pure_torch, torch_functions
-from moeexp.reference import generate_reference, run_reference
+from moeexp.check.pure_torch import (
+    KERNEL_FUNCTIONS,
+    assert_pure_torch,
+    full_precision,
+    modeling,
+    pure_torch,
+    torch_functions,
+)
+from moeexp.check.reference import generate_reference, run_reference
 
 torch.set_num_threads(1)
 

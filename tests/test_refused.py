@@ -11,12 +11,14 @@ import synthetic
 from test_group import QUICK
 from test_html_report import Page
 
-from moeexp import html_report, markdown_report, report
 from moeexp.cli import main
-from moeexp.effects import main_effects
-from moeexp.html_charts import label_of
-from moeexp.runs import runs_of
-from moeexp.waterfall import waterfalls
+from moeexp.report import markdown as markdown_report
+from moeexp.report import records as report_records
+from moeexp.report.effects import main_effects
+from moeexp.report.html import page as html_report
+from moeexp.report.html.sections import label_of
+from moeexp.report.runs import runs_of
+from moeexp.report.waterfall import waterfalls
 
 SWEEPS = {
     # One cell of the design needs CUDA.
@@ -39,7 +41,7 @@ def sweeps(tmp_path_factory):
         patch.chdir(tmp_path_factory.mktemp("sweeps"))
         for name, arguments in SWEEPS.items():
             assert main(["-m", *arguments, *ARGUMENTS, f"hydra.sweep.dir={name}"]) == 0
-        yield {name: report.load_records([Path(name).resolve()]) for name in SWEEPS}
+        yield {name: report_records.load_records([Path(name).resolve()]) for name in SWEEPS}
 
 
 @pytest.fixture(params=SWEEPS)
@@ -186,4 +188,4 @@ def test_a_value_that_is_left_to_resolving_is_that_of_the_same_sweep():
 
 def test_what_a_refused_cell_leaves_to_resolving_is_no_column_of_the_table():
     records = [synthetic.record("dtype=float32", "quant=none"), synthetic.refused("quant=int4", "cuda_graph=true")]
-    assert report.varying(records) == ["quant", "cuda_graph"]
+    assert report_records.varying(records) == ["quant", "cuda_graph"]

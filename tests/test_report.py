@@ -7,12 +7,17 @@ import pytest
 import synthetic
 from rich.console import Console
 
-from moeexp import markdown_report, record, report, summary
-from moeexp.record import Record, plain, read_record
-from moeexp.runs import runs_of
-from moeexp.schema import compose
-from moeexp.validate import resolve
-from moeexp.waterfall import waterfalls
+from moeexp.config.compose import compose
+from moeexp.config.resolve import resolve
+from moeexp.record import record
+from moeexp.record.record import Record, plain, read_record
+from moeexp.report import __main__ as report_command
+from moeexp.report import format, markdown
+from moeexp.report import records as report_records
+from moeexp.report import table as report_table
+from moeexp.report import terminal as summary
+from moeexp.report.runs import runs_of
+from moeexp.report.waterfall import waterfalls
 
 
 def make(folder, *overrides, id="ab.0", status="ok", **values):
@@ -47,7 +52,7 @@ def sweep(tmp_path, monkeypatch):
 
 
 def test_markdown_shows_what_differs_and_what_was_measured(sweep):
-    lines = report.markdown(report.load_records([sweep])).splitlines()
+    lines = report_table.markdown(report_records.load_records([sweep])).splitlines()
     assert lines[0] == "| quant | status | decode tok/s | prefill tok/s | TTFT ms | bits/byte | peak GiB |"
     assert lines[2] == r"| none | ok | 1,234\* | – | – | – | 0.5 |"
     assert lines[3] == "| int4 | incorrect | – | – | – | – | – |"
@@ -57,21 +62,21 @@ def test_markdown_shows_what_differs_and_what_was_measured(sweep):
 
 
 def test_records_are_found_once_and_in_order(sweep):
-    records = report.load_records([sweep, sweep / "0", sweep / "1" / "record.json"])
+    records = report_records.load_records([sweep, sweep / "0", sweep / "1" / "record.json"])
     assert [one["id"] for one in records] == ["ab.0", "ab.1", "ab.2", "ab.10"]
 
 
 def test_a_default_is_compared_with_what_another_run_set(tmp_path):
     make(tmp_path / "0", decode_tok_s=1.0)
     make(tmp_path / "1", "quant=int8", "batch=2", id="x.1")
-    header, rows = report.table(report.load_records([tmp_path]))
+    header, rows = report_table.table(report_records.load_records([tmp_path]))
     assert header[:2] == ["quant", "batch"] and [row[:2] for row in rows] == [["int4", "1"], ["int8", "2"]]
 
 
 def test_users_ops_are_named_as_they_are_written():
     records = [synthetic.record(id="a"), synthetic.record(id="b")]
     records[0]["overrides"], records[1]["overrides"] = [r"ops.router=own\:router"], ["ops.router=auto"]
-    header, rows = report.table(records)
+    header, rows = report_table.table(records)
     assert header[0] == "ops.router" and [row[0] for row in rows] == ["own:router", "auto"]
 
 
@@ -81,15 +86,15 @@ def test_what_was_refused_comes_last(tmp_path):
     ran = [synthetic.record(id=f"a.{i}", started=f"2026-01-01T00:00:0{i}+00:00") for i in (1, 2)]
     failed = synthetic.refused(id="a.3", started="2026-01-01T00:00:01+00:00") | {"status": "failed"}
     synthetic.write(tmp_path, [refused, *ran, failed])
-    assert [one["id"] for one in report.load_records([tmp_path])] == ["a.1", "a.3", "a.2", "a.0"]
+    assert [one["id"] for one in report_records.load_records([tmp_path])] == ["a.1", "a.3", "a.2", "a.0"]
 
 
 def test_a_run_that_is_not_over_publishes_no_speed(tmp_path):
     running = synthetic.record(id="a") | {"status": "running", "decode_tok_s": 777.0, "finished": None}
     synthetic.write(tmp_path, [running, synthetic.record(id="b")])
-    records = report.load_records([tmp_path])
+    records = report_records.load_records([tmp_path])
     assert [one["decode_tok_s"] is None for one in records] == [True, False]
-    assert "777" not in report.markdown(records)
+    assert "777" not in report_table.markdown(records)
 
 
 def stalling():
@@ -105,35 +110,35 @@ def stalling():
 
 
 def test_a_report_shows_stalls_and_that_a_gain_is_one():
-    text = markdown_report.document(stalling())
+    text = markdown.document(stalling())
     ranked, steps = text.split("### Speed-up")[0], text.split("### Speed-up")[1].split("###")[0]
-    assert report.STALLS in ranked and "| 5, 80, 1,000 |" in ranked and f"| {report.NONE} |" in ranked
-    header, rows = markdown_report.steps_table(waterfalls(runs_of(stalling()))[0])
+    assert format.STALLS in ranked and "| 5, 80, 1,000 |" in ranked and f"| {format.NONE} |" in ranked
+    header, rows = markdown.steps_table(waterfalls(runs_of(stalling()))[0])
     first, second, third = (dict(zip(header, row, strict=True)) for row in rows)
-    assert first[report.STALLS] == "5, 160, 500" and third[report.STALLS] == report.NONE
+    assert first[format.STALLS] == "5, 160, 500" and third[format.STALLS] == format.NONE
     assert second["by medians"] == "× 2.00" and second["without stalls"] == "the same" and second["verdict"] == "faster"
     assert third["gain over the one before"].startswith("× 1.40") and third["by medians"].startswith(("× 1.00", "× 0.99"))
     assert third["without stalls"] == "× 1.000"
     assert third["verdict"] == "faster, but no difference by medians and without stalls"
-    assert markdown_report.LATE in steps and "no difference by medians and without stalls" in text.split("### Effects")[1]
+    assert markdown.LATE in steps and "no difference by medians and without stalls" in text.split("### Effects")[1]
 
 
 def test_without_stalls_a_report_does_not_speak_of_them():
     unknown = synthetic.grid({("state=explicit",): 2.0, ("state=shared",): 1.0})
     smooth = [one | {"stalls": synthetic.stalls(0, 0.0, one["decode_tok_s"])} for one in unknown]
     for records in (smooth, unknown):
-        text = markdown_report.document(records)
+        text = markdown.document(records)
         assert "stall" not in text and "by medians" in text
 
 
 def test_a_migrated_prefill_is_marked(tmp_path):
     old = {"from": "moeexp.record/1", "medians": ["prefill_tok_s"]}
     records = [synthetic.record(id="a", migrated=old), synthetic.record(id="b")]
-    text = report.markdown(records)
-    assert text.count("| 9,000¶ |") == 1 and "| 9,000 |" in text and f"- ¶ {report.MEDIAN_NOTE}" in text
+    text = report_table.markdown(records)
+    assert text.count("| 9,000¶ |") == 1 and "| 9,000 |" in text and f"- ¶ {format.MEDIAN_NOTE}" in text
     shown = [printed(summary.print_run, one, path=tmp_path) for one in records]
     assert "9,000 tok/s (by the median)" in shown[0] and "median" not in shown[1]
-    assert "¶" not in report.markdown(records[1:])
+    assert "¶" not in report_table.markdown(records[1:])
 
 
 def test_a_run_s_summary_says_how_it_stalled(tmp_path):
@@ -146,33 +151,33 @@ def test_a_run_s_summary_says_how_it_stalled(tmp_path):
 def test_the_cells_of_a_design_are_shown_by_their_names():
     records = [synthetic.record("quant=none", id="a"), synthetic.record("quant=int4", "batch=2", id="b")]
     designed = [one | {"design": {"name": "ladder", "cell": f"rung {i}", "index": i}} for i, one in enumerate(records)]
-    header, rows = report.table(designed)
+    header, rows = report_table.table(designed)
     assert header[:2] == ["cell", "status"] and [row[0] for row in rows] == ["rung 0", "rung 1"]
     again = [one | {"design": {"name": "ladder", "cell": "rung 0", "index": 0}} for one in records]
-    assert report.table(again)[0][:3] == ["cell", "quant", "batch"]
-    assert report.table([designed[0], records[1]])[0][:2] == ["quant", "batch"]
+    assert report_table.table(again)[0][:3] == ["cell", "quant", "batch"]
+    assert report_table.table([designed[0], records[1]])[0][:2] == ["quant", "batch"]
 
 
 def test_what_took_no_turns_with_the_first_is_marked():
     cells = {("quant=none", "batch=1"): 1.0, ("quant=int4", "batch=1"): 0.5, ("quant=none", "batch=2"): 1.2}
     records = synthetic.grid(cells)
-    text = report.markdown(records)
+    text = report_table.markdown(records)
     assert text.count("†") == 2 and "- † not timed in turns with the first run" in text
     (marked,) = [line for line in text.splitlines() if line.startswith("|") and "†" in line]
     assert marked.startswith("| int4 | 1 |")  # the first of another workload is held against nothing
-    text = report.markdown([one | {"group": {"id": "g"}} for one in records])
+    text = report_table.markdown([one | {"group": {"id": "g"}} for one in records])
     assert "†" not in text
 
 
 def test_each_part_of_a_document_marks_it():
     cells = {("quant=none", "export=eager"): 4.0, ("quant=int4", "export=eager"): 3.9, ("quant=none", "export=aoti"): 1.0}
-    text = markdown_report.document(synthetic.grid(cells))
+    text = markdown.document(synthetic.grid(cells))
     for title in ("Speed-up", "Effects"):
         part = text.split(f"### {title}")[1].split("###")[0]
         assert "] † |" in part
         assert "† Not timed in turns: the interval allows for run-to-run noise of 5 %." in part
     assert "| no difference beyond run-to-run noise |" in text
-    apart = markdown_report.document([one | {"group": {"id": "g"}} for one in synthetic.grid(cells)])
+    apart = markdown.document([one | {"group": {"id": "g"}} for one in synthetic.grid(cells)])
     assert "†" not in apart and "beyond" not in apart
 
 
@@ -187,7 +192,7 @@ def with_transformers(**values):
 
 
 def test_a_ratio_with_transformers_says_that_the_weights_differ():
-    text = markdown_report.document(with_transformers(group={"id": "g"}))
+    text = markdown.document(with_transformers(group={"id": "g"}))
     runs, steps = text.split("### Speed-up")[0], text.split("### Speed-up")[1].split("###")[0]
     assert [line.count("§") for line in runs.splitlines() if line.startswith("| rung")] == [0, 1, 1, 1]
     unlike = "transformers' are unquantised bfloat16, the others int4"
@@ -197,11 +202,11 @@ def test_a_ratio_with_transformers_says_that_the_weights_differ():
     assert f"§ The weights differ in quantisation ({unlike}): the ratio is not the engine's alone." in steps
     unquantised = [synthetic.record("engine=transformers", "quant=none", id="a"), synthetic.record("quant=none", id="b")]
     grid = synthetic.grid({("quant=none",): 1.0, ("quant=int4",): 0.5})
-    assert "§" not in markdown_report.document(unquantised) + markdown_report.document(grid)
+    assert "§" not in markdown.document(unquantised) + markdown.document(grid)
 
 
 def test_a_document_has_no_verdict_on_what_has_nothing_to_act_on():
-    text = markdown_report.document(with_transformers(not_applicable=["shared_stream"], device="cpu"))
+    text = markdown.document(with_transformers(not_applicable=["shared_stream"], device="cpu"))
     bars, effects = text.split("### Speed-up")[1].split("### Effects")
     ends = [line.endswith("  not applicable here") for line in bars.splitlines() if line.startswith("rung")]
     assert ends == [False, False, False, True]
@@ -215,7 +220,7 @@ def test_a_document_marks_unlike_load():
     records = synthetic.grid({("quant=none",): 3.0, ("quant=int4",): 1.0}, device="cpu")
     for one, cores in zip(records, (12, 1), strict=True):
         one["telemetry"] = synthetic.load(cores)
-    text = markdown_report.document(records)
+    text = markdown.document(records)
     assert "‡ Other processes loaded the CPU" in text and "| faster, but under unlike load |" in text
     assert "- unlike conditions, load of other processes" in text
 
@@ -223,7 +228,7 @@ def test_a_document_marks_unlike_load():
 def test_runs_that_differ_in_nothing_are_told_apart_by_id(tmp_path):
     make(tmp_path / "0")
     make(tmp_path / "1", id="cd")
-    header, rows = report.table(report.load_records([tmp_path]))
+    header, rows = report_table.table(report_records.load_records([tmp_path]))
     assert header[0] == "run" and {row[0] for row in rows} == {"ab.0", "cd"}
 
 
@@ -231,17 +236,17 @@ def test_runs_that_differ_in_nothing_are_told_apart_by_id(tmp_path):
 def test_a_cell_cannot_break_the_table(tmp_path, text):
     make(tmp_path / "0", f"prompt={text}" if "\n" not in text else "seed=0")
     make(tmp_path / "1", "prompt=c", id="x.1")
-    table = report.markdown(report.load_records([tmp_path])).split("\n\n")[0].splitlines()
+    table = report_table.markdown(report_records.load_records([tmp_path])).split("\n\n")[0].splitlines()
     assert len(table) == 4
     assert len({line.replace("\\|", "").count("|") for line in table}) == 1
 
 
 def test_main_prints_the_table_or_one_line(sweep, capsys, tmp_path):
-    assert report.main([str(sweep)]) == 0
+    assert report_command.main([str(sweep)]) == 0
     assert capsys.readouterr().out.startswith("`python`\n\n| quant |")
-    assert report.main([str(tmp_path / "none")]) == 2
+    assert report_command.main([str(tmp_path / "none")]) == 2
     assert "holds no record.json" in capsys.readouterr().err
-    assert report.main([]) == 2
+    assert report_command.main([]) == 2
 
 
 def test_summary_in_a_pipe_is_one_item_a_line(tmp_path, monkeypatch):
@@ -277,7 +282,7 @@ def test_summary_of_a_failed_run_says_why(tmp_path):
 
 @pytest.mark.parametrize("width", [80, 100])
 def test_summary_and_table_fit_a_terminal(sweep, width):
-    records = report.load_records([sweep])
+    records = report_records.load_records([sweep])
     text = printed(summary.print_sweep, records, path=sweep / "table.md", terminal=True)
     rows = text.split("table  ")[0].splitlines()
     assert max(map(len, rows)) <= 80
@@ -285,5 +290,5 @@ def test_summary_and_table_fit_a_terminal(sweep, width):
 
 
 def test_sweep_in_a_pipe_is_the_markdown_table(sweep):
-    records = report.load_records([sweep])
-    assert report.markdown(records) in printed(summary.print_sweep, records, path=sweep / "table.md")
+    records = report_records.load_records([sweep])
+    assert report_table.markdown(records) in printed(summary.print_sweep, records, path=sweep / "table.md")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from moeexp import record
-from moeexp.record import Record, head, read_record
-from moeexp.resume import Folder, History, link, read_whole, runs_again
+from moeexp.record import record
+from moeexp.record.record import Record, head, read_record
+from moeexp.sweep.history import Folder, History, link, read_whole, runs_again
 
 
 def run(folder: Path, *, config_hash="c", fingerprint="f", status="ok", started="2026-01-01T00:00:00+00:00", id=None):

@@ -4,10 +4,13 @@ import dataclasses
 
 import pytest
 
-from moeexp import validate as rules
-from moeexp.architecture import Architecture
-from moeexp.schema import Config, compose, conf_dir
-from moeexp.validate import resolve, validate
+from moeexp.config import resolve as config_resolve
+from moeexp.config import validate as rules
+from moeexp.config.architecture import Architecture
+from moeexp.config.compose import compose
+from moeexp.config.resolve import resolve
+from moeexp.config.schema import Config, conf_dir
+from moeexp.config.validate import validate
 
 MODELS = ("nano", "small", "qwen3_5_35b_a3b")
 
@@ -166,12 +169,12 @@ def test_skipped_kinds_do_not_bound_the_group_size():
 
 
 def test_not_applicable_on_cpu_only():
-    on_cpu = [*rules.NEEDS_CUDA_TO_MATTER, "overlap", "l2_prefetch"]
-    assert rules.not_applicable(resolve(nano(), cuda_available=False)) == on_cpu
-    assert rules.not_applicable(resolve(nano("cuda_graph=true"), cuda_available=True)) == []
-    assert rules.not_applicable(resolve(nano(), cuda_available=True)) == ["overlap"]  # edges of a graph
+    on_cpu = [*config_resolve.NEEDS_CUDA_TO_MATTER, "overlap", "l2_prefetch"]
+    assert config_resolve.not_applicable(resolve(nano(), cuda_available=False)) == on_cpu
+    assert config_resolve.not_applicable(resolve(nano("cuda_graph=true"), cuda_available=True)) == []
+    assert config_resolve.not_applicable(resolve(nano(), cuda_available=True)) == ["overlap"]  # edges of a graph
     for deaf in ("dispatch=single", "ops=reference", "ops.linear=reference"):
-        assert rules.not_applicable(resolve(nano("cuda_graph=true", deaf), cuda_available=True)) == ["l2_prefetch"]
+        assert config_resolve.not_applicable(resolve(nano("cuda_graph=true", deaf), cuda_available=True)) == ["l2_prefetch"]
 
 
 def test_a_snapshot_gives_its_own_shapes(tmp_path):
@@ -195,7 +198,7 @@ def test_keys_may_not_be_added_or_removed():
 
 def test_every_rule_names_a_field():
     config = compose(["model=nano"])
-    for path in (*rules.ALLOWED, *rules.AT_LEAST, *rules.NEEDS_CUDA_TO_MATTER):
+    for path in (*rules.ALLOWED, *rules.AT_LEAST, *config_resolve.NEEDS_CUDA_TO_MATTER):
         rules.get(config, path)
     assert {field.name for field in dataclasses.fields(config.ops)} >= {"default", "linear", "sample"}
 

@@ -3,9 +3,9 @@
 import pytest
 import synthetic
 
-from moeexp.markdown_report import document, stack_line, stack_table
-from moeexp.runs import runs_of
-from moeexp.stack import stacks
+from moeexp.report.ablation import stacks
+from moeexp.report.markdown import document, stack_line, stack_table
+from moeexp.report.runs import runs_of
 
 QUANT, EXPORT, OP = "quant=int4", "export=aoti", "ops.gdn_decode=einsum"
 NONE = {QUANT: "quant=none", EXPORT: "export=eager", OP: "ops.gdn_decode=reference"}

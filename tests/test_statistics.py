@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import synthetic
 
-from moeexp import statistics
-from moeexp.runs import runs_of
-from moeexp.statistics import Interval, Speed, interval, ratio, round_lengths, speed_of
+from moeexp.report import intervals
+from moeexp.report.intervals import Interval, Speed, interval, ratio, round_lengths, speed_of
+from moeexp.report.runs import runs_of
 
 
 def drifting(rng, rounds=5, per_round=40, drift=None):
@@ -138,8 +138,8 @@ def test_rounds_are_those_recorded_else_the_repeats_else_blocks():
 
 
 def test_students_t_is_the_table_of_any_textbook():
-    assert [statistics.student(k) for k in (1, 4, 30, 1000)] == [12.706, 2.776, 2.042, 1.960]
-    assert list(statistics.T_95) == sorted(statistics.T_95, reverse=True) and len(statistics.T_95) == 30
+    assert [intervals.student(k) for k in (1, 4, 30, 1000)] == [12.706, 2.776, 2.042, 1.960]
+    assert list(intervals.T_95) == sorted(intervals.T_95, reverse=True) and len(intervals.T_95) == 30
 
 
 def pair(times, device, **values):
@@ -155,7 +155,7 @@ def pair(times, device, **values):
 def test_drift_between_processes_is_no_difference(device, drift):
     found = pair(drift, device)
     assert found.verdict == "no difference" and found.phrase == "no difference beyond run-to-run noise"
-    assert not found.in_turns and found.run_to_run == pytest.approx(statistics.RUN_TO_RUN[device])
+    assert not found.in_turns and found.run_to_run == pytest.approx(intervals.RUN_TO_RUN[device])
 
 
 def test_a_gpu_that_waits_for_the_host_is_as_noisy_as_the_host():

@@ -12,11 +12,11 @@ from moeexp_runner.binding import CompiledMethod
 from moeexp_runner.explicit import ExplicitState
 from moeexp_runner.session import Session
 
-from moeexp.benchmark import Benchmark
-from moeexp.methods import MODULES
-from moeexp.model import state_shapes
-from moeexp.schema import compose
-from moeexp.weights import Random
+from moeexp.config.compose import compose
+from moeexp.model.qwen3_5_moe import state_shapes
+from moeexp.model.weights import Random
+from moeexp.run.benchmark import Benchmark
+from moeexp.stack.methods import MODULES
 
 
 class FakeGraphed:

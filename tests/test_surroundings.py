@@ -14,13 +14,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from moeexp import caches, schema, streams, tracker
-from moeexp.arguments import Parser
 from moeexp.cli import main
-from moeexp.compile_cache import cache_dir
-from moeexp.paths import expanded
-from moeexp.record import MAX_BYTES, Record, full_config, read_record
+from moeexp.config import compose, schema
+from moeexp.config.errors import Parser
+from moeexp.record import streams, tracker
+from moeexp.record.paths import expanded
+from moeexp.record.record import MAX_BYTES, Record, full_config, read_record
 from moeexp.reproduce import main as reproduce
+from moeexp.stack import caches
+from moeexp.stack.compile_cache import cache_dir
 
 QUIET = ["model=nano", "tracker=jsonl"]
 HERE = "launcher.isolation=none"
@@ -329,7 +331,7 @@ def test_what_wandb_takes_as_a_mode(mode, meant):
 
 
 def settled(*overrides):
-    found = tracker.settled(dataclasses.asdict(schema.compose(["model=nano", *overrides]).tracker))
+    found = tracker.settled(dataclasses.asdict(compose.compose(["model=nano", *overrides]).tracker))
     return found["project"], found["entity"], found["group"], found["tags"]
 
 
@@ -348,7 +350,7 @@ def test_the_config_goes_before_wandbs_variables_and_they_before_ours(monkeypatc
                                                      ([], None, "a sweep")])  # fmt: skip
 def test_the_group_of_a_run_in_a_sweep(given, variable, group, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_RUN_GROUP", variable or "")
-    config = dataclasses.asdict(schema.compose(["model=nano", *given]))
+    config = dataclasses.asdict(compose.compose(["model=nano", *given]))
     run = Record(tmp_path / "record.json", id="a", config=config, command=[])
     wandb = SimpleNamespace(init=lambda **settings: settings, Settings=lambda **settings: settings)
     made = tracker._init(wandb, run.data, tmp_path, "offline", "a sweep")

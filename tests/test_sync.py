@@ -7,7 +7,7 @@ import pytest
 import wandb
 
 from moeexp import sync
-from moeexp.record import Record
+from moeexp.record.record import Record
 
 # Uploads as far as the test is concerned: leaves W&B's marker, except for runs named `refused`.
 WANDB = """

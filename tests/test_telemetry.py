@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from moeexp import telemetry
-from moeexp.telemetry import CpuTime, Telemetry, gpu_reader, read_cpu, read_gpu, throttled, watch, work_on
+from moeexp.record import telemetry
+from moeexp.record.telemetry import CpuTime, Telemetry, gpu_reader, read_cpu, read_gpu, throttled, watch, work_on
 
 NVML = SimpleNamespace(
     NVML_CLOCK_SM=1, NVML_CLOCK_MEM=2, NVML_TEMPERATURE_GPU=0,

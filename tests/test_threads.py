@@ -15,15 +15,21 @@ import pytest
 import synthetic
 import torch
 
-from moeexp import adopt, artifact, cli, environment, inductor, process, threads
-from moeexp.compile_cache import MethodSpec, key_of
-from moeexp.conditions import unlike
-from moeexp.methods import torch_compiled
-from moeexp.record import plain
-from moeexp.schema import compose
-from moeexp.threads import Choice, Grant, choose, cpu_quota, granted, physical_cores
-from moeexp.validate import check_values, load_architecture, resolve
-from moeexp.weights import pieces
+from moeexp import cli
+from moeexp.config import schema, threads
+from moeexp.config.compose import compose
+from moeexp.config.resolve import resolve
+from moeexp.config.sources import load_architecture
+from moeexp.config.threads import Choice, Grant, choose, cpu_quota, granted, physical_cores
+from moeexp.config.validate import check_values
+from moeexp.model.checkpoint import pieces
+from moeexp.record import environment
+from moeexp.record.record import plain
+from moeexp.report.conditions import unlike
+from moeexp.stack import artifact_config, artifact_manifest, inductor
+from moeexp.stack.compile_cache import MethodSpec, key_of
+from moeexp.stack.methods import torch_compiled
+from moeexp.sweep import process
 
 V2 = "31 23 0:28 / {mount} rw,relatime shared:9 - cgroup2 cgroup2 rw,nsdelegate\n"
 V1 = (
@@ -144,6 +150,10 @@ def test_a_real_affinity():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "1\n"
 
 
+def adopted(overrides):
+    return artifact_config.adopt(compose(overrides), overrides)
+
+
 MODELS = {"nano": 1, "tiny": 1, "small": 26, "qwen3_5_35b_a3b": 64}
 
 
@@ -222,7 +232,7 @@ def test_torch_compile_writes_kernels_for_them_too(monkeypatch, device, options)
 
 IN_A_PROCESS = """
 import os
-from moeexp.threads import Choice, apply
+from moeexp.config.threads import Choice, apply
 import torch
 own = {"TORCHINDUCTOR_COMPILE_THREADS": "7"}
 for number, device, given in ((3, "cpu", {}), (2, "cuda", {"MOEEXP_CORES": "1"}), (1, "cuda", own)):
@@ -293,18 +303,18 @@ def test_a_run_has_them_and_says_so(machine, tmp_path, monkeypatch, given, numbe
 def test_an_artifact_of_a_cpu_keeps_the_threads_that_it_was_compiled_for(tmp_path, monkeypatch):
     made = plain(resolve(compose(["model=nano", "threads=3"]), cuda_available=False))
     manifest = {"config": made, "model": {"weights": False, "heldout": False}}
-    monkeypatch.setattr(artifact, "read_manifest", lambda folder: manifest)
-    monkeypatch.setattr(artifact, "check_runnable", lambda folder, manifest: None)
-    assert compose([f"artifact={tmp_path}"]).threads == 3
+    monkeypatch.setattr(artifact_manifest, "read_manifest", lambda folder: manifest)
+    monkeypatch.setattr(artifact_manifest, "check_runnable", lambda folder, manifest: None)
+    assert adopted([f"artifact={tmp_path}"]).threads == 3
     with pytest.raises(ValueError, match=r"threads=2 is not what artifact=.* was made with \(3\)"):
-        compose([f"artifact={tmp_path}", "threads=2"])
+        adopted([f"artifact={tmp_path}", "threads=2"])
     made["device"], made["threads"] = "cuda", "auto"
-    assert compose([f"artifact={tmp_path}", "threads=2"]).threads == 2
-    assert "threads" in adopt.FIXED
+    assert adopted([f"artifact={tmp_path}", "threads=2"]).threads == 2
+    assert "threads" in schema.FIXED
 
 
 def test_runs_that_share_a_process_share_its_threads():
-    from moeexp.sweep import shares_weights
+    from moeexp.sweep.sweep import shares_weights
 
     one, two = (shares_weights(compose(["model=nano", f"threads={number}"])) for number in (1, 2))
     assert one != two

@@ -3,7 +3,7 @@
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from moeexp.token_bytes import token_bytes
+from moeexp.model.token_bytes import token_bytes
 
 TEXTS = [
     "Привет, мир! Это текст из двухбайтовых букв.",

@@ -2,7 +2,7 @@
 
 import pytest
 from common import build_session, random_tokens
-from moeexp_runner.token_split import kernels_per_token, split, token_split
+from moeexp_runner.profiler import kernels_per_token, split, token_split
 
 
 def test_parts_add_up_to_the_wall():

@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from moeexp import tracker
-from moeexp.record import Record, plain, read_record
-from moeexp.schema import compose
-from moeexp.validate import resolve
+from moeexp.config.compose import compose
+from moeexp.config.resolve import resolve
+from moeexp.record import tracker
+from moeexp.record.record import Record, plain, read_record
 
 
 def make(folder, *overrides):

@@ -10,12 +10,14 @@ from moeexp_runner.timing import Samples, time_generation
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-from moeexp import transformers_engine, validate
 from moeexp.cli import main
-from moeexp.dequantised import DequantisedWeights
-from moeexp.record import read_record
-from moeexp.schema import compose
-from moeexp.weights import NEVER_QUANTISED, Random, load
+from moeexp.config import sources, validate
+from moeexp.config.compose import compose
+from moeexp.config.quantisation import NEVER_QUANTISED
+from moeexp.model.dequantise import DequantisedWeights
+from moeexp.model.weights import Random, load
+from moeexp.record.record import read_record
+from moeexp.run import transformers_baseline
 
 QUICK = ["model=nano", "tracker=jsonl", "engine=transformers", "quant=none", "prompt_len=9", "new_tokens=5"]
 QUICK += ["repeats=1", "min_samples=1", "min_time_s=0"]
@@ -24,7 +26,7 @@ QUICK += ["repeats=1", "min_samples=1", "min_time_s=0"]
 def converted(dtype=torch.float32):
     ours = load(EVEN, Random(EVEN, 0), dtype=dtype, device="cpu", bits=16, group_size=0, skip=NEVER_QUANTISED)
     weights = {i: {k: t.clone() for k, t in DequantisedWeights(ours).layer(i).items()} for i in range(3)}
-    return transformers_engine.convert(ours, EVEN, dtype=dtype), weights, ours
+    return transformers_baseline.convert(ours, EVEN, dtype=dtype), weights, ours
 
 
 def test_it_has_our_weights_and_takes_ours_away():
@@ -39,7 +41,7 @@ def test_it_has_our_weights_and_takes_ours_away():
 def test_tokens_arrive_one_by_one():
     model, _, _ = converted()
     session, prompt = (
-        transformers_engine.TransformersSession(model, batch=2, max_seq_len=64),
+        transformers_baseline.TransformersSession(model, batch=2, max_seq_len=64),
         torch.tensor([[3, 5], [8, 1]]),
     )
     samples = Samples()
@@ -60,16 +62,16 @@ def test_tokens_arrive_one_by_one():
 
 def test_its_decode_steps_are_profiled_and_its_prefill_is_not():
     model, _, _ = converted()
-    session, prompt = transformers_engine.TransformersSession(model, batch=1, max_seq_len=64), torch.tensor([[3, 5, 7]])
+    session, prompt = transformers_baseline.TransformersSession(model, batch=1, max_seq_len=64), torch.tensor([[3, 5, 7]])
     for steps in (1, 4):
-        found = transformers_engine.step_events(session, prompt, steps, ProfilerActivity.CPU, DeviceType.CPU)
+        found = transformers_baseline.step_events(session, prompt, steps, ProfilerActivity.CPU, DeviceType.CPU)
         assert [name for name, _, _ in found].count("aten::embedding") == steps
         assert all(start <= end for _, start, end in found)
 
 
 def test_a_step_that_fails_leaves_no_profiler_behind(monkeypatch):
     model, _, _ = converted()
-    session, prompt = transformers_engine.TransformersSession(model, batch=1, max_seq_len=64), torch.tensor([[3, 5, 7]])
+    session, prompt = transformers_baseline.TransformersSession(model, batch=1, max_seq_len=64), torch.tensor([[3, 5, 7]])
 
     def fails(tokens, new_tokens, *, on_token):
         on_token([1], 0)
@@ -77,21 +79,21 @@ def test_a_step_that_fails_leaves_no_profiler_behind(monkeypatch):
 
     with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="no memory"):
         patched.setattr(session, "generate", fails)
-        transformers_engine.step_events(session, prompt, 2, ProfilerActivity.CPU, DeviceType.CPU)
-    assert transformers_engine.step_events(session, prompt, 2, ProfilerActivity.CPU, DeviceType.CPU)
+        transformers_baseline.step_events(session, prompt, 2, ProfilerActivity.CPU, DeviceType.CPU)
+    assert transformers_baseline.step_events(session, prompt, 2, ProfilerActivity.CPU, DeviceType.CPU)
 
 
 def test_a_token_is_split_on_a_gpu_only(monkeypatch):
     kernel = [("gemm", 10.0 * i, 10.0 * i + 4.0) for i in range(6)]
     copies = [("Memcpy DtoH", 10.0 * i + 5.0, 10.0 * i + 6.0) for i in range(6)]
-    monkeypatch.setattr(transformers_engine, "step_events", lambda session, prompt, steps: kernel + copies)
+    monkeypatch.setattr(transformers_baseline, "step_events", lambda session, prompt, steps: kernel + copies)
     session = SimpleNamespace(device=torch.device("cuda"))
-    found = transformers_engine.profile_steps(session, torch.tensor([[1]]), 3, step_us=50.0)
+    found = transformers_baseline.profile_steps(session, torch.tensor([[1]]), 3, step_us=50.0)
     assert found["kernels_per_token"] == found["time_split"]["kernels"] == found["time_split"]["copies"] == 2
     assert found["time_split"]["wall_us"] == 50 and found["time_split"]["kernels_us"] == 8
-    assert transformers_engine.profile_steps(session, torch.tensor([[1]]), 0, step_us=50.0) == {}
+    assert transformers_baseline.profile_steps(session, torch.tensor([[1]]), 0, step_us=50.0) == {}
     session.device = torch.device("cpu")
-    assert transformers_engine.profile_steps(session, torch.tensor([[1]]), 3, step_us=50.0) == {}
+    assert transformers_baseline.profile_steps(session, torch.tensor([[1]]), 3, step_us=50.0) == {}
 
 
 def test_bits_per_byte_are_those_of_our_methods(tmp_path, monkeypatch):
@@ -110,7 +112,7 @@ def test_bits_per_byte_are_those_of_our_methods(tmp_path, monkeypatch):
 @pytest.mark.parametrize("more", [[], ["dtype=bfloat16", "batch=2"]])
 def test_a_run(tmp_path, monkeypatch, more, cache):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(transformers_engine, "cache_bytes", lambda device: cache)
+    monkeypatch.setattr(transformers_baseline, "cache_bytes", lambda device: cache)
     assert main([*QUICK, *more]) == 0
     (record,) = map(read_record, Path("outputs").rglob("record.json"))
     assert record["check"]["passed"] and record["decode_tok_s"] > 0 and record["stalls"] is None
@@ -128,13 +130,13 @@ def test_a_run(tmp_path, monkeypatch, more, cache):
 
 def test_a_wrong_token_fails_its_check(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    real = transformers_engine.TransformersSession.generate
+    real = transformers_baseline.TransformersSession.generate
 
     def wrong(self, tokens, new_tokens, *, on_token=None):
         ids = real(self, tokens, new_tokens, on_token=on_token)
         return [[*row[:-1], (row[-1] + 1) % 256] for row in ids]
 
-    monkeypatch.setattr(transformers_engine.TransformersSession, "generate", wrong)
+    monkeypatch.setattr(transformers_baseline.TransformersSession, "generate", wrong)
     assert main(QUICK) == 1
     (record,) = map(read_record, Path("outputs").rglob("record.json"))
     assert record["status"] == "incorrect" and record["decode_tok_s"] is None
@@ -143,7 +145,7 @@ def test_a_wrong_token_fails_its_check(tmp_path, monkeypatch):
 def test_the_reference_takes_the_experts_that_were_chosen(tmp_path, monkeypatch):
     """Not those that it would choose itself: in bfloat16 a near-tie of two experts is no error of the token after it."""
     monkeypatch.chdir(tmp_path)
-    real, given = transformers_engine.run_reference, []
+    real, given = transformers_baseline.run_reference, []
 
     def watched(*args, expert_ids=None, **kwargs):
         given.append(expert_ids)
@@ -155,13 +157,13 @@ def test_the_reference_takes_the_experts_that_were_chosen(tmp_path, monkeypatch)
         scores = logits.float().softmax(-1).gather(-1, ids)
         return logits, scores / scores.sum(-1, keepdim=True), ids
 
-    class Swapped(transformers_engine.TransformersSession):
+    class Swapped(transformers_baseline.TransformersSession):
         def __init__(self, model, **sizes):
             super().__init__(model, **sizes)
             model.model.layers[1].mlp.gate.register_forward_hook(other)
 
-    monkeypatch.setattr(transformers_engine, "run_reference", watched)
-    monkeypatch.setattr(transformers_engine, "TransformersSession", Swapped)
+    monkeypatch.setattr(transformers_baseline, "run_reference", watched)
+    monkeypatch.setattr(transformers_baseline, "TransformersSession", Swapped)
     assert main([*QUICK, "batch=2"]) == 0
     (ids,) = given
     (record,) = map(read_record, Path("outputs").rglob("record.json"))
@@ -170,13 +172,13 @@ def test_the_reference_takes_the_experts_that_were_chosen(tmp_path, monkeypatch)
 
 def test_tokens_that_do_not_repeat_fail_the_check(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    real = transformers_engine.choices
+    real = transformers_baseline.choices
 
     def otherwise(session, prompt, new_tokens):
         ids, experts = real(session, prompt, new_tokens)
         return [[*row[:-1], (row[-1] + 1) % 256] for row in ids], experts
 
-    monkeypatch.setattr(transformers_engine, "choices", otherwise)
+    monkeypatch.setattr(transformers_baseline, "choices", otherwise)
     assert main(QUICK) == 1
     (record,) = map(read_record, Path("outputs").rglob("record.json"))
     assert (
@@ -196,6 +198,6 @@ def test_what_it_cannot_do_is_refused(setting, words):
 def test_weights_that_cannot_fit_are_refused_before_they_are_made(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**40))
     config = compose(["model=qwen3_5_35b_a3b", "engine=transformers", "quant=none", "dtype=bfloat16", "device=cuda"])
-    arch = validate.load_architecture(config.model)
+    arch = sources.load_architecture(config.model)
     with pytest.raises(ValueError, match="needs about .* GiB"):
-        transformers_engine._check_memory(config, arch)
+        transformers_baseline._check_memory(config, arch)

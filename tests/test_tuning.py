@@ -8,11 +8,11 @@ from pathlib import Path
 import kernels_common  # noqa: F401  before triton
 import pytest
 import torch
-from moeexp_kernels import tuning
-from moeexp_kernels.linear import gemv_config
+from moeexp_kernels.ops.linear import gemv_config
+from moeexp_kernels.parts import tuning
 
-from moeexp.compile_cache import _source_digest
-from moeexp.identity import code_fingerprint
+from moeexp.run.identity import code_fingerprint
+from moeexp.stack.compile_cache import _source_digest
 
 
 def test_a_row_serves_what_its_key_begins_and_the_longest_wins():

@@ -13,7 +13,7 @@ from moeexp import cli
 NANO = ["model=nano", "export=eager", "new_tokens=4", "repeats=1", "tracker=jsonl", "prompt_len=9"]
 
 SDPA = """
-from moeexp_kernels.attention import reference_sdpa
+from moeexp_kernels.ops.attention import reference_sdpa
 from {helper} import SCALE
 
 def right(*, q, qkv, k_cache, v_cache, positions):
@@ -116,9 +116,9 @@ def test_an_op_of_torch_library_is_read_by_its_schema(module):
 
     assert names("splitk") == {"q", "qkv", "k_cache", "v_cache", "positions"} <= names("reference")
     ours = registry.OPS["sdpa_decode"].values()
-    user_ops.load("sdpa_decode", "moeexp_kernels.attention:sdpa_decode_splitk", ours)
+    user_ops.load("sdpa_decode", "moeexp_kernels.ops.attention:sdpa_decode_splitk", ours)
     with pytest.raises(ValueError, match="lacks q; it is called|lacks q and asks for"):
-        user_ops.load("sdpa_decode", "moeexp_kernels.qk_norm_rope:qk_norm_rope", ours)
+        user_ops.load("sdpa_decode", "moeexp_kernels.ops.qk_norm_rope:qk_norm_rope", ours)
 
 
 @pytest.mark.parametrize("changed", ["{m}.py", "{m}_helper.py"])
@@ -135,11 +135,11 @@ def test_the_identity_follows_the_sources(module, changed):
 
 
 def test_a_result_is_not_taken_for_that_of_another_source(module):
-    from moeexp import schema
-    from moeexp.identity import Identities, config_hash
+    from moeexp.config import compose
+    from moeexp.run.identity import Identities, config_hash
 
     def hash_of(*overrides):
-        cfg = schema.compose([*NANO, *overrides])
+        cfg = compose.compose([*NANO, *overrides])
         return config_hash(cfg, Identities().of(cfg, gpu=None))
 
     plain, own = hash_of(), hash_of(f"ops.sdpa_decode={module}:right")

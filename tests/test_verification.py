@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from moeexp.check import Trace
-from moeexp.experiment import _apart
-from moeexp.verification import References, parting
+from moeexp.check.check import Trace
+from moeexp.check.verify import References, parting
+from moeexp.run.experiment import _apart
 
 PROMPT = 3
 

@@ -9,14 +9,14 @@ from common import EVEN, ODD, build_snapshot, load_model
 from reference_model import config_of
 from safetensors.torch import load_file, save_file
 
-from moeexp import dequantised, weights
-from moeexp.architecture import Architecture
-from moeexp.config_agreement import text_config
-from moeexp.faults import FAULTS, copy_of, swapped_in_experts
-from moeexp.schema import ModelConfig
-from moeexp.snapshot_reader import SnapshotReader
-from moeexp.weight_agreement import check_weights
-from moeexp.weights import Snapshot
+from moeexp.check.faults import FAULTS, copy_of, swapped_in_experts
+from moeexp.check.snapshot_reader import SnapshotReader
+from moeexp.check.weight_agreement import check_weights
+from moeexp.config.architecture import Architecture
+from moeexp.config.schema import ModelConfig
+from moeexp.model import checkpoint, dequantise, weights
+from moeexp.model.checkpoint import Snapshot
+from moeexp.model.config_agreement import text_config
 
 CPU = torch.device("cpu")
 
@@ -77,8 +77,8 @@ def test_right_weights_pass(snapshot):
 def test_gate_and_up_swapped_in_our_map_fail(snapshot, monkeypatch):
     """The loader and what the reference is given share the map: only the snapshot's own names tell."""
     folder, options, _ = snapshot
-    real = weights.pieces
-    for module in (weights, dequantised):
+    real = checkpoint.pieces
+    for module in (weights, dequantise):
         monkeypatch.setattr(module, "pieces", lambda *args, **kwargs: swapped_in_experts(real(*args, **kwargs)))
     part = check(loaded(folder, **options), folder)
     assert failed(part) and all("mlp.experts.gate_up_proj" in line for line in part.failures())

@@ -10,9 +10,11 @@ from common import EVEN, ODD, build_snapshot, load_model, random_tokens
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from moeexp.architecture import Architecture
-from moeexp.pure_torch import pure_torch
-from moeexp.weights import KINDS, NEVER_QUANTISED, Random, Snapshot, check_skip, kind_of
+from moeexp.check.pure_torch import pure_torch
+from moeexp.config.architecture import Architecture
+from moeexp.config.quantisation import KINDS, NEVER_QUANTISED, check_skip, kind_of
+from moeexp.model.checkpoint import Snapshot
+from moeexp.model.weights import Random
 
 
 def open_snapshot(folder: Path) -> Snapshot:
@@ -229,7 +231,7 @@ def test_skip_names_known_kinds(skip, message):
 
 
 def test_every_buffer_is_reported_once():
-    from moeexp.weights import load
+    from moeexp.model.weights import load
 
     seen = {}
     model = load(

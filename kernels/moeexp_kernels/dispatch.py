@@ -16,6 +16,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from moeexp_kernels.registry import implementation
+
 
 def ops(names: dict[str, str]) -> dict[str, Callable]:
     """The ops of a single method, for the implementations that `names` (op -> name) chooses. A linear layer needs no second
@@ -30,8 +32,6 @@ def ops(names: dict[str, str]) -> dict[str, Callable]:
 
 def _pick(kind: str, tokens: int, decode: str, prefill: str) -> tuple[Callable, bool]:
     """The implementation for so many tokens, and whether it is the prefill one."""
-    from .registry import implementation  # which imports this module
-
     many = tokens > 1
     return implementation(f"{kind}_{'prefill' if many else 'decode'}", prefill if many else decode), many
 
@@ -139,8 +139,6 @@ def dispatch_linear(
     name: str,
 ) -> Tensor:
     """A linear layer that sees how many rows it has: residual + norm(x) @ weight.T, [..., N]."""
-    from .registry import implementation
-
     return implementation("linear", name)(
         x=x, weight=weight, scales=scales, norm_weight=norm_weight, eps=eps, residual=residual
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from . import (
+from moeexp_kernels import user_ops
+from moeexp_kernels.ops import (
     attention,
     gated_delta,
     gated_delta_out,
@@ -18,7 +19,6 @@ from . import (
     router,
     router_fused,
     sample,
-    user_ops,
 )
 
 OPS: dict[str, dict[str, Callable]] = {

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from moeexp.check.pure_torch import pure_torch
 from moeexp.checkpoints.card_tiny import model_card, plot
 from moeexp.checkpoints.text_tiny import (
     HELD_OUT,
@@ -35,7 +36,6 @@ from moeexp.checkpoints.text_tiny import (
     split_books,
     words_of,
 )
-from moeexp.pure_torch import pure_torch
 
 # Most steps at 512 bytes, where the delta rule is cheapest; a few as long as max_position_embeddings, so that the
 # model still writes words where a long generation ends.

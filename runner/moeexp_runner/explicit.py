@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from .arena import Arena
+from moeexp_runner.arena import Arena
 
 
 class ExplicitState:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .step_graph import State, StepGraph
+from moeexp_runner.step_graph import State, StepGraph
 
 OnToken = Callable[[list[int], int], bool | None]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from .step_graph import State, StepGraph
+from moeexp_runner.step_graph import State, StepGraph
 
 PADDING = 0  # any token will do: nothing reads what it leads to
 

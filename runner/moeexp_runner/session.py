@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import inputs, token_by_token
-from .loop import Loop, OnToken
-from .prefill_graphs import PrefillGraphs
-from .step_graph import State, StepGraph
-from .streams import MethodStream
+from moeexp_runner import inputs, token_by_token
+from moeexp_runner.loop import Loop, OnToken
+from moeexp_runner.prefill_graphs import PrefillGraphs
+from moeexp_runner.step_graph import State, StepGraph
+from moeexp_runner.streams import MethodStream
 
 Method = Callable[..., Tensor]
 
@@ -53,6 +53,7 @@ class Session:
     ):
         assert not (copy_outputs and cuda_graph in ("loop", "all")), "sampling inside a graph reads no host copy"
         self.arena, self.batch, self.max_seq_len, self.vocab_size = arena, batch, max_seq_len, vocab_size
+        self.limits = inputs.Limits(batch, max_seq_len, vocab_size, device)
         self.device, self.copy_outputs, self.takes_live = device, copy_outputs, takes_live
         self._prefill, self._decode, self._sample = prefill, decode, sample
         self._on_prefill, self._on_decode = (MethodStream(device, own=not shared_stream) for _ in range(2))
@@ -105,9 +106,9 @@ class Session:
         """tokens [B, T] int64 continue what the session has seen; logit_positions [n] int64 within 0..T-1, by default
         the last. Returns logits [B, n, V]."""
         self._require_ready()
-        inputs.check_tokens(self, tokens, tokens.shape[-1] if tokens.ndim == 2 else 1)
+        inputs.check_tokens(self.limits, tokens, tokens.shape[-1] if tokens.ndim == 2 else 1, start=self.length)
         self.arena.check_addresses()
-        inputs.check_logit_positions(self, logit_positions, tokens.shape[1])
+        inputs.check_logit_positions(self.limits, logit_positions, tokens.shape[1])
         with torch.no_grad():
             if self._prefill is None:
                 return token_by_token.feed(self.decode, tokens, logit_positions)
@@ -119,7 +120,7 @@ class Session:
     def decode(self, token: Tensor) -> Tensor:
         """token [B, 1] int64, on the device. Returns logits [B, 1, V]."""
         self._require_ready()
-        inputs.check_tokens(self, token, 1, ids=False)
+        inputs.check_tokens(self.limits, token, 1, start=self.length, ids=False)
         if token.shape[1] != 1:
             raise ValueError(f"decode takes one token per row, [{self.batch}, 1], got {list(token.shape)}")
         self.arena.check_identity()
@@ -142,14 +143,14 @@ class Session:
     def generate(self, tokens: Tensor, new_tokens: int, *, on_token: OnToken | None = None) -> list[list[int]]:
         """Resets, prefills tokens [B, T], decodes. `on_token(ids of the batch, index)` is called as soon as the host has
         a token; True from it stops. Returns the new tokens as [B][<= new_tokens] ids."""
-        inputs.check_generation(self, tokens, new_tokens)
+        inputs.check_generation(self.limits, tokens, new_tokens)
         self.reset()
         return self.decode_tokens(self.sample(self.prefill(tokens)), new_tokens, on_token=on_token)
 
     def decode_tokens(self, token: Tensor, new_tokens: int, *, on_token: OnToken | None = None) -> list[list[int]]:
         """The part of `generate` after the prompt: token [B, 1], chosen and not yet fed, is the first of the result."""
         self._require_ready()
-        inputs.check_tokens(self, token, new_tokens - 1, ids=False)
+        inputs.check_tokens(self.limits, token, new_tokens - 1, start=self.length, ids=False)
         if self.loop is not None:
             return self._decode_in_loop(self.loop, token, new_tokens, on_token)
         steps = []

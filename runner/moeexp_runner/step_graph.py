@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .arena import Arena
-from .binding import package_in
-from .explicit import ExplicitState
-from .graph import GraphedMethod
+from moeexp_runner.arena import Arena
+from moeexp_runner.binding import package_in
+from moeexp_runner.explicit import ExplicitState
+from moeexp_runner.graph import GraphedMethod
 
 State = Arena | ExplicitState
 

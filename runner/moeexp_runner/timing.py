@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .session import Session
+from moeexp_runner.session import Session
 
 
 @dataclass

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from sabotage import experiment, ran
 
-from moeexp import liveness
 from moeexp.cli import main
-from moeexp.record import Record, head, read_record
-from moeexp.resume import History
+from moeexp.record import liveness
+from moeexp.record.record import Record, head, read_record
+from moeexp.sweep.history import History
 
 EXPERIMENT = """
 import sys, time

@@ -12,8 +12,8 @@ import pytest
 from sabotage import experiment, ran
 
 from moeexp.cli import main
-from moeexp.devices import Gpu
-from moeexp.record import read_record
+from moeexp.record.gpus import Gpu
+from moeexp.record.record import read_record
 
 QUIET = ["-m", "model=nano", "tracker=jsonl", "export=eager"]
 
@@ -76,7 +76,7 @@ def test_twelve_cells_four_of_them_sabotaged(capsys):
 
 @pytest.mark.slow
 def test_a_crash_and_a_hang_that_does_not_listen(monkeypatch):
-    monkeypatch.setattr("moeexp.process.GRACE_S", 1.0)
+    monkeypatch.setattr("moeexp.sweep.process.GRACE_S", 1.0)
     assert sweep("seed=5,6,7", "launcher.timeout_s=40") == 1
     records = by_seed()
     assert statuses() == {5: "failed", 6: "timeout", 7: "ok"}
@@ -87,7 +87,7 @@ def test_a_crash_and_a_hang_that_does_not_listen(monkeypatch):
 @pytest.mark.slow
 def test_runs_spread_over_gpus_one_on_each(monkeypatch):
     gpus = [Gpu(0, "GPU-aaaa", "made up"), Gpu(1, "GPU-bbbb", "made up")]
-    monkeypatch.setattr("moeexp.sweep.visible_gpus", lambda: gpus)
+    monkeypatch.setattr("moeexp.sweep.sweep.visible_gpus", lambda: gpus)
     assert sweep("seed=30,31", "device=cpu", "launcher.gpus=all") == 0
     assert {Path(f"gpu-{seed}").read_text() for seed in (30, 31)} == {"GPU-aaaa", "GPU-bbbb"}
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from moeexp import artifact, cli, export, factory
+from moeexp import cli, export
+from moeexp.stack import artifact_manifest, factory
 
 NANO = ["model=nano", "max_seq_len=96", "new_tokens=6"]
 RUN = ["new_tokens=6", "repeats=1", "tracker=jsonl", "prompt_len=9", "cuda_graph=true"]
 OWN_OP = """
-from moeexp_kernels.attention import sdpa_decode_splitk
+from moeexp_kernels.ops.attention import sdpa_decode_splitk
 
 def own(*, q, qkv, k_cache, v_cache, positions):
     return sdpa_decode_splitk(q=q, qkv=qkv, k_cache=k_cache, v_cache=v_cache, positions=positions)
@@ -33,15 +34,15 @@ def last_record():
 
 def test_an_artifact_is_captured_and_checked(monkeypatch, capsys):
     assert export.main([*NANO, "quant=int4", "out=made"]) == 0, capsys.readouterr().err
-    made = artifact.read_manifest(Path("made"))
+    made = artifact_manifest.read_manifest(Path("made"))
     assert made["runs_on"]["gpu_arch"].startswith("sm_") and made["config"]["device"] == "cuda"
     for name in ("get_or_compile", "load"):
         monkeypatch.setattr(factory, name, lambda *_, **__: pytest.fail("an artifact needs no such work"))
     assert cli.main(["artifact=made", *RUN]) == 0, capsys.readouterr().err
     record = last_record()
     assert record["status"] == "ok" and record["check"]["passed"] and record["decode_tok_s"] > 0
-    here = artifact.here
-    monkeypatch.setattr(artifact, "here", lambda device: here(device) | {"gpu_arch": "sm_10"})
+    here = artifact_manifest.here
+    monkeypatch.setattr(artifact_manifest, "here", lambda device: here(device) | {"gpu_arch": "sm_10"})
     capsys.readouterr()
     assert cli.main(["artifact=made", *RUN]) == 2
     assert "this is sm_10" in capsys.readouterr().err

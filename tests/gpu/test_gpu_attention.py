@@ -6,9 +6,9 @@ import kernels_common as common
 import pytest
 import test_kernels_attention as cases
 import torch
-from moeexp_kernels import attention as ops
-from moeexp_kernels import qk_norm_rope as rope
-from moeexp_kernels import sample as sampler
+from moeexp_kernels.ops import attention as ops
+from moeexp_kernels.ops import qk_norm_rope as rope
+from moeexp_kernels.ops import sample as sampler
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 HEADS, KV_HEADS, HEAD_DIM, ROTARY = 16, 2, 256, 64

@@ -17,21 +17,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 from covering import AXES, BASE, COMPILED, PAIRWISE, legal_points
-from moeexp_kernels import graph_edges
-from moeexp_runner.token_split import kernels_per_token, token_split
+from moeexp_kernels.parts import graph_edges
+from moeexp_runner.profiler import kernels_per_token, token_split
 from rich.console import Console
 
-from moeexp.benchmark import Benchmark
-from moeexp.factory import build_model, build_stack
-from moeexp.inductor import inductor_config
-from moeexp.methods import compile_method
-from moeexp.model import state_shapes
-from moeexp.phases import Phases
-from moeexp.quantise import quantise
-from moeexp.record import Record
-from moeexp.schema import compose
-from moeexp.validate import resolve, validate
-from moeexp.verification import check_replay, record_trace, verify
+from moeexp.check.verify import check_replay, record_trace, verify
+from moeexp.config.compose import compose
+from moeexp.config.resolve import resolve
+from moeexp.config.validate import validate
+from moeexp.model.quantise import quantise
+from moeexp.model.qwen3_5_moe import state_shapes
+from moeexp.record.phases import Phases
+from moeexp.record.record import Record
+from moeexp.run.benchmark import Benchmark
+from moeexp.stack.factory import build_model, build_stack
+from moeexp.stack.inductor import inductor_config
+from moeexp.stack.methods import compile_method
 
 pytestmark = pytest.mark.gpu
 

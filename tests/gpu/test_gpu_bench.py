@@ -7,14 +7,14 @@ import json
 import kernels_common as common
 import pytest
 import torch
-from moeexp_kernels import tuning
 from moeexp_kernels.bench import measure, timing
 from moeexp_kernels.bench.__main__ import main
 from moeexp_kernels.bench.case import red
 from moeexp_kernels.bench.cases import BUILDERS, Spec, build, specs
 from moeexp_kernels.bench.layers import Layers
 from moeexp_kernels.bench.shapes import FULL
-from moeexp_kernels.graph_edges import start_early
+from moeexp_kernels.parts import tuning
+from moeexp_kernels.parts.graph_edges import start_early
 
 
 @pytest.mark.parametrize("spec", specs(FULL, list(BUILDERS), [8], quick=True), ids=str)

@@ -6,12 +6,12 @@ import kernels_common as common
 import pytest
 import test_kernels_faults as faults
 import torch
-from moeexp_kernels import attention, sample
-from moeexp_kernels.gated_delta import gdn_decode
-from moeexp_kernels.gated_delta_prefill import gdn_prefill
-from moeexp_kernels.linear import linear, reference_linear
-from moeexp_kernels.moe import moe_decode
-from moeexp_kernels.moe_prefill import moe_prefill
+from moeexp_kernels.ops import attention, sample
+from moeexp_kernels.ops.gated_delta import gdn_decode
+from moeexp_kernels.ops.gated_delta_prefill import gdn_prefill
+from moeexp_kernels.ops.linear import linear, reference_linear
+from moeexp_kernels.ops.moe import moe_decode
+from moeexp_kernels.ops.moe_prefill import moe_prefill
 from test_kernels_attention import make_attention_case
 from test_kernels_gated_delta import BF16, DECODE_TOL, F32, FAULT_LENGTHS, PREFILL_TOL, check, make_case, run
 from test_kernels_linear import quantised

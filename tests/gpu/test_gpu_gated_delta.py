@@ -5,10 +5,11 @@ from __future__ import annotations
 import kernels_common as common
 import pytest
 import torch
-from moeexp_kernels import gated_delta, tuning
-from moeexp_kernels.gated_delta import gdn_decode
-from moeexp_kernels.gated_delta_out import gdn_decode_out
-from moeexp_kernels.gated_delta_prefill import gdn_prefill
+from moeexp_kernels.ops import gated_delta
+from moeexp_kernels.ops.gated_delta import gdn_decode
+from moeexp_kernels.ops.gated_delta_out import gdn_decode_out
+from moeexp_kernels.ops.gated_delta_prefill import gdn_prefill
+from moeexp_kernels.parts import tuning
 from test_kernels_gated_delta import (
     BF16,
     DECODE_TOL,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kernels_common import TOLERANCE, Guarded, assert_bitwise_equal, assert_close_ratio, poisoned_empty, randn
-from moeexp_kernels.linear import GEMV_ROWS, launch_gemv, linear, reference_linear
+from moeexp_kernels.ops.linear import GEMV_ROWS, launch_gemv, linear, reference_linear
 from test_kernels_linear import quantised
 from tolerances import tolerance
 
@@ -84,7 +84,7 @@ def test_offsets_beyond_2_to_the_31(rows):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_fast_conversion_equals_the_interpreted_one_bitwise(bits, monkeypatch):
     """The PTX path and the one that CI interprets: the same launch, with that one constant changed."""
-    from moeexp_kernels import linear as module
+    from moeexp_kernels.ops import linear as module
 
     x = randn(1, 2048, seed=1, dtype=torch.bfloat16)
     weight, scales = quantised(512, 2048, bits=bits, group=128, seed=2, dtype=torch.bfloat16)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from kernels_common import TOLERANCE, assert_bitwise_equal, assert_close_ratio, poisoned_empty, randn
-from moeexp_kernels import tuning
-from moeexp_kernels.moe import moe_decode, reference_moe_decode
-from moeexp_kernels.moe_prefill import moe_prefill, sort_by_expert
-from moeexp_kernels.router import reference_router, router
-from moeexp_kernels.router_fused import router_fused
+from moeexp_kernels.ops.moe import moe_decode, reference_moe_decode
+from moeexp_kernels.ops.moe_prefill import moe_prefill, sort_by_expert
+from moeexp_kernels.ops.router import reference_router, router
+from moeexp_kernels.ops.router_fused import router_fused
+from moeexp_kernels.parts import tuning
 from test_kernels_moe import choices, every_router, experts, one_op_and_two, route, routed
 from tolerances import tolerance
 

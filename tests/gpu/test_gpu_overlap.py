@@ -6,11 +6,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from moeexp.factory import build_model, build_stack
-from moeexp.phases import Phases
-from moeexp.record import Record
-from moeexp.schema import compose
-from moeexp.validate import resolve, validate
+from moeexp.config.compose import compose
+from moeexp.config.resolve import resolve
+from moeexp.config.validate import validate
+from moeexp.record.phases import Phases
+from moeexp.record.record import Record
+from moeexp.stack.factory import build_model, build_stack
 
 pytestmark = pytest.mark.gpu
 

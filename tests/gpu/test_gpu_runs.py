@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from moeexp import cli
-from moeexp.schema import compose
-from moeexp.validate import load_architecture
+from moeexp.config.compose import compose
+from moeexp.config.sources import load_architecture
 
 pytestmark = pytest.mark.gpu
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from moeexp.cli import main
-from moeexp.devices import others_on, visible_gpus
-from moeexp.record import read_record
+from moeexp.record.gpus import others_on, visible_gpus
+from moeexp.record.record import read_record
 
 QUICK = ["model=nano", "tracker=jsonl", "export=eager", "new_tokens=8", "min_time_s=0.5", "repeats=2"]
 

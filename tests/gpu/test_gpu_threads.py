@@ -15,12 +15,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from moeexp import threads
-from moeexp.factory import build_model, build_stack
-from moeexp.phases import Phases
-from moeexp.record import Record
-from moeexp.schema import compose
-from moeexp.validate import load_architecture, resolve
+from moeexp.config import threads
+from moeexp.config.compose import compose
+from moeexp.config.resolve import resolve
+from moeexp.config.sources import load_architecture
+from moeexp.record.phases import Phases
+from moeexp.record.record import Record
+from moeexp.stack.factory import build_model, build_stack
 
 COUNTS = (1, 2, 4, 8, 16)
 ROUNDS, STEPS = 7, 16

@@ -15,16 +15,16 @@ from pathlib import Path
 import torch
 import triton
 
-from .. import tuning
-from .cases import BUILDERS, Spec, build, specs
-from .layers import Layers
-from .measure import Row, measure, measure_peers, unavailable_sources
-from .peers import SOURCES
-from .shapes import FULL
-from .table import markdown, write_json
-from .timing import Reader, cold_bytes
-from .tune import tune
-from .warm import Job, warm
+from moeexp_kernels.bench.cases import BUILDERS, Spec, build, specs
+from moeexp_kernels.bench.layers import Layers
+from moeexp_kernels.bench.measure import Row, measure, measure_peers, unavailable_sources
+from moeexp_kernels.bench.peers import SOURCES
+from moeexp_kernels.bench.shapes import FULL
+from moeexp_kernels.bench.table import markdown, write_json
+from moeexp_kernels.bench.timing import Reader, cold_bytes
+from moeexp_kernels.bench.tune import tune
+from moeexp_kernels.bench.warm import Job, warm
+from moeexp_kernels.parts import tuning
 
 WRONG, REFUSED = 1, 2  # exit codes beside 0: an op is wrong; bad input or no GPU
 

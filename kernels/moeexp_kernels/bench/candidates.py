@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .cases import ONE_KERNEL, Spec
-from .shapes import FULL
+from moeexp_kernels.bench.cases import ONE_KERNEL, Spec
+from moeexp_kernels.bench.shapes import FULL
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import (
+from moeexp_kernels.bench.case import DECODE_GATE, PREFILL_GATE, Case, Result, Source, count_for, ratios, size_of
+from moeexp_kernels.bench.shapes import Shapes
+from moeexp_kernels.ops import (
     attention,
     gated_delta,
     gated_delta_prefill,
@@ -23,8 +25,6 @@ from .. import (
     router_fused,
     sample,
 )
-from .case import DECODE_GATE, PREFILL_GATE, Case, Result, Source, count_for, ratios, size_of
-from .shapes import Shapes
 
 EPS = 1e-6
 ONE_KERNEL = "one kernel"  # the router's decode step, fused

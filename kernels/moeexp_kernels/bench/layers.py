@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import attention, gated_delta, gated_delta_out, linear, moe, moe_routed, qk_norm_rope, router
-from .case import Source
-from .cases import EPS
-from .shapes import Shapes
-from .timing import graph_samples
+from moeexp_kernels.bench.case import Source
+from moeexp_kernels.bench.cases import EPS
+from moeexp_kernels.bench.shapes import Shapes
+from moeexp_kernels.bench.timing import graph_samples
+from moeexp_kernels.ops import attention, gated_delta, gated_delta_out, linear, moe, moe_routed, qk_norm_rope, router
 
 LAYERS = ("gdn", "gdn", "gdn", "attention")
 SLOTS, POSITION = 1024, 512  # of the KV cache; where the token stands

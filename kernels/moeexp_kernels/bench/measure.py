@@ -5,11 +5,11 @@ from __future__ import annotations
 import statistics
 from dataclasses import asdict, dataclass, field
 
-from .. import tuning
-from .case import Case, red
-from .peers import SOURCES, Peer, Unavailable
-from .peers.peer import WHOLE
-from .timing import Reader, calls_for, graph_samples
+from moeexp_kernels.bench.case import Case, red
+from moeexp_kernels.bench.peers import SOURCES, Peer, Unavailable
+from moeexp_kernels.bench.peers.peer import WHOLE
+from moeexp_kernels.bench.timing import Reader, calls_for, graph_samples
+from moeexp_kernels.parts import tuning
 
 
 @dataclass

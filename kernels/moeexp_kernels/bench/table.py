@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .measure import PeerRow, Row
+from moeexp_kernels.bench.measure import PeerRow, Row
 
 SCHEMA = 1
 HEADER = "| op | shape | tokens | µs | MB | TB/s | share of read bandwidth | plain read, µs | peers, µs |"

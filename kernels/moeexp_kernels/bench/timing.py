@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..graph_edges import start_early
-from ..overlap import WITHIN_AN_OP
+from moeexp_kernels.parts.graph_edges import start_early
+from moeexp_kernels.parts.pdl import WITHIN_AN_OP
 
 DECODE_CALLS = 64  # calls in a graph, so that one event's resolution does not show
 REPLAYS = 15

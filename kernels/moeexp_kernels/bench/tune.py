@@ -20,14 +20,14 @@ from datetime import date
 import torch
 import triton
 
-from .. import tuning
-from .candidates import Target, targets
-from .case import Case, red
-from .cases import build
-from .layers import Layers, chain_rows
-from .shapes import FULL
-from .timing import calls_for, cold_bytes, graph_samples
-from .warm import Job, warm
+from moeexp_kernels.bench.candidates import Target, targets
+from moeexp_kernels.bench.case import Case, red
+from moeexp_kernels.bench.cases import build
+from moeexp_kernels.bench.layers import Layers, chain_rows
+from moeexp_kernels.bench.shapes import FULL
+from moeexp_kernels.bench.timing import calls_for, cold_bytes, graph_samples
+from moeexp_kernels.bench.warm import Job, warm
+from moeexp_kernels.parts import tuning
 
 REPLAYS = 9
 CHAIN_MARGIN = 0.998  # of the chain, where a row is a part of what is timed; then the difference must show once more

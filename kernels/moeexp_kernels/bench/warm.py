@@ -15,10 +15,10 @@ from multiprocessing import get_context
 
 import torch
 
-from .. import tuning
-from .cases import Spec, build
-from .peers import SOURCES
-from .shapes import FULL
+from moeexp_kernels.bench.cases import Spec, build
+from moeexp_kernels.bench.peers import SOURCES
+from moeexp_kernels.bench.shapes import FULL
+from moeexp_kernels.parts import tuning
 
 OWN = ""  # the job is our op, not a peer
 

@@ -7,8 +7,8 @@ before its time is shown.
 
 from __future__ import annotations
 
-from . import executorch, fla, gemlite, torch_int4, torch_ops
-from .peer import Peer, Unavailable
+from moeexp_kernels.bench.peers import executorch, fla, gemlite, torch_int4, torch_ops
+from moeexp_kernels.bench.peers.peer import Peer, Unavailable
 
 SOURCES = {module.NAME: module for module in (torch_ops, torch_int4, fla, executorch, gemlite)}
 

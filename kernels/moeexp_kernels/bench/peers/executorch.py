@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...linear import dequantise, rms_norm
-from ..case import Case
-from .peer import Peer, Unavailable, delta_expected, delta_inputs, hold
-from .torch_int4 import natural_codes
-from .torch_ops import attention as torch_attention
+from moeexp_kernels.bench.case import Case
+from moeexp_kernels.bench.peers.peer import Peer, Unavailable, delta_expected, delta_inputs, hold
+from moeexp_kernels.bench.peers.torch_int4 import natural_codes
+from moeexp_kernels.bench.peers.torch_ops import attention as torch_attention
+from moeexp_kernels.ops.linear import dequantise, rms_norm
 
 NAME = "ExecuTorch"
 COMPILES = True

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..case import Case
-from .peer import WHOLE, Peer, Unavailable, delta_expected, delta_inputs, hold
+from moeexp_kernels.bench.case import Case
+from moeexp_kernels.bench.peers.peer import WHOLE, Peer, Unavailable, delta_expected, delta_inputs, hold
 
 NAME = "flash-linear-attention"
 COMPILES = True

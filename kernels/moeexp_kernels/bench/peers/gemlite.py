@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...linear import dequantise
-from ..case import Case
-from .peer import Peer, Unavailable
-from .torch_int4 import natural_codes
+from moeexp_kernels.bench.case import Case
+from moeexp_kernels.bench.peers.peer import Peer, Unavailable
+from moeexp_kernels.bench.peers.torch_int4 import natural_codes
+from moeexp_kernels.ops.linear import dequantise
 
 NAME = "gemlite"
 COMPILES = True

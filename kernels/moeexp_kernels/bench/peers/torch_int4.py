@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...linear import dequantise
-from ..case import Case
-from .peer import Peer, Unavailable
+from moeexp_kernels.bench.case import Case
+from moeexp_kernels.bench.peers.peer import Peer, Unavailable
+from moeexp_kernels.ops.linear import dequantise
 
 NAME = "torch int4"
 COMPILES = False

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...linear import dequantise
-from ..case import Case
-from .peer import WHOLE, Peer
+from moeexp_kernels.bench.case import Case
+from moeexp_kernels.bench.peers.peer import WHOLE, Peer
+from moeexp_kernels.ops.linear import dequantise
 
 NAME = "torch"
 COMPILES = False

@@ -1,0 +1,1 @@
+"""One op per file: shape legend, fp32 reference, Triton kernel, public op."""

@@ -1,0 +1,426 @@
+"""Gated delta net between its input and output projections: causal conv, delta rule, gated RMSNorm.
+
+Shape letters: B batch, T tokens of this call, Hk / Hv key / value heads (Hv a multiple of Hk), Dk / Dv their dims,
+C = 2*Hk*Dk + Hv*Dv conv channels, W conv width.
+
+    proj             [B, T, C + Hv*Dv + 2*Hv]  rows of the input projection: q | k | v | z | b | a
+    conv_weight      [C, W]      depthwise causal filter, newest input last
+    a_log, dt_bias   [Hv]        float32
+    norm_weight      [Dv]        gated RMSNorm (no unit offset)
+    conv_state       [B, C, W-1] proj's dtype, last inputs of the conv, oldest first; updated in place
+    recurrent_state  [B, Hv, Dk, Dv] float32; updated in place
+    returns          [B, T, Hv*Dv] proj's dtype
+
+Per value head, with q and k l2-normalised, q scaled by Dk^-0.5, decay a_t = exp(-exp(a_log) * softplus(a + dt_bias)) and
+beta_t = sigmoid(b):   S_t = a_t S_{t-1} + k_t (beta_t (v_t - (a_t S_{t-1})^T k_t))^T,   o_t = S_t^T q_t.
+Source: Yang, Kautz, Hatamizadeh, "Gated Delta Networks" (arXiv:2412.06464), and its chunked form in section 3.3.
+
+Here are the references of both ops and the kernel of `gdn_decode`; that of `gdn_prefill` is in gated_delta_prefill.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from moeexp_kernels.parts import tuning
+from moeexp_kernels.parts.pdl import after_previous, can_overlap
+
+CHUNK = 64
+L2_EPS = 1e-6
+
+
+def _inputs(
+    proj, conv_weight, a_log, dt_bias, conv_state, num_k_heads, num_v_heads, head_k_dim, head_v_dim, live=None
+):  # fmt: skip
+    """q, k [B,Hv,T,Dk], v [B,Hv,T,Dv], z [B,T,Hv,Dv], log-decay g and beta [B,Hv,T], all float32; new conv state.
+
+    Tokens from `live` [B] on: q = k = v = 0, g = 0 and beta = 0, and the conv state ends before them."""
+    key_dim, value_dim = num_k_heads * head_k_dim, num_v_heads * head_v_dim
+    channels = 2 * key_dim + value_dim
+    mixed, z, b, a = proj.split([channels, value_dim, num_v_heads, num_v_heads], dim=-1)
+    tokens, width = proj.shape[1], conv_weight.shape[-1]
+    window = torch.cat([conv_state, mixed.transpose(1, 2)], dim=-1)  # [B, C, W-1+T]
+    filters = conv_weight.float()
+    mixed = sum(window[..., w : w + tokens].float() * filters[:, w, None] for w in range(width))
+    q, k, v = F.silu(mixed).split([key_dim, key_dim, value_dim], dim=1)
+    q, k = (t.unflatten(1, (num_k_heads, head_k_dim)).transpose(-1, -2) for t in (q, k))
+    v = v.unflatten(1, (num_v_heads, head_v_dim)).transpose(-1, -2)
+    q, k = (t * torch.rsqrt(t.square().sum(-1, keepdim=True) + L2_EPS) for t in (q, k))
+    q, k = (t.repeat_interleave(num_v_heads // num_k_heads, dim=1) for t in (q * head_k_dim**-0.5, k))
+    g = -a_log.float().exp() * F.softplus(a.float() + dt_bias.float())
+    z = z.float().unflatten(-1, (num_v_heads, head_v_dim))
+    beta = b.float().sigmoid()
+    if live is None:
+        new_conv_state = window[..., window.shape[-1] - (width - 1) :]
+    else:
+        counts = torch.arange(tokens, device=proj.device) < live[:, None]  # [B, T]
+        q, k, v = (t.masked_fill(~counts[:, None, :, None], 0.0) for t in (q, k, v))
+        g, beta = (t.masked_fill(~counts[..., None], 0.0) for t in (g, beta))
+        ends = live[:, None] + torch.arange(width - 1, device=proj.device)
+        new_conv_state = window.gather(-1, ends[:, None].expand(-1, channels, -1))
+    return q, k, v, z, g.transpose(1, 2), beta.transpose(1, 2), new_conv_state
+
+
+def _gated_norm(o: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """o [B,Hv,T,Dv], z [B,T,Hv,Dv] -> [B, T, Hv*Dv] float32."""
+    o = o.transpose(1, 2)
+    o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + eps) * weight.float()
+    return (o * F.silu(z)).flatten(-2)
+
+
+def recurrent_delta_rule(*, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor):
+    """The definition, token by token. q, k [B,H,T,Dk], v [B,H,T,Dv], g (log decay), beta [B,H,T], state [B,H,Dk,Dv],
+    float32. Returns (o [B,H,T,Dv], new state)."""
+    outputs = []
+    for t in range(q.shape[2]):
+        state = state * g[:, :, t, None, None].exp()
+        delta = beta[:, :, t, None] * (v[:, :, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, :, t]))
+        state = state + k[:, :, t, :, None] * delta[:, :, None, :]
+        outputs.append(torch.einsum("bhkv,bhk->bhv", state, q[:, :, t]))
+    return torch.stack(outputs, dim=2), state
+
+
+def chunked_delta_rule(*, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor):
+    """Same function, `CHUNK` tokens at a time: within a chunk the updates u solve (I + A) u = beta (v - decayed k S) with
+    A strictly lower triangular, so that one triangular solve replaces the token loop."""
+    outputs = []
+    for start in range(0, q.shape[2], CHUNK):
+        part = slice(start, start + CHUNK)
+        q_c, k_c, v_c, beta_c = q[:, :, part], k[:, :, part], v[:, :, part], beta[:, :, part, None]
+        decay = g[:, :, part].cumsum(-1)  # log of the decay since the chunk's start
+        # Masked before exp: above the diagonal the difference is positive and may overflow.
+        pair = (decay[..., :, None] - decay[..., None, :]).masked_fill(
+            torch.ones(q_c.shape[2], q_c.shape[2], dtype=torch.bool, device=q.device).triu(1), float("-inf")
+        )
+        pair = pair.exp()
+        from_start = decay.exp()[..., None]
+        system = (beta_c * k_c) @ k_c.transpose(-1, -2) * pair
+        rhs = beta_c * (v_c - (k_c * from_start) @ state)
+        # Of `system` the solver reads only what lies below the diagonal, which it takes as ones.
+        u = torch.linalg.solve_triangular(system, rhs, upper=False, unitriangular=True)
+        outputs.append((q_c * from_start) @ state + (q_c @ k_c.transpose(-1, -2) * pair) @ u)
+        to_end = (decay[..., -1:] - decay).exp()[..., None]
+        state = state * decay[..., -1, None, None].exp() + (k_c * to_end).transpose(-1, -2) @ u
+    return torch.cat(outputs, dim=2), state
+
+
+def reference_gdn_decode(
+    *,
+    proj: Tensor,
+    conv_weight: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    conv_state: Tensor,
+    recurrent_state: Tensor,
+    num_k_heads: int,
+    num_v_heads: int,
+    head_k_dim: int,
+    head_v_dim: int,
+    eps: float,
+) -> Tensor:
+    """T = 1. A handful of traced torch ops; the recurrent definition."""
+    q, k, v, z, g, beta, new_conv_state = _inputs(
+        proj, conv_weight, a_log, dt_bias, conv_state, num_k_heads, num_v_heads, head_k_dim, head_v_dim
+    )
+    o, state = recurrent_delta_rule(q=q, k=k, v=v, g=g, beta=beta, state=recurrent_state)
+    conv_state.copy_(new_conv_state)
+    recurrent_state.copy_(state)
+    return _gated_norm(o, z, norm_weight, eps).to(proj.dtype)
+
+
+@torch.library.custom_op("moeexp::reference_gdn_prefill", mutates_args=("conv_state", "recurrent_state"))
+def reference_gdn_prefill(
+    proj: Tensor,
+    conv_weight: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    conv_state: Tensor,
+    recurrent_state: Tensor,
+    num_k_heads: int,
+    num_v_heads: int,
+    head_k_dim: int,
+    head_v_dim: int,
+    eps: float,
+    live: Tensor | None = None,
+) -> Tensor:
+    """Any T >= 1. Opaque to export: the number of chunks follows from T, which is symbolic there.
+
+    live [B] int64 in 1..T: only so many tokens of each row count; the rest leave no trace in the state, and their own
+    rows of the result mean nothing. None: all T."""
+    q, k, v, z, g, beta, new_conv_state = _inputs(
+        proj, conv_weight, a_log, dt_bias, conv_state, num_k_heads, num_v_heads, head_k_dim, head_v_dim, live
+    )
+    o, state = chunked_delta_rule(q=q, k=k, v=v, g=g, beta=beta, state=recurrent_state)
+    conv_state.copy_(new_conv_state)
+    recurrent_state.copy_(state)
+    return _gated_norm(o, z, norm_weight, eps).to(proj.dtype)
+
+
+@reference_gdn_prefill.register_fake
+def _(
+    proj, conv_weight, a_log, dt_bias, norm_weight, conv_state, recurrent_state,
+    num_k_heads, num_v_heads, head_k_dim, head_v_dim, eps, live=None,
+):  # fmt: skip
+    return proj.new_empty(proj.shape[0], proj.shape[1], num_v_heads * head_v_dim)
+
+
+FEW_PROGRAMS = 64  # batch * Hk up to which an H100 is far from full: the table's key says `few`, else `many`
+MAX_HEAD_DIM = 128  # a whole [Dk, Dv] float32 state tile stays in registers
+
+
+def check_gdn(
+    *, proj: Tensor, conv_weight: Tensor, a_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, conv_state: Tensor,
+    recurrent_state: Tensor, num_k_heads: int, num_v_heads: int, head_k_dim: int, head_v_dim: int,
+) -> None:  # fmt: skip
+    """`ValueError` unless shapes, dtypes and strides are what the kernels address. Never looks at T, which may be symbolic."""
+    if num_k_heads < 1 or num_v_heads % num_k_heads:
+        raise ValueError(f"{num_v_heads} value heads are no multiple of {num_k_heads} key heads")
+    if not (0 < head_k_dim <= MAX_HEAD_DIM and 0 < head_v_dim <= MAX_HEAD_DIM):
+        raise ValueError(
+            f"head dims {head_k_dim} and {head_v_dim}: the Triton kernels do 1..{MAX_HEAD_DIM}; use ops=reference"
+        )
+    if proj.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"proj is {proj.dtype}; float32 and bfloat16 are supported")
+    if conv_weight.shape[-1] < 2:
+        raise ValueError(f"conv width {conv_weight.shape[-1]} is not supported; it must be at least 2")
+    batch, width = proj.shape[0], conv_weight.shape[-1]
+    channels = 2 * num_k_heads * head_k_dim + num_v_heads * head_v_dim
+    row = channels + num_v_heads * head_v_dim + 2 * num_v_heads
+    shapes = {
+        "conv_weight": (conv_weight, (channels, width), None),
+        "a_log": (a_log, (num_v_heads,), torch.float32),
+        "dt_bias": (dt_bias, (num_v_heads,), torch.float32),
+        "norm_weight": (norm_weight, (head_v_dim,), None),
+        "conv_state": (conv_state, (batch, channels, width - 1), proj.dtype),
+        "recurrent_state": (recurrent_state, (batch, num_v_heads, head_k_dim, head_v_dim), torch.float32),
+    }
+    for name, (tensor, shape, dtype) in shapes.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}; these heads, batch and conv width need {shape}")
+        if dtype is not None and tensor.dtype != dtype:
+            raise ValueError(f"{name} is {tensor.dtype}; it must be {dtype}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}; only a contiguous {name} is supported")
+    if proj.dim() != 3 or proj.shape[2] != row:
+        raise ValueError(f"proj is {tuple(proj.shape)}; these heads need [B, T, {row}]")
+    if proj.stride(2) != 1:
+        raise ValueError(f"proj has strides {proj.stride()}; its last dim must have stride 1")
+
+
+@triton.jit
+def _gates(a, b, a_log, dt_bias):
+    """Log-decay -exp(a_log) * softplus(a + dt_bias), and beta = sigmoid(b); all float32."""
+    x = a + dt_bias
+    e = tl.exp(tl.minimum(x, 20.0))
+    u = 1.0 + e
+    # log1p(e) without losing a small e to the rounding of 1 + e: the error of log(u) and that of u - 1 cancel.
+    log1p = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
+    return -tl.exp(a_log) * tl.where(x > 20.0, x, log1p), tl.sigmoid(b)
+
+
+@triton.jit
+def _next_conv_state(
+    proj, conv_state, first, count, T, stride_t, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CACHE: tl.constexpr
+):  # fmt: skip
+    """The conv state that T tokens leave behind, the last WIDTH - 1 of old state | tokens, for channels first .. first +
+    count - 1, flat as it lies in memory: [BLOCK], count * (WIDTH - 1) of it live, in the storage dtype.
+    `proj`, `conv_state`: pointers to one sequence's rows and state."""
+    flat = tl.arange(0, BLOCK)
+    source = (flat % (WIDTH - 1)).to(tl.int64) + T  # position in old state | tokens
+    live = flat < count * (WIDTH - 1)
+    old = live & (source < WIDTH - 1)
+    new = live & (source >= WIDTH - 1)
+    kept = tl.load(conv_state + first * (WIDTH - 1) + flat + T, mask=old, other=0.0, cache_modifier=CACHE)
+    at = (source - (WIDTH - 1)) * stride_t + first + flat // (WIDTH - 1)
+    return tl.where(old, kept, tl.load(proj + at, mask=new, other=0.0, cache_modifier=CACHE))
+
+
+@triton.jit
+def _store_conv_state(conv_state, first, count, values, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    flat = tl.arange(0, BLOCK)
+    tl.store(conv_state + first * (WIDTH - 1) + flat, values, mask=flat < count * (WIDTH - 1))
+
+
+@triton.jit
+def _conv_past(conv_state, conv_weight, channels, live, WIDTH: tl.constexpr):
+    """The causal conv's sum over the inputs before this token, and the newest tap, for `channels` [...] of one sequence;
+    float32. Reads nothing of this token."""
+    newest = tl.load(conv_weight + channels * WIDTH + WIDTH - 1, mask=live, other=0.0).to(tl.float32)
+    mixed = newest * 0.0
+    for tap in tl.static_range(WIDTH - 1):
+        weight = tl.load(conv_weight + channels * WIDTH + tap, mask=live, other=0.0).to(tl.float32)
+        mixed += tl.load(conv_state + channels * (WIDTH - 1) + tap, mask=live, other=0.0).to(tl.float32) * weight
+    return mixed, newest
+
+
+@triton.jit
+def _conv_now(proj, channels, live, past, newest):
+    """SiLU of the conv, with this token's input."""
+    mixed = past + tl.load(proj + channels, mask=live, other=0.0).to(tl.float32) * newest
+    return mixed * tl.sigmoid(mixed)
+
+
+@triton.jit
+def _decode_kernel(
+    proj, conv_weight, a_log, dt_bias, conv_state, state, raw, squares, stride_b,
+    L2_EPS: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr,
+    SPLIT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OVERLAP: tl.constexpr, SQUARES: tl.constexpr,
+):  # fmt: skip
+    """Grid (Hv * SPLIT, B), SPLIT programs of BV columns for each value head: the state, in place, and S^T q into `raw`
+    [B, Hv, Dv] float32. The conv state is left alone, because several programs read the same channels of it. SQUARES: the
+    sum of each program's squared results goes into `squares` [B, Hv, SPLIT] float32.
+
+    A barrier stands between the loads and the stores of state: where a tile has fewer elements than the CTA has threads,
+    several warps load the same element."""
+    CHANNELS: tl.constexpr = 2 * HK * DK + HV * DV
+    head = tl.program_id(0) // SPLIT
+    batch = tl.program_id(1).to(tl.int64)
+    rows = tl.arange(0, BK)
+    cols = tl.program_id(0) % SPLIT * BV + tl.arange(0, BV)
+    in_k = rows < DK
+    in_v = cols < DV
+    in_tile = in_k[:, None] & in_v[None, :]
+    proj += batch * stride_b
+    conv_state += batch * CHANNELS * (WIDTH - 1)
+    state += (batch * HV + head) * (DK * DV)
+    tile = rows[:, None] * DV + cols[None, :]
+
+    # What was there before this token, the state first: it is most of the bytes.
+    old = tl.load(state + tile, mask=in_tile, other=0.0)
+    q_channel = head // (HV // HK) * DK + rows
+    k_channel = HK * DK + q_channel
+    v_channel = 2 * HK * DK + head * DV + cols
+    q_past, q_newest = _conv_past(conv_state, conv_weight, q_channel, in_k, WIDTH)
+    k_past, k_newest = _conv_past(conv_state, conv_weight, k_channel, in_k, WIDTH)
+    v_past, v_newest = _conv_past(conv_state, conv_weight, v_channel, in_v, WIDTH)
+    a_log_h = tl.load(a_log + head)
+    dt_bias_h = tl.load(dt_bias + head)
+
+    ready = after_previous(OVERLAP)
+    proj += ready
+    state += ready
+    raw += ready
+    squares += ready
+    q = _conv_now(proj, q_channel, in_k, q_past, q_newest)
+    k = _conv_now(proj, k_channel, in_k, k_past, k_newest)
+    v = _conv_now(proj, v_channel, in_v, v_past, v_newest)
+    b = tl.load(proj + CHANNELS + HV * DV + head).to(tl.float32)
+    a = tl.load(proj + CHANNELS + HV * DV + HV + head).to(tl.float32)
+    log_decay, beta = _gates(a, b, a_log_h, dt_bias_h)
+    decay = tl.exp(log_decay)
+    q_norm = tl.rsqrt(tl.sum(q * q, axis=0) + L2_EPS) * DK**-0.5
+    k_norm = tl.rsqrt(tl.sum(k * k, axis=0) + L2_EPS)
+    qk = tl.sum(q * k, axis=0) * q_norm * k_norm
+    # S_new^T q = decay S^T q + (k.q) delta: both reductions run over the old tile, with one wait instead of two; and the l2
+    # norms are applied to their results, so that the tile waits for no other reduction.
+    seen = tl.sum(old * k[:, None], axis=0) * k_norm
+    asked = tl.sum(old * q[:, None], axis=0) * q_norm
+    delta = beta * (v - decay * seen)
+    tl.debug_barrier()
+    tl.store(state + tile, old * decay + k[:, None] * (k_norm * delta)[None, :], mask=in_tile)
+    result = decay * asked + qk * delta
+    tl.store(raw + (batch * HV + head) * DV + cols, result, mask=in_v)
+    if SQUARES:
+        tl.store(squares + batch * HV * SPLIT + tl.program_id(0), tl.sum(result * result, axis=0))
+
+
+@triton.jit
+def _finish_kernel(
+    proj, norm_weight, conv_state, raw, out, stride_b,
+    EPS: tl.constexpr, HV: tl.constexpr, DV: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
+    SLICE: tl.constexpr, BV: tl.constexpr, FLAT: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """After `_decode_kernel`, grid (Hv, B): gated norm of one head, conv state of SLICE channels.
+
+    Only `raw` is the previous kernel's result. What else is read lies there since before that kernel, which reads it too;
+    past L1, which may hold what an older token left there."""
+    head = tl.program_id(0)
+    batch = tl.program_id(1).to(tl.int64)
+    proj += batch * stride_b
+    conv_state += batch * CHANNELS * (WIDTH - 1)
+    cols = tl.arange(0, BV)
+    in_v = cols < DV
+    first = head * SLICE
+    count = tl.minimum(SLICE, CHANNELS - first)
+    z = tl.load(proj + CHANNELS + head * DV + cols, mask=in_v, other=0.0, cache_modifier=".cg").to(tl.float32)
+    gate = tl.load(norm_weight + cols, mask=in_v, other=0.0).to(tl.float32) * z * tl.sigmoid(z)
+    kept = _next_conv_state(proj, conv_state, first, count, 1, 0, WIDTH, FLAT, ".cg")
+    ready = after_previous(OVERLAP)
+    o = tl.load(raw + ready + (batch * HV + head) * DV + cols, mask=in_v, other=0.0)
+    y = o * tl.rsqrt(tl.sum(o * o, axis=0) / DV + EPS) * gate
+    tl.store(out + ready + (batch * HV + head) * DV + cols, y.to(out.dtype.element_ty), mask=in_v)
+    tl.debug_barrier()
+    _store_conv_state(conv_state + ready, first, count, kept, WIDTH, FLAT)
+
+
+def launch_rule(
+    *, proj: Tensor, conv_weight: Tensor, a_log: Tensor, dt_bias: Tensor, conv_state: Tensor, recurrent_state: Tensor,
+    num_k_heads: int, num_v_heads: int, head_k_dim: int, head_v_dim: int, squares: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One token's S^T q [B, Hv, Dv] float32, and with `squares` sums of its squares [B, Hv, n], to be summed over n; the
+    recurrent state is advanced, the conv state not. Arguments checked but for T."""
+    if proj.shape[1] != 1:
+        raise ValueError(f"gdn_decode takes one token per call, got {proj.shape[1]}; use gdn_prefill")
+    batch, width = proj.shape[0], conv_weight.shape[-1]
+    pad_k, pad_v = triton.next_power_of_2(head_k_dim), triton.next_power_of_2(head_v_dim)
+    key = f"{pad_k}x{pad_v}/{'few' if batch * num_k_heads <= FEW_PROGRAMS else 'many'}"
+    tuned = tuning.lookup("gdn_decode", key, tuning.architecture(proj.device))
+    split = min(tuned["split"], pad_v)
+    wide = {"dtype": torch.float32, "device": proj.device}
+    raw = torch.empty(batch, num_v_heads, head_v_dim, **wide)
+    sums = torch.empty(batch, num_v_heads, split, **wide) if squares else raw
+    wrap_triton(_decode_kernel)[(num_v_heads * split, batch, 1)](
+        proj, conv_weight, a_log, dt_bias, conv_state, recurrent_state, raw, sums, proj.stride(0), L2_EPS=L2_EPS,
+        HK=num_k_heads, HV=num_v_heads, DK=head_k_dim, DV=head_v_dim, WIDTH=width, SPLIT=split, BK=pad_k, BV=pad_v // split,
+        OVERLAP=can_overlap(proj), SQUARES=squares, num_warps=tuned["num_warps"],
+    )  # fmt: skip
+    return raw, sums
+
+
+@triton_op("moeexp::gdn_decode", mutates_args=("conv_state", "recurrent_state"))
+def gdn_decode(
+    proj: Tensor,
+    conv_weight: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    conv_state: Tensor,
+    recurrent_state: Tensor,
+    num_k_heads: int,
+    num_v_heads: int,
+    head_k_dim: int,
+    head_v_dim: int,
+    eps: float,
+) -> Tensor:
+    """T = 1, `reference_gdn_decode` ("recurrent"): the state is read once and written once, in place; a second, small kernel
+    does what needs a whole head (the gated norm) or every program's reads done (the conv state).
+
+    Shapes as in the module's docstring; conv_state and recurrent_state are mutated. `ValueError` for head dims over 128, a
+    conv width below 2, a dtype other than float32 or bfloat16, or strides that `check_gdn` names."""
+    check_gdn(
+        proj=proj, conv_weight=conv_weight, a_log=a_log, dt_bias=dt_bias, norm_weight=norm_weight, conv_state=conv_state,
+        recurrent_state=recurrent_state, num_k_heads=num_k_heads, num_v_heads=num_v_heads, head_k_dim=head_k_dim,
+        head_v_dim=head_v_dim,
+    )  # fmt: skip
+    batch, (channels, width) = proj.shape[0], conv_weight.shape
+    pad_v = triton.next_power_of_2(head_v_dim)
+    out = torch.empty(batch, 1, num_v_heads * head_v_dim, dtype=proj.dtype, device=proj.device)
+    raw, _ = launch_rule(
+        proj=proj, conv_weight=conv_weight, a_log=a_log, dt_bias=dt_bias, conv_state=conv_state,
+        recurrent_state=recurrent_state, num_k_heads=num_k_heads, num_v_heads=num_v_heads, head_k_dim=head_k_dim,
+        head_v_dim=head_v_dim, squares=False,
+    )  # fmt: skip
+    common = {"HV": num_v_heads, "DV": head_v_dim, "WIDTH": width, "OVERLAP": can_overlap(proj)}
+    per_program = triton.cdiv(channels, num_v_heads)
+    wrap_triton(_finish_kernel)[(num_v_heads, batch, 1)](
+        proj, norm_weight, conv_state, raw, out, proj.stride(0), EPS=eps, CHANNELS=channels, SLICE=per_program, BV=pad_v,
+        FLAT=triton.next_power_of_2(per_program * (width - 1)), num_warps=4, **common,
+    )  # fmt: skip
+    return out

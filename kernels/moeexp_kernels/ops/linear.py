@@ -1,0 +1,288 @@
+"""Dense linear layer on plain, int8 or int4 weights, with an optional RMSNorm before and residual after it.
+
+Shape letters: M rows of activations (any leading shape), K input features, N output features, G quantisation group.
+
+Weight formats (told apart by dtype and shape, never by a flag that could disagree with the data):
+    plain  weight [N, K] float dtype, scales None
+    int8   weight [N, K] uint8, scales [N, K/G, 2] float16
+    int4   weight [N, K/2] uint8, scales [N, K/G, 2] float16
+
+Within a group of an int4 row, byte j holds element j in its low and element j + G/2 in its high nibble: a 16-byte load
+brings two runs of 16 *consecutive* inputs, so that activations are read with vector loads and no shuffle.
+`scales[..., 0]` is the scale s, `scales[..., 1]` the shift c; with the code q in 0..2^bits-1 and the middle code
+m = 2^(bits-1), the weight is (q - m) * s + c. Centring keeps c small, so float16 holds it without loss that matters.
+
+Two kernels serve the op. Up to GEMV_ROWS rows: a GEMV on int32 words of weights, see `words.py`. More rows: `gemm.py`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from moeexp_kernels.ops.gemm import launch_gemm, launch_rms_norm
+from moeexp_kernels.parts import tuning
+from moeexp_kernels.parts.checks import FLOATS, check_argument
+from moeexp_kernels.parts.pdl import after_previous, can_overlap
+from moeexp_kernels.parts.prefetch import ahead_lengths, bring_into_l2
+from moeexp_kernels.parts.words import dot_rows, load_norm, load_row_features, load_rows
+
+MIDDLE_CODE = {4: 8, 8: 128}
+
+
+def weight_bits(*, weight: Tensor, scales: Tensor | None, in_features: int) -> int:
+    """16 (plain), 8 or 4. `ValueError` where weight and scales do not fit an input of `in_features`."""
+    if scales is None:
+        if weight.shape[-1] != in_features:
+            raise ValueError(f"weight {tuple(weight.shape)} does not take inputs of {in_features} features")
+        return 16
+    if weight.dtype != torch.uint8 or scales.dtype != torch.float16:
+        raise ValueError(f"a quantised weight is uint8 with float16 scales; got {weight.dtype} and {scales.dtype}")
+    if in_features % scales.shape[-2] or weight.shape[-1] not in (in_features, in_features // 2):
+        raise ValueError(
+            f"weight {tuple(weight.shape)} with scales {tuple(scales.shape)} does not take {in_features} input features"
+        )
+    return 8 if weight.shape[-1] == in_features else 4
+
+
+def dequantise(*, weight: Tensor, scales: Tensor | None, in_features: int) -> Tensor:
+    """Float32 weight [..., N, K] of any of the three formats (leading dims: experts)."""
+    bits = weight_bits(weight=weight, scales=scales, in_features=in_features)
+    if scales is None:
+        return weight.float()
+    groups = scales.shape[-2]
+    if bits == 4:
+        packed = weight.unflatten(-1, (groups, -1))
+        codes = torch.cat([packed & 0xF, packed >> 4], dim=-1)
+    else:
+        codes = weight.unflatten(-1, (groups, -1))
+    scale, shift = scales.float().unsqueeze(-1).unbind(-2)  # each [..., N, groups, 1]
+    return ((codes.float() - MIDDLE_CODE[bits]) * scale + shift).flatten(-2)
+
+
+def rms_norm(*, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Unit-offset RMSNorm in float32: x / rms(x) * (1 + weight) over the last dim; float32 out."""
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * (1.0 + weight.float())
+
+
+def reference_linear(
+    *,
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """residual + norm(x) @ weight.T, float32 inside, one rounding to x's dtype at the end.
+
+    x [..., K]; weight and scales as above; norm_weight [K] or None; residual [..., N] or None. Returns [..., N]."""
+    wide = dequantise(weight=weight, scales=scales, in_features=x.shape[-1])
+    y = rms_norm(x=x, weight=norm_weight, eps=eps) if norm_weight is not None else x.float()
+    y = torch.nn.functional.linear(y, wide)
+    if residual is not None:
+        y = y + residual.float()
+    return y.to(x.dtype)
+
+
+# --- up to GEMV_ROWS rows ---
+
+
+@triton.jit
+def gemv_kernel(
+    x_ptr, w_ptr, s_ptr, norm_ptr, res_ptr, y_ptr, ahead_ptr, ahead_s_ptr, x_stride, res_stride,
+    EPS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
+    HALF: tl.constexpr, WORDS: tl.constexpr, CHUNK: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    PLANES: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr, AHEAD: tl.constexpr, AHEAD_SCALES: tl.constexpr,
+    BLOCK_N: tl.constexpr, TILES: tl.constexpr, CACHE: tl.constexpr,
+):  # fmt: skip
+    """y[m, n] for one m and TILES x BLOCK_N outputs n. Grid (blocks * M), m fastest: programs that share weights start
+    together. One dimension, because only the first may exceed 65,535.
+
+    BITS is 32 for float32 weights; WORDS = words of a row, rounded up to a power of 2; AHEAD and AHEAD_SCALES bytes at
+    `ahead_ptr` and `ahead_s_ptr` are brought into L2."""
+    program = tl.program_id(0).to(tl.int64)
+    m, start = program % M, program // M * (BLOCK_N * TILES)
+    # From here offsets are relative to the program's first row: int32 is enough within it.
+    w_ptr += start * (K // 2 if BITS == 4 else K)
+    if BITS <= 8:
+        s_ptr += start * (2 * (K // GROUP))
+    rows_left = tl.minimum(N - start, BLOCK_N * TILES).to(tl.int32)
+    row = tl.arange(0, BLOCK_N)
+    words, pair = load_rows(w_ptr, s_ptr, row, row < rows_left, K, GROUP, BITS, WORDS, CHUNK, CACHE)
+    norm_low, norm_high = load_norm(norm_ptr, HAS_NORM, K, GROUP, BITS, WORDS)
+    if AHEAD:  # behind this program's own reads, and before it waits
+        rows_left += bring_into_l2(ahead_ptr, AHEAD)
+    if AHEAD_SCALES:
+        rows_left += bring_into_l2(ahead_s_ptr, AHEAD_SCALES)
+    ready = after_previous(OVERLAP)
+    x_ptr += ready
+    res_ptr += m * res_stride + start + ready
+    y_ptr += m * N + start + ready
+    extra = load_extra(res_ptr, row, rows_left, HAS_RESIDUAL, "")  # at once: after the sums all would wait for it
+    x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit, r = load_row_features(
+        x_ptr + m * x_stride, norm_low, norm_high, EPS, HAS_NORM, K, GROUP, BITS, WORDS, CHUNK, PLANES
+    )
+    for tile in range(TILES):
+        here = row + tile * BLOCK_N
+        ahead_words, ahead_pair, ahead_extra = words, pair, extra
+        if TILES > 1:  # the next rows are on their way while these are summed; beyond the last nothing is read
+            ahead = here + BLOCK_N
+            ahead_words, ahead_pair = load_rows(
+                w_ptr, s_ptr, ahead, ahead < rows_left, K, GROUP, BITS, WORDS, CHUNK, CACHE
+            )
+            ahead_extra = load_extra(res_ptr, ahead, rows_left, HAS_RESIDUAL, "")
+        y = r * dot_rows(
+            words, pair, x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit, BITS, HALF, FAST, BLOCK_N, WORDS, CHUNK, PLANES
+        )
+        if HAS_RESIDUAL:
+            y += extra
+        tl.store(y_ptr + here, y.to(y_ptr.dtype.element_ty), mask=here < rows_left)
+        words, pair, extra = ahead_words, ahead_pair, ahead_extra
+
+
+@triton.jit
+def load_extra(res_ptr, row, rows_left, HAS_RESIDUAL: tl.constexpr, CACHE: tl.constexpr):
+    """What is added to the products of `row` [rows], float32; without a residual 0, which is not used."""
+    extra = 0.0
+    if HAS_RESIDUAL:
+        extra = tl.load(res_ptr + row, mask=row < rows_left, other=0.0, cache_modifier=CACHE).to(tl.float32)
+    return extra
+
+
+# --- launch ---
+
+GEMV_ROWS = 8  # from here on a weight is used often enough for tensor cores
+
+
+def word_counts(*, bits: int, in_features: int, group: int, run: int = 4) -> tuple[int, int]:
+    """(WORDS, CHUNK) of the GEMV: words of a row, rounded up to a power of 2, and words per scale: at most `run`, the words
+    that a thread loads at once (a power of 2)."""
+    return triton.next_power_of_2(in_features * bits // 32), math.gcd(run, group * bits // 32)
+
+
+def planes(dtype: torch.dtype) -> int:
+    """16-bit integers for each activation: one is finer than a 2-byte dtype, float32 takes two."""
+    return 2 if dtype == torch.float32 else 1
+
+
+def gemv_config(*, bits: int, rows: int, in_features: int, arch: str | None = None) -> dict:
+    """Launch parameters of the GEMV; unlisted shapes get tiles of <= 16 KiB, less where the GPU would idle."""
+    block = max(1, min(16, 16384 * 8 // (in_features * bits), max(4, rows // 512)))
+    rule = {"BLOCK_N": 1 << (block.bit_length() - 1), "TILES": 1, "CACHE": ".cg", "num_warps": 4}
+    return tuning.lookup("gemv", f"{tuning.weight_class(bits)}/{rows}x{in_features}", arch, rule=rule)
+
+
+def weight_format(*, weight: Tensor, scales: Tensor | None, in_features: int, name: str) -> tuple[int, int]:
+    """(bits, group) of a stored weight that a kernel may read; 32 bits: float32; group = in_features without scales.
+
+    `ValueError` where layout, dtype or device is not what the kernels take."""
+    bits = weight_bits(weight=weight, scales=scales, in_features=in_features)
+    for tensor, what in ((weight, name), (scales, f"scales of {name}")):
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(
+                f"{what} has strides {tensor.stride()}; the kernels take contiguous weights, call .contiguous()"
+            )
+    if scales is None:
+        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"{name} without scales is {weight.dtype}; supported: float32, bfloat16, float16")
+        bits = weight.element_size() * 8
+        if in_features * bits % 32:
+            raise ValueError(f"{name} has rows of {in_features} {weight.dtype} features; supported: even numbers")
+        return bits, in_features
+    group = in_features // scales.shape[-2]
+    if tuple(scales.shape) != (*weight.shape[:-1], in_features // group, 2):
+        raise ValueError(
+            f"scales of {name} are {tuple(scales.shape)}; supported: {(*weight.shape[:-1], in_features // group, 2)}"
+        )
+    if group * bits % 32:
+        raise ValueError(f"{name} has groups of {group} {bits}-bit weights; supported: multiples of {32 // bits}")
+    return bits, group
+
+
+def flat_rows(tensor: Tensor, *, name: str, features: int) -> Tensor:
+    """[..., features] -> [rows, features] without a copy. `ValueError` where only a copy could do that."""
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"{name} is {tensor.dtype}; supported: float32, bfloat16, float16")
+    if tensor.shape[-1] != features:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; its last dimension must be {features}")
+    # With a symbolic number of rows the question itself would specialise the exported graph; view() then decides.
+    if tensor.stride(-1) != 1 or (isinstance(tensor.numel(), int) and not tensor.is_contiguous()):
+        raise ValueError(f"{name} has strides {tensor.stride()}; the kernels take contiguous activations")
+    return tensor.view(-1, features)
+
+
+def few_rows(rows: int | torch.SymInt) -> bool:
+    """Whether the GEMV serves: a fixed row count up to GEMV_ROWS. A symbolic one never does, nor is it guarded on."""
+    return isinstance(rows, int) and rows <= GEMV_ROWS
+
+
+def launch_gemv(
+    *, x: Tensor, weight: Tensor, scales: Tensor | None, norm_weight: Tensor | None, eps: float,
+    residual: Tensor | None, out: Tensor, bits: int, group: int, config: dict | None = None,
+    ahead: Tensor | None = None, ahead_scales: Tensor | None = None,
+) -> None:  # fmt: skip
+    """out [M, N] = residual + norm(x [M, K]) @ weight.T; all flat, checked, and out contiguous."""
+    rows, features = weight.shape[0], x.shape[1]
+    words, chunk = word_counts(bits=bits, in_features=features, group=group)
+    config = config or gemv_config(
+        bits=bits, rows=rows, in_features=features, arch=tuning.architecture(x.device)
+    )
+    grid = (x.shape[0] * triton.cdiv(rows, config["BLOCK_N"] * config["TILES"]),)
+    bring, bring_scales = ahead_lengths(ahead, ahead_scales) if can_overlap(x) else (0, 0)  # both need Hopper
+    wrap_triton(gemv_kernel)[grid](
+        x, weight, weight if scales is None else scales, x if norm_weight is None else norm_weight,
+        x if residual is None else residual, out, weight if ahead is None else ahead,
+        weight if ahead_scales is None else ahead_scales, x.stride(0), 0 if residual is None else residual.stride(0),
+        EPS=eps, M=x.shape[0], N=rows, K=features, GROUP=group, BITS=bits, HALF=weight.dtype == torch.float16,
+        WORDS=words, CHUNK=chunk,
+        HAS_NORM=norm_weight is not None, HAS_RESIDUAL=residual is not None, FAST=x.is_cuda,
+        PLANES=planes(x.dtype), OVERLAP=can_overlap(x), AHEAD=bring, AHEAD_SCALES=bring_scales, **config,
+    )  # fmt: skip
+
+
+@triton_op("moeexp::linear", mutates_args=())
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
+    ahead: Tensor | None = None,
+    ahead_scales: Tensor | None = None,
+) -> Tensor:
+    """`reference_linear` on the GPU; the same arguments, by keyword. x, weight, norm_weight and residual contiguous.
+    ahead, ahead_scales: weight and scales of a linear layer that comes soon. They have no part in the result: the GEMV
+    brings them into L2, on Hopper and later (prefetch.py).
+
+    `ValueError` for strides or dtypes that the kernels do not take."""
+    features, out_features = x.shape[-1], weight.shape[0]
+    bits, group = weight_format(weight=weight, scales=scales, in_features=features, name="weight")
+    flat = flat_rows(x, name="x", features=features)
+    extra = None if residual is None else flat_rows(residual, name="residual", features=out_features)
+    if norm_weight is not None:
+        check_argument(norm_weight, name="norm_weight", shape=(features,), dtypes=FLOATS)
+    for tensor, name in ((ahead, "ahead"), (ahead_scales, "ahead_scales")):
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}; supported: contiguous weights")
+    y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
+    out = y.view(-1, out_features)
+    rows = flat.shape[0]
+    if few_rows(rows):
+        if rows:
+            launch_gemv(
+                x=flat, weight=weight, scales=scales, norm_weight=norm_weight, eps=eps, residual=extra, out=out,
+                bits=bits, group=group, ahead=ahead, ahead_scales=ahead_scales,
+            )  # fmt: skip
+        return y
+    if norm_weight is not None:
+        flat = launch_rms_norm(x=flat, norm_weight=norm_weight, eps=eps, dtype=x.dtype)
+    launch_gemm(x=flat, weight=weight, scales=scales, residual=extra, out=out, bits=bits, group=group)
+    return y

@@ -1,0 +1,332 @@
+"""Choice of the next token: the largest logit, or a draw from the filtered softmax, without leaving the GPU.
+
+Shape letters: B batch, V vocabulary, C chunks of the vocabulary (one program each).
+
+    logits      [B, 1, V] any float dtype
+    seed_state  [2] int64: seed and offset. Every draw advances the offset by one, so that replays of one graph differ;
+                writing the seed and offset again repeats the draws. Rows of a batch draw independently.
+    returns     [B, 1] int64
+
+A draw is an exponential race (Gumbel-max): the token with the largest x/temperature - log(E), E ~ Exp(1), is
+distributed as softmax(x/temperature). The noise is Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as
+1, 2, 3", SC 2011) of (token, offset, row) under the seed, so that it depends on neither the grid nor the filter.
+
+Filters act as in transformers: first the `top_k` largest logits (all that tie with the k-th stay), then, among those,
+the most likely tokens whose probabilities first add up to `top_p` (all that tie with the last of them stay).
+
+The kernels sort nothing: the k-th largest logit, and the smallest one inside top_p, are found four bits at a time in an
+order-preserving integer image of the logits, by counting (or weighing) what lies above sixteen candidates.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from moeexp_kernels.parts import tuning
+
+MIN_TEMPERATURE = 1e-6
+PHILOX_ROUND, PHILOX_KEY = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
+
+
+def reference_greedy(*, logits: Tensor) -> Tensor:
+    """logits [B, 1, V] any float dtype -> [B, 1] int64, the index of each row's largest logit (the lowest on a tie)."""
+    return logits.argmax(dim=-1)
+
+
+def reference_support(*, logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """[B, V] bool: the tokens that a draw may return. top_k 0 and top_p 1 filter nothing."""
+    x = logits[:, 0].float()
+    keep = torch.ones_like(x, dtype=torch.bool)
+    ordered = x.sort(dim=-1, descending=True).values
+    if 0 < top_k < x.shape[-1]:
+        keep = x >= ordered[:, top_k - 1, None]
+        ordered = ordered.masked_fill(ordered < ordered[:, top_k - 1, None], float("-inf"))
+    if top_p < 1:
+        mass = (ordered.double() / temperature).softmax(-1)
+        before = mass.cumsum(-1) - mass
+        last = (before < top_p).sum(-1, keepdim=True) - 1
+        keep = keep & (x >= ordered.gather(-1, last.clamp(min=0)))
+    return keep
+
+
+def reference_words(seed_state: Tensor, rows: int, tokens: int) -> Tensor:
+    """[B, V] int64, Philox's first 32-bit word of each counter. Products wrap in int64, but their 64 bits are right."""
+    low = 0xFFFFFFFF
+    device = seed_state.device
+    seed, offset = seed_state[0], seed_state[1]
+    zero = torch.zeros(rows, tokens, dtype=torch.int64, device=device)
+    c0, c1 = zero + torch.arange(tokens, device=device), zero + (offset & low)
+    c2, c3 = zero + torch.arange(rows, device=device)[:, None], zero + ((offset >> 32) & low)
+    k0, k1 = seed & low, (seed >> 32) & low
+    for _ in range(10):
+        p0, p1 = c0 * PHILOX_ROUND[0], c2 * PHILOX_ROUND[1]
+        c0, c1, c2, c3 = ((p1 >> 32) & low) ^ c1 ^ k0, p1 & low, ((p0 >> 32) & low) ^ c3 ^ k1, p0 & low
+        k0, k1 = (k0 + PHILOX_KEY[0]) & low, (k1 + PHILOX_KEY[1]) & low
+    return c0
+
+
+def reference_scores(*, logits: Tensor, seed_state: Tensor, temperature: float) -> Tensor:
+    """[B, V] float32: what each token brings to the race, before filters."""
+    rows, _, tokens = logits.shape
+    uniform = (reference_words(seed_state, rows, tokens).float() * 2.0**-32 + 2.0**-33).clamp(max=1 - 2.0**-24)
+    return logits[:, 0].float() / temperature - (-torch.log1p(-uniform)).log()
+
+
+def reference_sample(*, logits: Tensor, seed_state: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """Draws one token per row (legend above) and advances `seed_state`. temperature 0 is greedy and draws nothing."""
+    _check(logits, seed_state, temperature, top_k, top_p)
+    if temperature == 0:
+        return reference_greedy(logits=logits)
+    score = reference_scores(logits=logits, seed_state=seed_state, temperature=temperature)
+    keep = reference_support(logits=logits, temperature=temperature, top_k=top_k, top_p=top_p)
+    seed_state[1:].add_(1)
+    return score.masked_fill(~keep, float("-inf")).argmax(-1, keepdim=True)
+
+
+DIGIT_BITS = 4
+
+
+@triton.jit
+def _ordered(x):
+    """int64 in [0, 2^32) that sorts as the float32 x does; -0 equals +0 and NaN comes last, as in torch.argmax."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    bits = tl.where(x != x, 0x7FC00000, bits).to(tl.int64)
+    return tl.where(bits < 0, -1 - bits, bits + 2147483648)
+
+
+@triton.jit
+def _pack(x, token):
+    """int64 >= 0 whose maximum is the largest x, at the lowest token where several are equal."""
+    return _ordered(x) * 2147483648 + (2147483647 - token)
+
+
+@triton.jit
+def _exponential(seed_state, token, row):
+    """Exp(1) noise. Small values decide a race, so they keep full relative precision (log alone would lose it)."""
+    seed, offset = tl.load(seed_state), tl.load(seed_state + 1)
+    zero = token * 0
+    offset_low, offset_high = (offset & 0xFFFFFFFF).to(tl.uint32), ((offset >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    word, _, _, _ = tl.philox(
+        seed, token.to(tl.uint32), zero.to(tl.uint32) + offset_low, (zero + row).to(tl.uint32),
+        zero.to(tl.uint32) + offset_high,
+    )  # fmt: skip
+    u = tl.minimum(word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10, 0.99999994)
+    series = u * (1.0 + u * (0.5 + u * (0.33333334 + u * (0.25 + u * 0.2))))
+    return tl.where(u < 0.0625, series, -tl.log(1.0 - u))
+
+
+@triton.jit
+def _resolve(
+    sums, prefixes, cell, first_cell, shift,
+    TOP_K: tl.constexpr, TOP_P: tl.constexpr, BY_MASS: tl.constexpr,
+    CHUNKS: tl.constexpr, BLOCK_CHUNKS: tl.constexpr, DIGITS: tl.constexpr,
+):  # fmt: skip
+    """What a search step (row `cell` of sums and prefixes) found: the largest candidate with still enough at or above it.
+
+    Every program that needs it adds up the chunks itself, in the same order and so to the same bits."""
+    chunk, digit = tl.arange(0, BLOCK_CHUNKS), tl.arange(0, DIGITS)
+    inside = chunk < CHUNKS
+    table = tl.load(sums + (cell * CHUNKS + chunk)[:, None] * DIGITS + digit[None, :], mask=inside[:, None], other=0.0)
+    above = tl.sum(table, 0)
+    if BY_MASS:
+        goal = TOP_P * tl.sum(tl.load(sums + (first_cell * CHUNKS + chunk) * DIGITS, mask=inside, other=0.0), 0)
+    else:
+        goal = TOP_K * 1.0
+    best = tl.maximum(tl.sum((above >= goal).to(tl.int32), 0) - 1, 0)
+    return tl.load(prefixes + cell) + (best.to(tl.int64) << shift)
+
+
+@triton.jit
+def _narrow_kernel(
+    logits, peaks, sums, prefixes, vocabulary, stride_b, first, step, shift, previous_shift,
+    STEPS: tl.constexpr, INVERSE_T: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BY_MASS: tl.constexpr,
+    OPENING: tl.constexpr, FLOORED: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_CHUNKS: tl.constexpr,
+    DIGITS: tl.constexpr, BLOCK: tl.constexpr, NARROW_STEP: tl.constexpr,
+):  # fmt: skip
+    """Grid (C, B). Per chunk, how many tokens (or what unnormalised probability, BY_MASS) lie at or above each candidate
+    prefix + j << shift: sums [B, STEPS, C, DIGITS]. prefixes [B, STEPS] is what each step starts from.
+
+    OPENING: first step of a search. FLOORED: the search by mass, where one by count came before it: its opening weighs
+    only what that kept, which sets the goal. Later steps need no floor: below it there is always enough."""
+    chunk, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    cell = b * STEPS + step
+    prefix = cell * 0
+    floor = cell * 0
+    if OPENING:
+        if FLOORED:
+            floor = _resolve(
+                sums, prefixes, cell - 1, cell, previous_shift, TOP_K, TOP_P, False, CHUNKS, BLOCK_CHUNKS, DIGITS
+            )  # fmt: skip
+    else:
+        prefix = _resolve(
+            sums, prefixes, cell - 1, b * STEPS + first, previous_shift, TOP_K, TOP_P, BY_MASS,
+            CHUNKS, BLOCK_CHUNKS, DIGITS,
+        )  # fmt: skip
+    tl.store(prefixes + cell, prefix, mask=chunk == 0)
+
+    digit = tl.arange(0, DIGITS)
+    candidate = prefix + (digit.to(tl.int64) << shift)
+    if BY_MASS:
+        each = tl.arange(0, BLOCK_CHUNKS)
+        peak = tl.max(tl.load(peaks + b * CHUNKS + each, mask=each < CHUNKS, other=-1), 0) >> 31
+        bits = tl.where(peak < 2147483648, -1 - peak, peak - 2147483648).to(tl.int32)
+        largest = bits.to(tl.float32, bitcast=True)
+    total = tl.zeros([DIGITS, NARROW_STEP], tl.float32)
+    for i in tl.static_range(BLOCK // NARROW_STEP):
+        token = chunk * BLOCK + i * NARROW_STEP + tl.arange(0, NARROW_STEP)
+        x = tl.load(logits + b * stride_b + token, mask=token < vocabulary, other=float("-inf")).to(tl.float32)
+        key = _ordered(x)
+        key = tl.where((token < vocabulary) & (key >= floor), key, -1)
+        if BY_MASS:
+            weight = tl.exp((x - largest) * INVERSE_T)
+        else:
+            weight = tl.full([NARROW_STEP], 1.0, tl.float32)
+        total += tl.where(key[None, :] >= candidate[:, None], weight[None, :], 0.0)
+    tl.store(sums + (cell * CHUNKS + chunk) * DIGITS + digit, tl.sum(total, 1))
+
+
+@triton.jit
+def _chunk_best_kernel(
+    logits, seed_state, sums, prefixes, best, vocabulary, stride_b, first, shift,
+    STEPS: tl.constexpr, INVERSE_T: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BY_MASS: tl.constexpr,
+    NOISE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_CHUNKS: tl.constexpr, DIGITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (C, B): best [B, C] int64, the packed winner of a chunk, among all its logits, or (NOISE) of the race among those
+    that the STEPS of searches left."""
+    chunk, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    token = chunk * BLOCK + tl.arange(0, BLOCK)
+    runs = token < vocabulary
+    x = tl.load(logits + b * stride_b + token, mask=runs, other=float("-inf")).to(tl.float32)
+    score = x
+    if NOISE:
+        score = x * INVERSE_T - tl.log(_exponential(seed_state, token, tl.program_id(1)))
+        if STEPS > 0:
+            threshold = _resolve(
+                sums, prefixes, b * STEPS + STEPS - 1, b * STEPS + first, shift, TOP_K, TOP_P, BY_MASS,
+                CHUNKS, BLOCK_CHUNKS, DIGITS,
+            )  # fmt: skip
+            runs = runs & (_ordered(x) >= threshold)
+    tl.store(best + b * CHUNKS + chunk, tl.max(tl.where(runs, _pack(score, token), -1), 0))
+
+
+@triton.jit
+def _best_kernel(best, out, seed_state, NOISE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_CHUNKS: tl.constexpr):
+    """Grid (B,): the winner over all chunks. The offset moves here, where nobody reads it any more."""
+    b = tl.program_id(0).to(tl.int64)
+    chunk = tl.arange(0, BLOCK_CHUNKS)
+    winner = tl.max(tl.load(best + b * CHUNKS + chunk, mask=chunk < CHUNKS, other=-1), 0)
+    tl.store(out + b, 2147483647 - (winner & 2147483647))
+    if NOISE:
+        tl.store(seed_state + 1, tl.load(seed_state + 1) + 1, mask=b == 0)
+
+
+def _check(logits: Tensor, seed_state: Tensor | None, temperature: float, top_k: int, top_p: float) -> None:
+    if (
+        logits.shape[1] != 1
+        or logits.stride(2) != 1
+        or logits.dtype not in (torch.float32, torch.bfloat16, torch.float16)
+    ):
+        raise ValueError(
+            f"logits are {logits.dtype} {tuple(logits.shape)} with strides {tuple(logits.stride())}; supported is "
+            "[B, 1, V] of float32, bfloat16 or float16, contiguous in V"
+        )
+    if temperature != 0 and not MIN_TEMPERATURE <= temperature < float("inf"):
+        raise ValueError(f"temperature={temperature} is not 0 (greedy) or a number of at least {MIN_TEMPERATURE}")
+    if top_k < 0:
+        raise ValueError(f"top_k={top_k} is negative; use 0 to keep every token, or a count")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} is outside (0, 1]; use 1 to keep every token")
+    if seed_state is not None and (seed_state.dtype != torch.int64 or seed_state.shape != (2,)):
+        raise ValueError(
+            f"seed_state is {seed_state.dtype} {tuple(seed_state.shape)}; it must be int64 [2]: seed, offset"
+        )
+
+
+def _tuned(logits: Tensor) -> dict[str, int]:
+    key = f"{tuning.activation_class(logits.dtype)}/{logits.shape[2]}"
+    return tuning.lookup("sample", key, tuning.architecture(logits.device))
+
+
+def _sizes(logits: Tensor) -> dict[str, int]:
+    block = _tuned(logits)["BLOCK"]
+    chunks = triton.cdiv(logits.shape[2], block)
+    return {
+        "CHUNKS": chunks, "BLOCK_CHUNKS": triton.next_power_of_2(chunks), "BLOCK": block, "DIGITS": 1 << DIGIT_BITS
+    }  # fmt: skip
+
+
+def _pick(logits: Tensor, seed_state: Tensor, searches: tuple[Tensor, Tensor, int, int], constants: dict) -> Tensor:
+    """Winner per chunk, then per row. `searches`: sums, prefixes, first step and shift of the last search."""
+    rows, _, vocabulary = logits.shape
+    sums, prefixes, first, shift = searches
+    sizes = _sizes(logits)
+    best = torch.empty((rows, sizes["CHUNKS"]), dtype=torch.int64, device=logits.device)
+    out = torch.empty((rows, 1), dtype=torch.int64, device=logits.device)
+    wrap_triton(_chunk_best_kernel)[(sizes["CHUNKS"], rows)](
+        logits, seed_state, sums, prefixes, best, vocabulary, logits.stride(0), first, shift, **constants, **sizes,
+        num_warps=_tuned(logits)["num_warps"],
+    )  # fmt: skip
+    wrap_triton(_best_kernel)[(rows,)](
+        best, out, seed_state, NOISE=constants["NOISE"], CHUNKS=sizes["CHUNKS"], BLOCK_CHUNKS=sizes["BLOCK_CHUNKS"],
+        num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _greedy(logits: Tensor) -> Tensor:
+    # `logits` stands in for the tensors that this variant neither reads nor writes.
+    constants = {"TOP_K": 0, "STEPS": 0, "INVERSE_T": 1.0, "TOP_P": 1.0, "BY_MASS": False, "NOISE": False}
+    return _pick(logits, logits, (logits, logits, 0, 0), constants)
+
+
+@triton_op("moeexp::greedy", mutates_args=())
+def greedy(logits: Tensor) -> Tensor:
+    """`reference_greedy` in two kernels: [B, 1, V] -> [B, 1] int64, the lowest index on a tie. NaN counts as largest."""
+    _check(logits, None, 0.0, 0, 1.0)
+    return _greedy(logits)
+
+
+@triton_op("moeexp::sample", mutates_args=("seed_state",))
+def sample(logits: Tensor, seed_state: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """`reference_sample`: same seed_state, same tokens (up to rounding of a near-tie). 2 kernels without filters; each
+    filter adds a kernel per four bits of the logits' dtype."""
+    _check(logits, seed_state, temperature, top_k, top_p)
+    if temperature == 0:
+        return _greedy(logits)
+    rows, _, vocabulary = logits.shape
+    sizes, tuned = _sizes(logits), _tuned(logits)
+    # bfloat16 as float32 has its low 16 bits all equal, so no candidate needs them; float16 has more exponents than that.
+    shifts = range(28, 12 if logits.dtype == torch.bfloat16 else -1, -DIGIT_BITS)
+    kinds = [False] * (0 < top_k < vocabulary) + [True] * (top_p < 1)
+    plan = [(by_mass, shift) for by_mass in kinds for shift in shifts]
+    constants = {"TOP_K": top_k, "STEPS": len(plan), "INVERSE_T": 1.0 / temperature, "TOP_P": top_p}
+    if not plan:
+        return _pick(logits, seed_state, (logits, logits, 0, 0), {**constants, "BY_MASS": False, "NOISE": True})
+
+    wide = {"dtype": torch.int64, "device": logits.device}
+    sums = torch.empty((rows, len(plan), sizes["CHUNKS"], sizes["DIGITS"]), dtype=torch.float32, device=logits.device)
+    prefixes = torch.empty((rows, len(plan)), **wide)
+    peaks = prefixes
+    if top_p < 1:
+        peaks = torch.empty((rows, sizes["CHUNKS"]), **wide)
+        wrap_triton(_chunk_best_kernel)[(sizes["CHUNKS"], rows)](
+            logits, logits, logits, logits, peaks, vocabulary, logits.stride(0), 0, 0,
+            STEPS=0, INVERSE_T=1.0, TOP_K=0, TOP_P=1.0, BY_MASS=False, NOISE=False, **sizes, num_warps=tuned["num_warps"],
+        )  # fmt: skip
+    first = 0
+    for step, (by_mass, shift) in enumerate(plan):
+        opening = shift == shifts[0]
+        first = step if opening else first
+        wrap_triton(_narrow_kernel)[(sizes["CHUNKS"], rows)](
+            logits, peaks, sums, prefixes, vocabulary, logits.stride(0), first, step, shift,
+            shifts[-1] if opening else shift + DIGIT_BITS, **constants, BY_MASS=by_mass, OPENING=opening,
+            FLOORED=by_mass and len(kinds) == 2, NARROW_STEP=tuned["NARROW_STEP"], **sizes,
+            num_warps=tuned["narrow_warps"],
+        )  # fmt: skip
+    return _pick(
+        logits, seed_state, (sums, prefixes, first, shifts[-1]), {**constants, "BY_MASS": by_mass, "NOISE": True}
+    )

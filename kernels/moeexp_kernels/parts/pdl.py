@@ -1,0 +1,74 @@
+"""Programmatic dependent launch: a kernel may start while the one before it still runs, and fetch its weights meanwhile.
+
+A kernel calls `after_previous` once in every program, adds what it returns (0) to the pointers it touches afterwards, and
+touches before it only what neither the previous kernel nor anything still running can write: weights, the state that it
+alone writes, positions, and results of the kernel before the previous. As much as that allows is done before: afterwards the
+whole GPU waits for each load and each reduction. The last kind is safe because the call waits *first* and lets the
+next kernel start *then*: when a kernel starts early, all programs of the previous one are past their own wait, so that
+everything before that one is complete and visible. A kernel that reads its own state early must not directly follow
+another call on the same state; in a model its layer's other kernels stand between.
+
+The order is kept by the pointers and not by a side effect: torch takes a kernel with an assembly instruction that has side
+effects for one that writes all its arguments.
+
+Without a programmatic edge (an ordinary launch) both instructions do nothing. Edges are made programmatic after capture,
+by `graph_edges`, for the kernels named below alone.
+Source: CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization".
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moeexp_kernels.parts.tuning import architecture
+
+# Kernels that call `after_previous` on every path; a test compares the list with the sources.
+OVERLAPPING = (
+    "gemv_kernel",
+    "choose_experts_kernel",
+    "router_kernel",
+    "gate_up_kernel",
+    "down_kernel",
+    "_decode_kernel",
+    "_finish_kernel",
+    "gdn_out_kernel",
+    "_qk_norm_rope_kernel",
+    "_attend_kernel",
+    "_merge_kernel",
+)
+
+# Of these, the kernels (earlier, later) of one op: what may start early where an op is timed by itself.
+WITHIN_AN_OP = (
+    ("gemv_kernel", "choose_experts_kernel"),
+    ("gemv_kernel", "gate_up_kernel"),
+    ("gate_up_kernel", "down_kernel"),
+    ("_decode_kernel", "_finish_kernel"),
+    ("_decode_kernel", "gdn_out_kernel"),
+    ("_attend_kernel", "_merge_kernel"),
+)
+
+
+@triton.jit
+def after_previous(OVERLAP: tl.constexpr):
+    """0, known once the previous kernel is complete; a multiple of 16, so that pointers keep their alignment."""
+    zero = 0
+    if OVERLAP:
+        known = tl.inline_asm_elementwise(
+            "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, $1;",
+            "=r,r",
+            args=[tl.program_id(0) * 0],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+        zero = known * 16
+    return zero
+
+
+def can_overlap(tensor: Tensor) -> bool:
+    """Whether the tensor's GPU knows the instructions (Hopper and later); never asks CUDA about a CPU tensor."""
+    if not tensor.is_cuda:
+        return False
+    return int(architecture(tensor.device).removeprefix("sm_")) >= 90

@@ -1,0 +1,1 @@
+"""Is it the same function, and how good is the model."""

@@ -1,0 +1,260 @@
+"""The reference: transformers' Qwen3.5-MoE decoder layers, one layer in memory at a time.
+
+Layer-major: each layer runs the prompt as one call and then one call per further token, with transformers' own
+cache, before the next layer is loaded. A 35B model so needs one dequantised layer (3.3 GB in float32), not itself.
+Shape letters: B batch, S sequence, L layers, D hidden, V vocabulary, E experts, k experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from moeexp.check.pure_torch import assert_pure_torch, eager, full_precision, modeling, pure_torch
+
+
+class ReferenceWeights(Protocol):
+    """Dequantised weights, float32, on the device of the run; each call may make its tensors anew."""
+
+    def layer(self, index: int) -> dict[str, Tensor]:
+        """Every parameter of decoder layer `index`, named as in transformers, relative to the layer."""
+
+    def embedding(self) -> Tensor:
+        """[V, D]"""
+
+    def final_norm(self) -> Tensor:
+        """[D]"""
+
+    def head(self) -> Tensor:
+        """[V, D]; the embedding where the two are tied."""
+
+
+@dataclass
+class ReferenceRun:
+    """What transformers computes on one set of token sequences. `expert_ids` are the experts that were used."""
+
+    config: Any  # transformers' own text config
+    weights: ReferenceWeights = field(repr=False)
+    token_ids: Tensor  # [B, S] int64
+    prompt_len: int
+    dtype: torch.dtype
+    hidden: Tensor = field(repr=False)  # [B, S, D] after the last layer, before the final norm, run's dtype
+    router_logits: Tensor = field(repr=False)  # [L, B, S, E] float32, what the router computed itself
+    expert_ids: Tensor = field(repr=False)  # [L, B, S, k] int64
+    states: dict[str, Tensor] = field(repr=False)  # after the last token; caches are [B, Hkv, S, Dh]
+
+    @torch.no_grad()
+    def logits(self, start: int, stop: int) -> Tensor:
+        """Logits of positions start..stop-1, [B, n, V] float32; norm and head in the run's dtype."""
+        hidden = self.hidden[:, start:stop]
+        with torch.device("meta"):
+            norm = modeling().Qwen3_5MoeRMSNorm(self.config.hidden_size, eps=self.config.rms_norm_eps)
+        _fill(norm, {"weight": self.weights.final_norm()}, self.dtype, hidden.device, "final norm")
+        with full_precision():
+            return nn.functional.linear(norm(hidden), self.weights.head().to(hidden.device, self.dtype)).float()
+
+
+@torch.inference_mode()  # a sixth of a check's time on a small model is bookkeeping that no_grad leaves on
+def run_reference(
+    config: Any,
+    weights: ReferenceWeights,
+    token_ids: Tensor,
+    prompt_len: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    expert_ids: Tensor | None = None,
+    on_layer: Callable[[int, int], None] | None = None,
+) -> ReferenceRun:
+    """Runs `token_ids` [B, S] int64: positions 0..prompt_len-1 as one call, then one call per token.
+
+    `config` is transformers' own text config of the model (`moeexp.model.config_agreement.text_config`), never our reading of it.
+    With `expert_ids` [L, B, S, k] the routers compute their logits as ever, but the given experts are used, weighted
+    by the softmax over all experts renormalised over them. `on_layer(i, L)` is called after layer i.
+    `ValueError` for tokens, a prompt length or expert ids out of range.
+    """
+    device = torch.device(device)
+    token_ids = token_ids.to(device, torch.int64)
+    _validate(config, token_ids, prompt_len, expert_ids)
+    config = eager(config)
+    layers, (batch, length) = config.num_hidden_layers, token_ids.shape
+    top_k, experts = config.num_experts_per_tok, config.num_experts
+
+    router_logits = torch.full((layers, batch, length, experts), float("nan"), device=device)
+    used_ids = torch.full((layers, batch, length, top_k), -1, dtype=torch.int64, device=device)
+    states: dict[str, Tensor] = {}
+    hidden = nn.functional.embedding(token_ids, weights.embedding().to(device)).to(dtype)
+    positions = torch.arange(length, device=device).expand(batch, length)
+    rotary = modeling().Qwen3_5MoeTextRotaryEmbedding(config).to(device)
+    rope = rotary(hidden, positions[None].expand(3, -1, -1))
+
+    with pure_torch(), full_precision():
+        for index in range(layers):
+            given = None if expert_ids is None else expert_ids[index].to(device, torch.int64)
+            layer = _load_layer(config, index, weights.layer(index), dtype, device)
+            route = _Routing(router_logits[index], used_ids[index], given)
+            handle = layer.mlp.gate.register_forward_hook(route.hook)
+            hidden, layer_states = _run_layer(layer, config, index, hidden, rope, prompt_len, route)
+            states.update(layer_states)
+            handle.remove()
+            del layer, route, handle  # before the next layer's weights are made
+            if on_layer is not None:
+                on_layer(index, layers)
+    return ReferenceRun(config, weights, token_ids, prompt_len, dtype, hidden, router_logits, used_ids, states)
+
+
+class _Routing:
+    """Hook of one layer's router: records its logits and the experts in use, and replaces these where given."""
+
+    def __init__(self, logits: Tensor, used: Tensor, given: Tensor | None):
+        self.logits, self.used, self.given = logits, used, given  # [B, S, E], [B, S, k], [B, S, k] or None
+        self.start = self.stop = 0  # positions of the call in progress
+
+    def hook(self, gate: nn.Module, args: tuple, output: tuple) -> tuple | None:
+        logits, _, ids = output  # [B*T, E], [B*T, k], [B*T, k]
+        here = slice(self.start, self.stop)
+        self.logits[:, here] = logits.float().view_as(self.logits[:, here])
+        if self.given is None:
+            self.used[:, here] = ids.view_as(self.used[:, here])
+            return None
+        ids = self.given[:, here].reshape(ids.shape)
+        self.used[:, here] = ids.view_as(self.used[:, here])
+        # The router's own maths and order of roundings, with the given experts in place of its top-k.
+        scores = torch.softmax(logits, dtype=torch.float, dim=-1).gather(-1, ids)
+        scores /= scores.sum(dim=-1, keepdim=True)
+        return logits, scores.to(logits.dtype), ids
+
+
+def _run_layer(
+    layer: nn.Module,
+    config: Any,
+    index: int,
+    hidden: Tensor,
+    rope: tuple[Tensor, Tensor],
+    prompt_len: int,
+    route: _Routing,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """hidden [B, S, D] through one layer -> ([B, S, D], the layer's states after the last token)."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=config)  # a fresh one: only the entry of this layer is ever used
+    output = torch.full_like(hidden, float("nan"))
+    length = hidden.shape[1]
+    calls = [(0, prompt_len)] + [(position, position + 1) for position in range(prompt_len, length)]
+    for route.start, route.stop in calls:
+        here = slice(route.start, route.stop)
+        mask = None
+        if config.layer_types[index] == "full_attention" and route.stop - route.start > 1:
+            mask = _causal_mask(route.stop, hidden)
+        output[:, here] = layer(
+            hidden[:, here],
+            position_embeddings=(rope[0][:, here], rope[1][:, here]),
+            attention_mask=mask,
+            past_key_values=cache,
+        )
+    entry, prefix = cache.layers[index], f"layers.{index}"
+    if config.layer_types[index] == "full_attention":
+        return output, {f"{prefix}.k_cache": entry.keys, f"{prefix}.v_cache": entry.values}
+    # transformers keeps as many inputs as the convolution is wide; the oldest is never read again.
+    conv_state = entry.conv_states[0][..., 1:].contiguous()
+    return output, {f"{prefix}.conv_state": conv_state, f"{prefix}.recurrent_state": entry.recurrent_states[0]}
+
+
+def _causal_mask(length: int, like: Tensor) -> Tensor:
+    """Additive [1, 1, length, length]. Built here because transformers' own builder asks the cache of the *first*
+    attention layer how long the past is, which is empty in a layer-major run."""
+    full = torch.full((length, length), torch.finfo(like.dtype).min, dtype=like.dtype, device=like.device)
+    return full.triu(1)[None, None]
+
+
+def _load_layer(config: Any, index: int, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device):
+    with torch.device("meta"):
+        layer = modeling().Qwen3_5MoeDecoderLayer(config, index)
+    _fill(layer, tensors, dtype, device, f"layer {index}")
+    assert_pure_torch(layer)
+    return layer.eval()
+
+
+def _fill(module: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device, where: str) -> None:
+    """Gives each parameter of a meta module its tensor, uncopied where dtype and device fit. `ValueError` naming keys
+    that are missing, surplus or of another shape; nothing stays on the meta device."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if wanted != found:
+        missing, surplus = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+        both = sorted(wanted.keys() & found.keys())
+        shapes = [f"{name} {found[name]} instead of {wanted[name]}" for name in both if wanted[name] != found[name]]
+        raise ValueError(f"weights of {where} do not fit: missing {missing}, surplus {surplus}, shapes {shapes}")
+    module.load_state_dict({n: t.to(device, dtype) for n, t in tensors.items()}, strict=True, assign=True)
+    left = [n for n, t in [*module.named_parameters(), *module.named_buffers()] if t.is_meta]
+    assert not left, f"{where}: {left} were never filled"
+
+
+def _validate(config: Any, token_ids: Tensor, prompt_len: int, expert_ids: Tensor | None) -> None:
+    if token_ids.ndim != 2 or not token_ids.numel():
+        raise ValueError(f"token_ids of shape {tuple(token_ids.shape)}: [batch, sequence] is needed, neither empty")
+    low, high = int(token_ids.min()), int(token_ids.max())
+    if low < 0 or high >= config.vocab_size:
+        raise ValueError(f"token ids reach from {low} to {high}: they must lie in 0..{config.vocab_size - 1}")
+    if not 1 <= prompt_len <= token_ids.shape[1]:
+        raise ValueError(f"prompt_len={prompt_len} must lie in 1..{token_ids.shape[1]}, the length of the sequence")
+    if expert_ids is None:
+        return
+    shape = (config.num_hidden_layers, *token_ids.shape, config.num_experts_per_tok)
+    if tuple(expert_ids.shape) != shape:
+        raise ValueError(f"expert_ids of shape {tuple(expert_ids.shape)}: [L, B, S, k] = {shape} is needed")
+    low, high = int(expert_ids.min()), int(expert_ids.max())
+    if low < 0 or high >= config.num_experts:
+        raise ValueError(f"expert ids reach from {low} to {high}: they must lie in 0..{config.num_experts - 1}")
+
+
+@torch.no_grad()
+def generate_reference(model: str | Path | nn.Module, prompt_ids: Tensor, new_tokens: int) -> Tensor:
+    """Greedy `transformers.generate` in float32, eager: prompt_ids [B, P] -> the new ids [B, new_tokens].
+
+    `model` is a snapshot folder or a `Qwen3_5MoeForCausalLM` in float32. Goes on past end-of-sequence tokens, as a
+    benchmark does. For models whose float32 weights fit; `ValueError` where the snapshot does not fill the model.
+    """
+    if not isinstance(model, nn.Module):
+        model = _load_causal_lm(Path(model))
+    assert all(p.dtype == torch.float32 for p in model.parameters()), "the model must be in float32"
+    settings = model.generation_config
+    model.generation_config = type(settings)()  # the snapshot's own would bring sampling and end-of-sequence back
+    try:
+        with pure_torch(), full_precision():
+            assert_pure_torch(model)
+            prompt_ids = prompt_ids.to(model.device)
+            ids = model.generate(
+                prompt_ids,
+                attention_mask=torch.ones_like(prompt_ids),
+                do_sample=False,
+                max_new_tokens=new_tokens,
+            )
+    finally:
+        model.generation_config = settings
+    return ids[:, prompt_ids.shape[1] :]
+
+
+def _load_causal_lm(folder: Path) -> nn.Module:
+    from transformers import Qwen3_5MoeForCausalLM
+
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json: give the folder of a Hugging Face snapshot")
+    model, info = Qwen3_5MoeForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    off = {kind: sorted(map(str, info[kind])) for kind in kinds if info[kind]}
+    if off:
+        raise ValueError(f"{folder} does not fill Qwen3_5MoeForCausalLM: {off}")
+    return model.eval()

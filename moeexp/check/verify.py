@@ -1,0 +1,296 @@
+"""Runs the correctness check of one stack: makes traces of the fast path, runs the references, collects the verdict."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from moeexp_kernels.ops.sample import reference_scores, reference_support
+from torch import Tensor
+
+from moeexp.check.bits_per_byte import position_slices
+from moeexp.check.check import Trace, check_float32, check_timed, check_tokens, check_trace
+from moeexp.check.reference import ReferenceRun, generate_reference, run_reference
+from moeexp.check.tolerances import Part, gate, make_part
+from moeexp.check.weight_agreement import check_weights
+from moeexp.config.schema import Config
+from moeexp.config.sources import weights_folder
+from moeexp.model.config_agreement import text_config
+from moeexp.model.dequantise import DequantisedWeights, as_dtype
+from moeexp.model.qwen3_5_moe import Qwen35MoE
+from moeexp.record.phases import Phases
+from moeexp.stack.factory import Stack, build_stack
+
+# transformers.generate is compared with only where a float32 copy of the model is small (4 GiB).
+GENERATE_ELEMENTS = 1 << 30
+
+
+class References:
+    """References over one model, kept for the runs of a group: the same tokens and expert choices give the same reference,
+    and with the same ops, dispatch and state the same float32 part."""
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, Any] = {}
+        self.reused: list[str] = []
+        self._first: dict[Hashable, tuple[str, Trace]] = {}  # by prompt and sampler: the first run's name and trace
+
+    def apart(self, name: str, trace: Trace, alike: Hashable) -> dict[str, Any] | None:
+        """Where and why the tokens of this run leave those of the first one with `alike`; None where they do not."""
+        other, first = self._first.setdefault(alike, (name, replace(trace, logits=torch.empty(0), states={})))
+        return None if other == name else parting(other, first, trace)
+
+    def get(self, name: str, key: tuple[Hashable, ...], make: Callable[[], Any]) -> Any:
+        if (name, *key) in self._known:
+            self.reused.append(name)
+        else:
+            self._known[(name, *key)] = make()
+        return self._known[(name, *key)]
+
+
+def verify(
+    cfg: Config, stack: Stack, prompt: Tensor, phases: Phases, references: References | None = None, name: str = ""
+) -> dict[str, Any]:
+    """prompt [B, T] int64. The record's `check`: {passed, parts, generated_ids, …}; `references` where other runs over the
+    same weights are checked too: `reused` says what was taken from those, `apart` where this run, of this name, chose other
+    tokens than the first of them. Restores nothing: reset follows."""
+    references = references or References()
+    references.reused = []
+    with phases("check: trace"):
+        trace = record_trace(stack, prompt.to(stack.device), cfg.new_tokens)
+    config = text_config(cfg.model)
+    parts = [check_trace(trace, config)]
+    if snapshot_of(cfg) is not None:
+        parts.append(references.get("weights", (), lambda: check_snapshot(cfg, stack.model, phases)))
+    if cfg.cuda_graph:
+        with phases("check: replay"):
+            parts.append(check_replay(stack, trace))
+    if parts[0].passed:
+        parts += _against_reference(cfg, stack, config, trace, phases, references)
+    failures = [f"{part.name}: {line}" for part in parts for line in part.failures()]
+    return {
+        "passed": all(part.passed for part in parts),
+        "parts": [part.to_json() for part in parts],
+        "failures": failures[:50],
+        "tokens": int(trace.token_ids.shape[1]),
+        "reused": references.reused,
+        "apart": references.apart(name, trace, (digest(prompt), str(cfg.sampler))) if parts[0].passed else None,
+        "generated_ids": generated_ids(trace),
+    }
+
+
+def parting(name: str, first: Trace, trace: Trace) -> dict[str, Any] | None:
+    """{from, position, other_choice_from}: the first position whose token differs from that of run `name`, and the first
+    before it where experts were chosen otherwise, if any. Where none was, both runs have the same reference, and one of the
+    two tokens is a near-tie of it; where one was, that choice is within the limit that each run's check shows."""
+    ours, theirs = generated_ids(trace), generated_ids(first)
+    found = [
+        (trace.prompt_len + i, b)
+        for b, (own, other) in enumerate(zip(ours, theirs, strict=True))
+        for i, (token, known) in enumerate(zip(own, other, strict=False))
+        if token != known
+    ]
+    if not found:
+        return None
+    position, sequence = min(found)
+    chosen, known = (t.expert_ids[:, sequence, :position].sort(-1).values.cpu() for t in (trace, first))
+    differing = (chosen != known).any(-1).any(0).nonzero()
+    other = int(differing[0]) if len(differing) else None
+    return {"from": name, "sequence": sequence, "position": position, "other_choice_from": other}
+
+
+def generated_ids(trace: Trace) -> list[list[int]]:
+    assert trace.next_token is not None
+    new = torch.cat([trace.token_ids[:, trace.prompt_len :], trace.next_token[:, None]], dim=1)
+    return new.tolist()
+
+
+@torch.no_grad()
+def record_trace(stack: Stack, prompt: Tensor, new_tokens: int, *, forced: Tensor | None = None) -> Trace:
+    """Decodes `new_tokens` from prompt [B, T] through the session, keeping every logit and the final state. `forced`
+    [B, >= new_tokens - 1] is fed instead of what the sampler chooses."""
+    session = stack.session
+    logits = []
+    for positions in position_slices(session, prompt.shape[1]):
+        session.reset()
+        logits.append(session.prefill(prompt, positions))
+    fed = [prompt]
+    for step in range(new_tokens - 1):
+        token = session.sample(logits[-1][:, -1:]) if forced is None else forced[:, step : step + 1]
+        fed.append(token)
+        logits.append(session.decode(token).clone())
+    length = prompt.shape[1] + new_tokens - 1
+    state = stack.arena.snapshot()
+    ids = [state.pop(f"layers.{i}.expert_ids")[:, :length] for i in range(stack.arch.num_hidden_layers)]
+    return Trace(
+        token_ids=torch.cat(fed, dim=1),
+        prompt_len=prompt.shape[1],
+        logits=torch.cat(logits, dim=1),
+        expert_ids=torch.stack(ids).long(),
+        states=state,
+        next_token=session.sample(logits[-1][:, -1:])[:, 0] if forced is None else None,
+    )
+
+
+@torch.no_grad()
+def check_replay(stack: Stack, trace: Trace) -> Part:
+    """The prompt and two decode steps, by the methods run eagerly and by graph replay: bitwise equal."""
+    eager, eager_state = _prompt_and_steps(stack, trace, replay=False)
+    replayed, replayed_state = _prompt_and_steps(stack, trace, replay=True)
+    gates = [gate("replay.bitwise", _differing(eager[name], replayed[name]), name) for name in eager]
+    for name, tensor in eager_state.items():
+        differing = _differing(tensor, replayed_state[name])
+        if differing:
+            gates.append(gate("replay.bitwise", differing, name))
+    return make_part("replay", gates, {"outputs": len(eager), "state_tensors": len(eager_state)})
+
+
+def _prompt_and_steps(stack: Stack, trace: Trace, *, replay: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Outputs by name, and the state at the end: of what is captured, or of the same calls made eagerly."""
+    session, prompt = stack.session, trace.token_ids[:, : trace.prompt_len].contiguous()
+    session.reset()
+    last = torch.tensor([trace.prompt_len - 1], device=session.device)
+    logits = session.prefill(prompt, None if replay else last).clone()
+    outputs = {"logits of the prompt": logits}
+    steps = range(min(2, session.max_seq_len - trace.prompt_len))
+    token = session.sample(logits)
+    if replay and session.loop is not None:
+        session.loop.start(token, trace.prompt_len)
+        for step in steps:
+            outputs[f"logits of decode step {step}"] = session.loop.step().clone()
+            outputs[f"token of decode step {step}"] = session.loop.token.clone()
+        return outputs, stack.arena.snapshot()
+    graph = session.graph
+    session.graph = graph if replay else None
+    try:
+        for step in steps:
+            outputs[f"logits of decode step {step}"] = logits = session.decode(token).clone()
+            outputs[f"token of decode step {step}"] = token = session.sample(logits).clone()
+    finally:
+        session.graph = graph
+    return outputs, stack.arena.snapshot()
+
+
+def _differing(a: Tensor, b: Tensor) -> int:
+    """Elements that are not the same bits."""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return int((a.view(bits) != b.view(bits)).sum())
+
+
+def snapshot_of(cfg: Config) -> Path | None:
+    """What the weights are compared with. Those from a seed have no names but ours, and an artifact no snapshot beside it."""
+    return weights_folder(cfg.model) if cfg.artifact is None else None
+
+
+def check_snapshot(cfg: Config, model: Qwen35MoE, phases: Phases) -> Part:
+    """The weights of `model` by transformers' rules."""
+    folder, layers = snapshot_of(cfg), model.arch.num_hidden_layers
+    assert folder is not None
+    with phases("check: weights"), phases.progress("check: weights", total=layers + 1) as advance:
+        return check_weights(model, folder, text_config(cfg.model), lambda: advance(1))
+
+
+def _against_reference(
+    cfg: Config, stack: Stack, config: Any, trace: Trace, phases: Phases, references: References
+) -> list[Part]:
+    weights = DequantisedWeights(stack.model)
+    tokens = (digest(trace.token_ids), trace.prompt_len)
+
+    def run(name: str, dtype: torch.dtype, expert_ids: Tensor | None) -> ReferenceRun:
+        def make() -> ReferenceRun:
+            layers = config.num_hidden_layers
+            with phases(f"check: {name}"), phases.progress(name, total=layers) as advance:
+                return run_reference(
+                    config, weights, trace.token_ids, trace.prompt_len, dtype=dtype, device=stack.device,
+                    expert_ids=expert_ids, on_layer=lambda index, total: advance(1),
+                )  # fmt: skip
+
+        return references.get(name, (*tokens, None if expert_ids is None else digest(expert_ids)), make)
+
+    reference = run("reference", torch.float32, trace.expert_ids)
+    race = race_of(cfg, trace) if cfg.sampler.name == "gumbel" else None
+    if cfg.dtype == "float32":
+        # The timed methods are the float32 methods: part (a) judges them directly, with the stricter limits.
+        parts = [check_float32(trace, reference), check_tokens(trace, reference, race=race)]
+        return parts + _against_generate(cfg, stack, trace, phases)
+    # Its eager methods know no graph and no compiler.
+    alike = (*tokens, cfg.dispatch, cfg.state, cfg.max_seq_len, tuple(sorted(stack.ops.items())))
+    parts = [references.get("float32", alike, lambda: _float32_twin(cfg, stack, config, trace, run, phases))]
+    bf16 = run("bf16 baseline", torch.bfloat16, None)
+    reference_on_bf16 = run("bf16 reference", torch.float32, bf16.expert_ids)
+    with phases("check: compare"):
+        parts.append(check_timed(trace, reference, bf16, reference_on_bf16))
+        parts.append(check_tokens(trace, reference, bf16, reference_on_bf16, race=race))
+    return parts
+
+
+def digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+def race_of(cfg: Config, trace: Trace) -> Callable[[Tensor, int], Tensor]:
+    """How a draw turns logits into a race that the drawn token wins, for `check_tokens`: (logits [B, n, V], position of the
+    first) -> logits plus temperature times the noise of each position's draw, -inf where the trace's filter was.
+
+    Draws are numbered from 0, which is that of the prompt's last position; filters are those of the trace's own logits,
+    because near an edge of theirs the reference's may fall the other way."""
+    sampler = cfg.sampler
+
+    def race(logits: Tensor, first: int) -> Tensor:
+        result = torch.empty_like(logits)
+        for i in range(logits.shape[1]):
+            draw = first + i - (trace.prompt_len - 1)
+            seed_state = torch.tensor([sampler.seed, draw], dtype=torch.int64, device=logits.device)
+            score = reference_scores(
+                logits=logits[:, i : i + 1], seed_state=seed_state, temperature=sampler.temperature
+            )
+            keep = reference_support(
+                logits=trace.logits[:, first + i : first + i + 1].to(logits.device), temperature=sampler.temperature,
+                top_k=sampler.top_k or 0, top_p=1.0 if sampler.top_p is None else sampler.top_p,
+            )  # fmt: skip
+            result[:, i] = (score * sampler.temperature).masked_fill(~keep, float("-inf"))
+        return result
+
+    return race
+
+
+def _float32_twin(
+    cfg: Config, stack: Stack, config: Any, trace: Trace, run: Callable[[str, torch.dtype, Tensor], ReferenceRun],
+    phases: Phases,
+) -> Part:  # fmt: skip
+    """Part (a) for a run in another dtype: the same ops, weights and tokens with float32 activations."""
+    with phases("check: float32"):
+        twin_cfg = replace(cfg, dtype="float32")
+        twin = build_stack(twin_cfg, as_dtype(stack.model, torch.float32), phases, export="eager", cuda_graph=False)
+        try:
+            fed = trace.token_ids
+            twin_trace = record_trace(
+                twin, fed[:, : trace.prompt_len].contiguous(), fed.shape[1] - trace.prompt_len + 1,
+                forced=fed[:, trace.prompt_len :],
+            )  # fmt: skip
+        finally:
+            twin.close()
+    whole = check_trace(twin_trace, config)
+    if not whole.passed:
+        return replace(whole, name="float32")
+    # Its expert choices may differ from the trace's at near-ties, and its reference with them.
+    return check_float32(twin_trace, run("reference", torch.float32, twin_trace.expert_ids))
+
+
+def _against_generate(cfg: Config, stack: Stack, trace: Trace, phases: Phases) -> list[Part]:
+    """Unquantised weights of a snapshot: transformers loads it itself and generates greedily, token for token the same."""
+    folder = snapshot_of(cfg)
+    size = sum(buffer.numel() for buffer in stack.model.buffers())
+    if folder is None or cfg.quant.bits != 16 or cfg.sampler.name != "greedy" or size > GENERATE_ELEMENTS:
+        return []
+    with phases("check: generate"):
+        expected = generate_reference(folder, trace.token_ids[:, : trace.prompt_len].cpu(), cfg.new_tokens).tolist()
+    rows = []
+    for row, (ours, theirs) in enumerate(zip(generated_ids(trace), expected, strict=True)):
+        differing = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b]
+        where = f"row {row}" + (f", first at new token {differing[0]}" if differing else "")
+        rows.append(gate("generate.tokens", len(differing), where))
+    return [make_part("transformers.generate", rows, {"tokens": cfg.new_tokens})]

@@ -1,0 +1,269 @@
+"""Every rule about which configs may run, checked before any work; and what `auto` and null mean.
+
+`validate` refuses with one `ValueError`: the value, why, what is allowed, what to do. `resolve` then returns the config
+that runs, with nothing left to choose; that is the one that is recorded and hashed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+
+from moeexp.config import threads
+from moeexp.config.architecture import Architecture
+from moeexp.config.quantisation import default_group_size, in_features
+from moeexp.config.schema import Config, QuantConfig, SamplerConfig, model_label
+from moeexp.config.sources import heldout_file, heldout_text, load_architecture, tokenizer_kind
+
+DEFAULT_PROMPT = "In the beginning"
+DEFAULT_PROMPT_LEN = 32
+
+ALLOWED: dict[str, tuple] = {
+    "dispatch": ("dual", "single", "token_by_token", "cond"),
+    "state": ("shared", "explicit"),
+    "cuda_graph": (False, True, "decode", "loop", "all"),
+    "export": ("aoti", "eager", "compile"),
+    "dtype": ("auto", "bfloat16", "float32"),
+    "allocator": ("native", "cuda_malloc_async"),
+    "check": ("inline", "separate", "off"),
+    "device": ("auto", "cpu", "cuda"),
+    "model.tokenizer": ("auto", "bytes", "none"),
+    "quant.bits": (16, 8, 4),
+    "sampler.name": ("greedy", "gumbel"),
+    "tracker.name": ("wandb", "jsonl"),
+    "tracker.mode": ("auto", "online", "offline", "disabled"),
+    "launcher.isolation": ("auto", "run", "group", "none"),
+    "engine": ("moeexp", "transformers"),
+    "profile": ("off", "trace"),
+    "rerun": ("failed", "all", "none"),
+}
+
+# Field -> the least value that makes sense.
+AT_LEAST = {
+    "batch": 1,
+    "new_tokens": 1,
+    "max_seq_len": 2,
+    "repeats": 1,
+    "eval_bytes": 0,
+    "seed": 0,
+    "model.seed": 0,
+    "sampler.seed": 0,
+    "prompt_len": 1,
+    "loop_ahead": 1,
+    "tracker.timeout_s": 1,
+    "launcher.timeout_s": 1,
+    "min_samples": 1,
+    "min_time_s": 0,
+}
+
+
+def validate(cfg: Config, *, cuda_available: bool) -> None:
+    """`ValueError` (one line) for a config that cannot run on a machine with or without CUDA."""
+    check_values(cfg)
+    _check_device(cfg, cuda_available)
+    _check_axes(cfg, _device(cfg, cuda_available))
+    _check_sampler(cfg.sampler)
+    arch = load_architecture(cfg.model)
+    _check_prompt(cfg, arch)
+    _check_quant(cfg.quant, arch)
+    _check_ops(cfg, _device(cfg, cuda_available), arch)
+    _check_engine(cfg)
+    if cfg.eos and not arch.eos_token_ids:
+        raise ValueError("eos=true, and the model's config names no eos_token_id: use eos=false")
+
+
+def get(cfg: Config, path: str):
+    """The value at a dotted path: `get(cfg, "quant.bits")`."""
+    for name in path.split("."):
+        cfg = getattr(cfg, name)
+    return cfg
+
+
+def check_values(cfg: Config) -> None:
+    """`ValueError` for a value that its field can never have."""
+    for path, allowed in ALLOWED.items():
+        value = get(cfg, path)
+        # `1 == True` in Python; cuda_graph=1 is not one of the allowed values.
+        if not any(value == known and type(value) is type(known) for known in allowed):
+            raise ValueError(f"{path}={_show(value)} is not a value of {path}; allowed: {_list(allowed)}")
+    for path, least in AT_LEAST.items():
+        value = get(cfg, path)
+        if value is not None and not value >= least:
+            raise ValueError(f"{path}={value} is too small; it must be at least {least}")
+    if cfg.threads != "auto" and not (type(cfg.threads) is int and 1 <= cfg.threads <= threads.MOST):
+        raise ValueError(f"threads={_show(cfg.threads)} is neither auto nor a number of 1 to {threads.MOST}")
+
+
+def _check_device(cfg: Config, cuda_available: bool) -> None:
+    if cfg.device == "cuda" and not cuda_available:
+        raise ValueError("device=cuda, and torch finds no CUDA GPU here: use device=cpu, or run where there is one")
+    if _device(cfg, cuda_available) == "cuda":
+        return
+    where = "device=cpu" if cuda_available else "torch finds no CUDA GPU here"
+    for path, off in (("cuda_graph", False), ("allocator", "native")):
+        if get(cfg, path) != off:
+            raise ValueError(
+                f"{path}={_show(get(cfg, path))} needs CUDA, and {where}: use {path}={_show(off)}, "
+                + ("or device=cuda" if cuda_available else "or run where there is one")
+            )
+
+
+def _check_axes(cfg: Config, device: str) -> None:
+    """Combinations that cannot be. Each refusal has a test that shows the failure it spares."""
+    if device == "cuda" and cfg.cuda_graph in ("loop", "all") and not cfg.skip_output_copy:
+        raise ValueError(
+            f"cuda_graph={cfg.cuda_graph} samples inside the graph, so there is no output to copy: use "
+            "skip_output_copy=true, or cuda_graph=decode"
+        )
+    if cfg.dispatch == "cond" and cfg.state == "shared":
+        raise ValueError(
+            "dispatch=cond with state=shared would mutate the state inside the branches of torch.cond, which cannot be "
+            "compiled: use state=explicit, where it is an output of both branches"
+        )
+    for length in cfg.prefill_graph_lengths:
+        if length < 1:
+            raise ValueError(f"prefill_graph_lengths has {length}; a prompt has at least 1 token")
+    if cfg.cuda_graph == "all" and not cfg.prefill_graph_lengths:
+        raise ValueError(
+            "cuda_graph=all needs prefill_graph_lengths, and it is empty: name one, or use cuda_graph=loop"
+        )
+
+
+def _check_sampler(sampler: SamplerConfig) -> None:
+    if sampler.name != "gumbel":
+        return
+    if not 1e-6 <= sampler.temperature < math.inf:
+        raise ValueError(
+            f"sampler.temperature={sampler.temperature} must be at least 1e-6; use sampler=greedy for none"
+        )
+    if sampler.top_k is not None and sampler.top_k < 1:
+        raise ValueError(f"sampler.top_k={sampler.top_k} must be at least 1, or null to keep every token")
+    if sampler.top_p is not None and not 0 < sampler.top_p <= 1:
+        raise ValueError(f"sampler.top_p={sampler.top_p} must lie in (0, 1], or be null to keep every token")
+
+
+def _check_prompt(cfg: Config, arch: Architecture) -> None:
+    given = [name for name in ("prompt", "prompt_ids", "prompt_len") if getattr(cfg, name) is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} are both set: give at most one of prompt, prompt_ids and prompt_len")
+    tokenizer = tokenizer_kind(cfg.model, arch)
+    if tokenizer == "bytes" and arch.vocab_size < 256:
+        raise ValueError(f"model.tokenizer=bytes needs a vocabulary of 256 or more; this model has {arch.vocab_size}")
+    heldout = heldout_file(cfg.model)
+    if heldout is not None and cfg.model.weights != "random":
+        heldout_text(heldout, cfg.eval_bytes)
+    length = cfg.prompt_len
+    if cfg.prompt is not None:
+        if tokenizer == "none":
+            label = model_label(cfg.model.name, cfg.model.weights)
+            raise ValueError(f"prompt is text, and {label} has no tokenizer: use prompt_ids or prompt_len")
+        if not cfg.prompt:
+            raise ValueError("prompt is empty: give at least one character, or leave it out for the default")
+        length = len(cfg.prompt.encode()) if tokenizer == "bytes" else None
+    elif cfg.prompt_ids is not None:
+        if not cfg.prompt_ids:
+            raise ValueError("prompt_ids is empty: give at least one token")
+        for token in cfg.prompt_ids:
+            if not 0 <= token < arch.vocab_size:
+                raise ValueError(f"prompt_ids has {token}; this model's tokens are 0..{arch.vocab_size - 1}")
+        length = len(cfg.prompt_ids)
+    elif length is None and tokenizer != "auto":
+        length = DEFAULT_PROMPT_LEN if tokenizer == "none" else len(DEFAULT_PROMPT.encode())
+    if length is None:
+        return
+    check_lengths(prompt=length, new_tokens=cfg.new_tokens, max_seq_len=cfg.max_seq_len)
+    if beyond_graphs(cfg, length):
+        raise ValueError(
+            f"prompt of {length} tokens with cuda_graph=all is longer than every one of "
+            f"prefill_graph_lengths=[{_list(cfg.prefill_graph_lengths)}]: name one of {length} or more, or use cuda_graph=loop"
+        )
+
+
+def beyond_graphs(cfg: Config, length: int) -> bool:
+    """Whether prefill should run as a graph, and a prompt of so many tokens is too long for all of them."""
+    captured = cfg.cuda_graph == "all" and cfg.dispatch != "token_by_token"
+    return captured and length > max(cfg.prefill_graph_lengths)
+
+
+def check_lengths(*, prompt: int, new_tokens: int, max_seq_len: int) -> None:
+    """`ValueError` if a prompt of so many tokens and the new ones do not fit."""
+    if prompt + new_tokens > max_seq_len:
+        raise ValueError(
+            f"prompt of {prompt} tokens + new_tokens={new_tokens} = {prompt + new_tokens} is beyond "
+            f"max_seq_len={max_seq_len}: use max_seq_len={prompt + new_tokens} or more, or fewer tokens"
+        )
+
+
+def _check_quant(quant: QuantConfig, arch: Architecture) -> None:
+    from moeexp.config.quantisation import check_skip  # imports torch; `--help` does not need it
+
+    check_skip(tuple(quant.skip))
+    group = quant.group_size
+    if group is None or quant.bits == 16:
+        return
+    if group < 2 or group & (group - 1):
+        raise ValueError(f"quant.group_size={group} is not a power of two of at least 2: use 32, 64 or 128")
+    for name, size in in_features(arch, quant.skip).items():
+        if size % group:
+            raise ValueError(
+                f"quant.group_size={group} does not divide the {size} input features of {name}: "
+                f"use quant.group_size={default_group_size(arch, quant)} or another divisor"
+            )
+
+
+def _check_ops(cfg: Config, device: str, arch: Architecture) -> None:
+    from moeexp_kernels.registry import DRAWS
+    from moeexp_kernels.registry import resolve as resolve_ops
+
+    chosen = {field.name: getattr(cfg.ops, field.name) for field in fields(cfg.ops) if field.name != "default"}
+    names = resolve_ops(default=cfg.ops.default, chosen=chosen, device=device)
+    for op, name in (("router", "in_moe"), ("gdn_decode", "with_out")):
+        if names[op] == name and cfg.dispatch == "single":
+            raise ValueError(
+                f"ops.{op}={name} joins two ops of a decode step, and dispatch=single has no decode step apart from prefill: "
+                f"use another dispatch, or another ops.{op}"
+            )
+    if cfg.sampler.name == "gumbel" and names["sample"] not in DRAWS:
+        raise ValueError(
+            f"ops.sample={names['sample']} makes no draws, which sampler=gumbel needs: use ops.sample={' or '.join(DRAWS)}, "
+            "or sampler=greedy"
+        )
+    if device == "cuda" and not cfg.skip_output_copy and cfg.ops.sample not in (None, "auto", "reference"):
+        raise ValueError(
+            f"ops.sample={cfg.ops.sample} with skip_output_copy=false, which samples on the host by ops.sample=reference: "
+            "use that, or skip_output_copy=true"
+        )
+    if names["gdn_decode"] == "with_out":
+        from moeexp_kernels.ops.gated_delta_out import check_heads
+
+        plain = cfg.quant.bits == 16 or "out_proj" in cfg.quant.skip
+        group = None if plain else cfg.quant.group_size or default_group_size(arch, cfg.quant)
+        check_heads(arch.linear_value_head_dim, group)
+
+
+def _check_engine(cfg: Config) -> None:
+    """transformers times its own code on unquantised weights: an axis of ours that it would ignore is refused where a
+    reader would take the speed for that axis's, and marked as not applicable otherwise. And a design is no single run."""
+    if cfg.launcher.cells:
+        raise ValueError(
+            f"launcher.cells holds a design of {len(cfg.launcher.cells)} runs, and this is one: add -m, and leave "
+            "hydra/launcher as it is"
+        )
+    if cfg.engine == "moeexp":
+        return
+    for path, only in (("quant.bits", 16), ("cuda_graph", False), ("sampler.name", "greedy"), ("eos", False)):
+        if get(cfg, path) != only:
+            fix = "quant=none" if path == "quant.bits" else f"{path}={_show(only)}"
+            raise ValueError(f"engine=transformers has no {path}={_show(get(cfg, path))}: use {fix}, or engine=moeexp")
+
+
+def _device(cfg: Config, cuda_available: bool) -> str:
+    return cfg.device if cfg.device != "auto" else "cuda" if cuda_available else "cpu"
+
+
+def _show(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _list(values) -> str:
+    return ", ".join(map(_show, values))

@@ -1,0 +1,80 @@
+"""Do we read a model config as transformers does? Decided before weights are read, on transformers' own config object.
+
+The reference is built from that object, never from our reading of it (`moeexp.config.architecture`): a check whose reference
+shares a misreading cannot see it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moeexp.config.architecture import REQUIRED, Architecture
+from moeexp.config.schema import ModelConfig
+from moeexp.config.sources import load_architecture, weights_folder
+
+# What the model takes for granted, and transformers' attribute for it (absent: transformers does it always).
+ASSUMED = {"hidden_act": "silu", "attention_bias": False, "attn_output_gate": True, "norm_topk_prob": True}
+PLAIN = (*REQUIRED, "linear_conv_kernel_dim", "rms_norm_eps", "max_position_embeddings")
+# Keys that a multimodal config may hold outside `text_config`, where transformers' text config does not look.
+OUTER = ("tie_word_embeddings", "eos_token_id")
+
+
+def text_config(model: ModelConfig) -> Any:
+    """transformers' own `Qwen3_5MoeTextConfig`: of the snapshot's config.json, or of `model.architecture` as it is given.
+    `ValueError` where transformers refuses it."""
+    from transformers import Qwen3_5MoeConfig, Qwen3_5MoeTextConfig
+
+    folder = weights_folder(model)
+    given = _given(model, folder)
+    nested = given.get("model_type", "qwen3_5_moe" if "text_config" in given else None) == "qwen3_5_moe"
+    kind = Qwen3_5MoeConfig if nested else Qwen3_5MoeTextConfig
+    try:
+        if folder is not None:
+            made = kind.from_pretrained(folder, local_files_only=True)
+        else:
+            made = kind(**{key: value for key, value in copy.deepcopy(given).items() if key != "model_type"})
+    except Exception as error:
+        raise ValueError(f"transformers refuses this model config: {' '.join(str(error).split())}") from error
+    config = made.get_text_config(decoder=True)
+    if nested:
+        inner = given.get("text_config") or {}
+        for key in OUTER:  # the model that such a config describes is the outer one
+            if key not in inner and key in given:
+                setattr(config, key, given[key])
+    return config
+
+
+def check_agreement(model: ModelConfig, arch: Architecture | None = None) -> None:
+    """`ValueError`, one line, for the first field that `arch` (our reading) and transformers read differently."""
+    arch = arch or load_architecture(model)
+    for key, ours, theirs in differences(arch, text_config(model)):
+        raise ValueError(
+            f"{key} in the model config: moeexp reads {ours!r}, transformers {theirs!r}; such a model is not supported "
+            "(write the config as transformers saves it, or use a model that needs no such setting)"
+        )
+
+
+def differences(arch: Architecture, config: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(key, our value, transformers' value) wherever the two differ."""
+    rope = config.rope_parameters or {}
+    eos = config.eos_token_id
+    pairs = [(key, getattr(arch, key), getattr(config, key)) for key in PLAIN]
+    pairs += [
+        ("layer_types", list(arch.layer_types), list(config.layer_types)),
+        ("rope_type", "default", rope.get("rope_type")),
+        ("rope_theta", arch.rope_theta, rope.get("rope_theta")),
+        # Absent, all of a head is rotated.
+        ("partial_rotary_factor", arch.partial_rotary_factor, rope.get("partial_rotary_factor", 1.0)),
+        ("tie_word_embeddings", arch.tie_word_embeddings, config.tie_word_embeddings),
+        ("eos_token_id", list(arch.eos_token_ids), [] if eos is None else [eos] if isinstance(eos, int) else list(eos)),
+    ]
+    pairs += [(key, value, getattr(config, key, value)) for key, value in ASSUMED.items()]
+    return ((key, ours, theirs) for key, ours, theirs in pairs if ours != theirs)
+
+
+def _given(model: ModelConfig, folder: Path | None) -> dict[str, Any]:
+    return dict(model.architecture or {}) if folder is None else json.loads((folder / "config.json").read_text())

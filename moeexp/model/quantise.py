@@ -1,0 +1,83 @@
+"""Grouped weight-only quantisation: hqq finds codes, scales and zeros; the layout is that of `moeexp_kernels.ops.linear`."""
+
+from __future__ import annotations
+
+import torch
+from moeexp_kernels.ops.linear import MIDDLE_CODE
+from torch import Tensor
+
+# hqq works on float32 copies (about eight of them); this bounds what it needs beside the weights to ~1 GiB. It decides
+# codes as well: hqq stops refining when the mean error over all that it is given stops falling.
+SLICE_ELEMENTS = 1 << 25
+
+# hqq gives a group whose values differ by less than this a scale of 1.
+FLAT = 1e-4
+
+
+def pack(codes: Tensor, *, bits: int, group_size: int) -> Tensor:
+    """Codes uint8 [..., N, K] in 0..2^bits-1 -> stored weight: [..., N, K/2] for 4 bits, [..., N, K] for 8."""
+    if bits == 8:
+        return codes
+    low, high = codes.unflatten(-1, (-1, 2, group_size // 2)).unbind(-2)
+    return (low | (high << 4)).flatten(-2)
+
+
+def unpack(weight: Tensor, *, bits: int, group_size: int) -> Tensor:
+    """Inverse of `pack`."""
+    if bits == 8:
+        return weight
+    halves = weight.unflatten(-1, (-1, group_size // 2))
+    return torch.cat([halves & 0xF, halves >> 4], dim=-1).flatten(-2)
+
+
+def quantise(weight: Tensor, *, bits: int, group_size: int, name: str = "weight") -> tuple[Tensor, Tensor]:
+    """weight [..., N, K] float -> (stored uint8 weight, scales [..., N, K/G, 2] float16), on weight's device.
+
+    `ValueError` for a group size that does not divide K: hqq would let groups span rows without a word."""
+    features = weight.shape[-1]
+    if bits not in MIDDLE_CODE:
+        raise ValueError(f"quant.bits={bits}; supported: {', '.join(map(str, MIDDLE_CODE))}")
+    if group_size < 2 or group_size % 2 or features % group_size:
+        raise ValueError(
+            f"quant.group_size={group_size} does not divide the {features} input features of {name}; "
+            f"{_advice(features)}"
+        )
+    # Imported here: it takes seconds, which a run with quant=none need not spend.
+    from hqq.core.quantize import Quantizer
+
+    rows = weight.reshape(-1, features)
+    step = max(1, SLICE_ELEMENTS // features)
+    # Written slice by slice into their final place: a list to concatenate would hold everything twice.
+    stored = torch.empty(rows.shape[0], features * bits // 8, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(rows.shape[0], features // group_size, 2, dtype=torch.float16, device=weight.device)
+    for start in range(0, rows.shape[0], step):
+        part = rows[start : start + step]
+        wide = part.float()
+        codes, meta = Quantizer.quantize(
+            wide,
+            nbits=bits,
+            group_size=group_size,
+            axis=1,
+            round_zero=bits == 4,  # hqq's own default
+            bitpack=False,
+            device=str(part.device),
+        )
+        packed = pack(codes.view(part.shape).to(torch.uint8), bits=bits, group_size=group_size)
+        stored[start : start + step].copy_(packed)
+        scale, zero = meta["scale"].float(), meta["zero"].float()
+        pair = torch.stack([scale, (MIDDLE_CODE[bits] - zero) * scale], dim=-1).view(-1, 2)
+        # A shift near 128 would cost float16 all digits of a flat group's value: such a group is its centre, scale 0.
+        low, high = wide.view(-1, group_size).aminmax(dim=1)
+        centre = torch.stack([torch.zeros_like(low), (low + high) / 2], dim=-1)
+        pair = torch.where((high - low <= FLAT)[:, None], centre, pair)
+        scales[start : start + step].copy_(pair.view(part.shape[0], features // group_size, 2))
+    if not scales.isfinite().all():
+        raise ValueError(f"{name} has groups whose scale does not fit float16 (weights not finite, or beyond ±65504)")
+    return stored.view(*weight.shape[:-1], -1), scales.view(*weight.shape[:-1], -1, 2)
+
+
+def _advice(features: int) -> str:
+    works = next((g for g in (128, 64, 32, 16, 8, 4, 2) if features % g == 0), None)
+    return (
+        "leave it out with quant.skip" if works is None else f"an even divisor is needed, e.g. quant.group_size={works}"
+    )

@@ -1,0 +1,1 @@
+"""What a run was and found, written whole; where it is sent."""

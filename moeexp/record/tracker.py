@@ -1,0 +1,209 @@
+"""Hands a finished record to W&B or to a JSON-lines file. The record on disk is whole before and whatever happens here.
+
+W&B runs in a process of its own (`python -m moeexp.record.tracker RUN_DIR`): that bounds its time also where a server accepts
+connections and never answers, and keeps its hooks and output away from the run.
+"""
+
+from __future__ import annotations
+
+import json
+import netrc
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from moeexp.record.paths import expanded
+from moeexp.record.record import SAMPLES, read_record, shorten
+
+ANSWER = "moeexp-tracker: "
+PROJECT = "moeexp"
+# What W&B takes, and what it means.
+WANDB_MODES = {"online": "online", "offline": "offline", "disabled": "disabled", "run": "online", "dryrun": "offline"}
+WANDB_VARIABLES = {
+    "project": "WANDB_PROJECT", "entity": "WANDB_ENTITY", "group": "WANDB_RUN_GROUP", "tags": "WANDB_TAGS",
+}  # fmt: skip
+# Where `wandb login` goes without a server of one's own, by version.
+CLOUD_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
+SUMMARY_KEYS = ("decode_tok_s", "prefill_tok_s", "ttft_s", "bandwidth_share", "joules_per_token")
+
+
+def track(record: dict[str, Any], *, run_dir: Path, exit_code: int, group: str | None) -> dict[str, Any]:
+    """What becomes `record["tracker"]`: {name, mode, path, url, warning}; `warning` is None or one line to show.
+
+    Raises nothing that concerns the tracker: a measured run is not lost to an unreachable server."""
+    settings = record["config"]["tracker"]
+    if settings["name"] == "jsonl":
+        return _append(shorten(record), expanded(settings["path"]))
+    return _wandb_process(run_dir, exit_code, group, settings["timeout_s"])
+
+
+def _result(name: str, **known: Any) -> dict[str, Any]:
+    return {"name": name, "mode": None, "path": None, "url": None, "warning": None} | known
+
+
+def _append(record: dict[str, Any], path: Path) -> dict[str, Any]:
+    """One line, in one write, so that concurrent runs do not mix; without raw samples, which the record has."""
+    latencies = {key: _statistics(record[key]) for key in SAMPLES}
+    line = json.dumps(record | latencies, allow_nan=False) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab", buffering=0) as file:
+            file.write(line.encode())
+    except OSError as error:
+        return _result("jsonl", path=str(path), warning=f"tracker=jsonl could not write {path}: {error.strerror}")
+    return _result("jsonl", path=str(path))
+
+
+def _wandb_process(run_dir: Path, exit_code: int, group: str | None, timeout_s: float) -> dict[str, Any]:
+    command = [sys.executable, "-m", "moeexp.record.tracker", str(run_dir), str(exit_code), group or ""]
+    root = str(Path(__file__).resolve().parents[2])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    # Files, not pipes: W&B's own helper process inherits them, and a pipe stays open until that one ends too.
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, env=environment, start_new_session=True
+        )
+        try:
+            process.wait(timeout_s)
+        except BaseException as error:  # also Ctrl-C, which does not reach a session of its own
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            late = f"W&B did not answer within tracker.timeout_s={timeout_s:g}; the record is whole"
+            return _result("wandb", warning=late)
+        output.seek(0)
+        errors.seek(0)
+        answers, complaints = output.read().splitlines(), errors.read().split("\n")
+    for line in answers:
+        if line.startswith(ANSWER):
+            return json.loads(line.removeprefix(ANSWER))
+    reason = next((line for line in reversed(complaints) if line.strip()), f"exit code {process.returncode}")
+    return _result("wandb", warning=f"W&B failed, the record is whole: {reason.strip()}")
+
+
+def wandb_mode(settings: dict[str, Any], environment: dict[str, str] | os._Environ) -> str:
+    """online | offline | disabled. `auto` is WANDB_MODE where that is set, else online when logged in. `ValueError` where that
+    is no mode of W&B's."""
+    if settings["mode"] != "auto":
+        return settings["mode"]
+    if own := environment.get("WANDB_MODE"):
+        if own not in WANDB_MODES:
+            raise ValueError(f"the environment's WANDB_MODE={own} is not a mode; allowed: {', '.join(WANDB_MODES)}")
+        return WANDB_MODES[own]
+    return "online" if _logged_in(environment) else "offline"
+
+
+def check_environment(settings: dict[str, Any]) -> None:
+    """Before a run: what tracking will read of the environment. `ValueError`, one line."""
+    if settings["name"] == "wandb":
+        wandb_mode(settings, os.environ)
+
+
+def settled(settings: dict[str, Any]) -> dict[str, Any]:
+    """With what the config leaves open of a W&B run's place: W&B's own variables, else ours."""
+    own = {key: os.environ.get(name) or None for key, name in WANDB_VARIABLES.items()}
+    tags = [tag.strip() for tag in (own["tags"] or "").split(",") if tag.strip()]
+    return settings | {
+        "project": settings["project"] or own["project"] or PROJECT,
+        "entity": settings["entity"] or own["entity"],
+        "group": settings["group"] or own["group"],
+        "tags": tags if settings["tags"] is None else settings["tags"],
+    }
+
+
+def _logged_in(environment: dict[str, str] | os._Environ) -> bool:
+    """Where `wandb login` leaves a key: the environment or the netrc file."""
+    if environment.get("WANDB_API_KEY"):
+        return True
+    own = environment.get("WANDB_BASE_URL")
+    hosts = [urlparse(own).hostname or ""] if own else CLOUD_HOSTS
+    candidates = [environment["NETRC"]] if environment.get("NETRC") else ["~/.netrc", "~/_netrc"]
+    for path in map(os.path.expanduser, candidates):
+        if os.path.isfile(path):
+            try:
+                keys = netrc.netrc(path)
+                return any(keys.authenticators(host) is not None for host in hosts)
+            except netrc.NetrcParseError:
+                return False
+    return False
+
+
+def _log_to_wandb(run_dir: Path, exit_code: int, group: str | None) -> dict[str, Any]:
+    """In the process of its own: one W&B run from one record."""
+    import wandb
+
+    record = read_record(run_dir / "record.json")
+    settings = record["config"]["tracker"]
+    mode = wandb_mode(settings, os.environ)
+    if mode == "disabled":
+        return _result("wandb", mode=mode)
+    warning = None
+    try:
+        run = _init(wandb, record, run_dir, mode, group)
+    except wandb.errors.Error as error:
+        if mode != "online":
+            raise
+        reason = " ".join(str(error).split())
+        warning = f"W&B could not be reached ({reason[:160]}); logged offline, upload it with: wandb sync"
+        mode = "offline"
+        run = _init(wandb, record, run_dir, mode, group)
+    folder = Path(run.dir).parent
+    if warning:
+        warning += f" {os.path.relpath(folder)}"
+    try:
+        latencies = record["token_latencies_ms"] or {}
+        for token, milliseconds in enumerate(latencies.get("samples", [])):
+            run.log({"token_latency_ms": milliseconds}, step=token)
+        run.summary.update(_summary(record))
+        run.save(str(run_dir / "record.json"), base_path=str(run_dir), policy="now")
+    finally:
+        run.finish(exit_code=exit_code)
+    url = run.url if mode == "online" else None
+    return _result("wandb", mode=mode, path=os.path.relpath(folder), url=url, warning=warning)
+
+
+def _init(wandb: Any, record: dict[str, Any], run_dir: Path, mode: str, group: str | None) -> Any:
+    settings = record["config"]["tracker"]
+    where = settled(settings)  # also of a run that was killed before its config was resolved
+    config = {key: value for key, value in record["config"].items() if key != "tracker"}
+    return wandb.init(
+        project=where["project"],
+        entity=where["entity"],
+        group=where["group"] or group,
+        tags=[*where["tags"], record["status"]],
+        name=record["id"],
+        config=config | {"config_hash": record["config_hash"], "environment": record["environment"]},
+        dir=str(run_dir),
+        mode=mode,
+        # A third of the time for init leaves time to fall back to offline and to upload.
+        settings=wandb.Settings(
+            silent=True, console="off", init_timeout=settings["timeout_s"] / 3, x_disable_stats=True
+        ),
+    )
+
+
+def _summary(record: dict[str, Any]) -> dict[str, Any]:
+    summary = {key: record[key] for key in SUMMARY_KEYS if record[key] is not None}
+    token, prefill, ttft = (_statistics(record[key]) for key in SAMPLES)
+    latencies = {"latency_ms": token, "prefill_latency_ms": prefill, "ttft_latency_ms": ttft}
+    check = {"passed": (record["check"] or {}).get("passed")}
+    for part in (record["check"] or {}).get("parts", []):
+        check[part["name"]] = {gate["gate"]: gate["value"] for gate in part["gates"]}
+    nested = {"check": check} | latencies | {key: record[key] for key in ("stalls", "phases_s", "memory_gib")}
+    summary |= {"status": record["status"]} | {"bits_per_byte": record["bits_per_byte"]}
+    return summary | {key: value for key, value in nested.items() if value}
+
+
+def _statistics(latencies: dict[str, Any] | None) -> dict[str, Any] | None:
+    return latencies and {key: value for key, value in latencies.items() if key != "samples"}
+
+
+if __name__ == "__main__":
+    folder, code, group_name = sys.argv[1:]
+    print(ANSWER + json.dumps(_log_to_wandb(Path(folder), int(code), group_name or None)))

@@ -1,0 +1,71 @@
+"""Reports of records: `python -m moeexp.report DIR… [--to md|html|wandb] [--out FILE]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moeexp.config.errors import Parser
+from moeexp.record.record import write_atomically
+from moeexp.record.streams import fitted
+from moeexp.report.records import load_records
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m moeexp.report", description="Report of every record.json under DIR…")
+    parser.add_argument("folders", metavar="DIR", nargs="+", type=Path, help="a run's or a sweep's folder, or a record")
+    parser.add_argument("--to", choices=("md", "html", "wandb"), help="default: by FILE's ending, else md")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="where to write; default: md to stdout, report.html")
+    parser.add_argument("--title", default="moeexp report")
+    parser.add_argument("--project", help="--to wandb: the project to save in; default: the runs' own")
+    parser.add_argument("--entity", help="--to wandb: its entity; default: the runs' own, else the one logged in")
+    options = parser.parse_args(arguments)
+    ending = options.out.suffix if options.out else ""
+    options.to = options.to or {".html": "html", ".htm": "html"}.get(ending, "md")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    try:
+        options = _parse(arguments)
+        return _write(load_records(options.folders), options)
+    except SystemExit as stop:  # --help
+        return stop.code if isinstance(stop.code, int) else 0
+    except (ValueError, RuntimeError, OSError) as error:
+        print(fitted(f"error: {error}"), file=sys.stderr)
+        return 2
+
+
+def _write(records: Sequence[dict[str, Any]], options: argparse.Namespace) -> int:
+    # Imported here: the end of a sweep needs the table alone.
+    if options.to == "wandb":
+        from moeexp.report import wandb
+
+        specification = wandb.specification(
+            records, title=options.title, project=options.project, entity=options.entity
+        )
+        if options.out is None:
+            print(wandb.save(specification))
+            return 0
+        text, out = wandb.dump(specification), options.out
+    elif options.to == "html":
+        from moeexp.report.html import page
+
+        text, out = page.page(records, title=options.title), options.out or Path("report.html")
+    else:
+        from moeexp.report import markdown
+
+        text, out = markdown.document(records), options.out
+    if out is None:
+        print(text, end="")
+    else:
+        write_atomically(out, text)
+        print(f"{options.to} report of {len(records)} runs: {out}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

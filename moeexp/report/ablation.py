@@ -1,0 +1,84 @@
+"""What each setting buys on the bare baseline and what it still buys in the full stack: one factor at a time against
+leave one out. Where the two differ, the settings share a gain or help each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moeexp.report.intervals import Interval, Speed, interval
+from moeexp.report.runs import Run, gain
+
+
+@dataclass(frozen=True)
+class Part:
+    """`alone`: added to the baseline; `last`: added to all the others; `ratio`: last over alone."""
+
+    axis: str
+    base: str
+    level: str
+    alone: Interval | None
+    last: Interval | None
+    ratio: Interval | None
+
+
+@dataclass(frozen=True)
+class Stack:
+    baseline: Run
+    full: Run
+    parts: list[Part]
+    together: Interval  # the full stack over the baseline
+    product: Interval | None  # of what each buys alone; None if one did not run alone, or has nothing to act on there
+    ratio: Interval | None  # together over that product
+
+
+def stacks(runs: Sequence[Run]) -> list[Stack]:
+    """One for each workload with a first run and another that differs from it in three settings or more, at least two
+    of which also ran by themselves."""
+    found = []
+    for workload in dict.fromkeys(run.workload for run in runs):
+        measured = [run for run in runs if run.workload == workload and run.speed is not None]
+        stack = _stack(measured) if measured else None
+        if stack:
+            found.append(stack)
+    return found
+
+
+def _stack(measured: Sequence[Run]) -> Stack | None:
+    by_point = {run.point: run for run in measured}
+    baseline = measured[0]
+    full = max(measured, key=lambda run: (len(_changes(baseline, run)), run.speed.tok_s))
+    changes = _changes(baseline, full)
+    if len(changes) < 3:
+        return None
+    parts = [_part(by_point, baseline, full, change) for change in changes]
+    if sum(part.alone is not None for part in parts) < 2:
+        return None
+    together = gain(full, baseline)
+    if any(part.alone is None or part.alone.idle for part in parts):
+        return Stack(baseline, full, parts, together, None, None)
+    alone = [by_point[_with(baseline, axis, new)].speed for axis, _, new in changes]
+    product = [term for speed in alone for term in _over(speed, baseline.speed)]
+    against = _over(full.speed, baseline.speed) + [(speed, -power) for speed, power in product]
+    return Stack(baseline, full, parts, together, interval(product), interval(against))
+
+
+def _part(by_point: dict, baseline: Run, full: Run, change: tuple[str, str, str]) -> Part:
+    axis, old, new = change
+    one, rest = by_point.get(_with(baseline, axis, new)), by_point.get(_with(full, axis, old))
+    alone = gain(one, baseline) if one else None
+    last = gain(full, rest) if rest else None
+    both = interval(_over(full.speed, rest.speed) + _over(baseline.speed, one.speed)) if one and rest else None
+    return Part(axis, old, new, alone, last, both)
+
+
+def _over(a: Speed, b: Speed) -> list[tuple[Speed, float]]:
+    return [(a, 1.0), (b, -1.0)]
+
+
+def _changes(a: Run, b: Run) -> list[tuple[str, str, str]]:
+    return [(axis, x, y) for (axis, x), (_, y) in zip(a.point, b.point, strict=True) if x != y]
+
+
+def _with(run: Run, axis: str, value: str) -> tuple[tuple[str, str], ...]:
+    return tuple((name, value if name == axis else old) for name, old in run.point)

@@ -1,0 +1,260 @@
+"""What each block of figures in README.md and docs/ says: Markdown from the records in results/, for `moeexp.figures`."""
+
+from __future__ import annotations
+
+import io
+import json
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from moeexp.record.record import read_record
+from moeexp.report import processes
+from moeexp.report.effects import main_effects
+from moeexp.report.format import number, percent
+from moeexp.report.markdown import by_medians, markdown_table, times, without_stalls
+from moeexp.report.records import load_records
+from moeexp.report.runs import Run, as_text, gain, runs_of
+from moeexp.report.waterfall import Step, waterfalls
+
+HEADLINE = "headline_qwen3_5_35b_a3b_int4_h100"
+LADDER = "ladder_qwen3_5_35b_a3b_int4_h100"
+LADDER_START = "ladder_start_qwen3_5_35b_a3b_int4_h100"
+FIRST_RUN = "first_run_qwen3_5_35b_a3b_int4_h100.json"
+TINY = "tiny_h100"
+EXAMPLE = "readme_example/record.json"
+KERNELS = "kernels_h100.json"
+# By others: ExecuTorch on an A100, tokens a second (pytorch/executorch PR 18809 and what led to it).
+PUBLISHED = {"dual methods, explicit state": "77.4", "shared buffers": "84.5", "CUDA graph": "82 → 98"}
+ONCE = "One process each: the rungs took turns in it, and none was repeated in another. Read their ratios, not one speed."
+WIDTH = 100  # characters of a line of the example
+PROSE = 125  # and of a paragraph
+
+
+def headline(results: Path) -> str:
+    """Nothing until it was measured; a `ValueError` where it was measured in too few processes."""
+    folder = results / HEADLINE
+    if not folder.exists():
+        return ""
+    runs = runs_of(load_records([folder]))
+    found = processes.headline(runs, str(folder))
+    record = found.runs[0].record
+    config, gpu = record["config"], record["environment"]["gpu"]["name"]
+    rows = [
+        ["decode, tok/s", f"**{processes.spread(found.figure(lambda one: one['decode_tok_s']))}**"],
+        ["prefill, tok/s", processes.spread(found.figure(lambda one: one["prefill_tok_s"]))],
+        ["time to first token, ms", processes.spread(found.figure(lambda one: one["ttft_s"]), 1e3)],
+        ["latency of a token, p50, ms", processes.spread(found.figure(lambda one: one["token_latencies_ms"]["p50"]))],
+        ["of the measured read bandwidth, %", processes.spread(found.figure(lambda one: one["bandwidth_share"]), 100)],
+        ["energy of a decoded token, J", processes.spread(found.figure(lambda one: one["joules_per_token"]))],
+        ["device memory in use, GiB", processes.spread(found.figure(_device_memory))],
+    ]
+    rows = [row for row in rows if "–" not in row[1]]
+    point = f"`model={config['model']['name']} quant={config['quant']['name']} cuda_graph={as_text(config['cuda_graph'])}`"
+    header = [f"{point}, one {gpu}", f"median of {found.count} processes [least, most]"]
+    weights = "random weights, " if record["random_weights"] else ""
+    work = f"batch {config['batch']}, {config['prompt_len']} prompt and {config['new_tokens']} new tokens"
+    line = f"{weights}{work}, every run's check passed; [records](results/{HEADLINE}). {_stalled(found.runs)}"
+    return f"{markdown_table(header, rows)}\n{_prose(line[0].upper() + line[1:])}"
+
+
+def ladder_short(results: Path) -> str:
+    steps = _steps(results / LADDER)
+    rows = [[step.label, _tok_s(step.run), times(step.gain) if step.gain else "", _medians(step)] for step in steps]
+    text = markdown_table(["rung", "decode tok/s", "gain over the rung before", "by medians"], rows)
+    return f"{text}\n{_prose(f'{ONCE} {_in_all(steps)}')}"
+
+
+def ladder(results: Path) -> str:
+    return _rungs(_steps(results / LADDER), published=True)
+
+
+def ladder_start(results: Path) -> str:
+    return _rungs(_steps(results / LADDER_START), published=False)
+
+
+def ladder_summary(results: Path) -> str:
+    steps = _steps(results / LADDER)
+    runs = [step.run for step in steps]
+    load = runs[0].record["telemetry"]["other_load"]
+    explicit = {run.record["config"]["state"]: [] for run in runs}
+    for run in runs:
+        explicit[run.record["config"]["state"]].append(run.record["prefill_tok_s"])
+    prefill = "; ".join(f"`state={state}` {_range(values)} tok/s" for state, values in explicit.items())
+    prompt = runs[0].record["config"]["prompt_len"]
+    return _prose(
+        f"{_in_all(steps)} {_stalled(runs)} Other work kept {number(load['cores'])} of the host's {load['of']} cores busy. "
+        f"Prefill of {prompt} tokens, by its median: {prefill}."
+    )
+
+
+def ladder_start_summary(results: Path) -> str:
+    steps = _steps(results / LADDER_START)
+    by_name = {step.label: step.run for step in steps}
+    recurrent, chunked = by_name["recurrent kernel"], by_name["chunked kernels at T=1"]
+    found = gain(recurrent, chunked)
+    split = steps[0].run.record["time_split"]
+    return _prose(
+        f"\"{steps[0].label}\" waits for the host during {percent(split['host_us'] / split['wall_us'])} of a step. The recurrent "
+        f"kernel against the chunked rule: {times(found, marked=False, beside=True)}, {found.phrase}. "
+        f"{_stalled([step.run for step in steps])}"
+    )
+
+
+def first_run(results: Path) -> str:
+    record = read_record(results / FIRST_RUN)
+    phases = record["phases_s"]
+    compiling = sum(seconds for name, seconds in phases.items() if name.startswith("compile"))
+    return _prose(
+        f"One process, so no headline: its first token came {number(record['first_token_s'])} s after the start (weights made "
+        f"and quantised {number(phases['weights'])} s, compiling {number(compiling)} s), it decoded at "
+        f"{number(record['decode_tok_s'])} tok/s and had at most {number(_device_memory(record))} GiB of device memory in use."
+    )
+
+
+def tiny(results: Path) -> str:
+    runs = runs_of(load_records([results / TINY]))
+    rows = []
+    for run in runs:
+        base = next(one for one in runs if one.settings | {"cuda_graph": run.settings["cuda_graph"]} == run.settings)
+        found = gain(run, base) if run is not base else None
+        settings = " ".join(f"{axis}={value}" for axis, value in run.point)
+        rows.append([f"`{settings}`", _tok_s(run), _ms(run), _kernels(run), times(found) if found else "", _medians(found)])
+    header = ["`tiny`", "decode tok/s", "ms per token", "kernels per token", "gain from the graph", "by medians"]
+    return f"{markdown_table(header, rows)}\nOne process each: two of a quantisation took turns in it, and none was repeated."
+
+
+def tiny_summary(results: Path) -> str:
+    runs = runs_of(load_records([results / TINY]))
+    (found,) = [effect for effect in main_effects(runs) if effect.axis == "cuda_graph"]
+    eager = [run.record["time_split"] for run in runs if not run.record["config"]["cuda_graph"]]
+    waits = sorted(split["host_us"] / split["wall_us"] for split in eager)
+    return _prose(
+        f"Replaying the same kernels from a graph: {times(found.ratio, marked=False, beside=True)}, over {found.pairs} pairs. "
+        f"Without a graph a step waits for the host during {percent(waits[0])} to {percent(waits[-1])} of its time."
+    )
+
+
+def kernels(results: Path) -> str:
+    """The rows of one token and of prompts."""
+    from moeexp_kernels.bench import measure, table
+
+    document = json.loads((results / KERNELS).read_text(encoding="utf-8"))
+    shown = [row for row in document["rows"] if row["tokens"] == 1 or row["phase"] == "prefill"]
+    shown = [measure.Row(**row | {"peers": [measure.PeerRow(**peer) for peer in row["peers"]]}) for row in shown]
+    header, rows = _cells(table.HEADER), [_cells(table.line(row)) for row in shown]
+    kept = [header.index(name) for name in ("op", "shape", "tokens", "µs", "share of read bandwidth", "peers, µs")]
+    text = markdown_table([header[column] for column in kept], [[row[column] for column in kept] for row in rows])
+    read = document["environment"]["read_tb_s"]
+    return f"{text}\nOn one {document['environment']['gpu']}, where a large read runs at {read:.2f} TB/s."
+
+
+def example(results: Path) -> str:
+    """What a run prints, as a pipe gets it."""
+    from rich.console import Console
+
+    from moeexp.report.terminal import print_run
+
+    console = Console(file=io.StringIO(), width=WIDTH)
+    record = read_record(results / EXAMPLE)
+    folder = f"outputs/{record['started'][:10]}/{record['id']}"
+    record["tracker"] = record["tracker"] and record["tracker"] | {"path": f"{folder}/wandb/offline-run-…", "url": None}
+    print_run(record, path=Path(folder) / "record.json", console=console)
+    lines = console.file.getvalue().strip().splitlines()
+    return "```text\n" + "\n".join(line if len(line) <= WIDTH else line[: WIDTH - 2] + " …" for line in lines) + "\n```"
+
+
+def _prose(text: str) -> str:
+    return textwrap.fill(text, PROSE, break_long_words=False, break_on_hyphens=False)
+
+
+def _steps(folder: Path) -> list[Step]:
+    (steps,) = waterfalls(runs_of(load_records([folder])))
+    return steps
+
+
+def _rungs(steps: Sequence[Step], *, published: bool) -> str:
+    header = [
+        "rung", "decode tok/s", "ms per token", "gain over the rung before", "by medians", "without stalls",
+        "stalls: how many, ms", "kernels per token", "of that time: kernels / copies / gaps / host, µs",
+    ]  # fmt: skip
+    rows = []
+    for step in steps:
+        split, stalls = step.run.record["time_split"], step.run.record["stalls"]
+        parts = " / ".join(f"{split[f'{part}_us']:,.0f}" for part in ("kernels", "copies", "gaps", "host"))
+        delay = f"{stalls['count']}, {number(stalls['total_ms'])}" if stalls and stalls["count"] else "none" if stalls else "–"
+        gained = times(step.gain, marked=False) if step.gain else ""
+        if step.gain and step.gain.weights:
+            gained += ", on other weights"
+        cells = [step.label, _tok_s(step.run), _ms(step.run), gained, _medians(step.gain), without_stalls(step.gain), delay]
+        rows.append([*cells, _kernels(step.run), parts, *[PUBLISHED.get(step.label, "")] * published])
+    return f"{markdown_table(header + ['published, A100'] * published, rows)}\n{ONCE}"
+
+
+def _in_all(steps: Sequence[Step]) -> str:
+    """From the first rung to the last, and to the fastest."""
+    measured = [step for step in steps if step.total is not None]
+    fastest = max(measured, key=lambda step: step.run.speed.tok_s)
+    text = f"From the first rung to the last: {times(measured[-1].total, marked=False, beside=True)}"
+    if fastest is measured[-1]:
+        return text + "."
+    return text + f"; to the fastest, \"{fastest.label}\": {times(fastest.total, marked=False, beside=True)}."
+
+
+def _stalled(runs: Sequence[Run]) -> str:
+    """Which of the runs stalled, and for how long the worst did."""
+    having = [run.record for run in runs if run.record["stalls"] and run.record["stalls"]["count"]]
+    known = sum(run.record["stalls"] is not None for run in runs)
+    if not having:
+        return f"None of the {known} runs stalled." if known else ""
+    worst = max(having, key=lambda record: record["stalls"]["decode_tok_s"] / record["decode_tok_s"])
+    stalls, cell = worst["stalls"], (worst["design"] or {}).get("cell") or worst["id"]
+    delay = f"{number(stalls['count'])} times, {number(stalls['total_ms'])} ms in all"
+    speeds = f"it has {number(worst['decode_tok_s'])} tok/s, and without stalls {number(stalls['decode_tok_s'])}"
+    return f'{len(having)} of {known} runs stalled, "{cell}" most: {delay}; {speeds}.'
+
+
+def _medians(of: Step | Any) -> str:
+    found = of.gain if isinstance(of, Step) else of
+    return by_medians(found) if found else ""
+
+
+def _tok_s(run: Run) -> str:
+    return number(run.speed.tok_s)
+
+
+def _ms(run: Run) -> str:
+    return number(1e3 * run.record["config"]["batch"] / run.speed.tok_s)
+
+
+def _kernels(run: Run) -> str:
+    """Those of the timed mode, by the profiler; copies apart."""
+    return f"{run.record['time_split']['kernels']:,.0f}"
+
+
+def _device_memory(record: dict[str, Any]) -> float | None:
+    return record["memory_gib"].get("device_in_use")
+
+
+def _range(values: Sequence[float]) -> str:
+    return " to ".join(dict.fromkeys((number(min(values)), number(max(values)))))
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.removeprefix("|").removesuffix("|").split("|")]
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "headline": headline,
+    "ladder-short": ladder_short,
+    "ladder": ladder,
+    "ladder-summary": ladder_summary,
+    "ladder-start": ladder_start,
+    "ladder-start-summary": ladder_start_summary,
+    "first-run": first_run,
+    "tiny": tiny,
+    "tiny-summary": tiny_summary,
+    "kernels": kernels,
+    "example": example,
+}

@@ -1,0 +1,108 @@
+"""Finding and reading records."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moeexp.record.record import SPEEDS, is_prepared, read_record
+
+# What Hydra's grammar escapes in a value without quotes.
+ESCAPED = re.compile(r"\\([\\()\[\]{}:=, \t])")
+
+
+def load_records(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """Every `record.json` under the folders, in the order in which the runs started; what was refused comes last.
+    `ValueError` if there is none."""
+    paths: dict[Path, None] = {}
+    for folder in folders:
+        found = [folder] if folder.is_file() else sorted(folder.rglob("record.json"))
+        if not found:
+            raise ValueError(f"{folder} holds no record.json: give a run's or a sweep's folder")
+        paths |= dict.fromkeys(path.resolve() for path in found)
+
+    def order(record: dict[str, Any]) -> tuple:
+        # A sweep refuses its cells before it runs the first.
+        return is_refused(record), in_time(record)
+
+    return sorted(map(read_published, paths), key=order)
+
+
+def read_published(path: Path) -> dict[str, Any]:
+    """A record without the speeds that it may not publish yet: a run that still goes on may have timed before its check."""
+    record = read_record(path)
+    return record if record["status"] == "ok" else record | dict.fromkeys(SPEEDS)
+
+
+def is_refused(record: dict[str, Any]) -> bool:
+    """Whether its config may not run, so that nothing of it did."""
+    return record["status"] == "unsupported" and not is_prepared(record)
+
+
+def cell_of(record: dict[str, Any]) -> str | None:
+    """What a design that is no grid (a ladder, one factor at a time) calls this run."""
+    return (record.get("design") or {}).get("cell")
+
+
+def why(record: dict[str, Any]) -> str | None:
+    """One line for a run that is not ok."""
+    if record["error"]:
+        return " ".join(record["error"]["message"].split())
+    failures = (record["check"] or {}).get("failures", [])
+    more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+    return f"{failures[0]}{more}" if failures else None
+
+
+def varying(records: Sequence[dict[str, Any]]) -> list[str]:
+    """The groups and fields that some command line or sweep set and that differ between the records."""
+    keys = dict.fromkeys(key for record in records for key in overrides_of(record))
+
+    def values(key: str) -> set[str]:
+        # What a cell that never ran leaves to resolving (`auto`, null) is no other value than what the others resolved.
+        return {setting(record, key) for record in records if is_prepared(record) or key in overrides_of(record)}
+
+    return [key for key in keys if len(values(key)) > 1]
+
+
+def overrides_of(record: dict[str, Any]) -> dict[str, str]:
+    pairs = (override.partition("=") for override in record["overrides"])
+    return {key.lstrip("+~"): unescaped(value) for key, _, value in pairs if not key.startswith("tracker")}
+
+
+def unescaped(value: str) -> str:
+    """An override's value as one would write it alone: a sweeper hands on `module:function` as `module\\:function`."""
+    return value if value[:1] in ("'", '"') else ESCAPED.sub(r"\1", value)
+
+
+def setting(record: dict[str, Any], key: str) -> str:
+    """What was asked for, as it was written, else what the config has."""
+    value: Any = overrides_of(record).get(key)
+    if value is None:
+        value = record["config"]
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        if isinstance(value, dict):
+            value = value.get("name", value.get("default"))  # a group
+    text = str(value)
+    return "–" if value is None else text.lower() if text in ("True", "False") else text
+
+
+def is_median(record: dict[str, Any], key: str) -> bool:
+    """Whether a migrated record has a median where records of today have tokens over time."""
+    return record[key] is not None and key in (record["migrated"] or {}).get("medians", ())
+
+
+def in_time(record: dict[str, Any]) -> tuple[str, str, int]:
+    """Sorts records in the order in which they started, those of a group in that of the sweep: run 10 after run 9."""
+    stem, _, number = record["id"].rpartition(".")
+    return (record["started"], *((stem, int(number)) if number.isdigit() else (record["id"], 0)))
+
+
+def find(path: Path) -> Path:
+    """A record, or the record of a run's folder."""
+    file = path / "record.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"{path} is no record: give a record.json or the folder of one run")
+    return file

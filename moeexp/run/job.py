@@ -1,0 +1,260 @@
+"""One run: validate, run, record, track, show. In the caller's process, or in one of its own, see `moeexp.sweep.worker`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from moeexp.config import resolve, schema, sources, threads, validate
+from moeexp.config.override_text import without_interpolation
+from moeexp.record import streams, tracker
+from moeexp.record.phases import Phases
+from moeexp.record.record import Record, write_atomically
+from moeexp.report import terminal
+from moeexp.run import signals
+from moeexp.run.identity import Identities, code_fingerprint, config_hash
+from moeexp.stack import allocator, caches
+
+OK, FAILED, INVALID, INTERRUPTED = 0, 1, 2, 130
+EXIT_CODES = {
+    "ok": OK, "incorrect": FAILED, "failed": FAILED, "timeout": FAILED, "unsupported": INVALID, "interrupted": INTERRUPTED,
+}  # fmt: skip
+
+# Phases that read what the user gave: a ValueError in one of them is about that input. Later it is a fault of the work.
+READING = {"weights", "verify artifact", "identity"}
+
+Experiment = Callable[..., None]
+
+
+class TimeUp(KeyboardInterrupt):
+    """The run's time is over; what it has measured is kept, as after an interrupt."""
+
+
+@dataclass
+class Job:
+    """Plain values only, so that it can be handed to another process."""
+
+    id: str
+    run_dir: str
+    config: dict[str, Any]  # as composed
+    overrides: list[str]
+    command: list[str]
+    sweep: bool = False
+    group: str | None = None  # the tracker's
+    design: dict[str, Any] | None = None
+    timeout_s: float | None = None
+    # What the sweep looks for when it is repeated; the run computes both itself as well.
+    config_hash: str | None = None
+    code_fingerprint: str | None = None
+
+    def composed(self) -> DictConfig:
+        """`config` is resolved: what looks like an interpolation in it is text."""
+        return OmegaConf.merge(OmegaConf.structured(schema.Config), _texts(self.config))
+
+
+def _texts(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _texts(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_texts(item) for item in value]
+    return without_interpolation(value) if isinstance(value, str) else value
+
+
+def run_job(job: Job, cfg: DictConfig, experiment: Experiment) -> int:
+    """Runs one config. Returns the exit code; the record holds the status."""
+    with signals.deferred():  # between its first and its last writing nothing ends without a word
+        record = open_record(job)
+        phases = Phases(record, Console(stderr=True))
+        config, status, error = None, "ok", None
+        try:
+            with signals.allowed():
+                config = prepare(cfg, record, phases)
+                experiment(config, run_dir=Path(job.run_dir), record=record, phases=phases)
+                signals.raise_if_received()  # where something in the run swallowed the interrupt
+                status = verdict(config, record)
+        except BaseException as raised:
+            status, error = status_of(raised, sweep=job.sweep), raised
+        return conclude(job, record, phases, config, status, error)
+
+
+def open_record(job: Job) -> Record:
+    path = Path(job.run_dir) / "record.json"
+    record = Record(path, id=job.id, config=job.config, command=job.command, overrides=job.overrides)
+    record.set(design=job.design, config_hash=job.config_hash, code_fingerprint=job.code_fingerprint)
+    record.write()
+    return record
+
+
+def prepare(cfg: DictConfig, record: Record, phases: Phases) -> schema.Config:
+    """Validates and resolves; the record then says what runs, and on what."""
+    composed = schema.to_config(cfg)
+    validate.check_values(composed)
+    allocator.prepare(composed)
+    check_surroundings(composed)
+    threads.prepare()
+    import torch
+
+    from moeexp.record import environment
+    from moeexp.stack import artifact_config
+
+    composed = artifact_config.adopt(composed, record.data["overrides"])
+    config = resolve.resolved(composed, cuda_available=torch.cuda.is_available())
+    chosen = threads.choose(composed.threads, sources.load_architecture(composed.model))
+    threads.apply(chosen, config.device)
+    gpu = environment.gpu_name() if config.device == "cuda" else None
+
+    @contextmanager
+    def progress(what: str, *, total: int) -> Iterator[Callable[[int], None]]:
+        with phases("identity"), phases.progress(what, total=total) as advance:
+            yield advance
+
+    identity = Identities(progress).of(config, gpu=gpu)
+    record.set(
+        config=config,
+        config_hash=config_hash(config, identity),
+        identity=identity,
+        code_fingerprint=code_fingerprint(),
+        random_weights=config.model.weights == "random",
+        not_applicable=resolve.not_applicable(config),
+        environment=environment.collect(config.device, threads.describe(chosen)),
+    )
+    if chosen.number > (most := threads.granted().cores):
+        record.note(f"{chosen.number} threads on {most} granted core(s): they wait for each other at every barrier")
+    record.write()
+    return config
+
+
+def check_surroundings(config: schema.Config) -> None:
+    """What is wrong with the environment rather than with the config, before any work. `ValueError`, one line."""
+    tracker.check_environment(dataclasses.asdict(config.tracker))
+    if config.engine == "moeexp" and (config.export != "eager" or config.device != "cpu"):  # else nothing is compiled
+        caches.prepare()
+        if config.export == "aoti" and config.artifact is None:
+            caches.check()
+
+
+def verdict(config: schema.Config, record: Record) -> str:
+    if config.check == "off":
+        return "ok"
+    passed = (record.data["check"] or {}).get("passed")
+    assert isinstance(passed, bool), f"the run ended with check={record.data['check']!r}, without a verdict"
+    return "ok" if passed else "incorrect"
+
+
+def status_of(raised: BaseException, *, sweep: bool) -> str:
+    """In a sweep a cell that may not run is `unsupported`: the others go on, and it fails nothing. `conclude` makes that
+    `failed` where work had begun."""
+    if isinstance(raised, TimeUp):
+        return "timeout"
+    if isinstance(raised, KeyboardInterrupt) or signals.received():
+        return "interrupted"
+    return "unsupported" if sweep and isinstance(raised, ValueError) else "failed"
+
+
+def conclude(
+    job: Job, record: Record, phases: Phases, config: schema.Config | None, status: str, error: BaseException | None
+) -> int:
+    """Finishes the record, tracks and shows it. Returns the exit code. Only tracking can be interrupted."""
+    begun = set(record.data["phases_s"])
+    if status == "unsupported" and begun - {"identity"}:  # of a snapshot that was read only to know it, nothing was begun
+        status = "failed"
+    if status == "interrupted" and not isinstance(error, KeyboardInterrupt):
+        error = signals.stopped(error)  # the signal reached a child too, whose end came first
+    invalid = isinstance(error, ValueError) and begun <= READING
+    with signals.deferred():
+        if config is not None and config.device == "cuda":
+            from moeexp.record import environment
+
+            record.data["environment"]["gpu_after"] = environment.gpu_state()
+        record.finish(status, error=_describe(error, phases))
+        code = INVALID if invalid else EXIT_CODES[status]
+        if config is not None:  # a config that was refused measured nothing that a tracker should show
+            track(record, code, group=job.group)
+        if error is not None:
+            _report(error, record, phases, invalid=invalid)
+        if not invalid:
+            terminal.print_run(record.data, path=record.path, console=Console())
+    return code
+
+
+def track(record: Record, exit_code: int, *, group: str | None) -> None:
+    try:
+        with signals.allowed():
+            found = tracker.track(record.data, run_dir=record.path.parent, exit_code=exit_code, group=group)
+    except KeyboardInterrupt:
+        record.note("tracking was interrupted; the record is whole")
+        record.write()
+        raise
+    record.set(tracker=found)
+    record.write()
+    if found["warning"]:
+        say(f"warning: {found['warning']}")
+
+
+def _describe(error: BaseException | None, phases: Phases) -> dict[str, Any] | None:
+    if error is None:
+        return None
+    lines = "".join(traceback.format_exception(error))
+    message = str(error)
+    kind = type(error).__name__
+    if isinstance(error, KeyboardInterrupt) and not isinstance(error, TimeUp):
+        by = f" by {error}" if isinstance(error, signals.Stopped) else ""
+        kind, message = "KeyboardInterrupt", f"interrupted{by}" + (f" during {phases.failed}" if phases.failed else "")
+    return {"type": kind, "message": message, "phase": phases.failed, "traceback": lines}
+
+
+def _report(error: BaseException, record: Record, phases: Phases, *, invalid: bool) -> None:
+    """One line. The traceback of what is not the user's doing lies beside the record, and in it."""
+    message = " ".join(str(error).split())
+    if isinstance(error, TimeUp):
+        say(f"error: {message}; what was measured is in {os.path.relpath(record.path)}")
+    elif isinstance(error, KeyboardInterrupt):
+        say(f"interrupted; what was measured is in {os.path.relpath(record.path)}")
+    elif invalid:
+        say(f"error: {message}")
+    else:
+        path = record.path.with_name("traceback.txt")
+        write_atomically(path, record.data["error"]["traceback"])
+        during = f" during {phases.failed}" if phases.failed else ""
+        say(f"error: {type(error).__name__}{during}: {message} (traceback: {os.path.relpath(path)})")
+
+
+def say(line: str) -> None:
+    """To the user; each line fits a terminal and a log."""
+    try:
+        print("\n".join(map(streams.fitted, line.split("\n"))), file=sys.stderr)
+    except OSError:
+        if not signals.received():
+            raise
+        streams.outlive()  # the listener went a moment after the signal
+
+
+def default_experiment(*arguments: Any, **keywords: Any) -> None:
+    # Imported at the first run, after validation: `--help`, `--cfg` and a mistyped key need no model code.
+    from moeexp.run.experiment import run_experiment
+
+    run_experiment(*arguments, **keywords)
+
+
+def reference_to(experiment: Experiment) -> str:
+    """`module:function`, by which a process of its own finds the experiment again."""
+    assert experiment.__module__ != "__main__" and "<" not in experiment.__qualname__, (
+        f"{experiment.__qualname__} of {experiment.__module__} cannot be imported by another process"
+    )
+    return f"{experiment.__module__}:{experiment.__qualname__}"
+
+
+def write_jobs(path: Path, jobs: list[Job], experiment: Experiment) -> None:
+    jobs_as_plain = [dataclasses.asdict(job) for job in jobs]
+    write_atomically(path, json.dumps({"experiment": reference_to(experiment), "jobs": jobs_as_plain}))

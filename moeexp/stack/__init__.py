@@ -1,0 +1,1 @@
+"""From a config to methods bound to weights and state."""

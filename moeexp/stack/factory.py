@@ -1,0 +1,317 @@
+"""The composition root: from a resolved config to a model, its compiled methods and a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from moeexp_kernels import dispatch, registry
+from moeexp_kernels.parts.graph_edges import start_early
+from moeexp_runner.arena import Arena
+from moeexp_runner.binding import CompiledMethod, assert_shared
+from moeexp_runner.explicit import ExplicitState
+from moeexp_runner.sampler import Sampler
+from moeexp_runner.session import Session
+from torch import Tensor
+
+from moeexp.config.architecture import Architecture
+from moeexp.config.quantisation import kind_of
+from moeexp.config.resolve import not_applicable
+from moeexp.config.schema import Config, SamplerConfig
+from moeexp.config.sources import load_architecture, weights_folder
+from moeexp.model.checkpoint import Snapshot
+from moeexp.model.config_agreement import check_agreement
+from moeexp.model.qwen3_5_moe import Qwen35MoE, state_shapes
+from moeexp.model.weights import Random, Source, load
+from moeexp.record.phases import Phases
+from moeexp.stack import allocator, artifact
+from moeexp.stack.compile_cache import Artifact, MethodSpec, get_or_compile
+from moeexp.stack.inductor import loading
+from moeexp.stack.methods import (
+    MODULES,
+    OF_DISPATCH,
+    Method,
+    example_inputs,
+    export_method,
+    session_methods,
+    torch_compiled,
+)
+
+# Share of the quantisable weight bytes (embedding apart) that default settings must quantise: below it, something was
+# skipped without a word. Small models have relatively large routers.
+LEAST_COVERAGE = {"small": 0.90, "large": 0.95}
+LARGE_HIDDEN = 1024
+
+
+@dataclass
+class Stack:
+    """Everything that one run decodes with. `ops` names the implementation of each op that runs."""
+
+    arch: Architecture
+    model: Qwen35MoE
+    session: Session
+    arena: Arena | ExplicitState
+    ops: dict[str, str]
+    device: torch.device
+    artifacts: dict[str, Artifact] = field(default_factory=dict)
+
+    def close(self) -> None:
+        self.session.close()
+
+
+def device_of(cfg: Config) -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if cfg.device == "cuda" else torch.device(cfg.device)
+
+
+def source_of(cfg: Config, arch: Architecture) -> Source:
+    folder = weights_folder(cfg.model)
+    return Random(arch, cfg.model.seed) if folder is None else Snapshot(folder, arch)
+
+
+def build_model(cfg: Config, phases: Phases) -> Qwen35MoE:
+    """Weights from the config's source, quantised as they come, on the config's device. `RuntimeError` if this process
+    cannot have the config's allocator."""
+    allocator.check(cfg)
+    if cfg.artifact is not None:
+        return artifact.load_model(cfg, device_of(cfg), phases)
+    arch = load_architecture(cfg.model)
+    check_agreement(cfg.model, arch)
+    source = source_of(cfg, arch)
+    total = len(Qwen35MoE(arch, dtype=torch.float32, device="meta").state_dict())
+    with phases.progress("weights", total=total) as advance:
+        model = load(
+            arch,
+            source,
+            dtype=getattr(torch, cfg.dtype),
+            device=device_of(cfg),
+            bits=cfg.quant.bits,
+            group_size=cfg.quant.group_size or 0,
+            skip=tuple(cfg.quant.skip),
+            on_buffer=lambda name, nbytes: advance(1),
+        )
+    if cfg.device == "cuda":
+        torch.cuda.empty_cache()  # what quantising needed on the way is not kept
+    return model
+
+
+def coverage(model: Qwen35MoE) -> float:
+    """Quantised share of the weight matrices' elements, embedding apart."""
+    done = total = 0
+    for name, buffer in model.named_buffers():
+        if kind_of(name) in (None, "embedding"):
+            continue
+        owner = model.get_submodule(name.rpartition(".")[0])
+        bits = getattr(owner, "bits", 16) if name.endswith(".weight") else 16
+        elements = buffer.numel() * (2 if bits == 4 else 1)
+        total += elements
+        done += elements if bits != 16 else 0
+    return done / total
+
+
+def check_coverage(model: Qwen35MoE, *, bits: int, default_skip: bool) -> float:
+    """The coverage; `RuntimeError` if it is below what default settings must reach."""
+    share = coverage(model)
+    least = LEAST_COVERAGE["large" if model.arch.hidden_size >= LARGE_HIDDEN else "small"]
+    if bits != 16 and default_skip and share < least:
+        raise RuntimeError(
+            f"only {share:.1%} of the quantisable weights were quantised, at least {least:.0%} are expected: "
+            "the shapes of this model leave too much to the router; leave more out explicitly with quant.skip"
+        )
+    return share
+
+
+def op_names(cfg: Config) -> dict[str, str]:
+    chosen = {f.name: getattr(cfg.ops, f.name) for f in fields(cfg.ops) if f.name != "default"}
+    return registry.resolve(default=cfg.ops.default, chosen=chosen, device=cfg.device)
+
+
+def python_callbacks(stack: Stack, dispatch: str) -> dict[str, list[str]]:
+    """Per method, the ops that call back into Python when it runs, compiled or not (a graph replays what they launched)."""
+    opaque = {op for op, name in stack.ops.items() if (op, name) in registry.OPAQUE}
+    if dispatch == "single":
+        opaque |= set(registry.DISPATCHED)
+    decode = sorted(op for op in opaque if not op.endswith("_prefill"))
+    prefill = decode if dispatch == "token_by_token" else sorted(op for op in opaque if not op.endswith("_decode"))
+    return {"prefill": prefill, "decode": decode}
+
+
+def build_stack(
+    cfg: Config, model: Qwen35MoE, phases: Phases, *, export: str | None = None, cuda_graph: bool | str | None = None
+) -> Stack:
+    """State, methods and session over `model`, whose state buffers are (re)attached or, under explicit state, taken off.
+    `export` and `cuda_graph` override the config's, for the check's float32 twin."""
+    if export is not None or cuda_graph is not None:
+        cfg = replace(
+            cfg,
+            export=export or cfg.export,
+            cuda_graph=cfg.cuda_graph if cuda_graph is None else cuda_graph,
+        )
+    device, dtype = model.norm.device, model.embed_tokens.weight.dtype
+    copy_outputs = device.type == "cuda" and not cfg.skip_output_copy
+    names = op_names(cfg)
+    if copy_outputs:
+        names["sample"] = "reference"  # logits are on the host, where no Triton kernel runs; validate refuses other wishes
+    arena = Arena(state_shapes(model.arch, batch=cfg.batch, max_seq_len=cfg.max_seq_len, dtype=dtype), device=device)
+    explicit = cfg.state == "explicit"
+    if explicit:
+        model.detach_state(arena.tensors)
+    else:
+        model.attach_state(arena.tensors)
+    recipe = Recipe(cfg, model, names, *((arena.tensors, None) if explicit else ({}, arena.tensors)))
+    methods, artifacts = MAKERS[cfg.export](recipe, phases)
+    prefill, decode = session_methods(cfg.dispatch, methods, takes_live=recipe.takes_live)
+    with phases("capture") if cfg.cuda_graph else phases("session"):
+        session = Session(
+            prefill=prefill,
+            decode=decode,
+            sample=sampler_of(cfg.sampler, names["sample"], device="cpu" if copy_outputs else device),
+            arena=ExplicitState(arena) if explicit else arena,
+            batch=cfg.batch,
+            max_seq_len=cfg.max_seq_len,
+            vocab_size=model.arch.vocab_size,
+            device=device,
+            cuda_graph=cfg.cuda_graph,
+            copy_outputs=copy_outputs,
+            shared_stream=cfg.shared_stream,
+            takes_live=recipe.takes_live,
+            prefill_graph_lengths=cfg.prefill_graph_lengths,
+            ahead=cfg.loop_ahead,
+            early=early_start(cfg, device),
+        )
+    return Stack(model.arch, model, session, session.arena, names, device, artifacts)
+
+
+def early_start(cfg: Config, device: torch.device) -> Callable[[int], int] | None:
+    """What lets kernels of a captured decode step start before the previous one ends, as a session takes it."""
+    return start_early if cfg.cuda_graph and cfg.overlap and _hopper(device) else None
+
+
+def prefetches(cfg: Config) -> bool:
+    """Whether l2_prefetch has something to act on, and is on."""
+    return cfg.l2_prefetch and "l2_prefetch" not in not_applicable(cfg) and _hopper(device_of(cfg))
+
+
+def _hopper(device: torch.device) -> bool:
+    """Or later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def sampler_of(cfg: SamplerConfig, implementation: str, *, device: torch.device | str) -> Sampler:
+    """The config's choice of the next token, by the named implementation of `sample`; validated, so it makes draws if need
+    be."""
+    if cfg.name == "greedy":
+        return Sampler(registry.implementation("sample", implementation))
+    return Sampler(
+        registry.DRAWS[implementation],
+        seed=cfg.seed,
+        device=device,
+        temperature=cfg.temperature,
+        top_k=cfg.top_k or 0,
+        top_p=1.0 if cfg.top_p is None else cfg.top_p,
+    )
+
+
+@dataclass
+class Recipe:
+    """What the methods of one stack are made from. State tensors by name are `state` where they are explicit, else `held`,
+    and attached to the model for export."""
+
+    cfg: Config
+    model: Qwen35MoE
+    names: dict[str, str]
+    state: dict[str, Tensor]
+    held: dict[str, Tensor] | None
+
+    @property
+    def takes_live(self) -> bool:
+        """Prefill is captured at fixed lengths, to which prompts are padded."""
+        return self.cfg.cuda_graph == "all"
+
+    @property
+    def l2_prefetch(self) -> bool:
+        return prefetches(self.cfg)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        return OF_DISPATCH[self.cfg.dispatch]
+
+    def names_in(self, method: str) -> dict[str, str]:
+        """What of `names` is in a method: the sampler is in none, and a prefill method has no op that is for one token."""
+        other = {"prefill": "_decode", "decode": "_prefill"}.get(method, "nothing")
+        names = {op: name for op, name in self.names.items() if op != "sample" and not op.endswith(other)}
+        return names | ({"router": "triton"} if method == "prefill" and names["router"] == "in_moe" else {})
+
+    def ops(self) -> dict[str, Callable]:
+        ops = {op: registry.implementation(op, name) for op, name in self.names.items()}
+        ops |= registry.combined(self.names)
+        return ops | dispatch.ops(self.names) if self.cfg.dispatch == "single" else ops
+
+    def module(self, name: str) -> Method:
+        """Runs as it is, on this stack's own state: several stacks may share the model."""
+        return MODULES[name](
+            self.model, self.ops(), state_names=tuple(self.state), held=self.held, takes_live=self.takes_live,
+            l2_prefetch=self.l2_prefetch,
+        ).eval()  # fmt: skip
+
+
+def _eager_methods(recipe: Recipe, phases: Phases):
+    return {name: recipe.module(name) for name in recipe.methods}, {}
+
+
+def _torch_compiled_methods(recipe: Recipe, phases: Phases):
+    """Compiled here, for one token and for several, so that no later phase pays for it."""
+    cfg, methods = recipe.cfg, {}
+    for name in recipe.methods:
+        methods[name] = torch_compiled(recipe.module(name))
+        inputs = example_inputs(
+            name, batch=cfg.batch, device=recipe.model.norm.device,
+            takes_live=recipe.takes_live and name != "decode", state=tuple(recipe.state.values()),
+        )  # fmt: skip
+        with phases(f"compile {name}"), torch.no_grad():
+            methods[name](*inputs)
+            if name != "decode":
+                methods[name](*inputs[:2], inputs[2][:1], *inputs[3:])
+    return methods, {}
+
+
+def _packaged_methods(recipe: Recipe, phases: Phases):
+    """Exports and compiles each method (or finds it compiled), loads it and binds all of them to the same tensors."""
+    cfg, model, device = recipe.cfg, recipe.model, recipe.model.norm.device
+    methods, artifacts = {}, {}
+    for name in recipe.methods:
+        spec = MethodSpec(
+            method=name,
+            architecture=model.arch.to_hf(),
+            ops=registry.identities(recipe.names_in(name)),
+            bits=cfg.quant.bits,
+            group_size=cfg.quant.group_size,
+            skip=tuple(sorted(cfg.quant.skip)),
+            dtype=cfg.dtype,
+            batch=cfg.batch,
+            max_seq_len=cfg.max_seq_len,
+            device=device.type,
+            state=cfg.state,
+            takes_live=recipe.takes_live and name != "decode",
+            l2_prefetch=recipe.l2_prefetch and name != "prefill",
+        )
+
+        def export(name=name, takes_live=spec.takes_live):
+            with phases(f"export {name}"):
+                return export_method(
+                    name, model, recipe.ops(), batch=cfg.batch, max_seq_len=cfg.max_seq_len, takes_live=takes_live,
+                    l2_prefetch=recipe.l2_prefetch, state=recipe.state,
+                )  # fmt: skip
+
+        with phases(f"compile {name}"):
+            artifacts[name] = artifact.method(cfg, name) if cfg.artifact else get_or_compile(spec, export)
+    with phases("bind"), loading(device.type):
+        for name, made in artifacts.items():
+            methods[name] = CompiledMethod(made.package, made.constants, device=device)
+            methods[name].bind({fqn: model.get_buffer(fqn.removeprefix("model.")) for fqn in made.constants})
+        assert_shared(methods)
+    return methods, artifacts
+
+
+# export -> (recipe, phases) -> (methods by name, artifacts by name)
+MAKERS = {"eager": _eager_methods, "compile": _torch_compiled_methods, "aoti": _packaged_methods}

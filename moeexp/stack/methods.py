@@ -1,0 +1,218 @@
+"""The methods of a model as modules, exported with torch.export and compiled with AOTInductor, or with torch.compile.
+
+    prefill   (tokens [B, T], positions [B], logit_positions [n], live [B]?, *state?) -> logits [B, n, V]
+    decode    (token [B, 1], positions [B], *state?) -> logits [B, 1, V]
+    forward   as prefill, for any T in one method: ops choose when they run (dispatch=single)
+    cond      as prefill, for any T in one method: torch.cond chooses between the two (dispatch=cond)
+
+Integers are int64. `live` is there for methods that are padded (`takes_live`). `*state` is there under `state=explicit`:
+the tensors of `state_shapes` in order; the result is then (logits, *state), new tensors, the given ones unchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from moeexp.model.qwen3_5_moe import Ops, Qwen35MoE
+from moeexp.stack.inductor import remember_kernel_analyses, without_copies_of_constants
+
+METHODS = ("prefill", "decode")
+# dispatch -> the methods that it is made of.
+OF_DISPATCH = {
+    "dual": METHODS,
+    "single": ("forward",),
+    "token_by_token": ("decode",),
+    "cond": ("cond",),
+}
+
+# Dynamo counts the versions of a function's code, which all methods of all stacks of a process share.
+DYNAMO_RECOMPILE_LIMIT = 256
+
+
+class Method(nn.Module):
+    """One method; inputs and outputs as in the module's docstring. `state_names` empty: state is mutated in place, that in
+    `held`, or where there is none, that which is attached to the model (for export, to which it must be buffers)."""
+
+    def __init__(
+        self,
+        model: Qwen35MoE,
+        ops: Ops,
+        *,
+        name: str,
+        state_names: tuple[str, ...] = (),
+        held: dict[str, Tensor] | None = None,
+        takes_live: bool = False,
+        l2_prefetch: bool = False,
+    ):
+        super().__init__()
+        assert not (state_names and held), "state is explicit or held, not both"
+        self.model, self.ops, self.name, self.state_names, self.held = model, ops, name, state_names, held
+        self.takes_live, self.l2_prefetch = takes_live and name != "decode", l2_prefetch
+
+    def forward(self, tokens: Tensor, positions: Tensor, *more: Tensor) -> Tensor | tuple[Tensor, ...]:
+        if self.name != "cond":
+            return self._run({"forward": "single"}.get(self.name, self.name), tokens, positions, *more)
+        inputs = (tokens, positions, *more)
+        if not torch.compiler.is_compiling():
+            return self._one(*inputs) if tokens.shape[1] == 1 else self._many(*inputs)
+        return torch.cond(tokens.shape[1] == 1, self._one, self._many, inputs)
+
+    def _one(self, tokens: Tensor, positions: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+        # Both branches are traced with T a symbol; here it is one token, and an op may say so.
+        return self._run("decode", tokens[:, :1], positions, *more, cut=True)
+
+    def _many(self, tokens: Tensor, positions: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+        return self._run("prefill", tokens, positions, *more)
+
+    def _run(self, phase: str, tokens: Tensor, positions: Tensor, *more: Tensor, cut: bool = False):
+        rest = list(more)
+        logit_positions = None if self.name == "decode" else rest.pop(0)
+        live = rest.pop(0) if self.takes_live else None
+        # Clones: what a method is given stays as it is. In a compiled method they are the buffers that it returns.
+        new = {name: tensor.clone() for name, tensor in zip(self.state_names, rest, strict=True)}
+        logits = self.model(
+            tokens, positions, logit_positions, ops=self.ops, phase=phase, state=new or self.held,
+            live=None if cut else live, l2_prefetch=self.l2_prefetch and phase == "decode",
+        )  # fmt: skip
+        return (logits, *new.values()) if new else logits
+
+
+# As in the module's docstring: (model, ops, *, state_names=(), held=None, takes_live=False, l2_prefetch=False).
+MODULES = {name: partial(Method, name=name) for name in ("prefill", "decode", "forward", "cond")}
+
+
+def session_methods(
+    dispatch: str, methods: dict[str, Callable], *, takes_live: bool = False
+) -> tuple[Callable | None, Callable]:
+    """(prefill, decode) as a session takes them, from a dispatch's methods by name. A lone method of any T serves as both
+    under `single`. `ValueError` where a method is missing, e.g. for a package that holds only one under `dual`."""
+    if dispatch == "dual":
+        missing = [name for name in METHODS if name not in methods]
+        if missing:
+            held = ", ".join(methods) or "none"
+            raise ValueError(
+                f"dispatch=dual needs the methods prefill and decode, and {missing[0]} is missing (there: {held}): "
+                "a single method runs with dispatch=single"
+            )
+        return methods["prefill"], methods["decode"]
+    if dispatch == "token_by_token":
+        if "decode" not in methods:
+            raise ValueError(f"dispatch=token_by_token needs the method decode (there: {', '.join(methods)})")
+        return None, methods["decode"]
+    names = [name for name in ("forward", "cond", "prefill") if name in methods]
+    if not names:
+        raise ValueError(f"dispatch={dispatch} needs a method for any number of tokens (there: {', '.join(methods)})")
+    return methods[names[0]], AtOne(methods[names[0]], takes_live=takes_live)
+
+
+class AtOne:
+    """A method for any T as `decode`: logits of its only token. With `takes_live`, that token counts."""
+
+    def __init__(self, method: Callable, *, takes_live: bool = False):
+        self.method, self.takes_live = method, takes_live
+        self._fixed: tuple[Tensor, ...] = ()
+
+    def __call__(self, token: Tensor, positions: Tensor, *state: Tensor):
+        if not self._fixed:  # before any capture: a graph needs their addresses
+            live = (torch.ones_like(positions),) if self.takes_live else ()
+            self._fixed = (torch.zeros(1, dtype=torch.int64, device=token.device), *live)
+        return self.method(token, positions, *self._fixed, *state)
+
+
+def example_inputs(
+    method: str, *, batch: int, device: torch.device, takes_live: bool = False, state: tuple[Tensor, ...] = ()
+) -> tuple[Tensor, ...]:
+    positions = torch.zeros(batch, dtype=torch.int64, device=device)
+    if method == "decode":
+        return torch.zeros(batch, 1, dtype=torch.int64, device=device), positions, *state
+    # Neither T nor n may equal 1 or each other here: export would take that for a law.
+    tokens = torch.zeros(batch, 7, dtype=torch.int64, device=device)
+    live = (torch.full_like(positions, 5),) if takes_live else ()
+    return tokens, positions, torch.arange(3, dtype=torch.int64, device=device), *live, *state
+
+
+def export_method(
+    method: str,
+    model: Qwen35MoE,
+    ops: Ops,
+    *,
+    batch: int,
+    max_seq_len: int,
+    takes_live: bool = False,
+    l2_prefetch: bool = False,
+    state: dict[str, Tensor] | None = None,
+) -> ExportedProgram:
+    """`model` has its state attached, or `state` (an example of each tensor) is explicit. Buffers keep their names
+    (`model.layers.0.…`) in every method."""
+    remember_kernel_analyses()
+    state = state or {}
+    module = MODULES[method](
+        model, ops, state_names=tuple(state), takes_live=takes_live, l2_prefetch=l2_prefetch
+    ).eval()
+    inputs = example_inputs(
+        method, batch=batch, device=model.norm.device, takes_live=takes_live, state=tuple(state.values())
+    )
+    more: list[dict | None] = [None] * (len(inputs) - 2)
+    tokens = None
+    if method != "decode":
+        tokens = {1: Dim("T", min=1, max=max_seq_len)}
+        more[0] = {0: Dim("n", min=1, max=max_seq_len)}
+    shapes = {"tokens": tokens, "positions": None} | ({"more": tuple(more)} if more else {})
+    with torch.no_grad(), _sizes_may_be_one():
+        return torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
+
+
+def compile_method(program: ExportedProgram, path: Path, config: dict[str, Any]) -> None:
+    """Writes an AOTInductor package without weights to `path` (.pt2). config: as of `inductor.inductor_config`."""
+    from torch._inductor import aoti_compile_and_package
+
+    remember_kernel_analyses()
+    with torch.no_grad(), _sizes_may_be_one(), without_copies_of_constants(), warnings.catch_warnings():
+        # torch's own, about its own pytrees; nothing that a user could act on.
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        aoti_compile_and_package(program, package_path=str(path), inductor_configs=config)
+
+
+def torch_compiled(module: Method) -> Callable:
+    """The module under torch.compile, whole (fullgraph). T and n are symbols, apart from 1, which dynamo compiles on its
+    own: a method then has one more version for a single token or a single row of logits."""
+    remember_kernel_analyses()
+    torch._dynamo.config.recompile_limit = DYNAMO_RECOMPILE_LIMIT
+    # The methods are one function to dynamo, which else makes symbols of whatever differs between their inputs: with explicit
+    # state of the trace's length too, and torch 2.11 cannot lower a kernel that mutates such a tensor.
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    # Said, so that it is in the key of Inductor's own cache: not every torch has there how many threads kernels are written for.
+    options = {"cpp.threads": torch.get_num_threads()} if module.model.norm.device.type == "cpu" else None
+    compiled = torch.compile(module, fullgraph=True, options=options)
+    if module.name == "decode":
+        return compiled
+
+    def run(tokens: Tensor, positions: Tensor, logit_positions: Tensor, *more: Tensor):
+        # Not `dynamic=True`, which makes symbols of floats as well; those, torch.cond's branches cannot see.
+        torch._dynamo.maybe_mark_dynamic(tokens, 1)
+        torch._dynamo.maybe_mark_dynamic(logit_positions, 0)
+        return compiled(tokens, positions, logit_positions, *more)
+
+    return run
+
+
+@contextlib.contextmanager
+def _sizes_may_be_one() -> Iterator[None]:
+    """Lets a dynamic dimension of size 1 through export: a one-token prompt is a prompt."""
+    from torch.fx.experimental import _config
+
+    before = _config.backed_size_oblivious
+    _config.backed_size_oblivious = True
+    try:
+        yield
+    finally:
+        _config.backed_size_oblivious = before
