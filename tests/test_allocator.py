@@ -37,7 +37,7 @@ def test_a_run_sets_it_before_torch_is_imported():
     code = (
         "import os, sys\n"
         "from moeexp.stack import allocator\n"
-        "from moeexp.config.schema import compose\n"
+        "from moeexp.config.compose import compose\n"
         "assert 'torch' not in sys.modules\n"
         "allocator.prepare(compose(['allocator=cuda_malloc_async']))\n"
         "print(os.environ['PYTORCH_CUDA_ALLOC_CONF'])\n"

@@ -5,9 +5,11 @@ a child process runs).
 """
 
 import ast
+import contextlib
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,6 @@ ROOMS = (
 )  # fmt: skip
 GROUND = "moeexp"
 APPLICATION = {"hydra", "omegaconf", "wandb", "transformers", "hqq", "rich"}
-NAMED = re.compile(r"\bmoeexp(?:_kernels|_runner)?(?:\.[a-z_0-9]+)+")
 
 
 def modules(packages=PACKAGES):
@@ -42,7 +43,19 @@ def modules(packages=PACKAGES):
 def imported(source: str, name: str, is_package: bool, known) -> set[str]:
     """The known modules that a source imports, wherever in it: also in functions, under TYPE_CHECKING, by a relative name,
     and those that a string names after `-m`, in an import statement, or as `module:function`."""
-    found, tree = set(), ast.parse(source)
+    tree = ast.parse(source)
+    found = _imports(tree, name, is_package)
+    for code in _strings(tree):
+        found |= _imports(code, name, is_package)
+    found |= _run_by_name(tree)
+    # `from moeexp.record import record` names a module, `from moeexp.record.record import Record` a thing in one; the package
+    # that holds a module is not imported for its own sake.
+    result = found & set(known)
+    return {one for one in result if not any(other.startswith(one + ".") for other in result)} - {name}
+
+
+def _imports(tree: ast.AST, name: str, is_package: bool) -> set[str]:
+    found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -51,34 +64,26 @@ def imported(source: str, name: str, is_package: bool, known) -> set[str]:
             start = ".".join(base[: len(base) - node.level + 1]) if node.level else ""
             module = ".".join(filter(None, (start, node.module)))
             found |= {f"{module}.{alias.name}" for alias in node.names} | {module}
-    for called in _named_in_strings(tree):
-        found.add(called)
-    # `from moeexp.record import record` names a module, `from moeexp.record.record import Record` a thing in one; the package
-    # that holds a module is not imported for its own sake.
-    result = set()
-    for one in found:
-        if one in known:
-            result.add(one)
-    return {one for one in result if not any(other.startswith(one + ".") for other in result)} - {name}
+    return found
 
 
-def _named_in_strings(tree: ast.AST) -> set[str]:
-    """Modules that run by name: the argument after "-m", and dotted names in strings of code."""
+def _strings(tree: ast.AST) -> list[ast.AST]:
+    """The code in strings, as a child process or a test runs it."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.search(r"\b(from|import) moeexp", node.value):
+            with contextlib.suppress(SyntaxError):  # prose
+                found.append(ast.parse(textwrap.dedent(node.value)))
+    return found
+
+
+def _run_by_name(tree: ast.AST) -> set[str]:
+    """The arguments after "-m"."""
     found = set()
-    docstrings = {
-        id(node.body[0].value)
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
-        and node.body
-        and isinstance(node.body[0], ast.Expr)
-    }
     for node in ast.walk(tree):
         if isinstance(node, (ast.List, ast.Tuple)):
             texts = [item.value if isinstance(item, ast.Constant) else None for item in node.elts]
             found |= {after for flag, after in zip(texts, texts[1:], strict=False) if flag == "-m" and after}
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
-            if re.search(r"\b(?:import|from)\s+moeexp", node.value):
-                found |= set(NAMED.findall(node.value))
     return found
 
 
@@ -156,7 +161,8 @@ def test_every_room_is_there_and_every_file_lies_in_one():
     ("from .job import Job", {"moeexp.run.job"}),
     ("from ..sweep import worker", {"moeexp.sweep.worker"}),
     ('run(["python", "-m", "moeexp.sweep.worker", x])', {"moeexp.sweep.worker"}),
-    ('code = "import os; from moeexp.run import job"', {"moeexp.run"}),
+    ('code = "import os; from moeexp.run import job"', {"moeexp.run.job"}),
+    ('say("as you import moeexp.run.job, so it is")', set()),
     ('say("see `python -m moeexp.sweep.worker`")', set()),
 ])  # fmt: skip
 def test_imported_sees_every_form(source, others):
@@ -189,6 +195,21 @@ def _tops(source: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             found.add(node.module or "")
     return found
+
+
+def test_what_tests_import_is_there():
+    """In strings too, which fail only when they run."""
+    known = set(modules())
+    rooms = known | {name for one in known for name in (one.rpartition(".")[0],)}
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for tree in [ast.parse(path.read_text()), *_strings(ast.parse(path.read_text()))]:
+            for node in ast.walk(tree):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in PACKAGES:
+                    assert node.module in rooms, f"{path.name}: {node.module}"
+                    if node.module not in known or modules()[node.module].name == "__init__.py":
+                        names = {alias.name for alias in node.names} - {"__version__", "STARTED"}
+                        missing = [one for one in names if f"{node.module}.{one}" not in rooms]
+                        assert not missing, f"{path.name}: {node.module} has no {missing}"
 
 
 def test_nothing_imports_tests():

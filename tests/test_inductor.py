@@ -114,7 +114,8 @@ class Holder:
 
 TRACED = """
 import torch, triton
-from moeexp_kernels import linear, registry
+from moeexp_kernels import registry
+from moeexp_kernels.ops import linear
 from moeexp_runner.arena import Arena
 from torch._functorch.aot_autograd import aot_export_module
 from torch._higher_order_ops import triton_kernel_wrap

@@ -43,7 +43,8 @@ def test_wheel_has_no_top_level_but_ours(wheel):
 
 def test_unpacked_wheel_finds_its_configs(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    code = "from moeexp.config.schema import compose, conf_dir; print(conf_dir()); print(compose(['model=nano']).model.name)"
+    imports = "from moeexp.config.compose import compose; from moeexp.config.schema import conf_dir; "
+    code = f"{imports}print(conf_dir()); print(compose(['model=nano']).model.name)"
     environment = {"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin:/bin"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True

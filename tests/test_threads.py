@@ -145,7 +145,7 @@ def test_a_real_affinity():
     """That of `taskset`, and of a cpuset: the kernel takes what a cpuset leaves out from every affinity."""
     code = "\n".join([
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})",
-        "from moeexp import threads; print(threads.granted().cores)",
+        "from moeexp.config import threads; print(threads.granted().cores)",
     ])  # fmt: skip
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "1\n"
 
@@ -248,7 +248,10 @@ def test_it_sets_torch_and_the_number_of_compilers():
     assert done.stdout.splitlines() == ["3 1", "2 1", "1 7"], done.stderr
 
 
-BEFORE_TORCH = "import os, sys; from moeexp import threads; threads.prepare(); print('torch' in sys.modules, {v!r} in os.environ)"
+BEFORE_TORCH = (
+    "import os, sys; from moeexp.config import threads; "
+    "threads.prepare(); print('torch' in sys.modules, {v!r} in os.environ)"
+)
 
 
 @pytest.mark.parametrize(

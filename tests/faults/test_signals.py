@@ -18,7 +18,7 @@ from moeexp.sweep.history import History
 
 EXPERIMENT = """
 import sys, time
-from moeexp import tracker
+from moeexp.record import tracker
 from moeexp.cli import main
 def ready():
     print("ready", flush=True)
