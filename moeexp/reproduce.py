@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moeexp.config.errors import Parser
+from moeexp.config.recorded import LONGEST_ARGUMENT
 from moeexp.record.record import MAX_BYTES, full_config
 from moeexp.record.streams import fitted
 from moeexp.report.command_line import arguments_of, hydra_value
@@ -28,7 +29,6 @@ from moeexp.report.markdown import times
 from moeexp.report.records import find, read_published
 
 AGREES, DIFFERS, INVALID = 0, 1, 2
-LONGEST_ARGUMENT = 128_000  # bytes; Linux takes 131,071
 STDERR = 2  # what the run prints is not the answer
 # Longer than any record, whose size is limited when it is written.
 MAX_SIZE = 50 * MAX_BYTES

@@ -124,9 +124,11 @@ from triton.backends.compiler import GPUTarget
 from moeexp.stack.inductor import remember_kernel_analyses
 from moeexp.stack.methods import export_method
 from moeexp.model.qwen3_5_moe import state_shapes
-from moeexp.config.schema import compose
-from moeexp.config.validate import load_architecture, resolve
-from moeexp.model.weights import NEVER_QUANTISED, Random, load
+from moeexp.config.compose import compose
+from moeexp.config.resolve import resolve
+from moeexp.config.sources import load_architecture
+from moeexp.config.quantisation import NEVER_QUANTISED
+from moeexp.model.weights import Random, load
 
 class Driver:
     def get_current_target(self):

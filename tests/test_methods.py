@@ -175,7 +175,7 @@ def test_dynamo_makes_symbols_of_the_marked_lengths_alone(cfg, model, phases, mo
     must not become a symbol, of the state above all."""
     graphs, torch_compile = [], torch.compile
 
-    def keep(graph, inputs):
+    def keep(graph, inputs, options=None):
         values = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
         graphs.append([(tuple(x.shape), x.dtype) for x in values if isinstance(x, torch.Tensor)])
         return graph.forward

@@ -10,7 +10,7 @@ import moeexp_kernels
 import torch
 from moeexp_kernels.parts.pdl import OVERLAPPING, WITHIN_AN_OP, can_overlap
 
-SOURCES = sorted(Path(moeexp_kernels.__path__[0]).glob("*.py"))
+SOURCES = sorted(Path(moeexp_kernels.__path__[0]).rglob("*.py"))
 
 
 def kernels() -> dict[str, str]:

@@ -20,6 +20,7 @@ from moeexp.config.errors import Parser
 from moeexp.record import streams, tracker
 from moeexp.record.paths import expanded
 from moeexp.record.record import MAX_BYTES, Record, full_config, read_record
+from moeexp.report.command_line import arguments_of, hydra_value
 from moeexp.reproduce import main as reproduce
 from moeexp.stack import caches
 from moeexp.stack.compile_cache import cache_dir
@@ -183,9 +184,10 @@ def test_a_config_that_was_cut_is_run_again_whole(monkeypatch, capsys):
     assert run(f"prompt={prompt}", "batch=2", "max_seq_len=1000000") == 0
     (path,) = Path(".").rglob("record.json")
     called = []
-    monkeypatch.setattr("moeexp.reproduce.run_again", lambda record, folder: called.append(record) or record)
+    monkeypatch.setattr("moeexp.reproduce.run_again", lambda record, folder, trust: called.append(record) or record)
     reproduce([str(path), "--out", "again"])
     assert called[0]["config"]["prompt"] == prompt
+    assert f"prompt={hydra_value(prompt)}" in arguments_of(called[0])
     whole = path.with_name("config.json")
     whole.write_text(whole.read_text().replace("several", "other", 1))
     capsys.readouterr()

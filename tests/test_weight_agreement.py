@@ -14,7 +14,7 @@ from moeexp.check.snapshot_reader import SnapshotReader
 from moeexp.check.weight_agreement import check_weights
 from moeexp.config.architecture import Architecture
 from moeexp.config.schema import ModelConfig
-from moeexp.model import checkpoint, dequantise, weights
+from moeexp.model import checkpoint, dequantise
 from moeexp.model.checkpoint import Snapshot
 from moeexp.model.config_agreement import text_config
 
@@ -78,7 +78,7 @@ def test_gate_and_up_swapped_in_our_map_fail(snapshot, monkeypatch):
     """The loader and what the reference is given share the map: only the snapshot's own names tell."""
     folder, options, _ = snapshot
     real = checkpoint.pieces
-    for module in (weights, dequantise):
+    for module in (checkpoint, dequantise):
         monkeypatch.setattr(module, "pieces", lambda *args, **kwargs: swapped_in_experts(real(*args, **kwargs)))
     part = check(loaded(folder, **options), folder)
     assert failed(part) and all("mlp.experts.gate_up_proj" in line for line in part.failures())

@@ -29,7 +29,7 @@ AT_MOST = {
     "model.architecture.rope_parameters.rope_theta": 1 << 50,
 }
 LONGEST = 4096  # characters of a name or a path
-LONGEST_PROMPT = 100_000  # bytes; Linux takes 131,071 in one argument of a command
+LONGEST_ARGUMENT = 128_000  # bytes of a prompt, or of anything in a command; Linux takes 131,071
 LONGEST_LIST = 8192  # Hydra reads a list in time that grows with its square: this one in 7 s
 SHOWN = 60
 
@@ -85,12 +85,12 @@ def show(value: Any) -> str:
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
 
 
-def check_text(what: str, text: Any, *, longest: int = LONGEST, lines: bool = False) -> str:
+def check_text(what: str, text: Any, *, longest: int = LONGEST, lines: bool = False, too_long: str = "") -> str:
     """`text`, if it can be shown, pasted into a shell and handed on as it is. `lines`: it may have several, and tabs."""
     if not isinstance(text, str):
         raise ValueError(f"the record's {what} is {show(text)}, not text")
     if len(text.encode(errors="replace")) > longest:
-        raise ValueError(f"the record's {what} has {len(text)} characters; {longest} bytes are allowed")
+        raise ValueError(f"the record's {what} has {len(text)} characters{too_long}; {longest} bytes are allowed")
     for character in text:
         # Control characters act on the terminal that a command is pasted into; surrogates are no text.
         if unicodedata.category(character) in ("Cc", "Cs") and not (lines and character in "\n\t"):
@@ -123,9 +123,10 @@ def _check_value(path: str, kind: Any, value: Any) -> None:
             raise ValueError(f"the record's {path} has {len(value)} entries; {LONGEST_LIST} are allowed")
         for item in value:
             _check_value(path, get_args(kind)[0], item)
+    elif kind is str and path == "prompt":
+        check_text(path, value, longest=LONGEST_ARGUMENT, lines=True, too_long=", more than a command line can hold")
     elif kind is str:
-        prompt = path == "prompt"
-        check_text(path, value, longest=LONGEST_PROMPT if prompt else LONGEST, lines=prompt)
+        check_text(path, value)
     else:
         _check_plain(path, kind, value)
 

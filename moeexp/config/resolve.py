@@ -9,7 +9,7 @@ from moeexp.config.quantisation import default_group_size
 from moeexp.config.schema import Config, TrackerConfig
 from moeexp.config.sources import load_architecture, tokenizer_kind, weights_folder
 from moeexp.config.validate import DEFAULT_PROMPT, DEFAULT_PROMPT_LEN, _device, validate
-from moeexp.record.tracker import settled
+from moeexp.record.wandb_place import settled
 
 # Axes with nothing to act on without CUDA: recorded as not applicable, not refused, so that one sweep runs everywhere.
 NEEDS_CUDA_TO_MATTER = ("shared_stream", "skip_output_copy", "allocator")

@@ -62,7 +62,7 @@ class SamplerConfig:
 @dataclass
 class TrackerConfig:
     name: str = MISSING
-    # null: what W&B's own variables say (WANDB_PROJECT, WANDB_ENTITY, WANDB_RUN_GROUP, WANDB_TAGS), else see tracker.py
+    # null: what W&B's own variables say (WANDB_PROJECT, WANDB_ENTITY, WANDB_RUN_GROUP, WANDB_TAGS), else see wandb_place.py
     project: str | None = MISSING
     entity: str | None = MISSING
     group: str | None = MISSING

@@ -19,14 +19,11 @@ from urllib.parse import urlparse
 
 from moeexp.record.paths import expanded
 from moeexp.record.record import SAMPLES, read_record, shorten
+from moeexp.record.wandb_place import settled
 
 ANSWER = "moeexp-tracker: "
-PROJECT = "moeexp"
 # What W&B takes, and what it means.
 WANDB_MODES = {"online": "online", "offline": "offline", "disabled": "disabled", "run": "online", "dryrun": "offline"}
-WANDB_VARIABLES = {
-    "project": "WANDB_PROJECT", "entity": "WANDB_ENTITY", "group": "WANDB_RUN_GROUP", "tags": "WANDB_TAGS",
-}  # fmt: skip
 # Where `wandb login` goes without a server of one's own, by version.
 CLOUD_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
 SUMMARY_KEYS = ("decode_tok_s", "prefill_tok_s", "ttft_s", "bandwidth_share", "joules_per_token")
@@ -103,18 +100,6 @@ def check_environment(settings: dict[str, Any]) -> None:
     """Before a run: what tracking will read of the environment. `ValueError`, one line."""
     if settings["name"] == "wandb":
         wandb_mode(settings, os.environ)
-
-
-def settled(settings: dict[str, Any]) -> dict[str, Any]:
-    """With what the config leaves open of a W&B run's place: W&B's own variables, else ours."""
-    own = {key: os.environ.get(name) or None for key, name in WANDB_VARIABLES.items()}
-    tags = [tag.strip() for tag in (own["tags"] or "").split(",") if tag.strip()]
-    return settings | {
-        "project": settings["project"] or own["project"] or PROJECT,
-        "entity": settings["entity"] or own["entity"],
-        "group": settings["group"] or own["group"],
-        "tags": tags if settings["tags"] is None else settings["tags"],
-    }
 
 
 def _logged_in(environment: dict[str, str] | os._Environ) -> bool:
