@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -56,7 +57,13 @@ def headline(results: Path) -> str:
     weights = "random weights, " if record["random_weights"] else ""
     work = f"batch {config['batch']}, {config['prompt_len']} prompt and {config['new_tokens']} new tokens"
     line = f"{weights}{work}, every run's check passed; [records](results/{HEADLINE}). {_stalled(found.runs)}"
-    return f"{markdown_table(header, rows)}\n{_prose(line[0].upper() + line[1:])}"
+    command = f"```console\n$ {_command(record)}\n```"
+    return f"{markdown_table(header, rows)}\n{_prose(line[0].upper() + line[1:])}\n\n{command}"
+
+
+def _command(record: dict[str, Any]) -> str:
+    """As it was given, but for where it wrote."""
+    return shlex.join(word for word in record["command"] if not word.startswith(("hydra.", "tracker")))
 
 
 def ladder_short(results: Path) -> str:

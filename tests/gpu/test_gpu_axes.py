@@ -468,11 +468,14 @@ def test_kernels_per_token_are_those_that_are_replayed(stack, graph, state):
     split = token_split(session, tokens(21), 16, step_us=1000.0)
     assert kernels_per_token(split) == pytest.approx(split["kernels"], abs=0.05)
     if graph == "loop":
-        assert split["kernels"] == kernels and split["copies"] == copies + 1, "the row of ids goes to the host"
+        # The row of ids goes to the host; and once in these 16 steps the state that prefill gave goes where the graphs read it.
+        moved = len(session.arena.home) / 16 if state == "explicit" else 0
+        assert split["kernels"] == kernels and split["copies"] == copies + 1 + moved
     else:
         assert kernels < split["kernels"] < kernels + 8 and split["copies"] > copies
 
 
+@pytest.mark.alone  # the counter is the GPU's: what others draw would be in it
 @pytest.mark.parametrize("graph", ["false", "loop"])
 def test_energy_is_of_decoding_and_experts_are_counted(stack, graph):
     """Of more tokens the energy is more, each token's about the same, whatever the prompt takes."""
