@@ -96,6 +96,7 @@ def test_the_headline_is_the_median_of_three_processes_with_its_spread(tmp_path)
 
 
 def test_a_headline_of_fewer_processes_is_refused(checkout, capsys):
+    shutil.rmtree(checkout / "results" / HEADLINE)
     repeats(checkout / "results", 1.0, 1.1)
     assert figures.main(["--check", "README.md"]) == 2
     said = capsys.readouterr().err
