@@ -64,7 +64,7 @@ def reseal(folder, change):
     manifest = artifact_manifest.read_manifest(folder)
     del manifest["sha256"]
     change(manifest)
-    text = json.dumps(manifest | {"sha256": artifact_manifest._seal(manifest)})
+    text = json.dumps(manifest | {"sha256": artifact_manifest.seal(manifest)})
     (folder / artifact_manifest.MANIFEST).write_text(text)
 
 

@@ -8,7 +8,7 @@ from moeexp.config import threads
 from moeexp.config.quantisation import default_group_size
 from moeexp.config.schema import Config, TrackerConfig
 from moeexp.config.sources import load_architecture, tokenizer_kind, weights_folder
-from moeexp.config.validate import DEFAULT_PROMPT, DEFAULT_PROMPT_LEN, _device, validate
+from moeexp.config.validate import DEFAULT_PROMPT, DEFAULT_PROMPT_LEN, device_of, validate
 from moeexp.record.wandb_place import settled
 
 # Axes with nothing to act on without CUDA: recorded as not applicable, not refused, so that one sweep runs everywhere.
@@ -19,7 +19,7 @@ def resolve(cfg: Config, *, cuda_available: bool, at_once: int = 1) -> Config:
     """The validated config with every `auto` and null that has a meaning replaced by it; `cuda_graph` is then False or
     a string, and exactly one of prompt, prompt_ids and prompt_len is set. `at_once`: runs that share the machine."""
     arch, given = load_architecture(cfg.model), cfg.model.architecture
-    device = _device(cfg, cuda_available)
+    device = device_of(cfg, cuda_available)
     tokenizer = tokenizer_kind(cfg.model, arch)
     prompt, prompt_len = cfg.prompt, cfg.prompt_len
     if prompt is None and prompt_len is None and cfg.prompt_ids is None:

@@ -61,12 +61,12 @@ def validate(cfg: Config, *, cuda_available: bool) -> None:
     """`ValueError` (one line) for a config that cannot run on a machine with or without CUDA."""
     check_values(cfg)
     _check_device(cfg, cuda_available)
-    _check_axes(cfg, _device(cfg, cuda_available))
+    _check_axes(cfg, device_of(cfg, cuda_available))
     _check_sampler(cfg.sampler)
     arch = load_architecture(cfg.model)
     _check_prompt(cfg, arch)
     _check_quant(cfg.quant, arch)
-    _check_ops(cfg, _device(cfg, cuda_available), arch)
+    _check_ops(cfg, device_of(cfg, cuda_available), arch)
     _check_engine(cfg)
     if cfg.eos and not arch.eos_token_ids:
         raise ValueError("eos=true, and the model's config names no eos_token_id: use eos=false")
@@ -97,7 +97,7 @@ def check_values(cfg: Config) -> None:
 def _check_device(cfg: Config, cuda_available: bool) -> None:
     if cfg.device == "cuda" and not cuda_available:
         raise ValueError("device=cuda, and torch finds no CUDA GPU here: use device=cpu, or run where there is one")
-    if _device(cfg, cuda_available) == "cuda":
+    if device_of(cfg, cuda_available) == "cuda":
         return
     where = "device=cpu" if cuda_available else "torch finds no CUDA GPU here"
     for path, off in (("cuda_graph", False), ("allocator", "native")):
@@ -257,7 +257,7 @@ def _check_engine(cfg: Config) -> None:
             raise ValueError(f"engine=transformers has no {path}={_show(get(cfg, path))}: use {fix}, or engine=moeexp")
 
 
-def _device(cfg: Config, cuda_available: bool) -> str:
+def device_of(cfg: Config, cuda_available: bool) -> str:
     return cfg.device if cfg.device != "auto" else "cuda" if cuda_available else "cpu"
 
 

@@ -34,5 +34,5 @@ def percent(part: float) -> str:
     return f"{100 * part:.0f} %"
 
 
-def _is_marked(record: dict[str, Any]) -> bool:
+def is_marked(record: dict[str, Any]) -> bool:
     return bool(record["random_weights"] and record["decode_tok_s"] is not None)

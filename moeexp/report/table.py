@@ -14,7 +14,7 @@ from moeexp.report.format import (
     RANDOM_WEIGHTS,
     STALLS,
     WEIGHTS,
-    _is_marked,
+    is_marked,
     number,
     stalls_text,
 )
@@ -56,7 +56,7 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
 
 def footnotes(records: Sequence[dict[str, Any]]) -> list[str]:
     """What the table's marks mean, and why each run that is not ok is not."""
-    notes = [f"\\* {RANDOM_WEIGHTS}"] if any(_is_marked(record) for record in records) else []
+    notes = [f"\\* {RANDOM_WEIGHTS}"] if any(is_marked(record) for record in records) else []
     if any(is_median(record, "prefill_tok_s") for record in records):
         notes.append(f"{MEDIAN} {MEDIAN_NOTE}")
     against = _against_first(records)
@@ -93,7 +93,7 @@ def _against_first(records: Sequence[dict[str, Any]]) -> list[tuple[bool, str]]:
 
 def _results(record: dict[str, Any], marks: str) -> list[str]:
     memory, ttft = record["memory_gib"] or {}, record["ttft_s"]
-    mark = r"\*" if _is_marked(record) else ""
+    mark = r"\*" if is_marked(record) else ""
     return [
         record["status"],
         number(record["decode_tok_s"]) + mark + marks,

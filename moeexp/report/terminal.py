@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -19,9 +19,6 @@ from moeexp.report.table import footnotes, markdown, table
 COLOURS = {"ok": "green", "running": "yellow", "unsupported": "yellow", "interrupted": "yellow", "lost": "yellow"}
 MAX_TEXT = 600
 LABEL = 14
-
-if TYPE_CHECKING:
-    pass
 
 Row = tuple[str, str | Text]
 
@@ -52,7 +49,7 @@ def print_sweep(records: Sequence[dict[str, Any]], *, path: Path, console: Conso
         console.print(_view(records))
         for note in footnotes(records):
             console.print(Text(note.replace("\\*", "*"), style="dim"))
-    console.print(f"table  {_short(path)}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"table  {short_path(path)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def outcome(record: dict[str, Any]) -> str:
@@ -93,7 +90,7 @@ def _findings(record: dict[str, Any]) -> list[Row]:
 
 
 def _places(record: dict[str, Any], path: Path) -> list[Row]:
-    rows: list[Row] = [("record", _short(path))]
+    rows: list[Row] = [("record", short_path(path))]
     tracker = record["tracker"] or {}
     if tracker.get("url"):
         rows.append(("W&B", tracker["url"]))
@@ -182,7 +179,7 @@ def _compact(value: Any) -> str:
     return f"{value:.2g}" if isinstance(value, (int, float)) else "not finite" if value is None else str(value)
 
 
-def _short(path: Path) -> str:
+def short_path(path: Path) -> str:
     """Relative where that is a path below here."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative

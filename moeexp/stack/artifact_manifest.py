@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-
     from moeexp.record.phases import Phases
-
 
 VERSION = 3  # 2: without `threads` in the config and the identity of what it was made from; 1: without l2_prefetch
 MANIFEST = "manifest.json"
@@ -41,7 +39,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         sealed, version = manifest.pop("sha256"), manifest["version"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"artifact={folder} is damaged: {MANIFEST} cannot be read; export it again") from error
-    if sealed != _seal(manifest):
+    if sealed != seal(manifest):
         raise ValueError(f"artifact={folder} is damaged: {MANIFEST} does not fit its own digest; export it again")
     if version != VERSION:
         raise ValueError(f"artifact={folder} has version {version}, this moeexp reads {VERSION}; export it again")
@@ -90,7 +88,7 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _seal(manifest: dict[str, Any]) -> str:
+def seal(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from moeexp import __version__
 from moeexp.config.schema import Config
 from moeexp.record.record import plain
-from moeexp.stack.artifact_manifest import MANIFEST, VERSION, _seal, file_digest, here
+from moeexp.stack.artifact_manifest import MANIFEST, VERSION, file_digest, here, seal
 
 if TYPE_CHECKING:
     from moeexp.stack.factory import Stack
@@ -73,7 +73,7 @@ def write(
             },
         }
         manifest = json.loads(json.dumps(manifest))
-        (scratch / MANIFEST).write_text(json.dumps(manifest | {"sha256": _seal(manifest)}, indent=1) + "\n")
+        (scratch / MANIFEST).write_text(json.dumps(manifest | {"sha256": seal(manifest)}, indent=1) + "\n")
         os.replace(scratch, out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -1,21 +1,16 @@
-"""What a sweep's runs are doing, in one line on a terminal; nothing where there is none."""
+"""What a sweep shows: what it would do, cell by cell, and what its runs are doing, in one line on a terminal."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from moeexp.report.terminal import _short
+from moeexp.report.terminal import short_path
 from moeexp.sweep.cells import Cell
-from moeexp.sweep.history import read_running
-
-if TYPE_CHECKING:
-    from moeexp.sweep.cells import Cell
-    from moeexp.sweep.history import History
+from moeexp.sweep.history import History, read_running
 
 INTERVAL_S = 1.0
 
@@ -54,7 +49,7 @@ def print_cells(cells: Sequence[Cell], *, history: History, console: Console) ->
         if cell.refusal is not None:
             line = f"unsupported  {' '.join(str(cell.refusal).split())}"
         elif not cell.again and cell.earlier is not None:
-            line = f"done         {cell.earlier.status}, {_short(cell.earlier.path)}"
+            line = f"done         {cell.earlier.status}, {short_path(cell.earlier.path)}"
         else:
             before = f"{cell.earlier.status} before, " if cell.earlier is not None else ""
             seconds, source = history.seconds(cell.config_hash or "")
