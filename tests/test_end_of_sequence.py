@@ -191,5 +191,6 @@ def test_transformers_stops_at_the_same_tokens(run, tmp_path):
     ours = run(*given, "eos=true", eos=token)[1]["generated_ids"][0]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "snapshot", dtype=torch.float32, attn_implementation="eager")
     ids = torch.tensor([prompt])
-    theirs = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    theirs = model.generate(**given, max_new_tokens=12, do_sample=False, pad_token_id=0)
     assert ours == theirs[0, len(prompt) :].tolist() and len(ours) <= 5 and ours[-1] == token
