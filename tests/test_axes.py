@@ -87,7 +87,7 @@ def test_the_experts_that_steps_chose_are_read_from_the_state(stack, dispatch, s
     ids = built.session.generate(prompt, 12)
     chosen = chosen_experts(built, 21, ids)
     stopped = built.session.generate(prompt, 12, on_token=lambda row, index: index == 5)
-    short = chosen_experts(built, 21, stopped)
+    short = chosen_experts(built, 21, [stopped[0][:3], stopped[1]])  # a row that ended before the other
     trace = record_trace(built, prompt, 12, forced=torch.tensor(ids)[:, :-1])
     assert torch.equal(chosen.long(), trace.expert_ids[:, :, 21:])
     assert torch.equal(short.long(), trace.expert_ids[:, :, 21 : 21 + 5]), "not those of steps that ran in vain"

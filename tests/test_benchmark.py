@@ -189,3 +189,29 @@ def test_energy_is_of_decoding_alone_and_no_sample(make, monkeypatch):
     assert found["joules_per_token"] == pytest.approx(40.0 * 0.25 / 2), "two sequences share a step"
     assert found["energy"]["joules_per_prefill"] == pytest.approx(100.0)
     assert len(bench.samples.token_s) == timed == len(bench.record.latencies_ms)
+
+
+def test_tokens_beyond_an_end_count_for_nothing(make, monkeypatch):
+    """Of two rows one ends with its third token of ten, while the other goes on: nine steps' time, and 9 + 2 tokens after
+    the first ones."""
+    bench = make(new_tokens=10, repeats=2, min_samples=1, min_time_s=0.0)
+    bench.eos, session = {7}, bench.session
+
+    def generate(tokens, new_tokens, *, on_token):
+        rows = [[20 + index, 7 if index == 2 else 1] for index in range(new_tokens)]
+        for index, row in enumerate(rows):
+            session.clock.now += session.step_s() if index else 1.0
+            assert not on_token(row, index), "the first row goes on"
+        return [list(row) for row in zip(*rows, strict=True)]
+
+    session.generate = generate
+    run(bench)
+    assert bench.ids == [list(range(20, 30)), [1, 1, 7]]
+    values = bench.values()
+    assert values["decode_tok_s"] == 11 / (9 * 0.25) and values["stalls"]["decode_tok_s"] == pytest.approx(11 / (9 * 0.25))
+    assert [(one["n"], one["tokens"]) for one in bench.rounds] == [(9, 11)] * 2
+    assert bench.step_s() == 0.25
+    taken = {}
+    monkeypatch.setattr(energy, "counter", lambda device: None)
+    monkeypatch.setattr(energy, "of_decoding", lambda generate, new_tokens, read: taken.update(tokens=generate(new_tokens)))
+    assert bench.energy() == {} and taken == {"tokens": 11}

@@ -46,7 +46,7 @@ class Gpu:
 def test_it_is_that_of_decoding_alone(monkeypatch, period, new_tokens, prefill):
     for seed in range(5):
         gpu = Gpu(monkeypatch, prefill=prefill, period=period, start=3.0 + 0.017 * seed)
-        found = of_decoding(gpu.generate, new_tokens, batch=4, read=gpu.read)
+        found = of_decoding(lambda n, gpu=gpu: 4 * gpu.generate(n), new_tokens, read=gpu.read)
         assert found["tokens"] == 4 * (new_tokens - 1)
         assert found["joules"] == pytest.approx(0.5 * (new_tokens - 1), abs=0.003 * found["joules_per_generation"])
         assert found["joules"] == found["joules_per_generation"] - found["joules_per_prefill"]
@@ -57,7 +57,7 @@ def test_it_is_that_of_decoding_alone(monkeypatch, period, new_tokens, prefill):
 def test_the_pass_is_bounded(monkeypatch):
     gpu = Gpu(monkeypatch)
     begin = gpu.now
-    assert of_decoding(gpu.generate, 32, batch=1, read=gpu.read) is not None
+    assert of_decoding(gpu.generate, 32, read=gpu.read) is not None
     assert gpu.now - begin < 2 * (energy.SECONDS + energy.IDLE_S + 4 * gpu.period)
 
 
@@ -66,13 +66,13 @@ def test_a_counter_that_does_not_tell_gives_nothing(monkeypatch, readings):
     gpu = Gpu(monkeypatch)
     read = {"none": None, "stuck": lambda: 5.0, "stuck later": lambda: min(gpu.shown, 5060.0)}[readings]
     begin = gpu.now
-    assert of_decoding(gpu.generate, 32, batch=1, read=read) is None
+    assert of_decoding(gpu.generate, 32, read=read) is None
     assert gpu.now - begin < energy.SECONDS + 3 * energy.PATIENCE_S
 
 
 def test_nothing_is_decoded_or_nothing_is_left(monkeypatch):
     gpu = Gpu(monkeypatch)
-    assert of_decoding(gpu.generate, 1, batch=1, read=gpu.read) is None and gpu.generations == []
+    assert of_decoding(gpu.generate, 1, read=gpu.read) is None and gpu.generations == []
     free = Gpu(monkeypatch, step=(0.0, 0.002), prefill=(400.0, 0.0503))
     lower = {1: 1.0, 32: 0.5}
 
@@ -80,9 +80,9 @@ def test_nothing_is_decoded_or_nothing_is_left(monkeypatch):
         free.run(400.0 * lower[new_tokens], 0.05)
         return new_tokens - 1
 
-    assert of_decoding(generate, 32, batch=1, read=free.read) is None, "not positive"
+    assert of_decoding(generate, 32, read=free.read) is None, "not positive"
     stopped = Gpu(monkeypatch)
-    assert of_decoding(lambda n: 0 * stopped.generate(n), 32, batch=1, read=stopped.read) is None, "each ended at once"
+    assert of_decoding(lambda n: 0 * stopped.generate(n), 32, read=stopped.read) is None, "each ended at once"
 
 
 def test_without_a_gpu_there_is_no_counter(monkeypatch):

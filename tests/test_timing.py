@@ -52,10 +52,13 @@ def test_latencies_are_differences_of_arrivals(clock):
 def test_stops_once_every_row_has_ended(clock):
     rows = [[7, 1], [2, 1], [3, 9], [4, 4]]
     samples = Samples()
-    assert time_generation(ScriptedSession(rows, clock), None, 4, samples, stop_ids={7, 9}) == [[7, 2, 3], [1, 1, 9]]
+    assert time_generation(ScriptedSession(rows, clock), None, 4, samples, stop_ids={7, 9}) == [[7], [1, 1, 9]]
     assert len(samples.token_s) == 2 and samples.lengths == [2]
-    assert len(time_generation(ScriptedSession(rows, clock), None, 4, samples, stop_ids={7})[0]) == 4
-    assert len(time_generation(ScriptedSession(rows, clock), None, 4, samples)[0]) == 4
+    assert samples.tokens == [1, 1], "the first row ended with its first token; what it makes beside the other counts for nothing"
+    assert time_generation(ScriptedSession(rows, clock), None, 4, samples, stop_ids={7}) == [[7], [1, 1, 9, 4]]
+    assert time_generation(ScriptedSession(rows, clock), None, 4, samples) == [[7, 2, 3, 4], [1, 1, 9, 4]]
+    assert samples.tokens == [1, 1, 1, 1, 1, 2, 2, 2]
+    assert time_generation(ScriptedSession(rows, clock), None, 4, Samples(), stop_ids={3, 9}) == [[7, 2, 3], [1, 1, 9]]
 
 
 def test_an_interrupted_generation_keeps_its_samples(clock):
@@ -83,7 +86,7 @@ def test_a_real_session_is_timed():
 
 
 def test_a_throughput_is_tokens_over_time():
-    assert throughput(3, [0.5, 0.5, 2.0]) == 3.0
+    assert throughput(9, [0.5, 0.5, 2.0]) == 3.0
 
 
 def test_read_bandwidth_is_bytes_over_the_best_time(monkeypatch):

@@ -214,14 +214,17 @@ def _validate(config: Any, token_ids: Tensor, prompt_len: int, expert_ids: Tenso
 
 
 @torch.no_grad()
-def generate_reference(model: str | Path | nn.Module, prompt_ids: Tensor, new_tokens: int) -> Tensor:
+def generate_reference(
+    model: str | Path | nn.Module, prompt_ids: Tensor, new_tokens: int, *, config: Any = None
+) -> Tensor:
     """Greedy `transformers.generate` in float32, eager: prompt_ids [B, P] -> the new ids [B, new_tokens].
 
-    `model` is a snapshot folder or a `Qwen3_5MoeForCausalLM` in float32. Goes on past end-of-sequence tokens, as a
-    benchmark does. For models whose float32 weights fit; `ValueError` where the snapshot does not fill the model.
+    `model` is a snapshot folder or a `Qwen3_5MoeForCausalLM` in float32. `config` of a folder is transformers' text config
+    as in `run_reference`: the class alone would not see what a multimodal config says outside. Goes on past end-of-sequence
+    tokens: a row is cut later. For models whose float32 weights fit; `ValueError` where the snapshot does not fill the model.
     """
     if not isinstance(model, nn.Module):
-        model = _load_causal_lm(Path(model))
+        model = _load_causal_lm(Path(model), config)
     assert all(p.dtype == torch.float32 for p in model.parameters()), "the model must be in float32"
     settings = model.generation_config
     model.generation_config = type(settings)()  # the snapshot's own would bring sampling and end-of-sequence back
@@ -240,13 +243,14 @@ def generate_reference(model: str | Path | nn.Module, prompt_ids: Tensor, new_to
     return ids[:, prompt_ids.shape[1] :]
 
 
-def _load_causal_lm(folder: Path) -> nn.Module:
+def _load_causal_lm(folder: Path, config: Any) -> nn.Module:
     from transformers import Qwen3_5MoeForCausalLM
 
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json: give the folder of a Hugging Face snapshot")
     model, info = Qwen3_5MoeForCausalLM.from_pretrained(
         folder,
+        config=None if config is None else eager(config),
         dtype=torch.float32,
         attn_implementation="eager",
         experts_implementation="eager",

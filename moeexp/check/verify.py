@@ -287,7 +287,8 @@ def _against_generate(cfg: Config, stack: Stack, trace: Trace, phases: Phases) -
     if folder is None or cfg.quant.bits != 16 or cfg.sampler.name != "greedy" or size > GENERATE_ELEMENTS:
         return []
     with phases("check: generate"):
-        expected = generate_reference(folder, trace.token_ids[:, : trace.prompt_len].cpu(), cfg.new_tokens).tolist()
+        prompt, config = trace.token_ids[:, : trace.prompt_len].cpu(), text_config(cfg.model)
+        expected = generate_reference(folder, prompt, cfg.new_tokens, config=config).tolist()
     rows = []
     for row, (ours, theirs) in enumerate(zip(generated_ids(trace), expected, strict=True)):
         differing = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from moeexp.config import end_of_sequence
 
 LAYER_TYPES = ("linear_attention", "full_attention")
 MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
@@ -116,7 +118,6 @@ class Architecture:
             if interval < 1:
                 raise ValueError(f"full_attention_interval={interval} in the model config must be at least 1")
             types = ["full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(layers)]
-        eos = config.get("eos_token_id", outer.get("eos_token_id"))
         arch = Architecture(
             **{key: config[key] for key in REQUIRED},
             layer_types=tuple(types),
@@ -124,15 +125,16 @@ class Architecture:
             rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
             linear_conv_kernel_dim=int(config.get("linear_conv_kernel_dim", 4)),
             rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", outer.get("tie_word_embeddings", False))),
+            tie_word_embeddings=bool(outer.get("tie_word_embeddings", False)),  # of a nested config too
             max_position_embeddings=int(config.get("max_position_embeddings", 32768)),
-            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),),
+            eos_token_ids=end_of_sequence.of_config(outer),
         )
         arch._validate()
         return arch
 
     @staticmethod
     def from_folder(folder: Path) -> Architecture:
+        """Of a snapshot's config.json; a generation_config.json has the ids that end a sequence."""
         path = folder / "config.json"
         if not path.is_file():
             raise ValueError(f"{folder} has no config.json: give the folder of a Hugging Face snapshot")
@@ -140,7 +142,10 @@ class Architecture:
             config = json.loads(path.read_text())
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not valid JSON: {error}") from error
-        return Architecture.from_hf(config)
+        if not isinstance(config, dict):
+            raise ValueError(f"{path} holds a {type(config).__name__}; a model config is a JSON object")
+        eos = end_of_sequence.of_snapshot(folder)
+        return replace(Architecture.from_hf(config), eos_token_ids=eos)
 
     def to_hf(self) -> dict[str, Any]:
         """A flat dict that `Qwen3_5MoeTextConfig(**d)` accepts."""

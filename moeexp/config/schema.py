@@ -124,7 +124,7 @@ class Config:
     prompt_len: int | None = MISSING
     new_tokens: int = MISSING
     max_seq_len: int = MISSING
-    eos: bool = MISSING  # stop at the model's end-of-sequence token
+    eos: bool = MISSING  # a row ends at its first end-of-sequence token, the run once all have; only answers count as tokens
     seed: int = MISSING
     repeats: int = MISSING  # rounds of one prefill and one generation: at least so many,
     min_samples: int = MISSING  # and until there are so many token latencies,

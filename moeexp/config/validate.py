@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from dataclasses import fields
 
-from moeexp.config import threads
+from moeexp.config import end_of_sequence, threads
 from moeexp.config.architecture import Architecture
 from moeexp.config.quantisation import default_group_size, in_features
 from moeexp.config.schema import Config, QuantConfig, SamplerConfig, model_label
-from moeexp.config.sources import heldout_file, heldout_text, load_architecture, tokenizer_kind
+from moeexp.config.sources import heldout_file, heldout_text, load_architecture, tokenizer_kind, weights_folder
 
 DEFAULT_PROMPT = "In the beginning"
 DEFAULT_PROMPT_LEN = 32
@@ -68,8 +68,10 @@ def validate(cfg: Config, *, cuda_available: bool) -> None:
     _check_quant(cfg.quant, arch)
     _check_ops(cfg, device_of(cfg, cuda_available), arch)
     _check_engine(cfg)
-    if cfg.eos and not arch.eos_token_ids:
-        raise ValueError("eos=true, and the model's config names no eos_token_id: use eos=false")
+    if cfg.eos:
+        folder = weights_folder(cfg.model)
+        where = "the model config" if folder is None else str(end_of_sequence.file_of(folder))
+        end_of_sequence.check(arch.eos_token_ids, arch.vocab_size, where)
 
 
 def get(cfg: Config, path: str):

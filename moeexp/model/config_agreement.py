@@ -19,14 +19,15 @@ from moeexp.config.sources import load_architecture, weights_folder
 # What the model takes for granted, and transformers' attribute for it (absent: transformers does it always).
 ASSUMED = {"hidden_act": "silu", "attention_bias": False, "attn_output_gate": True, "norm_topk_prob": True}
 PLAIN = (*REQUIRED, "linear_conv_kernel_dim", "rms_norm_eps", "max_position_embeddings")
-# Keys that a multimodal config may hold outside `text_config`, where transformers' text config does not look.
-OUTER = ("tie_word_embeddings", "eos_token_id")
 
 
 def text_config(model: ModelConfig) -> Any:
     """transformers' own `Qwen3_5MoeTextConfig`: of the snapshot's config.json, or of `model.architecture` as it is given.
-    `ValueError` where transformers refuses it."""
-    from transformers import Qwen3_5MoeConfig, Qwen3_5MoeTextConfig
+    `ValueError` where transformers refuses it.
+
+    What the model around the text model decides stands in it as well: of a nested config the outer one says whether the
+    head is tied, and the generation config has the ids that end a sequence."""
+    from transformers import GenerationConfig, Qwen3_5MoeConfig, Qwen3_5MoeTextConfig
 
     folder = weights_folder(model)
     given = _given(model, folder)
@@ -35,17 +36,28 @@ def text_config(model: ModelConfig) -> Any:
     try:
         if folder is not None:
             made = kind.from_pretrained(folder, local_files_only=True)
+            generation = _generation_config(folder)
         else:
             made = kind(**{key: value for key, value in copy.deepcopy(given).items() if key != "model_type"})
+            generation = GenerationConfig.from_model_config(made)
     except Exception as error:
         raise ValueError(f"transformers refuses this model config: {' '.join(str(error).split())}") from error
     config = made.get_text_config(decoder=True)
-    if nested:
-        inner = given.get("text_config") or {}
-        for key in OUTER:  # the model that such a config describes is the outer one
-            if key not in inner and key in given:
-                setattr(config, key, given[key])
+    config.tie_word_embeddings = made.tie_word_embeddings
+    config.eos_token_id = generation.eos_token_id
     return config
+
+
+def _generation_config(folder: Path) -> Any:
+    """As transformers finds it when it loads a model."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except OSError:  # there is none
+        return GenerationConfig.from_pretrained(
+            folder, config_file_name="config.json", local_files_only=True, _from_model_config=True
+        )
 
 
 def check_agreement(model: ModelConfig, arch: Architecture | None = None) -> None:

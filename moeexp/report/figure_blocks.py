@@ -14,6 +14,7 @@ from moeexp.record.record import read_record
 from moeexp.report import processes
 from moeexp.report.effects import main_effects
 from moeexp.report.format import number, percent
+from moeexp.report.intervals import tokens_per_step
 from moeexp.report.markdown import by_medians, markdown_table, times, without_stalls
 from moeexp.report.records import load_records
 from moeexp.report.runs import Run, as_text, gain, runs_of
@@ -232,7 +233,7 @@ def _tok_s(run: Run) -> str:
 
 
 def _ms(run: Run) -> str:
-    return number(1e3 * run.record["config"]["batch"] / run.speed.tok_s)
+    return number(1e3 * tokens_per_step(run.record) / run.speed.tok_s)
 
 
 def _kernels(run: Run) -> str:

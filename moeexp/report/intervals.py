@@ -163,11 +163,11 @@ def speed_of(record: dict[str, Any]) -> Speed | None:
     tok_s, latencies = record["decode_tok_s"], record["token_latencies_ms"]
     if tok_s is None:
         return None
-    group, latencies, batch = group_name(record), latencies or {}, record["config"]["batch"]
+    group, latencies, tokens = group_name(record), latencies or {}, tokens_per_step(record)
     samples = np.asarray(latencies.get("samples", []), dtype=np.float64)
     speed = Speed(
         tok_s,
-        median_tok_s=1e3 * batch / latencies["p50"] if latencies.get("p50") else None,
+        median_tok_s=1e3 * tokens / latencies["p50"] if latencies.get("p50") else None,
         corrected_tok_s=(record.get("stalls") or {}).get("decode_tok_s"),
         timed_with=group,
         started=record["started"],
@@ -176,7 +176,7 @@ def speed_of(record: dict[str, Any]) -> Speed | None:
     )
     if len(samples) < MIN_SAMPLES or not (samples > 0).any() or not latencies["mean"] > 0:
         return speed
-    if abs(1e3 * batch / latencies["mean"] / tok_s - 1) >= SAME_SPEED:
+    if abs(1e3 * tokens / latencies["mean"] / tok_s - 1) >= SAME_SPEED:
         return speed
     lengths = round_lengths(record, len(samples))
     own = str(record["id"])
@@ -189,6 +189,13 @@ def speed_of(record: dict[str, Any]) -> Speed | None:
     if speed.median_tok_s is None or not (medians > 0).all():
         return speed
     return replace(speed, log_medians=math.log(speed.median_tok_s) + math.log(float(np.median(samples))) - np.log(medians))
+
+
+def tokens_per_step(record: dict[str, Any]) -> float:
+    """The batch; fewer where sequences ended before others and ran along."""
+    rounds = [one for one in record.get("rounds") or [] if "tokens" in one]
+    steps = sum(one["n"] for one in rounds)
+    return sum(one["tokens"] for one in rounds) / steps if steps else record["config"]["batch"]
 
 
 def run_to_run(record: dict[str, Any]) -> float:

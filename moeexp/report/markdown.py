@@ -11,7 +11,7 @@ from moeexp.report.ablation import Part, Stack, stacks
 from moeexp.report.conditions import odd_ones
 from moeexp.report.effects import MEANING, interactions, main_effects
 from moeexp.report.format import APART, NONE, STALLS, WEIGHTS, number, percent, stalls_text
-from moeexp.report.intervals import Interval
+from moeexp.report.intervals import Interval, tokens_per_step
 from moeexp.report.runs import Run, runs_of, settings_text
 from moeexp.report.waterfall import Step, waterfalls
 
@@ -134,7 +134,7 @@ def steps_table(steps: Sequence[Step]) -> tuple[list[str], list[list[str]]]:
             [
                 step.label,
                 number(speed.tok_s if speed else None),
-                number(1e3 * record["config"]["batch"] / speed.tok_s if speed else None),
+                number(1e3 * tokens_per_step(record) / speed.tok_s if speed else None),
                 times(step.gain),
                 by_medians(step.gain),
                 without_stalls(step.gain),

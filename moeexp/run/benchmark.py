@@ -28,7 +28,8 @@ class Benchmark:
     every prefill and generation, so that an interrupted run keeps what it has measured.
 
     Of a round, `prefill_s`, `ttft_s` and `decode_ms_p50` are medians, latencies; what its throughput needs are sums: `n`
-    tokens in `decode_s`, `prefills` in `prefills_s`.
+    steps in `decode_s`, which made `tokens`, and `prefills` in `prefills_s`. With `eos` a sequence that has ended runs along
+    until all have: its steps take their time, and what they make is no token of an answer and not counted.
 
     prompt [B, T] int64, on the session's device; `eos`: ids that end a generation, or None."""
 
@@ -69,6 +70,7 @@ class Benchmark:
                 "at": round(time.time() - seconds, 3),  # seconds since 1970: rounds of other runs lie between these
                 "seconds": round(seconds, 4),
                 "n": len(new),
+                "tokens": sum(samples.tokens[tokens:]),
                 "decode_s": round(math.fsum(new), 7),
                 "decode_ms_p50": round(1e3 * statistics.median(new), 5) if new else None,
                 "prefills": len(fed),
@@ -88,16 +90,23 @@ class Benchmark:
         """Record keys; throughputs are tokens over time, over all samples."""
         samples, cfg = self.samples, self.cfg
         found: dict[str, Any] = {
-            "prefill_tok_s": timing.throughput(cfg.batch * self.prompt.shape[1], samples.prefill_s),
+            "prefill_tok_s": timing.throughput(
+                cfg.batch * self.prompt.shape[1] * len(samples.prefill_s), samples.prefill_s
+            ),
             "ttft_s": statistics.median(samples.ttft_s),
             "rounds": self.rounds,
         }
         if samples.token_s:
             latencies = [1e3 * value for value in samples.token_s]
             ahead = cfg.loop_ahead if cfg.cuda_graph in ("loop", "all") else 1
-            found["decode_tok_s"] = timing.throughput(cfg.batch, samples.token_s)
-            found["stalls"] = stalls.find(latencies, samples.lengths, ahead, cfg.batch)
+            tokens = sum(samples.tokens)
+            found["decode_tok_s"] = timing.throughput(tokens, samples.token_s)
+            found["stalls"] = stalls.find(latencies, samples.lengths, ahead, tokens / len(latencies))
         return found
+
+    def step_s(self) -> float | None:
+        """The mean time of a decode step, of all sequences; None without one."""
+        return statistics.fmean(self.samples.token_s) if self.samples.token_s else None
 
     def energy(self) -> dict[str, Any]:
         """Record keys, of decoding alone: from generations of their own, none of them timed. Nothing where no GPU tells."""
@@ -106,10 +115,10 @@ class Benchmark:
             unused = timing.Samples()
             timing.time_generation(self.session, self.prompt, new_tokens, unused, stop_ids=self.eos)
             timing.synchronize(self.session.device)
-            return len(unused.token_s)
+            return sum(unused.tokens)
 
         read = energy.counter(self.session.device)
-        found = energy.of_decoding(generate, self.cfg.new_tokens, batch=self.cfg.batch, read=read)
+        found = energy.of_decoding(generate, self.cfg.new_tokens, read=read)
         return {} if found is None else {"energy": found, "joules_per_token": found["joules"] / found["tokens"]}
 
     def _generate(self) -> None:

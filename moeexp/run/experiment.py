@@ -132,7 +132,7 @@ class Run:
         cfg, stack = self.cfg, self.stack
         floor = self.floor(bandwidth)
         values, steps = self.benchmark.values(), min(cfg.new_tokens - 1, STEPS)
-        step_s = cfg.batch / values["decode_tok_s"] if "decode_tok_s" in values else None
+        step_s = self.benchmark.step_s()
         split = token_split(stack.session, self.on_device, steps, step_us=1e6 * step_s) if step_s else None
         self.record.set(
             **values,
@@ -154,7 +154,7 @@ class Run:
         """After check and timing: their ids, the text, its quality, a trace where one is wanted."""
         cfg, record, decode = self.cfg, self.record, self.text.decode
         ids = self.benchmark.ids
-        _compare_ids(record, ids, stopped_early=self.eos is not None)
+        _compare_ids(record, ids, self.eos)
         record.set(generated_ids=ids, generated_text=[decode(row) for row in ids] if decode else None)
         record_quality(cfg, self.stack.session, self.text, record, self.phases)
         if cfg.profile == "trace":
@@ -175,14 +175,13 @@ def _apart(found: dict[str, Any]) -> str:
     return f"tokens differ from those of {found['from']} from {where} on: {why}"
 
 
-def _compare_ids(record: Record, ids: list[list[int]], *, stopped_early: bool) -> None:
-    """What was timed must be what was checked: the same tokens."""
+def _compare_ids(record: Record, ids: list[list[int]], eos: set[int] | None) -> None:
+    """What was timed must be what was checked: the same tokens, of which the check ends no row."""
     check = record.data["check"]
     if check is None:
         return
     checked = check.pop("generated_ids")
-    same = all(a[: len(b)] == b if stopped_early else a == b for a, b in zip(checked, ids, strict=True))
-    if not same:
+    if [timing.cut(row, eos) for row in checked] != ids:
         check["passed"] = False
         check["failures"].append("benchmark: the timed generation chose other tokens than the checked one")
 
@@ -214,8 +213,9 @@ def early_starts(session: Session) -> int | None:
 
 def chosen_experts(stack: Stack, prompt_len: int, ids: list[list[int]]) -> Tensor:
     """[L, B, N, k]: the experts of the N decode steps behind `ids`, the new tokens of the generation that the session ran
-    last. The state keeps each position's; what a loop ran beyond the last token is not among them."""
-    steps = len(ids[0]) - 1
+    last: as many as the longest row took. The state keeps each position's; what a loop ran beyond the last token is not
+    among them."""
+    steps = max(map(len, ids)) - 1
     assert stack.session.length - stack.session.overrun == prompt_len + steps, "another prompt has been run since"
     traces = (stack.arena.tensors[f"layers.{i}.expert_ids"] for i in range(stack.arch.num_hidden_layers))
     return torch.stack([trace[:, prompt_len : prompt_len + steps] for trace in traces])

@@ -140,8 +140,7 @@ def run_transformers(cfg: Config, *, run_dir: Path, record: Record, phases: Phas
     floor = bytes_per_step(
         shapes, batch=cfg.batch, length=length + cfg.new_tokens // 2, ids=expert_ids[:, :, length:]
     ) | {"cache_bytes": cache_bytes(session.device), "read_bandwidth_gb_s": round(bandwidth / 1e9, 2)}  # fmt: skip
-    if "decode_tok_s" in values:
-        step_s = cfg.batch / values["decode_tok_s"]
+    if step_s := benchmark.step_s():
         share = bandwidth_share(floor, step_s=step_s)
         profiled = profile_steps(session, prompt, cfg.new_tokens - 1, step_us=1e6 * step_s)
     decode = text.decode

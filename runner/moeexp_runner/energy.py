@@ -48,9 +48,9 @@ def counter(device: torch.device) -> Read | None:
 
 
 def of_decoding(
-    generate: Callable[[int], int], new_tokens: int, *, batch: int, read: Read | None
+    generate: Callable[[int], int], new_tokens: int, *, read: Read | None
 ) -> dict[str, Any] | None:
-    """`generate(n)` makes up to n tokens of each of `batch` sequences, and returns how many came after the first. Not timed.
+    """`generate(n)` makes up to n tokens of each sequence, and returns how many of all came after the first ones. Not timed.
 
     The record's `energy`: {joules and tokens of one generation's decoding, joules_per_generation, joules_per_prefill,
     generations, prefills, seconds}. None where nothing is decoded or read, or where both windows take the same."""
@@ -61,7 +61,7 @@ def of_decoding(
     if whole is None or prefill is None:
         return None
     per_generation, per_prefill = whole.joules / whole.calls, prefill.joules / prefill.calls
-    tokens = batch * whole.tokens / whole.calls
+    tokens = whole.tokens / whole.calls
     if tokens == 0 or per_generation <= per_prefill:
         return None
     return {

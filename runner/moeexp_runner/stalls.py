@@ -37,9 +37,9 @@ class Delays:
         return math.fsum(self.stalls) - self.early
 
 
-def find(latencies_ms: Sequence[float], lengths: Sequence[int], ahead: int, batch: int = 1) -> dict[str, float] | None:
+def find(latencies_ms: Sequence[float], lengths: Sequence[int], ahead: int, batch: float = 1) -> dict[str, float] | None:
     """latencies_ms of consecutive generations, `lengths` of them each. The record's `stalls`: {count, total_ms, longest_ms,
-    pace_ms, ahead, decode_tok_s}, the last without the stalls, for `batch` sequences. None below `LEAST` latencies,
+    pace_ms, ahead, decode_tok_s}, the last without the stalls, for `batch` tokens in each. None below `LEAST` latencies,
     and where there is no steady pace.
 
     Where the first token of a generation, which has no latency, came late, its successors come in a burst: what they are

@@ -19,17 +19,19 @@ from moeexp_runner.session import Session
 
 @dataclass
 class Samples:
-    """Raw samples of one benchmark, in seconds. `lengths`: how many of `token_s` each generation has."""
+    """Raw samples of one benchmark, in seconds. `lengths`: how many of `token_s` each generation has. `tokens`: how many
+    tokens of answers came with each of `token_s`: one of every sequence that had not ended before."""
 
     ttft_s: list[float] = field(default_factory=list)
     prefill_s: list[float] = field(default_factory=list)
     token_s: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
 
 
 def throughput(tokens: int, seconds: Sequence[float]) -> float:
-    """Tokens per second where each of `seconds` made `tokens` of them: one definition, of prefill and of decoding."""
-    return tokens * len(seconds) / math.fsum(seconds)
+    """Tokens per second where all of `seconds` made `tokens`: one definition, of prefill and of decoding."""
+    return tokens / math.fsum(seconds)
 
 
 def synchronize(device: torch.device) -> None:
@@ -41,25 +43,35 @@ def time_generation(
     session: Session, tokens: Tensor, new_tokens: int, samples: Samples, *, stop_ids: set[int] | None = None
 ) -> list[list[int]]:
     """One generation; appends its time to first token and the latency of each further token, also if it is interrupted.
-    Ends early once every row has produced one of `stop_ids`. Returns the new ids [B][n]."""
+    Ends early once every row has produced one of `stop_ids`: a step is one of all rows, and those that have ended run along.
+    Returns the new ids [B][<= n], each row up to its own end."""
     synchronize(session.device)
     arrivals: list[float] = []
     ended = [False] * session.batch
+    live = [session.batch]  # rows that had not ended before each token, and before the next
 
     def on_token(ids: list[int], index: int) -> bool:
         arrivals.append(time.perf_counter())
-        if stop_ids is None:
-            return False
-        ended[:] = [before or token in stop_ids for before, token in zip(ended, ids, strict=True)]
-        return all(ended)
+        if stop_ids is not None:
+            ended[:] = [before or token in stop_ids for before, token in zip(ended, ids, strict=True)]
+        live.append(ended.count(False))
+        return live[-1] == 0
 
     start = time.perf_counter()
     try:
-        return session.generate(tokens, new_tokens, on_token=on_token)
+        return [cut(row, stop_ids) for row in session.generate(tokens, new_tokens, on_token=on_token)]
     finally:
         samples.ttft_s.extend(arrival - start for arrival in arrivals[:1])
         samples.lengths.extend(len(arrivals) - 1 for _ in arrivals[:1])
         samples.token_s.extend(after - before for before, after in zip(arrivals, arrivals[1:], strict=False))
+        samples.tokens.extend(live[1 : len(arrivals)])
+
+
+def cut(row: list[int], stop_ids: set[int] | None) -> list[int]:
+    """A row up to the first of `stop_ids`, which is kept, as transformers keeps it."""
+    if stop_ids is None:
+        return row
+    return row[: next((index for index, token in enumerate(row) if token in stop_ids), len(row)) + 1]
 
 
 def time_prefill(session: Session, tokens: Tensor, samples: Samples) -> None:

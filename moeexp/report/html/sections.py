@@ -14,6 +14,7 @@ from moeexp.report.format import number
 from moeexp.report.html import svg
 from moeexp.report.html import table as html_table
 from moeexp.report.html.svg import Bar, Point, Row, Scale
+from moeexp.report.intervals import tokens_per_step
 from moeexp.report.markdown import (
     by_medians,
     legend,
@@ -137,7 +138,7 @@ def _roofline(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
         machine = conditions(run.record)["GPU"] or conditions(run.record)["CPU"] or "this machine"
         bandwidths[machine] = max(bandwidth, bandwidths.get(machine, 0.0))
         # A step reads its bytes once for the whole batch.
-        gb, steps = floor["total"] / 1e9, run.speed.tok_s / run.record["config"]["batch"]
+        gb, steps = floor["total"] / 1e9, run.speed.tok_s / tokens_per_step(run.record)
         share = gb * steps / bandwidth
         hint = f"#{rank} {label_of(run)}: {number(gb)} GB per step, {number(steps)} steps/s, {share:.1%} of bandwidth"
         points.append(Point(gb, steps, f"#{rank} {number(100 * share)} %", hint, run.id))
