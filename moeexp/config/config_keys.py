@@ -68,6 +68,8 @@ RULES: dict[str, Rule] = {
     "rope_parameters": _or_null(OBJECT),
     "rope_scaling": _or_null(OBJECT),
     "text_config": _or_null(OBJECT),
+    "quantization_config": _or_null(OBJECT),
+    "compression_config": _or_null(OBJECT),
 }
 ROPE: dict[str, Rule] = {
     "rope_type": TEXT,
