@@ -69,6 +69,7 @@ def export(arguments: Sequence[str]) -> tuple[Path, dict[str, Any]]:
     import torch
 
     from moeexp.config import resolve, sources, validate
+    from moeexp.model.inputs import check_inputs
 
     if cfg.artifact is not None:
         raise ValueError(f"artifact={cfg.artifact} is an artifact already: copy its folder")
@@ -77,6 +78,7 @@ def export(arguments: Sequence[str]) -> tuple[Path, dict[str, Any]]:
     cuda = torch.cuda.is_available()
     validate.validate(cfg, cuda_available=cuda)
     cfg = resolve.resolve(cfg, cuda_available=cuda)
+    check_inputs(cfg)
     threads.apply(threads.choose(cfg.threads, sources.load_architecture(cfg.model)), cfg.device)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:  # the record of an export is the artifact's manifest

@@ -63,7 +63,7 @@ def test_full_attention_interval():
 
 WRONG = [
     ({"model_type": "llama"}, "llama.*supported: qwen3_5_moe"),
-    ({"hidden_size": None, "num_experts": None}, "hidden_size, num_experts"),
+    ({"hidden_size": None}, "hidden_size=null.*whole number of at least 1"),
     ({"hidden_act": "gelu"}, "hidden_act='gelu'.*'silu'"),
     ({"attention_bias": True}, "attention_bias=True"),
     ({"rope_parameters": {"rope_type": "yarn"}}, "'yarn'"),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moeexp.config import end_of_sequence
+from moeexp.config.config_keys import check_keys
+from moeexp.config.files import cut, read_object, short
 
 LAYER_TYPES = ("linear_attention", "full_attention")
 MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
@@ -89,34 +90,30 @@ class Architecture:
         """Reads a flat text config or a multimodal one that nests it as `text_config`. `ValueError` names what is off."""
         if not isinstance(config, dict):
             raise ValueError(f"a model config is a JSON object, got {type(config).__name__}")
+        check_keys(config)
         outer = config
         config = dict(config.get("text_config") or config)
         model_type = config.get("model_type", outer.get("model_type"))
         if model_type is not None and model_type not in MODEL_TYPES:
             raise ValueError(
-                f"model_type={model_type!r} is not a Qwen3.5-MoE model; supported: {', '.join(MODEL_TYPES)}"
+                f"model_type={short(model_type)} is not a Qwen3.5-MoE model; supported: {', '.join(MODEL_TYPES)}"
             )
         missing = [key for key in REQUIRED if config.get(key) is None]
         if missing:
             raise ValueError(
-                f"the model config lacks {', '.join(missing)}: it does not describe a Qwen3.5-MoE text model"
+                f"the model config lacks {cut(', '.join(missing), 200)}: it does not describe a Qwen3.5-MoE text model"
             )
         for key, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("attn_output_gate", True)):
             if config.get(key, wanted) != wanted:
-                raise ValueError(f"{key}={config[key]!r} in the model config; only {wanted!r} is supported")
+                raise ValueError(f"{key}={short(config[key])} in the model config; only {wanted!r} is supported")
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in ("default", "mrope"):
-            raise ValueError(f"rope_type={rope_type!r} in the model config; only 'default' is supported")
-        for key in REQUIRED:
-            if isinstance(config[key], bool) or not isinstance(config[key], int):
-                raise ValueError(f"{key}={config[key]!r} in the model config must be a whole number")
+            raise ValueError(f"rope_type={short(rope_type)} in the model config; only 'default' is supported")
         layers = config["num_hidden_layers"]
         types = config.get("layer_types")
         if types is None:
-            interval = int(config.get("full_attention_interval", 4))
-            if interval < 1:
-                raise ValueError(f"full_attention_interval={interval} in the model config must be at least 1")
+            interval = config.get("full_attention_interval", 4)
             types = ["full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(layers)]
         arch = Architecture(
             **{key: config[key] for key in REQUIRED},
@@ -138,14 +135,12 @@ class Architecture:
         path = folder / "config.json"
         if not path.is_file():
             raise ValueError(f"{folder} has no config.json: give the folder of a Hugging Face snapshot")
+        config = read_object(path)
         try:
-            config = json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from error
-        if not isinstance(config, dict):
-            raise ValueError(f"{path} holds a {type(config).__name__}; a model config is a JSON object")
-        eos = end_of_sequence.of_snapshot(folder)
-        return replace(Architecture.from_hf(config), eos_token_ids=eos)
+            arch = Architecture.from_hf(config)
+        except ValueError as error:
+            raise ValueError(f"{error} (in {path})") from error
+        return replace(arch, eos_token_ids=end_of_sequence.of_snapshot(folder))
 
     def to_hf(self) -> dict[str, Any]:
         """A flat dict that `Qwen3_5MoeTextConfig(**d)` accepts."""
@@ -165,12 +160,9 @@ class Architecture:
         }
 
     def _validate(self) -> None:
-        for key in (*REQUIRED, "linear_conv_kernel_dim"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)} in the model config must be at least 1")
         if len(self.layer_types) != self.num_hidden_layers or set(self.layer_types) - set(LAYER_TYPES):
             raise ValueError(
-                f"layer_types={list(self.layer_types)} must hold num_hidden_layers={self.num_hidden_layers} entries "
+                f"layer_types={short(list(self.layer_types))} must hold num_hidden_layers={self.num_hidden_layers} entries "
                 f"out of {LAYER_TYPES}"
             )
         for small, large in (

@@ -6,6 +6,8 @@ import codecs
 from pathlib import Path
 
 from moeexp.config.architecture import Architecture
+from moeexp.config.files import check_links, leads_nowhere
+from moeexp.config.prequantised import check_plain
 from moeexp.config.schema import ModelConfig
 
 SHIPPED_CHECKPOINT = Path(__file__).resolve().parents[1] / "checkpoints" / "tiny"
@@ -16,6 +18,8 @@ def weights_folder(model: ModelConfig) -> Path | None:
     if model.weights == "random":
         return None
     folder = SHIPPED_CHECKPOINT if model.weights == "shipped" else Path(model.weights).expanduser()
+    if leads_nowhere(folder):
+        raise ValueError(f"model.weights={model.weights!r} is a link that points to nothing: give the folder of a snapshot")
     if not folder.is_dir():
         raise ValueError(
             f"model.weights={model.weights!r} is not a folder: give the folder of a Hugging Face snapshot, or random"
@@ -30,6 +34,8 @@ def heldout_file(model: ModelConfig) -> Path | None:
     if model.heldout is None:
         return None
     path = SHIPPED_CHECKPOINT / "heldout.txt" if model.heldout == "shipped" else Path(model.heldout).expanduser()
+    if leads_nowhere(path):
+        raise ValueError(f"model.heldout={model.heldout!r} is a link that points to nothing: give a path to UTF-8 text")
     if not path.is_file():
         raise ValueError(f"model.heldout={model.heldout!r} is not a file: give a path to UTF-8 text, or null for none")
     return path
@@ -53,12 +59,14 @@ def load_architecture(model: ModelConfig) -> Architecture:
     """Shapes from the snapshot's config.json where there is one, else from `model.architecture`."""
     folder = weights_folder(model)
     if folder is not None:
+        check_links(folder)
         return Architecture.from_folder(folder)
     if model.architecture is None:
         raise ValueError(f"model.weights=random and no model.architecture for model={model.name}: give the shapes")
     for key, value in model.architecture.items():
         if isinstance(value, str):
             raise ValueError(f"model.architecture.{key}={value} is text; a number, list or boolean is needed")
+    check_plain(model.architecture)
     return Architecture.from_hf(model.architecture)
 
 
@@ -67,6 +75,8 @@ def tokenizer_kind(model: ModelConfig, arch: Architecture) -> str:
     if model.tokenizer != "auto":
         return model.tokenizer
     folder = weights_folder(model)
+    if folder is not None:
+        check_links(folder)
     if folder is not None and any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return "auto"
     return "bytes" if arch.vocab_size == 256 else "none"

@@ -201,11 +201,20 @@ def _check_quant(quant: QuantConfig, arch: Architecture) -> None:
 
     check_skip(tuple(quant.skip))
     group = quant.group_size
-    if group is None or quant.bits == 16:
+    if quant.bits == 16:
         return
-    if group < 2 or group & (group - 1):
+    if group is not None and (group < 2 or group & (group - 1)):
         raise ValueError(f"quant.group_size={group} is not a power of two of at least 2: use 32, 64 or 128")
-    for name, size in in_features(arch, quant.skip).items():
+    features = in_features(arch, quant.skip)
+    for name, size in features.items():
+        if size % 2:  # 4 bits are packed two to a byte
+            raise ValueError(
+                f"quant.bits={quant.bits}: no even group divides the {size} input features of {name}; leave such matrices out "
+                f"by adding {'out_proj' if 'out_proj' in name else name.split()[0]} to quant.skip, or use quant=none"
+            )
+    if group is None:
+        return
+    for name, size in features.items():
         if size % group:
             raise ValueError(
                 f"quant.group_size={group} does not divide the {size} input features of {name}: "

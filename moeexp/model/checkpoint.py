@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moeexp.config.architecture import Architecture
+from moeexp.config.files import check_links, check_pointer, cut, read_object, short
+from moeexp.config.prequantised import check_plain, described
+from moeexp.model.tensor_types import check_finite, check_types, is_finite
 
 PREFIXES = ("model.language_model.", "model.")
 # Tensors of a multimodal or multi-token-prediction checkpoint that a text decoder has no use for.
@@ -126,25 +128,30 @@ class Snapshot:
     """Tensors of a Hugging Face folder by name without prefix, read one at a time.
 
     The constructor checks the whole folder against the piece table before anything is read: `ValueError` with every
-    missing, unexpected and mis-shaped key."""
+    missing, unexpected and mis-shaped key, or with the first tensor that is no plain weight."""
 
     def __init__(self, folder: Path, arch: Architecture):
         self.folder, self.arch = folder, arch
         self._files: dict[str, tuple[Path, str]] = {}  # key without prefix -> file, key in the file
         self._handles = open_shards(folder)
         shapes: dict[str, tuple[int, ...]] = {}
+        types: dict[str, str] = {}
         for path, handle in self._handles.items():
             for key in handle.keys():
                 if SKIPPED.match(key):
                     continue
-                short = next((key[len(p) :] for p in PREFIXES if key.startswith(p)), key)
-                if short in self._files:
-                    twice = f"{self._files[short][0].name} and {path.name}"
-                    raise ValueError(f"{folder}: tensor {short!r} occurs twice, in {twice}")
-                self._files[short], shapes[short] = (path, key), tuple(handle.get_slice(key).get_shape())
+                name = next((key[len(p) :] for p in PREFIXES if key.startswith(p)), key)
+                if name in self._files:
+                    twice = f"{self._files[name][0].name} and {path.name}"
+                    raise ValueError(f"{folder}: tensor {name!r} occurs twice, in {twice}")
+                stored = handle.get_slice(key)
+                self._files[name], shapes[name], types[name] = (path, key), tuple(stored.get_shape()), stored.get_dtype()
         per_expert = {int(m[1]) for key in shapes if (m := re.match(r"layers\.(\d+)\.mlp\.experts\.\d+\.", key))}
         self.pieces = pieces(arch, fused_experts=lambda layer: layer not in per_expert)
         wanted = {piece.key: piece.shape for parts in self.pieces.values() for piece in parts}
+        config = read_object(folder / "config.json")
+        check_types(str(folder), types, {*wanted, "lm_head.weight"}, described(config))
+        check_plain(config, f" (in {folder / 'config.json'})")
         self._check(wanted, shapes)
 
     def _check(self, wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
@@ -171,6 +178,11 @@ class Snapshot:
         for piece in self.pieces[name]:
             target = buffer if piece.expert is None else buffer[piece.expert]
             target[piece.start : piece.stop].copy_(self.read(piece.key).view(target[piece.start : piece.stop].shape))
+        if not is_finite(buffer):
+            for piece in self.pieces[name]:
+                target = buffer if piece.expert is None else buffer[piece.expert]
+                path, key = self._files[piece.key]
+                check_finite(key, target[piece.start : piece.stop], str(path))
 
     def check_tied_head(self, embedding: Tensor) -> None:
         """A tied checkpoint may bring the head as well; then it must be the embedding."""
@@ -183,12 +195,15 @@ class Snapshot:
 def _shards(folder: Path) -> list[Path]:
     """The safetensors files of a snapshot: those its index names, or the single file. `ValueError` if any is missing, or
     if there are shards that the index does not name: they or the index belong to something else."""
+    check_links(folder)
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted(set(read_object(index)["weight_map"].values()))
+            if not all(isinstance(name, str) for name in names):
+                raise TypeError(f"{short(names[0])} is no file's name")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is not a safetensors index: {error!r}") from error
+            raise ValueError(f"{index} is not a safetensors index: {cut(str(error), 200)}") from error
         problems = {
             "missing": [name for name in names if not (folder / name).is_file()],
             "not named by it": sorted(p.name for p in folder.iterdir() if SHARD.search(p.name) and p.name not in names),
@@ -211,10 +226,11 @@ def open_shards(folder: Path) -> dict[Path, Any]:
 
 
 def _open(path: Path):
+    check_pointer(path)
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors ({error}); fetch the file again") from error
+        raise ValueError(f"{path} cannot be read as safetensors ({cut(str(error))}); fetch the file again") from error
 
 
 def _some(names: list[str], limit: int = 8) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moeexp.config.architecture import REQUIRED, Architecture
+from moeexp.config.files import cut
 from moeexp.config.schema import ModelConfig
 from moeexp.config.sources import load_architecture, weights_folder
 
@@ -41,7 +42,8 @@ def text_config(model: ModelConfig) -> Any:
             made = kind(**{key: value for key, value in copy.deepcopy(given).items() if key != "model_type"})
             generation = GenerationConfig.from_model_config(made)
     except Exception as error:
-        raise ValueError(f"transformers refuses this model config: {' '.join(str(error).split())}") from error
+        where = "" if folder is None else f" (in {folder / 'config.json'})"
+        raise ValueError(f"transformers refuses this model config: {cut(str(error), 200)}{where}") from error
     config = made.get_text_config(decoder=True)
     config.tie_word_embeddings = made.tie_word_embeddings
     config.eos_token_id = generation.eos_token_id

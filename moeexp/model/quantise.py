@@ -37,7 +37,9 @@ def quantise(weight: Tensor, *, bits: int, group_size: int, name: str = "weight"
     features = weight.shape[-1]
     if bits not in MIDDLE_CODE:
         raise ValueError(f"quant.bits={bits}; supported: {', '.join(map(str, MIDDLE_CODE))}")
-    if group_size < 2 or group_size % 2 or features % group_size:
+    if group_size < 2 or group_size % 2:
+        raise ValueError(f"quant.group_size={group_size} is not an even number of at least 2 ({name}); {_advice(features)}")
+    if features % group_size:
         raise ValueError(
             f"quant.group_size={group_size} does not divide the {features} input features of {name}; "
             f"{_advice(features)}"

@@ -105,11 +105,13 @@ def prepare(cfg: DictConfig, record: Record, phases: Phases) -> schema.Config:
     threads.prepare()
     import torch
 
+    from moeexp.model.inputs import check_inputs, note_of_context
     from moeexp.record import environment
     from moeexp.stack import artifact_config
 
     composed = artifact_config.adopt(composed, record.data["overrides"])
     config = resolve.resolved(composed, cuda_available=torch.cuda.is_available())
+    check_inputs(config)
     chosen = threads.choose(composed.threads, sources.load_architecture(composed.model))
     threads.apply(chosen, config.device)
     gpu = environment.gpu_name() if config.device == "cuda" else None
@@ -131,6 +133,8 @@ def prepare(cfg: DictConfig, record: Record, phases: Phases) -> schema.Config:
     )
     if chosen.number > (most := threads.granted().cores):
         record.note(f"{chosen.number} threads on {most} granted core(s): they wait for each other at every barrier")
+    if beyond := note_of_context(config):
+        record.note(beyond)
     record.write()
     return config
 

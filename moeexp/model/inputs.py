@@ -1,0 +1,39 @@
+"""What a config names besides settings, looked at before any of it is read: headers of weights, the tokenizer, tokens."""
+
+from __future__ import annotations
+
+from moeexp.config.schema import Config
+from moeexp.config.sources import heldout_file, heldout_text, load_architecture, weights_folder
+from moeexp.model.checkpoint import Snapshot
+from moeexp.model.config_agreement import check_agreement
+from moeexp.model.prompt import check_tokens, prompt_tokens, text_of
+
+
+def check_inputs(cfg: Config) -> None:
+    """`ValueError`, one line, for a snapshot that cannot be loaded and a tokenizer that cannot serve. `cfg` is resolved.
+
+    Of weights only the headers are read; values that are not finite are found as each tensor is loaded."""
+    folder = weights_folder(cfg.model)
+    if folder is None:
+        return
+    arch = load_architecture(cfg.model)
+    if cfg.artifact is None:  # whose weights are in files of its own
+        check_agreement(cfg.model, arch)
+        Snapshot(folder, arch)
+    text = text_of(cfg)
+    prompt_tokens(cfg, arch, text)
+    heldout = heldout_file(cfg.model)
+    if cfg.eval_bytes and heldout is not None and text.own and text.measure is not None:
+        ids, _ = text.measure(heldout_text(heldout, cfg.eval_bytes))
+        check_tokens(ids, arch, f"held-out text {heldout.name}")
+
+
+def note_of_context(cfg: Config) -> str | None:
+    """For the record, where positions go beyond those that the model was made for. yarn, which stretches them, is refused."""
+    most = load_architecture(cfg.model).max_position_embeddings
+    if cfg.max_seq_len <= most:
+        return None
+    return (
+        f"max_seq_len={cfg.max_seq_len} is beyond the model's max_position_embeddings={most}, and its config sets no yarn: "
+        f"what it generates from position {most} on is not what it was trained for"
+    )

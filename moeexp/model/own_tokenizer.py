@@ -1,0 +1,40 @@
+"""The tokenizer that a snapshot brings, loaded by transformers from files that are whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moeexp.config.files import check_pointer, cut, read_object
+
+# Files that hold a vocabulary: tokenizer.json everything, the others what older tokenizers are made of.
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+OBJECTS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
+PLAIN = ("merges.txt", *VOCABULARIES[2:])
+WAY_OUT = "fetch the file again, or use model.tokenizer=none with prompt_ids"
+
+
+def own_tokenizer(folder: Path) -> Any:
+    """transformers' tokenizer of the folder. `ValueError`, one line with the file's name, where its files cannot serve."""
+    files = [folder / name for name in OBJECTS if (folder / name).is_file()]
+    for path in files:
+        read_object(path)
+    for name in PLAIN:
+        if (folder / name).is_file():
+            check_pointer(folder / name)
+    # Imported here: only a snapshot with a tokenizer of its own needs transformers for it.
+    from transformers import AutoTokenizer
+
+    named = (folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else folder / "tokenizer_config.json"
+    try:
+        # Never the snapshot's own Python code, and no question on the terminal whether it may run.
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        why = cut(f"{type(error).__name__}: {error}", 200)
+        raise ValueError(f"transformers cannot load the tokenizer of {named} ({why}): {WAY_OUT}") from error
+    has = any((folder / name).is_file() for name in VOCABULARIES)
+    if not has and not tokenizer("0 a", add_special_tokens=False)["input_ids"]:  # it loads, and is empty
+        raise ValueError(
+            f"the tokenizer of {named} knows no text, as its vocabulary ({VOCABULARIES[0]}) is missing: {WAY_OUT}"
+        )
+    return tokenizer
