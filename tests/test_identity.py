@@ -187,8 +187,8 @@ def test_a_second_sweep_reads_no_contents(here, capsys, monkeypatch):
     assert len(contents) == SHARDS + 1
     with opened(here / "weights") as read:
         assert sweep("model.tokenizer=auto", "prompt_ids=[1]", capsys=capsys) == 2
-    # Which hold the shapes and the names of the shards.
-    assert {Path(path).name for path in read} <= {"config.json", "model.safetensors.index.json"}
+    # Which hold the shapes, the ids that end a sequence, and the names of the shards.
+    assert {Path(path).name for path in read} <= {"config.json", "generation_config.json", "model.safetensors.index.json"}
 
 
 def test_the_path_is_no_part_of_it(here, snapshots, capsys, monkeypatch):
