@@ -165,13 +165,10 @@ def test_a_null_quantization_config_is_none(folder):
 def test_a_value_that_is_not_finite_is_refused_by_name(tmp_path, refused, value, layout):
     build_snapshot(tmp_path / "s", EVEN, layout=layout)
     names = {"fused": "model.layers.1.mlp.experts.gate_up_proj", "per_expert": "model.layers.1.mlp.experts.3.up_proj.weight"}
-    for name in (names[layout], "model.layers.0.linear_attn.A_log"):
+    for name in (names[layout], "model.layers.0.linear_attn.A_log"):  # the second comes first
         tensors(tmp_path / "s", lambda found, name=name: found[name].view(-1)[-1:].fill_(float(value)))
         line = refused(tmp_path / "s", reads=True)
-        assert f"tensor {name} has 1 of " in line or f"tensor {names[layout]} has 1 of " in line
-        assert "NaN or Inf" in line
-        if name == names[layout]:
-            tensors(tmp_path / "s", lambda found, name=name: found[name].view(-1)[-1:].fill_(0.5))
+        assert f"tensor {name} has 1 of " in line and "NaN or Inf" in line
 
 
 def test_no_value_is_finite_by_chance():

@@ -21,8 +21,8 @@ from moeexp.model.token_bytes import token_bytes
 class Text:
     """`encode` and `decode` of one model; both None where it has no text.
 
-    `own`: by the snapshot's tokenizer, which may know more tokens than the model. `measure`: the tokens of a text, and of how
-    many of its bytes each stands; None where a tokenizer does not tell."""
+    `own`: by the snapshot's tokenizer, which may know more tokens than the model.
+    `measure`: tokens of a text, and how many of its bytes each stands for; None where a tokenizer does not tell."""
 
     def __init__(self, kind: str, folder: Path | None):
         self.own = kind == "auto"
