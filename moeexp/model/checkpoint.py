@@ -226,10 +226,10 @@ def open_shards(folder: Path) -> dict[Path, Any]:
 
 
 def _open(path: Path):
-    check_pointer(path)
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
+        check_pointer(path)
         raise ValueError(f"{path} cannot be read as safetensors ({cut(str(error))}); fetch the file again") from error
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from moeexp.config.architecture import Architecture
 from moeexp.config.schema import Config
 from moeexp.config.sources import heldout_file, heldout_text, load_architecture, weights_folder
 from moeexp.model.checkpoint import Snapshot
 from moeexp.model.config_agreement import check_agreement
-from moeexp.model.prompt import check_tokens, prompt_tokens, text_of
+from moeexp.model.prompt import Text, check_tokens, prompt_tokens, text_of
 
 
 def check_inputs(cfg: Config) -> None:
@@ -20,10 +21,16 @@ def check_inputs(cfg: Config) -> None:
     if cfg.artifact is None:  # whose weights are in files of its own
         check_agreement(cfg.model, arch)
         Snapshot(folder, arch)
-    text = text_of(cfg)
-    prompt_tokens(cfg, arch, text)
+    if cfg.prompt is not None:  # given ids need no tokenizer so early: the run itself loads it, before weights
+        text = text_of(cfg)
+        prompt_tokens(cfg, arch, text)
+        check_heldout(cfg, arch, text)
+
+
+def check_heldout(cfg: Config, arch: Architecture, text: Text) -> None:
+    """`ValueError` where held-out text has a token that the model does not know."""
     heldout = heldout_file(cfg.model)
-    if cfg.eval_bytes and heldout is not None and text.own and text.measure is not None:
+    if cfg.model.weights != "random" and cfg.eval_bytes and heldout is not None and text.own and text.measure is not None:
         ids, _ = text.measure(heldout_text(heldout, cfg.eval_bytes))
         check_tokens(ids, arch, f"held-out text {heldout.name}")
 

@@ -22,6 +22,7 @@ from moeexp.config.quantisation import NEVER_QUANTISED
 from moeexp.config.schema import Config, QuantConfig
 from moeexp.config.sources import load_architecture
 from moeexp.config.validate import beyond_graphs
+from moeexp.model.inputs import check_heldout
 from moeexp.model.prompt import prompt_tokens, text_of
 from moeexp.model.qwen3_5_moe import Qwen35MoE
 from moeexp.record.gpus import others_on
@@ -77,6 +78,7 @@ class Run:
         self.arch = load_architecture(cfg.model)
         self.text = text_of(cfg)
         self.prompt = prompt_tokens(cfg, self.arch, self.text)
+        check_heldout(cfg, self.arch, self.text)
         self.eos = set(self.arch.eos_token_ids) if cfg.eos else None
 
     def build(self, model: Qwen35MoE) -> None:
