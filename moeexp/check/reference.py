@@ -213,7 +213,7 @@ def _validate(config: Any, token_ids: Tensor, prompt_len: int, expert_ids: Tenso
         raise ValueError(f"expert ids reach from {low} to {high}: they must lie in 0..{config.num_experts - 1}")
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate_reference(
     model: str | Path | nn.Module, prompt_ids: Tensor, new_tokens: int, *, config: Any = None
 ) -> Tensor:
