@@ -27,6 +27,8 @@ from moeexp_kernels.parts.tuning import architecture
 # Kernels that call `after_previous` on every path; a test compares the list with the sources.
 OVERLAPPING = (
     "gemv_kernel",
+    "limbs_kernel",
+    "linear_tile_kernel",
     "choose_experts_kernel",
     "router_kernel",
     "gate_up_kernel",
@@ -41,6 +43,7 @@ OVERLAPPING = (
 
 # Of these, the kernels (earlier, later) of one op: what may start early where an op is timed by itself.
 WITHIN_AN_OP = (
+    ("limbs_kernel", "linear_tile_kernel"),
     ("gemv_kernel", "choose_experts_kernel"),
     ("gemv_kernel", "gate_up_kernel"),
     ("gate_up_kernel", "down_kernel"),
@@ -48,6 +51,24 @@ WITHIN_AN_OP = (
     ("_decode_kernel", "gdn_out_kernel"),
     ("_attend_kernel", "_merge_kernel"),
 )
+
+
+@triton.jit
+def start_next(OVERLAP: tl.constexpr):
+    """0; lets the next kernel start before this one waits. Only for a kernel that is followed, in its own op, by one that before
+    its wait reads weights and nothing else: when that one starts, the kernel before this one may still run."""
+    zero = 0
+    if OVERLAP:
+        known = tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; mov.b32 $0, $1;",
+            "=r,r",
+            args=[tl.program_id(0) * 0],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+        zero = known * 16
+    return zero
 
 
 @triton.jit

@@ -1,0 +1,167 @@
+"""A tile of stored int4 or int8 weights times up to 32 rows of activations on int8 tensor cores.
+
+The weights are read once for all rows. Weights are the product's M side, rows of activations (in limbs, see `limbs.py`) its N
+side, padded to COLUMNS = 8, 16 or 32. Within a quantisation group all sums are of integers, hence exact in any order; per
+group one float32 formula follows, and then a sum over the groups in one fixed order. So a row's result is the same to the
+bit for every number of rows, every COLUMNS and every BLOCK.
+
+    y[n, m] = sum_g  scale[n, g] * unit[m, g] * sum_i code[n, g, i] * X[m, g, i]  +  shift'[n, g] * total[m, g]
+
+with code 0 .. 15 (int4: shift' = shift - 8 * scale) or -128 .. 127 (int8: the stored code - 128, shift' = shift).
+
+How the work lies: a product is three-dimensional, [groups, BLOCK, GROUP / 2] x [groups, GROUP / 2, COLUMNS], so that each warp
+has groups of its own and needs no loop. A group is two products, its first and its second half (int4: low and high
+nibbles; so that nothing is repacked).
+
+    one row of a half, 64 bytes:   thread 0  0 .. 15 | thread 1  16 .. 31 | thread 2  32 .. 47 | thread 3  48 .. 63
+
+Of four neighbouring threads each loads 16 consecutive bytes, while an instruction (mma.m16n8k32) wants 4 + 4 bytes of each
+thread. Which features meet in an instruction does not matter, as long as weights and activations agree: `fragment` takes
+the 4-byte words of all threads in turn, and so what a load brings into a thread's registers is what that thread multiplies. No weight goes
+through shared memory.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moeexp_kernels.parts.limbs import FINER, ROUND, ROUND_BITS
+from moeexp_kernels.parts.words import unpack_scales
+
+GROUPS_SERVED = (64, 128)  # the instruction takes 32 bytes of a half at a time; sums of larger groups are not tested
+
+
+@triton.jit
+def fragment(x, ROWS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr):
+    """[8, GROUPS, ROWS / 8, HALF] as loaded -> [GROUPS, ROWS, HALF], features in the order in which threads hold them."""
+    x = tl.reshape(x, [8, GROUPS, ROWS // 8, 4, HALF // 16, 4])
+    return tl.reshape(tl.permute(x, [1, 2, 0, 4, 3, 5]), [GROUPS, ROWS, HALF])
+
+
+@triton.jit
+def centred_nibbles(q, FAST: tl.constexpr):
+    """Packed bytes -> (low nibble, high nibble), int8 0 .. 15: three instructions for eight weights."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "{ and.b32 $0, $2, 0x0F0F0F0F; shr.u32 $1, $2, 4; and.b32 $1, $1, 0x0F0F0F0F; }",
+            "=&r,=r,r",
+            args=[q],
+            dtype=(tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
+        )
+    return (q & 0xF).to(tl.int8), (q >> 4).to(tl.int8)
+
+
+@triton.jit
+def centred_bytes(q, FAST: tl.constexpr):
+    """Bytes -> code - 128, int8."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "xor.b32 $0, $1, 0x80808080;", "=r,r", args=[q], dtype=tl.int8, is_pure=True, pack=4
+        )
+    return (q ^ 0x80).to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def load_tile(
+    w_ptr, s_ptr, rows_left, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
+    BLOCK: tl.constexpr, CACHE: tl.constexpr,
+):  # fmt: skip
+    """BLOCK rows of the matrix at w_ptr, of which rows_left exist: stored bytes (int8: of the groups' first halves, and of their
+    second ones; int4: the same twice) [8, GROUPS, BLOCK / 8, GROUP / 2], and scale pairs int32 [GROUPS, BLOCK].
+
+    GROUPS is K / GROUP, rounded up to a power of 2. Rows of eight stand in the last but one dimension and groups before it, so
+    that the compiler gives eight rows to a warp, and to each warp groups of its own."""
+    half: tl.constexpr = GROUP // 2
+    bytes_of_group: tl.constexpr = half if BITS == 4 else GROUP
+    row = tl.arange(0, 8)[:, None, None, None] + tl.arange(0, BLOCK // 8)[None, None, :, None] * 8
+    group, byte = tl.arange(0, GROUPS)[None, :, None, None], tl.arange(0, half)[None, None, None, :]
+    offsets = row * (K // GROUP * bytes_of_group) + group * bytes_of_group + byte
+    mask = (row < rows_left) & (group < K // GROUP)
+    first = tl.load(w_ptr + offsets, mask=mask, other=0, cache_modifier=CACHE)
+    second = first
+    if BITS == 8:
+        second = tl.load(w_ptr + half + offsets, mask=mask, other=0, cache_modifier=CACHE)
+    row, group = tl.arange(0, BLOCK)[None, :], tl.arange(0, GROUPS)[:, None]
+    mask = (row < rows_left) & (group < K // GROUP)
+    pair = tl.load(s_ptr.to(tl.pointer_type(tl.int32)) + row * (K // GROUP) + group, mask=mask, other=0)
+    return first, second, pair
+
+
+@triton.jit
+def load_half(
+    limb_ptr, M, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, LIMBS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """One limb of the half groups that begin at limb_ptr, int8 [GROUPS, GROUP / 2, COLUMNS]; zeros beyond M rows."""
+    half: tl.constexpr = GROUP // 2
+    m = tl.arange(0, 8)[:, None, None, None] + tl.arange(0, COLUMNS // 8)[None, None, :, None] * 8
+    group, byte = tl.arange(0, GROUPS)[None, :, None, None], tl.arange(0, half)[None, None, None, :]
+    mask = (m < M) & (group < K // GROUP)
+    x = tl.load(limb_ptr + m * (LIMBS * K) + group * GROUP + byte, mask=mask, other=0)
+    return tl.permute(fragment(x, COLUMNS, GROUPS, half), [0, 2, 1])
+
+
+@triton.jit
+def limb_products(
+    first, second, limb_ptr, M, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, LIMBS: tl.constexpr,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Codes times one limb, summed within each group: float32 [GROUPS, BLOCK, COLUMNS], exact.
+
+    The sums, below 2^22, begin at the bits of ROUND: they end as the float ROUND + sum, without a conversion."""
+    total = tl.full([GROUPS, BLOCK, COLUMNS], ROUND_BITS, tl.int32)
+    x = load_half(limb_ptr, M, K, GROUP, GROUPS, LIMBS, COLUMNS)
+    total = tl.dot(first, x, total, out_dtype=tl.int32)
+    x = load_half(limb_ptr + GROUP // 2, M, K, GROUP, GROUPS, LIMBS, COLUMNS)
+    total = tl.dot(second, x, total, out_dtype=tl.int32)
+    return total.to(tl.float32, bitcast=True) - ROUND
+
+
+@triton.jit
+def sum_groups(x, GROUPS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr):
+    """[GROUPS, BLOCK, COLUMNS] -> [BLOCK, COLUMNS]: groups g and g + GROUPS / 2 first, then the sums g and g + GROUPS / 4, and so on.
+
+    The last SPLIT, one a warp, are left to `tl.sum`, which joins warps in that same order (a GPU test compares)."""
+    if GROUPS > SPLIT:
+        pairs = tl.sum(tl.reshape(x, [2, GROUPS // 2, BLOCK, COLUMNS]), axis=0)
+        return sum_groups(pairs, GROUPS // 2, BLOCK, COLUMNS, SPLIT)
+    else:
+        return tl.sum(x, axis=0)
+
+
+@triton.jit
+def multiply_tile(
+    first, second, pair, limbs_ptr, units_ptr, M, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    BITS: tl.constexpr, LIMBS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr,
+    FAST: tl.constexpr,
+):  # fmt: skip
+    """What `load_tile` found times M rows in limbs: float32 [BLOCK, COLUMNS]; columns from M on are zero."""
+    half: tl.constexpr = GROUP // 2
+    if BITS == 4:
+        first, second = centred_nibbles(first, FAST)
+    else:
+        first, second = centred_bytes(first, FAST), centred_bytes(second, FAST)
+    first, second = fragment(first, BLOCK, GROUPS, half), fragment(second, BLOCK, GROUPS, half)
+    high = limb_products(first, second, limbs_ptr, M, K, GROUP, GROUPS, LIMBS, BLOCK, COLUMNS)
+    low = limb_products(first, second, limbs_ptr + K, M, K, GROUP, GROUPS, LIMBS, BLOCK, COLUMNS)
+    # Every rounding is written out: if the compiler were to choose what it fuses, it might choose another way for another shape.
+    value = tl.fma(high, 256.0, low)
+    if LIMBS == 4:
+        high = limb_products(first, second, limbs_ptr + 2 * K, M, K, GROUP, GROUPS, LIMBS, BLOCK, COLUMNS)
+        low = limb_products(first, second, limbs_ptr + 3 * K, M, K, GROUP, GROUPS, LIMBS, BLOCK, COLUMNS)
+        value = tl.fma(tl.fma(high, 256.0, low), 1.0 / FINER, value)
+    # Per group and output, and per group and row: widened before they are taken apart, so that one conversion each brings them
+    # to where the products are. The compiler takes equal values apart once.
+    shape: tl.constexpr = [GROUPS, BLOCK, COLUMNS]
+    scale, shift = unpack_scales(tl.broadcast_to(pair[:, :, None], shape))
+    if BITS == 4:
+        shift = tl.fma(scale, -8.0, shift)
+    m, group = tl.arange(0, COLUMNS)[None, :], tl.arange(0, GROUPS)[:, None]
+    both = tl.load(
+        units_ptr.to(tl.pointer_type(tl.int64)) + m * (K // GROUP) + group, mask=(m < M) & (group < K // GROUP), other=0
+    )
+    both = tl.broadcast_to(both[:, None, :], shape)
+    unit, total = both.to(tl.int32).to(tl.float32, bitcast=True), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return sum_groups(tl.fma(value, scale * unit, shift * total), GROUPS, BLOCK, COLUMNS, SPLIT)
