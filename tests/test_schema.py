@@ -175,6 +175,7 @@ def test_not_applicable_on_cpu_only():
     assert config_resolve.not_applicable(resolve(nano(), cuda_available=True)) == ["overlap"]  # edges of a graph
     for deaf in ("dispatch=single", "ops=reference", "ops.linear=reference"):
         assert config_resolve.not_applicable(resolve(nano("cuda_graph=true", deaf), cuda_available=True)) == ["l2_prefetch"]
+    assert config_resolve.not_applicable(resolve(nano("cuda_graph=true", "ops.linear=tile"), cuda_available=True)) == []
 
 
 def test_a_snapshot_gives_its_own_shapes(tmp_path):

@@ -22,7 +22,11 @@ from moeexp_kernels.ops import (
 )
 
 OPS: dict[str, dict[str, Callable]] = {
-    "linear": {"reference": linear.reference_linear, "triton": linear.linear},
+    "linear": {
+        "reference": linear.reference_linear,
+        "triton": linear.linear,
+        "tile": linear.linear_tile,  # as triton, and a row's result does not depend on how many rows there are, up to 32
+    },
     "gdn_prefill": {"reference": gated_delta.reference_gdn_prefill, "triton": gated_delta_prefill.gdn_prefill},
     "gdn_decode": {
         "reference": gated_delta.reference_gdn_decode,
@@ -61,6 +65,9 @@ WITH_OUT: dict[str, Callable] = {"triton": gated_delta_out.gdn_decode_out}
 
 # A decode method's router and experts as one op, where the router is "in_moe", by the experts' implementation.
 WITH_ROUTER: dict[str, Callable] = {"triton": moe_routed.moe_routed}
+
+# Implementations of `linear` that bring the weights that they are told of into L2.
+PREFETCHING = ("triton", "tile")
 
 # What `auto` means.
 AUTO = {"cpu": "reference", "cuda": "triton"}

@@ -64,13 +64,13 @@ def not_applicable(cfg: Config) -> list[str]:
         nothing.append("prefill_graph_lengths")  # there is no prefill to capture
     if cfg.cuda_graph is False:
         nothing.append("overlap")  # edges of a graph
-    if cfg.engine == "transformers" or cfg.device == "cpu" or cfg.dispatch == "single" or _linear_op(cfg) != "triton":
+    if cfg.engine == "transformers" or cfg.device == "cpu" or cfg.dispatch == "single" or not _linear_prefetches(cfg):
         nothing.append("l2_prefetch")  # one method for any length tells its projections nothing; other ops would not listen
     return list(dict.fromkeys(nothing))
 
 
-def _linear_op(cfg: Config) -> str:
-    from moeexp_kernels.registry import AUTO
+def _linear_prefetches(cfg: Config) -> bool:
+    from moeexp_kernels.registry import AUTO, PREFETCHING
 
     name = cfg.ops.linear or cfg.ops.default
-    return AUTO[cfg.device] if name == "auto" else name
+    return (AUTO[cfg.device] if name == "auto" else name) in PREFETCHING

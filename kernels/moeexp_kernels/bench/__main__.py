@@ -116,13 +116,14 @@ def bench(options: argparse.Namespace, ops: list[str], command: str) -> int:
     return WRONG if any(row.problem for row in rows) else 0
 
 
-def time_layers() -> int:
-    """Prints the chain's time a layer: ops apart and joined, with the early start of all kernels and without."""
-    chain = Layers(FULL, "cuda")
+def time_layers(counts: list[int]) -> int:
+    """Prints the chain's time a layer by sequences: ops apart and joined, with the early start of all kernels and without."""
     print(f"{torch.cuda.get_device_name()}: microseconds of a layer, the mean of three delta nets and one attention")
-    for joined, name in ((False, "ops apart"), (True, "in_moe, with_out")):
-        early, plain = (chain.microseconds(joined=joined, early=early) for early in (True, False))
-        print(f"{name:18s} {early:6.2f} with early start, {plain:6.2f} without", flush=True)
+    for count in counts:
+        chain = Layers(FULL, "cuda", count)
+        for joined, name in ((False, "ops apart"), (True, "in_moe, with_out")):
+            early, plain = (chain.microseconds(joined=joined, early=early) for early in (True, False))
+            print(f"{count:3d} sequences, {name:18s} {early:7.2f} with early start, {plain:7.2f} without", flush=True)
     return 0
 
 
@@ -151,7 +152,7 @@ def main(arguments: list[str]) -> int:
                 ops or list(BUILDERS), processes=options.jobs, budget=options.budget, command=command, layers=options.layers
             )
         if layers_run:
-            return time_layers()
+            return time_layers(token_counts(options.tokens))
         return bench(options, ops or list(BUILDERS), command)
 
 

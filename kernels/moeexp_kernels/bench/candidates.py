@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from moeexp_kernels.bench.cases import ONE_KERNEL, Spec
 from moeexp_kernels.bench.shapes import FULL
+from moeexp_kernels.ops.linear_tile import tile_key
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,13 @@ ROUTER_FUSED = tuple(  # few warps choose faster, as the choice is a chain of re
     for block, warps in [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (2, 4), (4, 4), (2, 8)]
     for cache in (".cg", "")
 )
+TILE = tuple(  # every warp has groups of its own: with eight, half as many registers hold the same weights
+    {"BLOCK_N": block, "COLUMNS": columns, "CACHE": ".cg", "num_warps": warps}
+    for block, columns, warps in [
+        (16, 8, 4), (16, 8, 8), (32, 8, 4), (32, 8, 8), (64, 8, 8), (16, 16, 4), (16, 16, 8), (32, 16, 8), (16, 32, 8),
+    ]
+)  # fmt: skip
+LIMBS = tuple({"START_NEXT": True, "num_warps": warps} for warps in (2, 4, 8, 16))
 GATE_UP = tuple(
     {"BLOCK_I": block, "num_warps": warps}
     for block, warps in [(2, 1), (4, 1), (2, 2), (4, 2), (8, 2), (2, 4), (4, 4), (8, 4), (16, 4), (16, 8)]
@@ -110,8 +118,17 @@ def targets(ops: list[str]) -> list[Target]:
         Target("gemv", f"int4/{out}x{features}", (Spec("linear", "decode", 1, name),), HEAD if name == "head" else GEMV)
         for name, (out, features, _) in linears.items()
     ]
+    found += [
+        Target(
+            "linear_tile", tile_key(bits=4, out_features=out, features=features, rows=rows),
+            (Spec("linear", "decode", rows, name),), tuple(row for row in TILE if row["COLUMNS"] <= rows),
+        )
+        for name, (out, features, _) in linears.items()
+        for rows in (8, 16, 32)
+    ]  # fmt: skip
     out, features, _ = linears["gdn in"]
     found += [
+        *(Target("limbs", f"half/{linears[name][1]}", (Spec("linear", "decode", 8, name),), LIMBS) for name in ("gdn in", "out")),
         Target("gemv", f"int8/{out}x{features}", (Spec("linear", "decode", 1, "gdn in", bits=8),), WIDE_GEMV),
         Target("gemv", f"plain16/{out}x{features}", (Spec("linear", "decode", 1, "gdn in", bits=16),), WIDE_GEMV),
         Target("gemm", "int4/half", (gemm,), GEMM),

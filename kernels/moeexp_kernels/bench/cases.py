@@ -25,6 +25,7 @@ from moeexp_kernels.ops import (
     router_fused,
     sample,
 )
+from moeexp_kernels.ops.linear_tile import tile_key
 
 EPS = 1e-6
 ONE_KERNEL = "one kernel"  # the router's decode step, fused
@@ -87,9 +88,11 @@ def build_linear(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
             {**shared, "weight": weight.clone(), "scales": None if scales is None else scales.clone()}
         )  # fmt: skip
     key = f"{'plain' if spec.bits == 16 else 'int'}{spec.bits}/"
-    table = ("gemv", f"{key}{out}x{features}")
-    if spec.phase == "prefill":
-        table = ("gemm", f"{key}half/{out}x{features}")
+    bits, group = linear.weight_format(weight=weight, scales=scales, in_features=features, name="weight")
+    table = {
+        "gemv": ("gemv", f"{key}{out}x{features}"), "gemm": ("gemm", f"{key}half/{out}x{features}"),
+        "tile": ("linear_tile", tile_key(bits=bits, out_features=out, features=features, rows=spec.tokens)),
+    }[linear.kernel_for(rows=spec.tokens, bits=bits, group=group)]  # fmt: skip
     return Case(
         op="linear", shape=f"{spec.variant} {out}x{features} {'bf16' if spec.bits == 16 else f'int{spec.bits}'}",
         phase=spec.phase, tokens=spec.tokens, call=linear.linear, reference=linear.reference_linear, copies=copies,

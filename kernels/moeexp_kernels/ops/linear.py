@@ -12,10 +12,10 @@ brings two runs of 16 *consecutive* inputs, so that activations are read with ve
 `scales[..., 0]` is the scale s, `scales[..., 1]` the shift c; with the code q in 0..2^bits-1 and the middle code
 m = 2^(bits-1), the weight is (q - m) * s + c. Centring keeps c small, so float16 holds it without loss that matters.
 
-Three kernels serve the op, which `kernel_for` chooses among: for one row a GEMV on int32 words of weights, see `words.py`; for
-2 to 32 rows of quantised weights the tile of `linear_tile.py`, which reads them once for all rows; for more `gemm.py`. Weights that the
-tile does not take stay with the GEMV up to GEMV_ROWS rows. `linear_tile`, the same op, leaves one row to the tile as well: then a
-row's result is the same to the bit among 1 to 32 rows.
+`kernel_for` chooses among three kernels. One row: a GEMV on int32 words of weights, see `words.py`. 2 to 32 rows of quantised
+weights in groups of 64 or 128: `linear_tile.py`, which reads the weights once for all rows. More rows: `gemm.py`. Other weights
+stay with the GEMV up to GEMV_ROWS rows. The op `linear_tile` leaves one row to the tile as well: then a row's result is the
+same to the bit among 1 to 32 rows.
 """
 
 from __future__ import annotations

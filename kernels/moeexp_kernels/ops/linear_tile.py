@@ -23,22 +23,23 @@ MOST_ROWS = 32
 
 @triton.jit
 def limbs_kernel(
-    x_ptr, norm_ptr, limbs_ptr, units_ptr, x_stride,
+    x_ptr, norm_ptr, limbs_ptr, units_ptr,
     EPS: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, LIMBS: tl.constexpr,
-    HAS_NORM: tl.constexpr, OVERLAP: tl.constexpr,
+    HAS_NORM: tl.constexpr, OVERLAP: tl.constexpr, START_NEXT: tl.constexpr,
 ):  # fmt: skip
-    """Limbs and units of norm(x), a program a row; GROUPS = K / GROUP, rounded up to a power of 2."""
+    """Limbs and units of norm(x), a program a row; GROUPS = K / GROUP, rounded up to a power of 2. START_NEXT: the product's
+    kernel starts, and asks for its weights, while this one still waits."""
     m = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, GROUPS)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     mask = k < K
     if HAS_NORM:
         norm = 1.0 + tl.load(norm_ptr + k, mask=mask, other=0.0).to(tl.float32)
-    x_ptr += start_next(OVERLAP)
+    x_ptr += start_next(OVERLAP and START_NEXT)
     ready = after_previous(OVERLAP)
     x_ptr += ready
     limbs_ptr += m * (LIMBS * K) + ready
     units_ptr += m * (K // GROUP * 2) + ready
-    x = tl.load(x_ptr + m * x_stride + k, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + m * K + k, mask=mask, other=0.0).to(tl.float32)
     factor = 1.0
     if HAS_NORM:
         factor = 1.0 / tl.sqrt(tl.sum(tl.sum(x * x, axis=1), axis=0) / K + EPS)
@@ -48,13 +49,14 @@ def limbs_kernel(
 
 @triton.jit
 def linear_tile_kernel(
-    limbs_ptr, units_ptr, w_ptr, s_ptr, res_ptr, y_ptr, ahead_ptr, ahead_s_ptr, M, res_stride,
-    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr, LIMBS: tl.constexpr,
+    limbs_ptr, units_ptr, w_ptr, s_ptr, res_ptr, y_ptr, ahead_ptr, ahead_s_ptr, M,
+    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr, AHEAD: tl.constexpr, AHEAD_SCALES: tl.constexpr,
     BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
-    """y[m, n] of all M rows, COLUMNS at a time, and BLOCK_N outputs n a program. Before the wait it reads weights and nothing else:
-    `limbs_kernel` relies on that. AHEAD and AHEAD_SCALES as in `gemv_kernel`."""
+    """y[m, n] of all M rows, COLUMNS at a time, BLOCKS times, and BLOCK_N outputs n a program. AHEAD and AHEAD_SCALES as in
+    `gemv_kernel`. Before the wait it reads weights and nothing else: `limbs_kernel` relies on that."""
+    LIMBS: tl.constexpr = 4 if y_ptr.dtype.element_ty == tl.float32 else 2
     start = tl.program_id(0).to(tl.int64) * BLOCK_N
     # From here offsets are relative to the program's first row: int32 is enough within it.
     w_ptr += start * (K // 2 if BITS == 4 else K)
@@ -77,7 +79,7 @@ def linear_tile_kernel(
         mask = (n < rows_left) & (column < left)
         extra = 0.0
         if HAS_RESIDUAL:  # at once: after the sums all would wait for it
-            extra = tl.load(res_ptr + m * res_stride + column * res_stride + n, mask=mask, other=0.0).to(tl.float32)
+            extra = tl.load(res_ptr + m * N + column * N + n, mask=mask, other=0.0).to(tl.float32)
         y = multiply_tile(
             first, second, pair, limbs_ptr + m * (LIMBS * K), units_ptr + m * (K // GROUP * 2), left, K, GROUP, GROUPS, BITS,
             LIMBS, BLOCK_N, COLUMNS, SPLIT, FAST,
@@ -108,29 +110,37 @@ def launch_limbs(*, x: Tensor, norm_weight: Tensor | None, eps: float, group: in
     limbs, units = empty_limbs(rows=rows, features=features, group=group, dtype=x.dtype, device=x.device)
     config = tuning.lookup("limbs", f"{tuning.activation_class(x.dtype)}/{features}", tuning.architecture(x.device))
     wrap_triton(limbs_kernel)[(rows,)](
-        x, x if norm_weight is None else norm_weight, limbs, units, x.stride(0), EPS=eps, K=features, GROUP=group,
+        x, x if norm_weight is None else norm_weight, limbs, units, EPS=eps, K=features, GROUP=group,
         GROUPS=triton.next_power_of_2(features // group), LIMBS=limbs_of(x.dtype), HAS_NORM=norm_weight is not None,
         OVERLAP=can_overlap(x), **config,
     )  # fmt: skip
     return limbs, units
 
 
-def launch_tile(
-    *, x: Tensor, weight: Tensor, scales: Tensor, norm_weight: Tensor | None, eps: float, residual: Tensor | None,
-    out: Tensor, bits: int, group: int, ahead: Tensor | None = None, ahead_scales: Tensor | None = None,
-    config: dict | None = None,
+def launch_product(
+    *, limbs: Tensor, units: Tensor, weight: Tensor, scales: Tensor, residual: Tensor | None, out: Tensor, bits: int,
+    group: int, ahead: Tensor | None = None, ahead_scales: Tensor | None = None, config: dict | None = None,
 ) -> None:  # fmt: skip
-    """out [M, N] = residual + norm(x [M, K]) @ weight.T, M <= MOST_ROWS; all flat, checked, and out contiguous."""
-    (rows, features), out_features = x.shape, weight.shape[0]
-    limbs, units = launch_limbs(x=x, norm_weight=norm_weight, eps=eps, group=group)
+    """out [M, N] = residual + activations in limbs [M, LIMBS, K] @ weight.T; all flat, checked, and out contiguous."""
+    rows, _, features = limbs.shape
+    out_features, cuda, overlap = weight.shape[0], limbs.is_cuda, can_overlap(limbs)
     key = tile_key(bits=bits, out_features=out_features, features=features, rows=rows)
-    config = config or tuning.lookup("linear_tile", key, tuning.architecture(x.device))
-    bring, bring_scales = ahead_lengths(ahead, ahead_scales) if can_overlap(x) else (0, 0)
+    config = config or tuning.lookup("linear_tile", key, tuning.architecture(limbs.device))
+    bring, bring_scales = ahead_lengths(ahead, ahead_scales) if overlap else (0, 0)
     groups = triton.next_power_of_2(features // group)
     wrap_triton(linear_tile_kernel)[(triton.cdiv(out_features, config["BLOCK_N"]),)](
         limbs, units, weight, scales, out if residual is None else residual, out, weight if ahead is None else ahead,
-        scales if ahead_scales is None else ahead_scales, rows, 0 if residual is None else residual.stride(0),
-        N=out_features, K=features, GROUP=group, GROUPS=groups, BITS=bits, LIMBS=limbs_of(x.dtype),
-        HAS_RESIDUAL=residual is not None, FAST=x.is_cuda, OVERLAP=can_overlap(x), AHEAD=bring, AHEAD_SCALES=bring_scales,
-        BLOCKS=triton.cdiv(rows, config["COLUMNS"]), SPLIT=min(groups, config["num_warps"]) if x.is_cuda else 1, num_stages=1, **config,
+        scales if ahead_scales is None else ahead_scales, rows,
+        N=out_features, K=features, GROUP=group, GROUPS=groups, BITS=bits, HAS_RESIDUAL=residual is not None,
+        FAST=cuda, OVERLAP=overlap, AHEAD=bring, AHEAD_SCALES=bring_scales,
+        BLOCKS=triton.cdiv(rows, config["COLUMNS"]), SPLIT=min(groups, config["num_warps"]) if cuda else 1,
+        num_stages=1, **config,
     )  # fmt: skip
+
+
+def launch_tile(
+    *, x: Tensor, weight: Tensor, norm_weight: Tensor | None, eps: float, group: int, **product: Tensor | int | dict | None
+) -> None:
+    """out [M, N] = residual + norm(x [M, K]) @ weight.T, M <= MOST_ROWS; product: what else `launch_product` takes."""
+    limbs, units = launch_limbs(x=x, norm_weight=norm_weight, eps=eps, group=group)
+    launch_product(limbs=limbs, units=units, weight=weight, group=group, **product)

@@ -15,10 +15,10 @@ nibbles; so that nothing is repacked).
 
     one row of a half, 64 bytes:   thread 0  0 .. 15 | thread 1  16 .. 31 | thread 2  32 .. 47 | thread 3  48 .. 63
 
-Of four neighbouring threads each loads 16 consecutive bytes, while an instruction (mma.m16n8k32) wants 4 + 4 bytes of each
-thread. Which features meet in an instruction does not matter, as long as weights and activations agree: `fragment` takes
-the 4-byte words of all threads in turn, and so what a load brings into a thread's registers is what that thread multiplies. No weight goes
-through shared memory.
+Each of four neighbouring threads loads 16 consecutive bytes, while an instruction (mma.m16n8k32) wants 4 + 4 bytes of each
+thread. Which features meet in an instruction does not matter as long as weights and activations agree: `fragment` takes the
+4-byte words of all threads in turn. So a thread multiplies what its loads bring into its registers, of weights and of limbs,
+and neither goes through shared memory.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def limb_products(
 
 @triton.jit
 def sum_groups(x, GROUPS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr):
-    """[GROUPS, BLOCK, COLUMNS] -> [BLOCK, COLUMNS]: groups g and g + GROUPS / 2 first, then the sums g and g + GROUPS / 4, and so on.
+    """[GROUPS, BLOCK, COLUMNS] -> [BLOCK, COLUMNS]: groups g and g + GROUPS / 2 first, then the sums g and g + GROUPS / 4, ...
 
     The last SPLIT, one a warp, are left to `tl.sum`, which joins warps in that same order (a GPU test compares)."""
     if GROUPS > SPLIT:
