@@ -190,8 +190,8 @@ def test_a_row_is_the_same_to_the_bit_alone_and_among_any_others(bits, dtype):
 
 @pytest.mark.parametrize("change", [{"COLUMNS": 16}, {"COLUMNS": 32}, {"BLOCK_N": 32}, {"num_warps": 8}])
 def test_launch_parameters_of_the_tile_change_no_bit(change):
-    x, extra = randn(11, 256, seed=1), randn(11, 21, seed=4)
-    weight, scales = quantised(21, 256, bits=4, group=64, seed=2, dtype=torch.float32)
+    x, extra = randn(11, 512, seed=1), randn(11, 21, seed=4)  # eight groups
+    weight, scales = quantised(21, 512, bits=4, group=64, seed=2, dtype=torch.float32)
     outputs = []
     for config in (TILE, TILE | change):
         out = Guarded(torch.full((11, 21), float("nan"), device=DEVICE))
@@ -206,7 +206,7 @@ def test_launch_parameters_of_the_tile_change_no_bit(change):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_every_code_is_exact_in_every_place_of_a_group(bits):
+def test_every_code_is_exact_on_the_tile(bits):
     """All 256 bytes, picked out by one-hot inputs at the places of a 16-byte load and where the next thread's begins."""
     features, group = 128, 128
     weight = torch.arange(256, dtype=torch.uint8).view(-1, 1).repeat(1, features * bits // 8).to(DEVICE)
@@ -230,11 +230,11 @@ def test_limbs_hold_the_normed_activations(dtype):
     integers = 256 * digits[:, 0] + digits[:, 1]
     assert integers.abs().max() == 32639
     if dtype == torch.float32:
-        integers = integers + (256 * digits[:, 2] + digits[:, 3]) / 32768
+        integers = integers + digits[:, 2] / 254
     unit, total = units.double().unbind(-1)
     held, wanted = (integers * unit[..., None]).flatten(1), rms_norm(x=x, weight=norm, eps=1e-6).double()
     largest = wanted.view(3, 3, 64).abs().amax(-1, keepdim=True).clamp(min=1e-30)
-    assert ((held - wanted).view(3, 3, 64).abs() / largest).max() < (1e-6 if dtype == torch.float32 else 1.7e-5)
+    assert ((held - wanted).view(3, 3, 64).abs() / largest).max() < (2.5e-7 if dtype == torch.float32 else 1.6e-5)
     assert_close_ratio(total.float(), held.view(3, 3, 64).sum(-1).float(), 1e-6, "totals")
 
 

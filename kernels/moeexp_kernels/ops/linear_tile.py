@@ -56,7 +56,7 @@ def linear_tile_kernel(
 ):  # fmt: skip
     """y[m, n] of all M rows, COLUMNS at a time, BLOCKS times, and BLOCK_N outputs n a program. AHEAD and AHEAD_SCALES as in
     `gemv_kernel`. Before the wait it reads weights and nothing else: `limbs_kernel` relies on that."""
-    LIMBS: tl.constexpr = 4 if y_ptr.dtype.element_ty == tl.float32 else 2
+    LIMBS: tl.constexpr = 3 if y_ptr.dtype.element_ty == tl.float32 else 2
     start = tl.program_id(0).to(tl.int64) * BLOCK_N
     # From here offsets are relative to the program's first row: int32 is enough within it.
     w_ptr += start * (K // 2 if BITS == 4 else K)

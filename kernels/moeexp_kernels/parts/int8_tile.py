@@ -148,10 +148,9 @@ def multiply_tile(
     low = limb_products(first, second, limbs_ptr + K, M, K, GROUP, GROUPS, LIMBS, BLOCK, COLUMNS)
     # Every rounding is written out: if the compiler were to choose what it fuses, it might choose another way for another shape.
     value = tl.fma(high, 256.0, low)
-    if LIMBS == 4:
-        high = limb_products(first, second, limbs_ptr + 2 * K, M, K, GROUP, GROUPS, LIMBS, BLOCK, COLUMNS)
-        low = limb_products(first, second, limbs_ptr + 3 * K, M, K, GROUP, GROUPS, LIMBS, BLOCK, COLUMNS)
-        value = tl.fma(tl.fma(high, 256.0, low), 1.0 / FINER, value)
+    if LIMBS == 3:
+        rest = limb_products(first, second, limbs_ptr + 2 * K, M, K, GROUP, GROUPS, LIMBS, BLOCK, COLUMNS)
+        value = tl.fma(rest, 1.0 / FINER, value)
     # Per group and output, and per group and row: widened before they are taken apart, so that one conversion each brings them
     # to where the products are. The compiler takes equal values apart once.
     shape: tl.constexpr = [GROUPS, BLOCK, COLUMNS]

@@ -6,8 +6,8 @@ Each integer is two limbs, a high and a low signed byte:
     x_i = unit * X_i,   X_i = 256 * high_i + low_i,   high_i and low_i in -128 .. 127   (32,639 = 256 * 127 + 127)
 
 so that sum_i q_i X_i = 256 * sum_i q_i high_i + sum_i q_i low_i, both sums exact in int32. 16 bits hold a group's
-activations to 1.6e-5 of its largest, a hundred times finer than bfloat16 holds them. float32 activations take four limbs: a
-second integer holds what the first leaves over, in 2^-15 of the unit.
+activations to 1.6e-5 of its largest, a hundred times finer than bfloat16 holds them. float32 activations take a third limb: it
+holds what the integer leaves over, at most half a unit, in 1 / 254 of the unit, and so the activations to 6e-8 of the largest.
 
 Memory: limbs int8 [M, LIMBS, K], units float32 [M, K / GROUP, 2]: a group's unit, and its sum of activations for the weights'
 shift. An RMSNorm's factor 1 / rms multiplies both, so that who reads them need not know of the norm.
@@ -25,12 +25,12 @@ LARGEST: tl.constexpr = tl.constexpr(32639.0)
 # even, which the low bits of the sum then hold.
 ROUND: tl.constexpr = tl.constexpr(12582912.0)
 ROUND_BITS: tl.constexpr = tl.constexpr(0x4B400000)
-FINER: tl.constexpr = tl.constexpr(32768.0)
+FINER: tl.constexpr = tl.constexpr(254.0)  # half a unit is 127
 
 
 def limbs_of(dtype: torch.dtype) -> int:
-    """Limbs of an activation: two are finer than a 2-byte dtype, float32 takes four."""
-    return 4 if dtype == torch.float32 else 2
+    """Limbs of an activation: two are finer than a 2-byte dtype, float32 takes three."""
+    return 3 if dtype == torch.float32 else 2
 
 
 def empty_limbs(*, rows: int, features: int, group: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -63,11 +63,10 @@ def store_limbs(limbs_ptr, units_ptr, x, factor, K: tl.constexpr, GROUP: tl.cons
     total = tl.sum(integer, axis=1).to(tl.float32)
     tl.store(limbs_ptr + offsets, ((integer + 128) >> 8).to(tl.int8), mask=mask)
     tl.store(limbs_ptr + K + offsets, integer.to(tl.int8), mask=mask)
-    if LIMBS == 4:
+    if LIMBS == 3:
         integer, _ = integer_of(rest * FINER)
         total += tl.sum(integer, axis=1).to(tl.float32) * (1.0 / FINER)
-        tl.store(limbs_ptr + 2 * K + offsets, ((integer + 128) >> 8).to(tl.int8), mask=mask)
-        tl.store(limbs_ptr + 3 * K + offsets, integer.to(tl.int8), mask=mask)
+        tl.store(limbs_ptr + 2 * K + offsets, integer.to(tl.int8), mask=mask)
     unit = factor * (largest * (1.0 / LARGEST) + poison)
     at = group[:, None] * 2 + tl.arange(0, 2)[None, :]
     tl.store(units_ptr + at, tl.join(unit, total * unit), mask=tl.broadcast_to(inside[:, None], [GROUPS, 2]))
