@@ -40,18 +40,28 @@ def fragment(x, ROWS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr):
 
 
 @triton.jit
-def centred_nibbles(q, FAST: tl.constexpr):
-    """Packed bytes -> (low nibble, high nibble), int8 0 .. 15: three instructions for eight weights."""
+def low_nibbles(q, FAST: tl.constexpr):
+    """Low nibbles of packed bytes, int8 0 .. 15: one instruction for four."""
     if FAST:
         return tl.inline_asm_elementwise(
-            "{ and.b32 $0, $2, 0x0F0F0F0F; shr.u32 $1, $2, 4; and.b32 $1, $1, 0x0F0F0F0F; }",
-            "=&r,=r,r",
+            "and.b32 $0, $1, 0x0F0F0F0F;", "=r,r", args=[q], dtype=tl.int8, is_pure=True, pack=4
+        )
+    return (q & 0xF).to(tl.int8)
+
+
+@triton.jit
+def high_nibbles(q, FAST: tl.constexpr):
+    """High nibbles of packed bytes, int8 0 .. 15: two instructions for four."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 w; shr.u32 w, $1, 4; and.b32 $0, w, 0x0F0F0F0F; }",
+            "=r,r",
             args=[q],
-            dtype=(tl.int8, tl.int8),
+            dtype=tl.int8,
             is_pure=True,
             pack=4,
         )
-    return (q & 0xF).to(tl.int8), (q >> 4).to(tl.int8)
+    return (q >> 4).to(tl.int8)
 
 
 @triton.jit
@@ -104,18 +114,8 @@ def load_half(
 
 
 @triton.jit
-def limb_products(
-    first, second, limb_ptr, M, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, LIMBS: tl.constexpr,
-    BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Codes times one limb, summed within each group: float32 [GROUPS, BLOCK, COLUMNS], exact.
-
-    The sums, below 2^22, begin at the bits of ROUND: they end as the float ROUND + sum, without a conversion."""
-    total = tl.full([GROUPS, BLOCK, COLUMNS], ROUND_BITS, tl.int32)
-    x = load_half(limb_ptr, M, K, GROUP, GROUPS, LIMBS, COLUMNS)
-    total = tl.dot(first, x, total, out_dtype=tl.int32)
-    x = load_half(limb_ptr + GROUP // 2, M, K, GROUP, GROUPS, LIMBS, COLUMNS)
-    total = tl.dot(second, x, total, out_dtype=tl.int32)
+def value_of(total):
+    """The sum that was begun at ROUND_BITS, float32 and exact: below 2^22 its bits are those of the float ROUND + sum."""
     return total.to(tl.float32, bitcast=True) - ROUND
 
 
@@ -139,18 +139,25 @@ def multiply_tile(
 ):  # fmt: skip
     """What `load_tile` found times M rows in limbs: float32 [BLOCK, COLUMNS]; columns from M on are zero."""
     half: tl.constexpr = GROUP // 2
-    if BITS == 4:
-        first, second = centred_nibbles(first, FAST)
-    else:
-        first, second = centred_bytes(first, FAST), centred_bytes(second, FAST)
-    first, second = fragment(first, BLOCK, GROUPS, half), fragment(second, BLOCK, GROUPS, half)
-    high = limb_products(first, second, limbs_ptr, M, K, GROUP, GROUPS, LIMBS, BLOCK, COLUMNS)
-    low = limb_products(first, second, limbs_ptr + K, M, K, GROUP, GROUPS, LIMBS, BLOCK, COLUMNS)
-    # Every rounding is written out: if the compiler were to choose what it fuses, it might choose another way for another shape.
-    value = tl.fma(high, 256.0, low)
+    start = tl.full([GROUPS, BLOCK, COLUMNS], ROUND_BITS, tl.int32)
+    rest = start
+    # The first halves with all limbs, then the second ones: so that both need not be in registers at once.
+    codes = low_nibbles(first, FAST) if BITS == 4 else centred_bytes(first, FAST)
+    codes = fragment(codes, BLOCK, GROUPS, half)
+    high = tl.dot(codes, load_half(limbs_ptr, M, K, GROUP, GROUPS, LIMBS, COLUMNS), start, out_dtype=tl.int32)
+    low = tl.dot(codes, load_half(limbs_ptr + K, M, K, GROUP, GROUPS, LIMBS, COLUMNS), start, out_dtype=tl.int32)
     if LIMBS == 3:
-        rest = limb_products(first, second, limbs_ptr + 2 * K, M, K, GROUP, GROUPS, LIMBS, BLOCK, COLUMNS)
-        value = tl.fma(rest, 1.0 / FINER, value)
+        rest = tl.dot(codes, load_half(limbs_ptr + 2 * K, M, K, GROUP, GROUPS, LIMBS, COLUMNS), start, out_dtype=tl.int32)
+    codes = high_nibbles(second, FAST) if BITS == 4 else centred_bytes(second, FAST)
+    codes = fragment(codes, BLOCK, GROUPS, half)
+    limbs_ptr += half
+    high = tl.dot(codes, load_half(limbs_ptr, M, K, GROUP, GROUPS, LIMBS, COLUMNS), high, out_dtype=tl.int32)
+    low = tl.dot(codes, load_half(limbs_ptr + K, M, K, GROUP, GROUPS, LIMBS, COLUMNS), low, out_dtype=tl.int32)
+    # Every rounding is written out: if the compiler were to choose what it fuses, it might choose another way for another shape.
+    value = tl.fma(value_of(high), 256.0, value_of(low))
+    if LIMBS == 3:
+        rest = tl.dot(codes, load_half(limbs_ptr + 2 * K, M, K, GROUP, GROUPS, LIMBS, COLUMNS), rest, out_dtype=tl.int32)
+        value = tl.fma(value_of(rest), 1.0 / FINER, value)
     # Per group and output, and per group and row: widened before they are taken apart, so that one conversion each brings them
     # to where the products are. The compiler takes equal values apart once.
     shape: tl.constexpr = [GROUPS, BLOCK, COLUMNS]
