@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from kernels_common import (
@@ -326,3 +330,45 @@ def test_every_tuned_shape_is_a_power_of_two_tile():
     for bits, rows, features in [(4, 12352, 2048), (4, 7, 64), (16, 256, 2048), (32, 3, 8192), (8, 2048, 512)]:
         block = gemv_config(bits=bits, rows=rows, in_features=features)["BLOCK_N"]
         assert block >= 1 and block & (block - 1) == 0
+
+
+# In a process without Triton's interpreter, through whose kernels no trace can pass.
+TRACED = """
+import torch, triton
+from torch._functorch.aot_autograd import aot_export_module
+from torch._higher_order_ops import triton_kernel_wrap
+from triton.backends.compiler import GPUTarget
+from moeexp_kernels.ops import linear_tile
+from moeexp_kernels.ops.linear import linear
+
+class Driver:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+class Layer(torch.nn.Module):
+    def forward(self, x, weight, scales, norm, residual):
+        told = {"ahead": weight, "ahead_scales": scales}
+        return (linear(x=x, weight=weight, scales=scales, norm_weight=norm, eps=1e-6, residual=residual, **told),)
+
+triton.runtime.driver.set_active(Driver())
+linear_tile.can_overlap = lambda tensor: True  # as on Hopper, where the kernels have instructions of their own
+half = {"dtype": torch.bfloat16}
+inputs = (
+    torch.zeros(5, 1, 2048, **half), torch.zeros(64, 1024, dtype=torch.uint8), torch.zeros(64, 16, 2, dtype=torch.float16),
+    torch.zeros(2048), torch.zeros(5, 1, 64, **half),
+)
+with torch.no_grad():
+    graph, _ = aot_export_module(Layer(), inputs, trace_joint=False)
+table, written = triton_kernel_wrap.kernel_side_table, {}
+for node in graph.graph.nodes:
+    if "triton_kernel_wrapper" in str(node.target):
+        written[table.get_kernel(node.kwargs["kernel_idx"]).fn.__name__] = sorted(node.kwargs["tensors_to_clone"])
+print(written)
+assert written == {"limbs_kernel": ["limbs_ptr", "units_ptr"], "linear_tile_kernel": ["y_ptr"]}, written
+"""
+
+
+def test_a_trace_sees_what_the_tiles_kernels_write_and_nothing_else():
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "0"}
+    run = subprocess.run([sys.executable, "-c", TRACED], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
