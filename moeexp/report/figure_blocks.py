@@ -67,13 +67,6 @@ def _command(record: dict[str, Any]) -> str:
     return shlex.join(word for word in record["command"] if not word.startswith(("hydra.", "tracker")))
 
 
-def ladder_short(results: Path) -> str:
-    steps = _steps(results / LADDER)
-    rows = [[step.label, _tok_s(step.run), times(step.gain) if step.gain else "", _medians(step)] for step in steps]
-    text = markdown_table(["rung", "decode tok/s", "gain over the rung before", "by medians"], rows)
-    return f"{text}\n{_prose(f'{ONCE} {_in_all(steps)}')}"
-
-
 def ladder(results: Path) -> str:
     return _rungs(_steps(results / LADDER), published=True)
 
@@ -255,7 +248,6 @@ def _cells(line: str) -> list[str]:
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "headline": headline,
-    "ladder-short": ladder_short,
     "ladder": ladder,
     "ladder-summary": ladder_summary,
     "ladder-start": ladder_start,
