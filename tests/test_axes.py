@@ -288,6 +288,7 @@ def test_one_method_under_dual_names_single():
         session_methods("single", {"decode": method})
 
 
+@pytest.mark.slow
 def test_cond_with_shared_state_cannot_be_compiled(model, tmp_path):
     """Why that combination is refused: export overlooks what a branch mutates, and AOTInductor stumbles over it."""
     arena = Arena(state_shapes(model.arch, batch=1, max_seq_len=32, dtype=torch.float32), device="cpu")
@@ -401,6 +402,7 @@ def test_padding_is_bitwise_nothing_with_the_kernels(model, phases):
     assert same_state(*results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [False, True])
 def test_a_separate_check_comes_after_the_timing_and_still_decides(tmp_path, monkeypatch, broken):
     if broken:

@@ -62,6 +62,7 @@ def test_a_cache_folder(tmp_path, monkeypatch):
     assert probes.run("cache folder").verdict == "warning"
 
 
+@pytest.mark.slow
 def test_a_kernels_package_that_is_not_the_hubs_is_found(tmp_path, monkeypatch):
     from transformers.utils.import_utils import KERNELS_MIN_VERSION as version  # what transformers would use
 
@@ -83,6 +84,7 @@ def test_two_installations_are_found(tmp_path, monkeypatch):
     assert finding.verdict == "broken" and "two installations" in finding.detail
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("module", "name"), [("triton", "triton"), ("hqq", "hqq")])
 def test_a_broken_import_is_found(tmp_path, monkeypatch, module, name):
     (tmp_path / f"{module}.py").write_text("raise ImportError('libsomething.so: cannot open')")

@@ -47,6 +47,7 @@ def test_one_definition_moves_the_ladder():
     assert "to the last: × 5.31 [" in " ".join(BLOCKS["ladder-summary"](ROOT / "results").split())
 
 
+@pytest.mark.slow
 def test_a_changed_digit_is_named_and_written_anew(checkout, capsys):
     page = checkout / "docs" / "results.md"
     whole = page.read_text()

@@ -61,6 +61,7 @@ def test_help_names_every_group_and_choice(capsys):
         assert f"\n{field.name}:" in text
 
 
+@pytest.mark.slow
 def test_users_own_configs(tmp_path, capsys):
     folder = tmp_path / "mine" / "quant"
     folder.mkdir(parents=True)

@@ -89,6 +89,7 @@ def test_every_switch_exists(device, method):
         assert config.cpp.vec_isa_ok is (False if device == "cuda" else None)
 
 
+@pytest.mark.slow
 def test_nothing_holds_the_weights_after_compiling(tmp_path):
     class Weighted(torch.nn.Module):
         def __init__(self):
@@ -184,6 +185,7 @@ assert written["router_kernel"] == results | {"logits_ptr"}, written
 """
 
 
+@pytest.mark.slow
 def test_real_methods_need_few_analyses_and_hand_no_float_to_a_kernel():
     """With torch's own tracing, in a process without Triton's interpreter. Inductor types a float argument as float64, and
     then everything that it touches is computed so. What a kernel writes is seen past a barrier and within a branch."""

@@ -75,6 +75,7 @@ def test_the_chain_of_layers_is_the_same_with_ops_joined():
         assert all(ratios(name, second[name], first[name], 1.0)[1] < INTERPRETED_GATE for name in first)
 
 
+@pytest.mark.slow
 def test_the_chain_s_rows_are_those_it_runs_with(monkeypatch):
     asked, lookup = set(), tuning.lookup
     monkeypatch.setattr(tuning, "lookup", lambda op, key, *a, **k: asked.add((op, key)) or lookup(op, key, *a, **k))
@@ -93,6 +94,7 @@ def test_every_case_agrees_with_its_reference_and_names_rows_of_the_table(spec):
         assert op == "gemv" or tuning.lookup(op, key, "sm_90"), (op, key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", ["linear", "gdn", "moe", "attention", "router", "sample", "rope"])
 def test_a_wrong_op_is_red_and_gets_no_time(op, monkeypatch):
     spec = specs(TINY, [op], [2], quick=True)[0]

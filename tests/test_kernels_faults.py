@@ -264,6 +264,7 @@ def test_positions_and_frequencies_of_another_layout_are_refused():
 # --- routing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op, tokens", [(moe.moe_decode, 3), (moe_prefill.moe_prefill, 20)])
 def test_tokens_that_all_choose_the_same_experts(op, tokens):
     ids = torch.tensor([3, 0], dtype=torch.int32, device=common.DEVICE).expand(1, tokens, 2).contiguous()
@@ -271,6 +272,7 @@ def test_tokens_that_all_choose_the_same_experts(op, tokens):
     check_experts(op, rows=(1, tokens), routing={"ids": ids, "weights": weights})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op, tokens", [(moe.moe_decode, 1), (moe_prefill.moe_prefill, 13)])
 def test_experts_that_nobody_chose_are_not_read(op, tokens):
     """Their scales are NaN: one product with them would show."""
@@ -285,6 +287,7 @@ def test_experts_that_nobody_chose_are_not_read(op, tokens):
     common.assert_bitwise_equal(op(x=x, **{**arguments, **sick}, **routing), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op, tokens", [(moe.moe_decode, 2), (moe_prefill.moe_prefill, 9)])
 def test_an_expert_with_a_share_of_zero_adds_nothing(op, tokens):
     arguments = experts(D=64, E=4, width=32, shared=32, bits=4, group=32, dtype=F32)

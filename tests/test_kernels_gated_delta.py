@@ -327,6 +327,7 @@ for op, name, length, shapes in ((gdn_decode, "gdn_decode", 1, None), (gdn_prefi
 """
 
 
+@pytest.mark.slow
 def test_exports_as_one_node_with_symbolic_length():
     """One prefill serves every T >= 1. In a process without the interpreter, whose kernels no trace can pass through."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "0"}

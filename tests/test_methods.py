@@ -170,6 +170,7 @@ def test_a_package_depends_on_the_ops_that_its_method_has():
     assert "sample" not in names("forward")
 
 
+@pytest.mark.slow
 def test_dynamo_makes_symbols_of_the_marked_lengths_alone(cfg, model, phases, monkeypatch):
     """All methods are one function to it, and prefill and decode have different inputs at the same places: what differs there
     must not become a symbol, of the state above all."""

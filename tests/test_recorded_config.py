@@ -133,6 +133,7 @@ def test_the_places_are_every_field_of_the_schema():
     assert set(Architecture.from_folder(SHIPPED_CHECKPOINT).to_hf()) <= set(ARCHITECTURE), "as records have it"
 
 
+@pytest.mark.slow
 def test_a_value_of_any_kind_at_any_place_is_refused_or_arrives_as_it_was():
     """In each round every place gets a value; those that are not refused come together in one config, as composing one
     takes a moment, and that is to arrive as it is. Shapes depend on one another, so they are composed one at a time."""
@@ -181,6 +182,7 @@ def test_a_text_arrives_as_it_was_in_every_field_and_list():
         assert shlex.split(shlex.join(overrides)) == overrides
 
 
+@pytest.mark.slow
 def test_a_prompt_arrives_as_the_text_it_was():
     for text in [one for one in TEXTS if not allowed(one, lines=True)]:
         assert isinstance(outcome(put(CONFIG, ("prompt",), text)), str)
