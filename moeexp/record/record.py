@@ -137,6 +137,11 @@ class Record:
         if text not in self.data["notes"]:
             self.data["notes"].append(text)
 
+    def add_not_applicable(self, axis: str) -> None:
+        """An axis of which the run itself finds that it acts on nothing."""
+        if axis not in self.data["not_applicable"]:
+            self.data["not_applicable"].append(axis)
+
     def finish(self, status: str, *, error: dict[str, Any] | None = None) -> None:
         """Set the final status, drop speeds that may not be published, and write.
 

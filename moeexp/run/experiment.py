@@ -35,7 +35,7 @@ from moeexp.run.identity import confirm
 from moeexp.run.memory import memory
 from moeexp.run.roofline import bandwidth_share, bytes_per_step
 from moeexp.run.transformers_baseline import run_transformers
-from moeexp.stack.factory import Stack, build_model, build_stack, check_coverage, prefetches, python_callbacks
+from moeexp.stack.factory import Stack, build_model, build_stack, check_coverage, python_callbacks
 
 
 def run_experiment(cfg: Config, *, run_dir: Path, record: Record, phases: Phases) -> None:
@@ -93,14 +93,12 @@ class Run:
         self.record.set(first_token_s=round(time.monotonic() - STARTED, 3))  # imports, weights and compiling included
         length = self.prompt.shape[1]
         if beyond_graphs(cfg, length):  # of text, whose tokens validation does not know
-            self.record.data["not_applicable"].append("prefill_graph_lengths")
+            self.record.add_not_applicable("prefill_graph_lengths")
             self.record.note(
                 f"prefill ran without a CUDA graph: the prompt has {length} tokens, more than each captured length"
             )
-        if cfg.overlap and early_starts(self.stack.session) == 0:  # a GPU before Hopper, or ops that cannot
-            self.record.data["not_applicable"].append("overlap")
-        if cfg.l2_prefetch and not prefetches(cfg) and "l2_prefetch" not in self.record.data["not_applicable"]:
-            self.record.data["not_applicable"].append("l2_prefetch")
+        if cfg.overlap and early_starts(self.stack.session) == 0:  # ops that cannot
+            self.record.add_not_applicable("overlap")
 
     def check(self, references: References | None = None) -> None:
         """`references`: of the group, whose runs share weights."""
