@@ -105,8 +105,8 @@ KEYS = (
 
 
 class Record:
-    """A dict of plain values with its file. `latencies_ms` takes raw per-token samples while the run goes on, `prefill_ms`
-    and `ttft_ms` those of prefills and of first tokens."""
+    """A dict of plain values with its file; `data` is for reading, the methods change it. `latencies_ms` takes raw per-token
+    samples while the run goes on, `prefill_ms` and `ttft_ms` those of prefills and of first tokens."""
 
     def __init__(self, path: Path, *, id: str, config: Any, command: list[str], overrides: Sequence[str] = ()):
         self.path = path
@@ -131,6 +131,11 @@ class Record:
         for key, value in values.items():
             assert key in self.data, f"{key!r} is not a key of a record; add it to record.KEYS"
             self.data[key] = plain(value)
+
+    def add(self, key: str, /, **values: Any) -> None:
+        """More of what a key's table holds, as `set` makes it plain."""
+        assert isinstance(self.data.get(key), dict), f"{key!r} is not a key of a record with a table"
+        self.set(**{key: self.data[key] | values})
 
     def note(self, text: str) -> None:
         """A line for whoever reads the record: something was shortened, a tracker did not answer."""

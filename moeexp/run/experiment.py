@@ -114,7 +114,7 @@ class Run:
             return
         uuid = "GPU-" + str(torch.cuda.get_device_properties(self.stack.device).uuid)
         others = others_on(uuid, own=1)
-        self.record.data["environment"]["gpu_other_processes"] = others
+        self.record.add("environment", gpu_other_processes=others)
         if others:
             self.record.note(f"the GPU was busy: {others} other process(es) had a context on it when timing began")
             print(f"warning: {others} other process(es) on the GPU; speeds may suffer", file=sys.stderr)
@@ -177,13 +177,14 @@ def _apart(found: dict[str, Any]) -> str:
 
 def _compare_ids(record: Record, ids: list[list[int]], eos: set[int] | None) -> None:
     """What was timed must be what was checked: the same tokens, of which the check ends no row."""
-    check = record.data["check"]
-    if check is None:
+    if record.data["check"] is None:
         return
+    check = dict(record.data["check"])
     checked = check.pop("generated_ids")
     if [timing.cut(row, eos) for row in checked] != ids:
-        check["passed"] = False
-        check["failures"].append("benchmark: the timed generation chose other tokens than the checked one")
+        said = "benchmark: the timed generation chose other tokens than the checked one"
+        check |= {"passed": False, "failures": [*check["failures"], said]}
+    record.set(check=check)
 
 
 def _ops(stack: Stack, dispatch: str) -> dict[str, Any]:

@@ -180,7 +180,7 @@ def conclude(
         if config is not None and config.device == "cuda":
             from moeexp.record import environment
 
-            record.data["environment"]["gpu_after"] = environment.gpu_state()
+            record.add("environment", gpu_after=environment.gpu_state())
         record.finish(status, error=_describe(error, phases))
         code = INVALID if invalid else EXIT_CODES[status]
         if config is not None:  # a config that was refused measured nothing that a tracker should show
