@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from moeexp.config.axes import KEPT_APART
 from moeexp.config.errors import Parser
 from moeexp.record.streams import fitted
 from moeexp.report.conditions import conditions, differing
@@ -15,7 +16,7 @@ from moeexp.report.format import MEDIAN, MEDIAN_NOTE, number, percent
 from moeexp.report.intervals import speed_of
 from moeexp.report.markdown import LATE, times
 from moeexp.report.records import find, is_median, read_published, why
-from moeexp.report.runs import HOUSEKEEPING, as_text, gain, runs_of, settings_text
+from moeexp.report.runs import as_text, gain, runs_of, settings_text
 
 TOP_KERNELS = 15
 # Of a phase or a kernel, a change below this is noise that nobody looks for.
@@ -27,7 +28,7 @@ Line = tuple[str, str, str]
 def explain(a: dict[str, Any], b: dict[str, Any]) -> str:
     """The whole comparison as text; only what differs is listed."""
     parts: dict[str, list[Line]] = {
-        "config": _nested(a["config"], b["config"], skip=HOUSEKEEPING),
+        "config": _nested(a["config"], b["config"], skip=KEPT_APART),
         "conditions": _conditions(a, b),
         "environment": _nested(a["environment"] or {}, b["environment"] or {}, skip=("gpu_before", "gpu_after")),
         "ops": _nested(a["ops"] or {}, b["ops"] or {}),

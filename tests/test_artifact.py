@@ -13,9 +13,8 @@ import torch
 from rich.console import Console
 
 from moeexp import cli, export
+from moeexp.config import axes, resolve, schema, sources
 from moeexp.config import compose as config_compose
-from moeexp.config import resolve, schema, sources
-from moeexp.config import schema as config_schema
 from moeexp.record.phases import Phases
 from moeexp.record.record import Record
 from moeexp.run.identity import Identities, config_hash
@@ -176,8 +175,8 @@ def _composed(overrides):
 
 def test_defaults_composed_by_hand_are_hydras():
     by_hand, composed = artifact_config._default_config(), config_compose.compose([])
-    for path in config_schema.FIXED:
-        assert artifact_config._get(by_hand, path) == artifact_config._get(composed, path), path
+    for path in axes.FIXED:
+        assert axes.get(by_hand, path) == axes.get(composed, path), path
 
 
 @pytest.mark.parametrize(

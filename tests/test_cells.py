@@ -10,7 +10,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from moeexp.cli import main
-from moeexp.config import compose, resolve, schema, validate
+from moeexp.config import axes, compose, resolve, schema, validate
 from moeexp.record.record import plain
 from moeexp.report.runs import flatten
 from moeexp.sweep import cells, hydra_plugins
@@ -97,7 +97,7 @@ def test_each_rung_of_the_ladder_changes_one_thing(composer):
     for (name, changes), before, after in zip(LADDER[1:], settings, settings[1:], strict=False):
         assert {axis: (before[axis], after[axis]) for axis in after if after[axis] != before[axis]} == changes, name
     assert {one["dtype"] for one in settings} == {"bfloat16"}
-    assert "overlap" in resolve.not_applicable(resolve.resolve(found[8].given, cuda_available=True))
+    assert "overlap" in axes.not_applicable(resolve.resolve(found[8].given, cuda_available=True))
 
 
 @pytest.mark.parametrize("name", [name for name, _ in LADDER])

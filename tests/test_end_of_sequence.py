@@ -13,6 +13,7 @@ from moeexp import cli
 from moeexp.config.architecture import Architecture
 from moeexp.config.schema import ModelConfig
 from moeexp.model.config_agreement import check_agreement, differences, text_config
+from moeexp.record.record import Record
 from moeexp.report.intervals import speed_of
 from moeexp.run import experiment
 
@@ -158,11 +159,14 @@ def test_rows_end_each_at_its_own_end(run):
         )
 
 
-def test_the_timed_rows_are_those_that_were_checked():
+def test_the_timed_rows_are_those_that_were_checked(tmp_path):
     def compared(checked, ids, eos):
-        data = {"check": {"generated_ids": checked, "passed": True, "failures": []}}
-        experiment._compare_ids(type("Record", (), {"data": data}), ids, eos)
-        return data["check"]["passed"]
+        record = Record(tmp_path / "record.json", id="t", config=None, command=["test"])
+        record.set(check={"generated_ids": checked, "passed": True, "failures": []})
+        experiment._compare_ids(record, ids, eos)
+        check = record.data["check"]
+        assert "generated_ids" not in check and len(check["failures"]) == (not check["passed"])
+        return check["passed"]
 
     assert compared([[1, 7, 2], [3, 4, 5]], [[1, 7], [3, 4, 5]], {7})
     assert not compared([[1, 7, 2], [3, 4, 5]], [[1, 7], [3, 4]], {7}), "cut, and it had not ended"

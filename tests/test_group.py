@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from moeexp.cli import main
+from moeexp.config.axes import shares_weights
 from moeexp.config.compose import compose
 from moeexp.record.record import read_record
 from moeexp.run import group
 from moeexp.run.benchmark import Benchmark
 from moeexp.run.job import Job
-from moeexp.sweep.sweep import shares_weights
 
 QUICK = ["model=nano", "tracker=jsonl", "export=eager", "new_tokens=5", "prompt_len=9"]
 QUICK += ["repeats=1", "min_samples=1", "min_time_s=0"]

@@ -13,7 +13,7 @@ import pytest
 import synthetic
 
 from moeexp import reproduce
-from moeexp.config import schema
+from moeexp.config import axes, schema
 from moeexp.config.architecture import Architecture
 from moeexp.config.compose import compose
 from moeexp.config.recorded import ARCHITECTURE, AT_MOST, check
@@ -21,7 +21,6 @@ from moeexp.config.sources import SHIPPED_CHECKPOINT
 from moeexp.record.record import plain
 from moeexp.report import command_line
 from moeexp.report.html import page as html_report
-from moeexp.report.runs import HOUSEKEEPING
 
 LINE = 400  # characters of an error
 # What resembles Hydra's grammar, OmegaConf's, a shell's or Python's.
@@ -82,7 +81,7 @@ def outcome(config, derive=command_line.arguments_of):
 
 
 def compared(config):
-    kept = {key: value for key, value in config.items() if key not in HOUSEKEEPING or key in command_line.RUN_AS_IT_WAS}
+    kept = {key: value for key, value in config.items() if key not in axes.NOT_REPEATED}
     return kept | {"model": kept["model"] | {"architecture": None}}
 
 

@@ -4,8 +4,7 @@ import dataclasses
 
 import pytest
 
-from moeexp.config import resolve as config_resolve
-from moeexp.config import validate as rules
+from moeexp.config import axes
 from moeexp.config.architecture import Architecture
 from moeexp.config.compose import compose
 from moeexp.config.resolve import resolve
@@ -169,12 +168,17 @@ def test_skipped_kinds_do_not_bound_the_group_size():
 
 
 def test_not_applicable_on_cpu_only():
-    on_cpu = [*config_resolve.NEEDS_CUDA_TO_MATTER, "overlap", "l2_prefetch"]
-    assert config_resolve.not_applicable(resolve(nano(), cuda_available=False)) == on_cpu
-    assert config_resolve.not_applicable(resolve(nano("cuda_graph=true"), cuda_available=True)) == []
-    assert config_resolve.not_applicable(resolve(nano(), cuda_available=True)) == ["overlap"]  # edges of a graph
+    on_cpu = ["shared_stream", "skip_output_copy", "overlap", "l2_prefetch", "allocator"]
+    assert axes.not_applicable(resolve(nano(), cuda_available=False)) == on_cpu
+    assert axes.not_applicable(resolve(nano("cuda_graph=true"), cuda_available=True)) == []
+    assert axes.not_applicable(resolve(nano(), cuda_available=True)) == ["overlap"]  # edges of a graph
     for deaf in ("dispatch=single", "ops=reference", "ops.linear=reference"):
-        assert config_resolve.not_applicable(resolve(nano("cuda_graph=true", deaf), cuda_available=True)) == ["l2_prefetch"]
+        assert axes.not_applicable(resolve(nano("cuda_graph=true", deaf), cuda_available=True)) == ["l2_prefetch"]
+
+
+@pytest.mark.parametrize(("capability", "idle"), [((8, 0), ["overlap", "l2_prefetch"]), ((9, 0), []), ((10, 0), [])])
+def test_what_needs_hopper_is_not_applicable_before_it(capability, idle):
+    assert axes.not_applicable(resolve(nano("cuda_graph=true"), cuda_available=True), capability) == idle
 
 
 def test_a_snapshot_gives_its_own_shapes(tmp_path):
@@ -196,10 +200,10 @@ def test_keys_may_not_be_added_or_removed():
         compose(["~seed"])
 
 
-def test_every_rule_names_a_field():
+def test_every_row_is_of_a_field():
     config = compose(["model=nano"])
-    for path in (*rules.ALLOWED, *rules.AT_LEAST, *config_resolve.NEEDS_CUDA_TO_MATTER):
-        rules.get(config, path)
+    for path in axes.TABLE:
+        axes.get(config, path)
     assert {field.name for field in dataclasses.fields(config.ops)} >= {"default", "linear", "sample"}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import difflib
 import re
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, NoReturn
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
-from moeexp.config import schema
+from moeexp.config.axes import TABLE
 from moeexp.record import streams
 from moeexp.record.paths import expanded
 
@@ -57,16 +56,8 @@ def explain(error: BaseException) -> str:
 
 
 def _suggestion(key: str) -> str:
-    close = difflib.get_close_matches(key, _keys(), n=2)
+    close = difflib.get_close_matches(key, TABLE, n=2)
     return f"; did you mean {' or '.join(close)}?" if close else ""
-
-
-def _keys() -> list[str]:
-    """Every dotted key of the schema."""
-    keys = [field.name for field in dataclasses.fields(schema.Config)]
-    for name, group in schema.GROUPS.items():
-        keys += [f"{name}.{field.name}" for field in dataclasses.fields(group)]
-    return keys
 
 
 class Parser(argparse.ArgumentParser):

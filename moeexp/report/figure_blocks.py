@@ -1,4 +1,5 @@
-"""What each block of figures in README.md and docs/ says: Markdown from the records in results/, for `moeexp.figures`."""
+"""What each block of figures in README.md and docs/ says, for `moeexp.figures`: Markdown from the records in results/, and
+the table of axes from the schema."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moeexp.record.record import read_record
-from moeexp.report import processes
+from moeexp.report import axes_table, processes
 from moeexp.report.effects import main_effects
 from moeexp.report.format import number, percent
 from moeexp.report.intervals import tokens_per_step
@@ -27,6 +28,7 @@ FIRST_RUN = "first_run_qwen3_5_35b_a3b_int4_h100.json"
 TINY = "tiny_h100"
 EXAMPLE = "readme_example/record.json"
 KERNELS = "kernels_h100.json"
+AXES = "axes"  # of no record: the schema says it
 # By others: ExecuTorch on an A100, tokens a second (pytorch/executorch PR 18809 and what led to it).
 PUBLISHED = {"dual methods, explicit state": "77.4", "shared buffers": "84.5", "CUDA graph": "82 → 98"}
 ONCE = "One process each: the rungs took turns in it, and none was repeated in another. Read their ratios, not one speed."
@@ -257,4 +259,5 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "tiny-summary": tiny_summary,
     "kernels": kernels,
     "example": example,
+    AXES: axes_table.table,
 }

@@ -76,7 +76,8 @@ def footnotes(records: Sequence[dict[str, Any]]) -> list[str]:
 def _against_first(records: Sequence[dict[str, Any]]) -> list[tuple[bool, str]]:
     """Of each: whether it took no turns with the first run of its workload, which is what a reader holds it against, and
     how its weights differ from that one's."""
-    from moeexp.report.runs import WORKLOAD, machine, unlike_weights
+    from moeexp.config.axes import WORK
+    from moeexp.report.runs import machine, unlike_weights
 
     first: dict[tuple, dict[str, Any]] = {}
     found = []
@@ -84,7 +85,7 @@ def _against_first(records: Sequence[dict[str, Any]]) -> list[tuple[bool, str]]:
         if record["decode_tok_s"] is None:
             found.append((False, ""))
             continue
-        work = (machine(record), *(str(record["config"].get(key)) for key in WORKLOAD))
+        work = (machine(record), *(str(record["config"].get(key)) for key in WORK))
         base, group = first.setdefault(work, record), group_name(record)
         apart = record is not base and (group is None or group != group_name(base))
         found.append((apart, unlike_weights(record, base)))

@@ -10,7 +10,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from moeexp.config import schema
-from moeexp.config.schema import FIXED, Config, ModelConfig, OpsConfig, QuantConfig
+from moeexp.config.axes import FIXED, get
+from moeexp.config.schema import Config, ModelConfig, OpsConfig, QuantConfig
 
 
 def adopt(cfg: Config, overrides: Sequence[str] = ()) -> Config:
@@ -30,8 +31,8 @@ def adopt(cfg: Config, overrides: Sequence[str] = ()) -> Config:
     # Compiled into the kernels of a CPU, and into nothing of a GPU's.
     paths = [path for path in FIXED if path != "threads" or made["device"] == "cpu"]
     for path in paths:
-        wish, has = _get(cfg, path), _get(made, path)
-        asked = wish != _get(default, path) or any(path == name or path.startswith(f"{name}.") for name in named)
+        wish, has = get(cfg, path), get(made, path)
+        asked = wish != get(default, path) or any(path == name or path.startswith(f"{name}.") for name in named)
         if asked and wish not in (None, "auto") and not _agree(path, wish, has):
             raise ValueError(
                 f"{path}={_show(wish)} is not what artifact={cfg.artifact} was made with ({_show(has)}): "
@@ -44,7 +45,7 @@ def adopt(cfg: Config, overrides: Sequence[str] = ()) -> Config:
         model = replace(model, weights=str(folder / "model"))
     if manifest["model"]["heldout"] and model.heldout != "shipped":
         model = replace(model, heldout=str(folder / "model" / "heldout.txt"))
-    fixed = {path: made[path] for path in paths if "." not in path}
+    fixed = {path: made[path] for path in paths if path in made}
     ops = OpsConfig(**made["ops"] | {"sample": cfg.ops.sample})
     return replace(cfg, artifact=str(folder), model=model, quant=QuantConfig(**made["quant"]), ops=ops, **fixed | padded)
 
@@ -70,19 +71,13 @@ def _agree(path: str, wish: Any, has: Any) -> bool:
 
 
 def _default_config() -> dict[str, Any]:
-    """`conf/config.yaml` with its groups, composed by hand: Hydra may be in the middle of composing."""
+    """The schema's, with the groups of `conf/config.yaml`, composed by hand: Hydra may be in the middle of composing."""
     root = OmegaConf.load(schema.conf_dir() / "config.yaml")
-    config = OmegaConf.to_container(root)
-    for entry in config["defaults"]:
-        for group, choice in entry.items() if isinstance(entry, dict) else ():
+    config = OmegaConf.to_container(OmegaConf.structured(Config))
+    for entry in root.defaults:
+        for group, choice in entry.items() if OmegaConf.is_dict(entry) else ():
             if group in schema.GROUPS and choice is not None:
                 config[group] = OmegaConf.to_container(OmegaConf.load(schema.conf_dir() / group / f"{choice}.yaml"))
-    return config
-
-
-def _get(config: Any, path: str) -> Any:
-    for name in path.split("."):
-        config = config.get(name) if isinstance(config, dict) else getattr(config, name)
     return config
 
 

@@ -36,21 +36,19 @@ TRACING = tuple(f"{__package__}.{name}" for name in ("factory", "methods", "indu
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """What, beside the code and its libraries, decides a method's graph."""
+    """What, beside the code and its libraries, decides a method's graph. `settings`: those of the table of axes that are
+    part of the compile key, see `axes.compiled_in`; `ops` by their identities."""
 
     method: str
-    architecture: dict[str, Any]
-    ops: dict[str, str]
-    bits: int
-    group_size: int | None
-    skip: tuple[str, ...]
-    dtype: str
-    batch: int
-    max_seq_len: int
-    device: str
-    state: str = "shared"
+    settings: dict[str, Any]
     takes_live: bool = False
-    l2_prefetch: bool = False
+
+    @property
+    def device(self) -> str:
+        return self.settings["device"]
+
+    def plain(self) -> dict[str, Any]:
+        return {"method": self.method, "takes_live": self.takes_live} | self.settings
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class Artifact:
 
 def key_of(spec: MethodSpec) -> str:
     parts = {
-        "spec": asdict(spec),
+        "spec": spec.plain(),
         "sources": _source_digest(),
         "environment": compiling(),
         "inductor": inductor_config(method=spec.method, device=spec.device),
@@ -116,7 +114,7 @@ def get_or_compile(spec: MethodSpec, export: Callable[[], ExportedProgram]) -> A
             compile_method(program, package, config)
             manifest = {
                 "version": MANIFEST_VERSION,
-                "spec": asdict(spec),
+                "spec": spec.plain(),
                 "toolchain": toolchain(spec.device),
                 "inductor": config,
                 "graph_sha256": hashlib.sha256(str(program.graph).encode()).hexdigest(),
@@ -138,7 +136,7 @@ def _read(folder: Path, spec: MethodSpec) -> Artifact | None:
     package = folder / f"{spec.method}.pt2"
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        wanted = {"version": MANIFEST_VERSION, "spec": asdict(spec), "toolchain": toolchain(spec.device)}
+        wanted = {"version": MANIFEST_VERSION, "spec": spec.plain(), "toolchain": toolchain(spec.device)}
         if {key: manifest[key] for key in wanted} != json.loads(json.dumps(wanted)):
             return None
         if manifest["package_sha256"] != _file_digest(package):
