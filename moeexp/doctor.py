@@ -23,7 +23,7 @@ from moeexp.record.tracker import wandb_mode
 from moeexp.run import signals
 
 SECONDS = 300  # that a probe may take: compiling is slow where a machine is busy
-STYLES = {"ok": "green", "trap": "cyan", "warning": "yellow", "broken": "bold red", "not probed": "dim"}
+STYLES = {"ok": "green", "warning": "yellow", "broken": "bold red"}
 
 
 def probe(name: str) -> Finding:
@@ -103,7 +103,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str] | None) -> int:
     parser = Parser("python -m moeexp.doctor", description="Versions and known traps of this machine.")
-    parser.add_argument("--quick", action="store_true", help="leave out the probes that compile")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     try:
         options = parser.parse_args(arguments)
@@ -113,10 +112,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     console = Console(stderr=True)
     findings, seconds = {}, {}
     try:
-        for name, (_, compiles) in PROBES.items():
-            if options.quick and compiles:
-                findings[name], seconds[name] = Finding("not probed", "--quick"), 0.0
-                continue
+        for name in PROBES:
             start = time.perf_counter()
             with console.status(name):
                 findings[name] = probe(name)

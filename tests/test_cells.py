@@ -152,7 +152,7 @@ def test_a_thousand_cells_are_listed_in_seconds(tmp_path, monkeypatch, capsys):
     arguments = ["-m", "model=nano", "dry_run=true", "quant=none,int4", "export=eager,aoti", "seed=range(250)"]
     start = time.process_time()
     assert main(arguments) == 0
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 10
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1001 and lines[0].startswith("[0] ") and lines[-1].startswith("1000 cells, 1000 to run")
     assert list(Path(".").iterdir()) == [Path("multirun")] and not list(Path(".").rglob("*.yaml"))

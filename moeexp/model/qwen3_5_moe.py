@@ -11,6 +11,7 @@ compiled method would keep the weights of whatever model it was compiled with. H
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -228,13 +229,15 @@ def inverse_frequencies(arch: Architecture) -> Tensor:
 
 
 def state_shapes(
-    arch: Architecture, *, batch: int, max_seq_len: int, dtype: torch.dtype
+    arch: Architecture | Any, *, batch: int, max_seq_len: int, dtype: torch.dtype
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every state tensor, by buffer name. Recurrent state is float32 whatever `dtype` is."""
+    """Shape and dtype of every state tensor, by buffer name. Recurrent state is float32 whatever `dtype` is. `arch` may be
+    transformers' own text config, whose names these are: the check's, which takes no reading of ours on trust."""
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    key, value = (getattr(arch, f"linear_num_{n}_heads") * getattr(arch, f"linear_{n}_head_dim") for n in ("key", "value"))
     for i, kind in enumerate(arch.layer_types):
         if kind == "linear_attention":
-            shapes[f"layers.{i}.conv_state"] = ((batch, arch.conv_dim, arch.linear_conv_kernel_dim - 1), dtype)
+            shapes[f"layers.{i}.conv_state"] = ((batch, 2 * key + value, arch.linear_conv_kernel_dim - 1), dtype)
             recurrent = (batch, arch.linear_num_value_heads, arch.linear_key_head_dim, arch.linear_value_head_dim)
             shapes[f"layers.{i}.recurrent_state"] = (recurrent, torch.float32)
         else:
