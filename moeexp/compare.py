@@ -13,7 +13,7 @@ from moeexp.record.streams import fitted
 from moeexp.report.conditions import conditions, differing
 from moeexp.report.format import MEDIAN, MEDIAN_NOTE, number, percent
 from moeexp.report.intervals import speed_of
-from moeexp.report.markdown import LATE, times
+from moeexp.report.ratios import LATE, times
 from moeexp.report.records import find, is_median, read_published, why
 from moeexp.report.runs import HOUSEKEEPING, as_text, gain, runs_of, settings_text
 

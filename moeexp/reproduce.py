@@ -25,7 +25,7 @@ from moeexp.report.command_line import arguments_of, hydra_value
 from moeexp.report.conditions import LOAD, unlike
 from moeexp.report.format import percent
 from moeexp.report.intervals import RUN_TO_RUN, ratio, speed_of
-from moeexp.report.markdown import times
+from moeexp.report.ratios import times
 from moeexp.report.records import find, read_published
 
 AGREES, DIFFERS, INVALID = 0, 1, 2
