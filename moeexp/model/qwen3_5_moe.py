@@ -122,8 +122,12 @@ class Qwen35MoE(nn.Module):
     def attach_state(self, state: dict[str, Tensor]) -> None:
         """Registers the arena's tensors, named `layers.{i}.{kind}`, as buffers that the methods mutate."""
         for name, tensor in state.items():
-            owner, _, leaf = name.rpartition(".")
-            self.get_submodule(owner).register_buffer(leaf, tensor)
+            self.assign(name, tensor)
+
+    def assign(self, name: str, tensor: Tensor) -> None:
+        """A tensor in the place of the buffer of that name."""
+        owner, _, leaf = name.rpartition(".")
+        self.get_submodule(owner).register_buffer(leaf, tensor)
 
     def detach_state(self, names: Iterable[str]) -> None:
         """Takes attached state off again: explicit state is no buffer of the model."""
