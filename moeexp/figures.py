@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from moeexp.config.errors import Parser
+from moeexp.config.errors import Parser, answered
 from moeexp.record.record import write_atomically
 
 MARKER = re.compile(r"^<!-- (figures: [^\n]*|/figures) -->$", re.MULTILINE)
@@ -49,6 +49,10 @@ def outside(text: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    return answered(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     from moeexp.report.figure_blocks import AXES
 
     about = "The figures of README.md and docs/ from the records, and the table of axes from the schema."
@@ -56,17 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("files", metavar="FILE", nargs="*", type=Path, help="default: README.md and docs/*.md")
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a block differs")
     parser.add_argument("--results", metavar="DIR", type=Path, default=Path("results"), help="default: results")
-    try:
-        options = parser.parse_args(arguments)
-        files = options.files or [path for path in (Path("README.md"), *sorted(Path("docs").glob("*.md"))) if path.is_file()]
-        if not options.results.is_dir() or not files:
-            raise ValueError(f"no {options.results} or no README.md here: run it where the repository's README.md lies")
-        differ = [line for path in files for line in _file(path, options.results, write=not options.check)]
-    except SystemExit as stop:  # --help
-        return stop.code if isinstance(stop.code, int) else 0
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options = parser.parse_args(arguments)
+    files = options.files or [path for path in (Path("README.md"), *sorted(Path("docs").glob("*.md"))) if path.is_file()]
+    if not options.results.is_dir() or not files:
+        raise ValueError(f"no {options.results} or no README.md here: run it where the repository's README.md lies")
+    differ = [line for path in files for line in _file(path, options.results, write=not options.check)]
     for line in differ:
         source = "the schema says" if line.endswith(f": {AXES}") else "the records say"
         print(f"{line} {f'is not what {source}' if options.check else 'rewritten'}")

@@ -73,8 +73,8 @@ def test_a_model_that_transformers_loads_has_the_same(tmp_path, nested, generati
 MALFORMED = [
     ("{", "not valid JSON"),
     ("", "not valid JSON"),
-    ("version https://git-lfs.github.com/spec/v1", "not valid JSON"),
-    ("[7]", "holds a list.*JSON object"),
+    ("version https://git-lfs.github.com/spec/v1", "is a git-lfs pointer"),
+    ("[7]", r"must hold a JSON object, and holds \[7\]"),
     ({"eos_token_id": "7"}, "eos_token_id='7'.*allowed: a token id"),
     ({"eos_token_id": 1.5}, "eos_token_id=1.5.*allowed: a token id"),
     ({"eos_token_id": True}, "eos_token_id=True.*allowed: a token id"),

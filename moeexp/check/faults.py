@@ -283,9 +283,8 @@ def with_reading(model: Qwen35MoE, **fields: Any) -> Qwen35MoE:
     arch, source = replace(model.arch, **fields), copy_of(model)
     other = Qwen35MoE(arch, dtype=model.embed_tokens.weight.dtype, device="meta")
     for name, _ in list(other.named_buffers()):
-        owner, leaf = name.rpartition(".")[0], name.rpartition(".")[2]
-        other.get_submodule(owner).register_buffer(leaf, source.get_buffer(name))
-        if isinstance(other.get_submodule(owner), Linear):
-            other.get_submodule(owner).scales = source.get_submodule(owner).scales
+        other.assign(name, source.get_buffer(name))
+        if isinstance(owner := other.get_submodule(name.rpartition(".")[0]), Linear):
+            owner.scales = source.get_submodule(name.rpartition(".")[0]).scales
     other.register_buffer("inv_freq", inverse_frequencies(arch).to(model.norm.device))
     return other

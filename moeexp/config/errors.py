@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -70,6 +72,19 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(streams.fitted(f"{message}; {self.prog} --help says what there is"))
+
+
+def answered(command: Callable[[], int]) -> int:
+    """The exit code of a command: its own, 2 with one line for what it was given, 130 for an interrupt."""
+    try:
+        return command()
+    except SystemExit as stop:  # --help
+        return stop.code if isinstance(stop.code, int) else 0
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, RuntimeError, OSError) as error:
+        print(streams.fitted(f"error: {error}"), file=sys.stderr)
+        return 2
 
 
 def _path(text: str) -> Path:

@@ -31,7 +31,7 @@ def validate(cfg: Config, *, cuda_available: bool) -> None:
     arch = load_architecture(cfg.model)
     _check_prompt(cfg, arch)
     _check_quant(cfg.quant, arch)
-    _check_ops(cfg, device_of(cfg, cuda_available), arch)
+    _check_ops(cfg, device_of(cfg, cuda_available))
     _check_engine(cfg)
     if cfg.eos:
         folder = weights_folder(cfg.model)
@@ -187,18 +187,12 @@ def _check_quant(quant: QuantConfig, arch: Architecture) -> None:
             )
 
 
-def _check_ops(cfg: Config, device: str, arch: Architecture) -> None:
+def _check_ops(cfg: Config, device: str) -> None:
     from moeexp_kernels.registry import DRAWS
     from moeexp_kernels.registry import resolve as resolve_ops
 
     chosen = {field.name: getattr(cfg.ops, field.name) for field in fields(cfg.ops) if field.name != "default"}
     names = resolve_ops(default=cfg.ops.default, chosen=chosen, device=device)
-    for op, name in (("router", "in_moe"), ("gdn_decode", "with_out")):
-        if names[op] == name and cfg.dispatch == "single":
-            raise ValueError(
-                f"ops.{op}={name} joins two ops of a decode step, and dispatch=single has no decode step apart from prefill: "
-                f"use another dispatch, or another ops.{op}"
-            )
     if cfg.sampler.name == "gumbel" and names["sample"] not in DRAWS:
         raise ValueError(
             f"ops.sample={names['sample']} makes no draws, which sampler=gumbel needs: use ops.sample={' or '.join(DRAWS)}, "
@@ -209,12 +203,6 @@ def _check_ops(cfg: Config, device: str, arch: Architecture) -> None:
             f"ops.sample={cfg.ops.sample} with skip_output_copy=false, which samples on the host by ops.sample=reference: "
             "use that, or skip_output_copy=true"
         )
-    if names["gdn_decode"] == "with_out":
-        from moeexp_kernels.ops.gated_delta_out import check_heads
-
-        plain = cfg.quant.bits == 16 or "out_proj" in cfg.quant.skip
-        group = None if plain else cfg.quant.group_size or default_group_size(arch, cfg.quant)
-        check_heads(arch.linear_value_head_dim, group)
 
 
 def _check_engine(cfg: Config) -> None:

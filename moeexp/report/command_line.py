@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.types import Quote, QuotedString
+from moeexp_kernels.removed import refuse_removed
 
 from moeexp.config import compose, schema
 from moeexp.config.architecture import Architecture
@@ -34,8 +35,8 @@ FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
 def command_of(record: dict[str, Any], *, trust: bool = False) -> str:
     """A command line that runs this config, whatever sweep or recipe it came from, to be pasted into a shell.
 
-    `ValueError` for a config that a stranger could not have got from this version, or of which a group no longer exists,
-    and without `trust` for a record that names code."""
+    `ValueError` for a config that a stranger could not have got from this version, or of which a group or an op's
+    implementation no longer exists, and without `trust` for a record that names code."""
     return shlex.join(["python", "-m", "moeexp", *_arguments(record, trust)])
 
 
@@ -129,6 +130,8 @@ def hydra_value(value: Any) -> str:
 
 def _arguments(record: dict[str, Any], trust: bool) -> list[str]:
     check(record.get("config"))
+    for op, name in record["config"]["ops"].items():
+        refuse_removed(op, name)
     named = code_of(record)
     if named and not trust:
         more = f" (and {len(named) - 2} more)" if len(named) > 2 else ""

@@ -14,9 +14,9 @@ from typing import Any
 from moeexp.record.record import read_record
 from moeexp.report import axes_table, processes
 from moeexp.report.effects import main_effects
-from moeexp.report.format import number, percent
+from moeexp.report.format import markdown_table, number, percent
 from moeexp.report.intervals import tokens_per_step
-from moeexp.report.markdown import by_medians, markdown_table, times, without_stalls
+from moeexp.report.ratios import by_medians, times, without_stalls
 from moeexp.report.records import load_records
 from moeexp.report.runs import Run, as_text, gain, runs_of
 from moeexp.report.waterfall import Step, waterfalls

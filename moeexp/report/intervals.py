@@ -34,7 +34,6 @@ import numpy as np
 from moeexp.report.conditions import UNLIKE_LOAD, cpu_left, group_name, other_load
 
 REPLICATES = 1000
-CONFIDENCE = 0.95
 MIN_SAMPLES = 8  # fewer give no interval
 BLOCKS = 10  # of consecutive samples, where a record does not say what its rounds were
 # A speed must be what the mean of its samples says, or the samples cannot tell its spread.

@@ -15,6 +15,7 @@ from moeexp.report.format import (
     STALLS,
     WEIGHTS,
     is_marked,
+    markdown_table,
     number,
     stalls_text,
 )
@@ -46,11 +47,7 @@ def table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]
 
 def markdown(records: Sequence[dict[str, Any]]) -> str:
     header, rows = table(records)
-    figures = len(header) - header.index(MEASURED[0])
-    rule = [":--"] * (len(header) - figures) + ["--:"] * figures
-    lines = [header, rule, *rows]
-    text = "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
-    notes = footnotes(records)
+    text, notes = markdown_table(header, rows, len(header) - header.index(MEASURED[0])), footnotes(records)
     return text + ("\n" + "\n".join(f"- {note}" for note in notes) + "\n" if notes else "")
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from moeexp.config import schema
 from moeexp.config.axes import FIXED, get
+from moeexp.config.compose import compose
 from moeexp.config.schema import Config, ModelConfig, OpsConfig, QuantConfig
 
 
@@ -26,7 +25,7 @@ def adopt(cfg: Config, overrides: Sequence[str] = ()) -> Config:
     folder = Path(cfg.artifact).expanduser().resolve()
     manifest = artifact_manifest.read_manifest(folder)
     made = manifest["config"]
-    default = _default_config()
+    default = _defaults()
     named = [override.lstrip("+~").partition("=")[0].replace("/", ".") for override in overrides]
     # Compiled into the kernels of a CPU, and into nothing of a GPU's.
     paths = [path for path in FIXED if path != "threads" or made["device"] == "cpu"]
@@ -38,7 +37,7 @@ def adopt(cfg: Config, overrides: Sequence[str] = ()) -> Config:
                 f"{path}={_show(wish)} is not what artifact={cfg.artifact} was made with ({_show(has)}): "
                 "leave it out, or export another artifact"
             )
-    padded = _padded(cfg, made, asked=cfg.cuda_graph != default["cuda_graph"] or "cuda_graph" in named)
+    padded = _padded(cfg, made, asked=cfg.cuda_graph != default.cuda_graph or "cuda_graph" in named)
     artifact_manifest.check_runnable(folder, manifest)
     model = ModelConfig(**made["model"])
     if manifest["model"]["weights"]:
@@ -70,15 +69,9 @@ def _agree(path: str, wish: Any, has: Any) -> bool:
     return sorted(wish) == sorted(has) if isinstance(wish, list) else wish == has
 
 
-def _default_config() -> dict[str, Any]:
-    """The schema's, with the groups of `conf/config.yaml`, composed by hand: Hydra may be in the middle of composing."""
-    root = OmegaConf.load(schema.conf_dir() / "config.yaml")
-    config = OmegaConf.to_container(OmegaConf.structured(Config))
-    for entry in root.defaults:
-        for group, choice in entry.items() if OmegaConf.is_dict(entry) else ():
-            if group in schema.GROUPS and choice is not None:
-                config[group] = OmegaConf.to_container(OmegaConf.load(schema.conf_dir() / group / f"{choice}.yaml"))
-    return config
+@cache
+def _defaults() -> Config:
+    return compose()
 
 
 def _show(value: Any) -> str:

@@ -27,7 +27,7 @@ from torch.export import ExportedProgram
 from moeexp.stack.caches import cache_dir
 from moeexp.stack.inductor import compiling, inductor_config
 from moeexp.stack.methods import compile_method
-from moeexp.stack.source_files import files_of, imported_by
+from moeexp.stack.source_files import file_digest, files_of, imported_by
 
 MANIFEST_VERSION = 1
 # What traces and compiles, beside this module. What they import decides what a method's graph is and what becomes of it.
@@ -118,7 +118,7 @@ def get_or_compile(spec: MethodSpec, export: Callable[[], ExportedProgram]) -> A
                 "toolchain": toolchain(spec.device),
                 "inductor": config,
                 "graph_sha256": hashlib.sha256(str(program.graph).encode()).hexdigest(),
-                "package_sha256": _file_digest(package),
+                "package_sha256": file_digest(package),
                 "constants": {name: asdict(constant) for name, constant in _constants(program).items()},
                 "compile_s": time.perf_counter() - start,
             }
@@ -139,7 +139,7 @@ def _read(folder: Path, spec: MethodSpec) -> Artifact | None:
         wanted = {"version": MANIFEST_VERSION, "spec": spec.plain(), "toolchain": toolchain(spec.device)}
         if {key: manifest[key] for key in wanted} != json.loads(json.dumps(wanted)):
             return None
-        if manifest["package_sha256"] != _file_digest(package):
+        if manifest["package_sha256"] != file_digest(package):
             return None
         constants = {name: TensorSpec.from_json(data) for name, data in manifest["constants"].items()}
         return Artifact(folder.name, package, constants, cached=True, compile_s=float(manifest["compile_s"]))
@@ -189,11 +189,6 @@ def _source_digest() -> str:
     for name, path in sources().items():
         total.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return total.hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _triton_version() -> str | None:

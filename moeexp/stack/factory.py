@@ -239,12 +239,10 @@ class Recipe:
     def names_in(self, method: str) -> dict[str, str]:
         """What of `names` is in a method: the sampler is in none, and a prefill method has no op that is for one token."""
         other = {"prefill": "_decode", "decode": "_prefill"}.get(method, "nothing")
-        names = {op: name for op, name in self.names.items() if op != "sample" and not op.endswith(other)}
-        return names | ({"router": "triton"} if method == "prefill" and names["router"] == "in_moe" else {})
+        return {op: name for op, name in self.names.items() if op != "sample" and not op.endswith(other)}
 
     def ops(self) -> dict[str, Callable]:
         ops = {op: registry.implementation(op, name) for op, name in self.names.items()}
-        ops |= registry.combined(self.names)
         return ops | dispatch.ops(self.names) if self.cfg.dispatch == "single" else ops
 
     def module(self, name: str) -> Method:

@@ -117,12 +117,11 @@ def bench(options: argparse.Namespace, ops: list[str], command: str) -> int:
 
 
 def time_layers() -> int:
-    """Prints the chain's time a layer: ops apart and joined, with the early start of all kernels and without."""
+    """Prints the chain's time a layer, with the early start of all kernels and without."""
     chain = Layers(FULL, "cuda")
     print(f"{torch.cuda.get_device_name()}: microseconds of a layer, the mean of three delta nets and one attention")
-    for joined, name in ((False, "ops apart"), (True, "in_moe, with_out")):
-        early, plain = (chain.microseconds(joined=joined, early=early) for early in (True, False))
-        print(f"{name:18s} {early:6.2f} with early start, {plain:6.2f} without", flush=True)
+    early, plain = (chain.microseconds(early=early) for early in (True, False))
+    print(f"{early:6.2f} with early start, {plain:6.2f} without", flush=True)
     return 0
 
 

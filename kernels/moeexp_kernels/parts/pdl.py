@@ -28,12 +28,10 @@ from moeexp_kernels.parts.tuning import architecture
 OVERLAPPING = (
     "gemv_kernel",
     "choose_experts_kernel",
-    "router_kernel",
     "gate_up_kernel",
     "down_kernel",
     "_decode_kernel",
     "_finish_kernel",
-    "gdn_out_kernel",
     "_qk_norm_rope_kernel",
     "_attend_kernel",
     "_merge_kernel",
@@ -42,10 +40,8 @@ OVERLAPPING = (
 # Of these, the kernels (earlier, later) of one op: what may start early where an op is timed by itself.
 WITHIN_AN_OP = (
     ("gemv_kernel", "choose_experts_kernel"),
-    ("gemv_kernel", "gate_up_kernel"),
     ("gate_up_kernel", "down_kernel"),
     ("_decode_kernel", "_finish_kernel"),
-    ("_decode_kernel", "gdn_out_kernel"),
     ("_attend_kernel", "_merge_kernel"),
 )
 
