@@ -10,7 +10,6 @@ from typing import Any
 
 from moeexp.config.axes import KEPT_APART
 from moeexp.config.errors import Parser, answered
-from moeexp.record.streams import fitted
 from moeexp.report.conditions import conditions, differing
 from moeexp.report.format import MEDIAN, MEDIAN_NOTE, number, percent
 from moeexp.report.intervals import speed_of

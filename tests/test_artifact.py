@@ -15,8 +15,8 @@ from hydra.core.global_hydra import GlobalHydra
 from rich.console import Console
 
 from moeexp import cli, export
-from moeexp.config import axes, resolve, schema, sources
 from moeexp.config import compose as config_compose
+from moeexp.config import resolve, schema, sources
 from moeexp.record.phases import Phases
 from moeexp.record.record import Record
 from moeexp.run.identity import Identities, config_hash
