@@ -28,10 +28,13 @@ LONGEST_LIST = 8192  # Hydra reads a list in time that grows with its square: th
 SHOWN = 60
 
 USER_OP = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+ROPE_TABLE = dict[str, int | float | bool | str | list[int | float] | None] | None
 # As `Architecture.to_hf` writes it, and as conf/model does.
 ARCHITECTURE = {name: kind for name, kind in get_type_hints(Architecture).items() if name != "eos_token_ids"} | {
     "eos_token_id": int | list[int] | None,
-    "rope_parameters": dict[str, int | float | bool | str | list[int | float] | None] | None,
+    "rope_parameters": ROPE_TABLE,
+    "rope_scaling": ROPE_TABLE,
+    "original_max_position_embeddings": int,
 }
 ROPE = {"rope_type": str, "type": str, "rope_theta": float, "partial_rotary_factor": float}
 

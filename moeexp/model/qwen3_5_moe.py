@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moeexp.config.architecture import Architecture
+from moeexp.model.rope import inverse_frequencies
 
 Ops = dict[str, Callable]
 
@@ -67,6 +68,7 @@ class FullAttention(nn.Module):
         self.register_buffer("q_norm", torch.empty(arch.head_dim, **wide))
         self.register_buffer("k_norm", torch.empty(arch.head_dim, **wide))
         self.num_heads, self.eps = arch.num_attention_heads, arch.rms_norm_eps
+        self.rotary = {"attention_factor": arch.rope_scaling.attention_factor} if arch.rope_scaling else {}
 
 
 class SparseMoe(nn.Module):
@@ -171,7 +173,8 @@ class Qwen35MoE(nn.Module):
             else:
                 q = ops["qk_norm_rope"](
                     qkv=proj, q_norm=mixer.q_norm, k_norm=mixer.k_norm, inv_freq=self.inv_freq[0], positions=positions,
-                    k_cache=held["k_cache"], v_cache=held["v_cache"], num_heads=mixer.num_heads, eps=mixer.eps, **counts,
+                    k_cache=held["k_cache"], v_cache=held["v_cache"], num_heads=mixer.num_heads, eps=mixer.eps,
+                    **mixer.rotary, **counts,
                 )  # fmt: skip
                 out = ops[f"sdpa_{phase}"](
                     q=q, qkv=proj, k_cache=held["k_cache"], v_cache=held["v_cache"], positions=positions, **counts
@@ -224,12 +227,6 @@ def _linear(
     return ops["linear"](
         x=x, weight=linear.weight, scales=linear.scales, norm_weight=norm, eps=eps, residual=residual, **told
     )
-
-
-def inverse_frequencies(arch: Architecture) -> Tensor:
-    """RoPE frequencies [1, R/2] float32, on the CPU: pow differs in the last bit between devices."""
-    exponents = torch.arange(0, arch.rotary_dim, 2, dtype=torch.float32) / arch.rotary_dim
-    return (1.0 / arch.rope_theta**exponents)[None]
 
 
 def state_shapes(

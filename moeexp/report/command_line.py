@@ -121,6 +121,8 @@ def hydra_value(value: Any) -> str:
         return str(value)
     if isinstance(value, list):
         return "[" + ",".join(map(hydra_value, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{hydra_value(item)}" for key, item in value.items()) + "}"
     assert isinstance(value, str), f"{type(value).__name__} is no value of a setting"
     if re.fullmatch(r"[A-Za-z][A-Za-z0-9_./:-]*", value) and value.lower() not in WORDS:
         return value
