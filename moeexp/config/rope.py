@@ -71,16 +71,16 @@ def check_rope(config: dict[str, Any]) -> None:
     Of a nested config, both levels."""
     inner = config.get("text_config")
     for name in NAMES:
-        if inner and config.get(name):
+        if inner and config.get(name) and config[name] != inner.get(name):
             raise ValueError(
-                f"{name}={short(config[name])} beside text_config in the model config: transformers reads the one in "
+                f"{name}={short(config[name])} beside text_config in the model config: transformers reads what is in "
                 "text_config only; move it there, or remove it"
             )
         _check(name, (inner or config).get(name) or {})
 
 
 def _check(name: str, rope: dict[str, Any]) -> None:
-    by_layer = [key for key, value in rope.items() if isinstance(value, dict)]
+    by_layer = [key for key, value in rope.items() if isinstance(value, dict) and key not in KINDS["yarn"]]
     if by_layer:
         raise ValueError(
             f"{name}.{cut(by_layer[0], 40)}={short(rope[by_layer[0]], 60)} in the model config: rotary embeddings that "
