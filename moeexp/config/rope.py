@@ -90,7 +90,9 @@ def _check(name: str, rope: dict[str, Any]) -> None:
     key = "rope_type" if "rope_type" in rope else "type"
     kind = rope.get(key, "default")
     if kind not in KINDS:
-        raise ValueError(f"{name}.{key}={short(kind)} in the model config is not supported; allowed: {', '.join(KINDS)}")
+        raise ValueError(
+            f"{name}.{key}={short(kind)} in the model config is not supported; allowed: {', '.join(KINDS)}"
+        )
     rules = KINDS[kind]
     check_values(rope, rules, f"{name}.")
     unknown = [key for key in rope if key not in rules]
@@ -101,7 +103,9 @@ def _check(name: str, rope: dict[str, Any]) -> None:
             f"allowed: {', '.join(known)}"
         )
     if kind == "yarn" and "factor" not in rope:
-        raise ValueError(f"{name} has rope_type=yarn and no factor in the model config; factor must be {AT_LEAST_ONE[1]}")
+        raise ValueError(
+            f"{name} has rope_type=yarn and no factor in the model config; factor must be {AT_LEAST_ONE[1]}"
+        )
 
 
 def read_rope(config: dict[str, Any]) -> tuple[float, float, Yarn | None]:
