@@ -197,10 +197,10 @@ REFUSED += [
 ]
 NO_NUMBER = ["4", [], True, float("nan"), float("inf"), -float("inf"), -1, -0.5, 1e40, 10**30]
 KEYS = ["factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "rope_theta", "partial_rotary_factor"]
+NEEDED = ("factor", "rope_theta", "original_max_position_embeddings")
 REFUSED += [(YARN | {key: value}, [f".{key}=", "finite number"]) for key in KEYS for value in NO_NUMBER]
 REFUSED += [(YARN | {key: 0}, [f".{key}=0", "finite number"]) for key in KEYS if "mscale" not in key]
-NEVER_NULL = ["factor", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"]
-REFUSED += [(YARN | {key: None}, [f".{key}=null", "number"]) for key in NEVER_NULL]
+REFUSED += [(YARN | {key: None}, [f".{key}=null", "number"]) for key in NEEDED]
 REFUSED += [(YARN | {"truncate": value}, [".truncate=", "true or false"]) for value in (None, 0, 1, "false", [])]
 REFUSED += [
     (YARN | {"original_max_position_embeddings": value}, [".original_max_position_embeddings=", "whole number of at least 1"])
