@@ -71,16 +71,16 @@ def check_rope(config: dict[str, Any]) -> None:
     Of a nested config, both levels."""
     inner = config.get("text_config")
     for name in NAMES:
-        if inner and config.get(name):
+        if inner and config.get(name) and config[name] != inner.get(name):
             raise ValueError(
-                f"{name}={short(config[name])} beside text_config in the model config: transformers reads the one in "
+                f"{name}={short(config[name])} beside text_config in the model config: transformers reads what is in "
                 "text_config only; move it there, or remove it"
             )
         _check(name, (inner or config).get(name) or {})
 
 
 def _check(name: str, rope: dict[str, Any]) -> None:
-    by_layer = [key for key, value in rope.items() if isinstance(value, dict)]
+    by_layer = [key for key, value in rope.items() if isinstance(value, dict) and key not in KINDS["yarn"]]
     if by_layer:
         raise ValueError(
             f"{name}.{cut(by_layer[0], 40)}={short(rope[by_layer[0]], 60)} in the model config: rotary embeddings that "
@@ -90,7 +90,9 @@ def _check(name: str, rope: dict[str, Any]) -> None:
     key = "rope_type" if "rope_type" in rope else "type"
     kind = rope.get(key, "default")
     if kind not in KINDS:
-        raise ValueError(f"{name}.{key}={short(kind)} in the model config is not supported; allowed: {', '.join(KINDS)}")
+        raise ValueError(
+            f"{name}.{key}={short(kind)} in the model config is not supported; allowed: {', '.join(KINDS)}"
+        )
     rules = KINDS[kind]
     check_values(rope, rules, f"{name}.")
     unknown = [key for key in rope if key not in rules]
@@ -101,7 +103,9 @@ def _check(name: str, rope: dict[str, Any]) -> None:
             f"allowed: {', '.join(known)}"
         )
     if kind == "yarn" and "factor" not in rope:
-        raise ValueError(f"{name} has rope_type=yarn and no factor in the model config; factor must be {AT_LEAST_ONE[1]}")
+        raise ValueError(
+            f"{name} has rope_type=yarn and no factor in the model config; factor must be {AT_LEAST_ONE[1]}"
+        )
 
 
 def read_rope(config: dict[str, Any]) -> tuple[float, float, Yarn | None]:
