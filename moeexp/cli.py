@@ -23,6 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from moeexp.config import schema
+from moeexp.config.axes_text import help_text
 from moeexp.config.errors import HELP, explain
 from moeexp.config.override_text import as_typed
 from moeexp.record import streams
@@ -54,6 +55,7 @@ class Session:
         schema.register()
         hydra_plugins.register()
         OmegaConf.register_new_resolver("moeexp_id", lambda: self.id, replace=True)
+        OmegaConf.register_new_resolver("moeexp_axes", help_text, replace=True)
         OmegaConf.register_new_resolver("moeexp_mode", hydra_plugins.mode, replace=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

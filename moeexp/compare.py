@@ -8,14 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moeexp.config.errors import Parser
-from moeexp.record.streams import fitted
+from moeexp.config.axes import KEPT_APART
+from moeexp.config.errors import Parser, answered
 from moeexp.report.conditions import conditions, differing
 from moeexp.report.format import MEDIAN, MEDIAN_NOTE, number, percent
 from moeexp.report.intervals import speed_of
-from moeexp.report.markdown import LATE, times
+from moeexp.report.ratios import LATE, times
 from moeexp.report.records import find, is_median, read_published, why
-from moeexp.report.runs import HOUSEKEEPING, as_text, gain, runs_of, settings_text
+from moeexp.report.runs import as_text, gain, runs_of, settings_text
 
 TOP_KERNELS = 15
 # Of a phase or a kernel, a change below this is noise that nobody looks for.
@@ -27,7 +27,7 @@ Line = tuple[str, str, str]
 def explain(a: dict[str, Any], b: dict[str, Any]) -> str:
     """The whole comparison as text; only what differs is listed."""
     parts: dict[str, list[Line]] = {
-        "config": _nested(a["config"], b["config"], skip=HOUSEKEEPING),
+        "config": _nested(a["config"], b["config"], skip=KEPT_APART),
         "conditions": _conditions(a, b),
         "environment": _nested(a["environment"] or {}, b["environment"] or {}, skip=("gpu_before", "gpu_after")),
         "ops": _nested(a["ops"] or {}, b["ops"] or {}),
@@ -179,17 +179,15 @@ def _columns(lines: Sequence[Line]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    return answered(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parser = Parser(prog="python -m moeexp.compare", description="What differs between two records, and how much.")
     parser.add_argument("a", metavar="A", type=Path, help="a record.json, or the folder of one run")
     parser.add_argument("b", metavar="B", type=Path)
-    try:
-        options = parser.parse_args(arguments)
-        print(explain(read_published(find(options.a)), read_published(find(options.b))), end="")
-    except SystemExit as stop:  # --help
-        return stop.code if isinstance(stop.code, int) else 0
-    except (ValueError, OSError) as error:
-        print(fitted(f"error: {error}"), file=sys.stderr)
-        return 2
+    options = parser.parse_args(arguments)
+    print(explain(read_published(find(options.a)), read_published(find(options.b))), end="")
     return 0
 
 

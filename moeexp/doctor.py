@@ -16,14 +16,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from moeexp.config.errors import Parser
+from moeexp.config.errors import Parser, answered
 from moeexp.probes import ANSWER, PROBES, Finding
-from moeexp.record.streams import fitted
 from moeexp.record.tracker import wandb_mode
 from moeexp.run import signals
 
 SECONDS = 300  # that a probe may take: compiling is slow where a machine is busy
-STYLES = {"ok": "green", "trap": "cyan", "warning": "yellow", "broken": "bold red", "not probed": "dim"}
+STYLES = {"ok": "green", "warning": "yellow", "broken": "bold red"}
 
 
 def probe(name: str) -> Finding:
@@ -98,31 +97,20 @@ def show(facts: dict[str, Any], findings: dict[str, Finding], console: Console) 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 nothing that a run needs is broken, 1 something is, 2 invalid arguments."""
     with signals.handled():  # SIGTERM as Ctrl-C
-        return _main(arguments)
+        return answered(lambda: _main(arguments))
 
 
 def _main(arguments: Sequence[str] | None) -> int:
     parser = Parser("python -m moeexp.doctor", description="Versions and known traps of this machine.")
-    parser.add_argument("--quick", action="store_true", help="leave out the probes that compile")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    try:
-        options = parser.parse_args(arguments)
-    except ValueError as error:
-        print(fitted(f"error: {error}"), file=sys.stderr)
-        return 2
+    options = parser.parse_args(arguments)
     console = Console(stderr=True)
     findings, seconds = {}, {}
-    try:
-        for name, (_, compiles) in PROBES.items():
-            if options.quick and compiles:
-                findings[name], seconds[name] = Finding("not probed", "--quick"), 0.0
-                continue
-            start = time.perf_counter()
-            with console.status(name):
-                findings[name] = probe(name)
-            seconds[name] = round(time.perf_counter() - start, 2)
-    except KeyboardInterrupt:
-        return 130
+    for name in PROBES:
+        start = time.perf_counter()
+        with console.status(name):
+            findings[name] = probe(name)
+        seconds[name] = round(time.perf_counter() - start, 2)
     broken = [name for name, finding in findings.items() if finding.verdict == "broken"]
     # Importing torch is a probe's business until it is known to work.
     facts = versions() if findings["torch"].verdict != "broken" else {"python": sys.version.split()[0]}

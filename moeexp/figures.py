@@ -1,7 +1,8 @@
-"""`python -m moeexp.figures [--check] [FILE…]`: README's and docs' figures, derived from the records in results/.
+"""`python -m moeexp.figures [--check] [FILE…]`: README's and docs' figures, derived from the records in results/,
+and docs' table of axes, from the schema.
 
 A block stands between `<!-- figures: NAME -->` and `<!-- /figures -->`; the command replaces what is between them. With
---check nothing is written, and the exit code is 1 where a block is not what the records say.
+--check nothing is written, and the exit code is 1 where a block is not what it is derived from says.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from moeexp.config.errors import Parser
+from moeexp.config.errors import Parser, answered
 from moeexp.record.record import write_atomically
 
 MARKER = re.compile(r"^<!-- (figures: [^\n]*|/figures) -->$", re.MULTILINE)
@@ -48,23 +49,25 @@ def outside(text: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="python -m moeexp.figures", description="The figures of README.md and docs/ from the records.")
+    return answered(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    from moeexp.report.figure_blocks import AXES
+
+    about = "The figures of README.md and docs/ from the records, and the table of axes from the schema."
+    parser = Parser(prog="python -m moeexp.figures", description=about)
     parser.add_argument("files", metavar="FILE", nargs="*", type=Path, help="default: README.md and docs/*.md")
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a block differs")
     parser.add_argument("--results", metavar="DIR", type=Path, default=Path("results"), help="default: results")
-    try:
-        options = parser.parse_args(arguments)
-        files = options.files or [path for path in (Path("README.md"), *sorted(Path("docs").glob("*.md"))) if path.is_file()]
-        if not options.results.is_dir() or not files:
-            raise ValueError(f"no {options.results} or no README.md here: run it where the repository's README.md lies")
-        differ = [line for path in files for line in _file(path, options.results, write=not options.check)]
-    except SystemExit as stop:  # --help
-        return stop.code if isinstance(stop.code, int) else 0
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options = parser.parse_args(arguments)
+    files = options.files or [path for path in (Path("README.md"), *sorted(Path("docs").glob("*.md"))) if path.is_file()]
+    if not options.results.is_dir() or not files:
+        raise ValueError(f"no {options.results} or no README.md here: run it where the repository's README.md lies")
+    differ = [line for path in files for line in _file(path, options.results, write=not options.check)]
     for line in differ:
-        print(f"{line} {'is not what the records say' if options.check else 'rewritten'}")
+        source = "the schema says" if line.endswith(f": {AXES}") else "the records say"
+        print(f"{line} {f'is not what {source}' if options.check else 'rewritten'}")
     return 1 if options.check and differ else 0
 
 

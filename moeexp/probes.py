@@ -16,10 +16,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-# ok · trap: it is there, moeexp avoids it, your own code has to · warning · broken: a run needs it · not probed
-VERDICTS = ("ok", "trap", "warning", "broken", "not probed")
 TORCH = ((2, 11), (2, 15))  # at least, below: as in pyproject.toml
 LEAST_FREE = 2 << 30  # bytes that compiling and a quantised small model may take
 ANSWER = "moeexp-probe: "
@@ -27,7 +24,7 @@ ANSWER = "moeexp-probe: "
 
 @dataclass(frozen=True)
 class Finding:
-    verdict: str
+    verdict: str  # ok, warning, broken (a run needs it)
     detail: str
     remedy: str = ""
 
@@ -152,133 +149,24 @@ def libstdcxx() -> Finding:
     return Finding("ok" if answer == 1 else "broken", f"{compiler} links libstdc++ dynamically", "" if answer else remedy)
 
 
-def shared_constants() -> Finding:
-    """Two AOTInductor packages bound to one tensor see each other's writes: how prefill and decode share state."""
-    import torch
-
-    class Write(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("state", torch.zeros(4, 16))
-
-        def forward(self, x):
-            self.state.add_(x)
-            return self.state * 1.0
-
-    class Read(Write):
-        def forward(self, x):
-            return self.state * x
-
-    state = torch.zeros(4, 16)
-    with tempfile.TemporaryDirectory() as scratch:
-        write, read = (_package(module(), torch.ones(4, 16), Path(scratch)) for module in (Write, Read))
-        for package in (write, read):
-            package.load_constants({"state": state}, check_full_update=True, user_managed=True)
-        write(torch.full((4, 16), 3.0))
-        seen = read(torch.full((4, 16), 2.0))
-    if state.eq(3).all() and seen.eq(6).all():
-        return Finding("ok", "bound by address: one package's write is the other's read")
-    remedy = "use export=eager, and a torch between 2.11 and 2.14 for export=aoti"
-    return Finding("broken", f"a write of 3 reads back as {float(seen.mean()) / 2:g}: packages copy constants", remedy)
-
-
-def one_element_buffer() -> Finding:
-    """A one-element buffer that a method counts up: Inductor may write its value into the code."""
-    import torch
-
-    class Count(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("count", torch.zeros(1))
-
-        def forward(self, x):
-            self.count.add_(1)
-            return x + self.count
-
-    count = torch.zeros(1)
-    with tempfile.TemporaryDirectory() as scratch:
-        package = _package(Count(), torch.zeros(1), Path(scratch))
-        package.load_constants({"count": count}, check_full_update=False, user_managed=True)
-        counted = [float(package(torch.zeros(1))) for _ in range(3)]
-    said = ", ".join(f"{value:g}" for value in counted)
-    if counted == [1.0, 2.0, 3.0]:
-        return Finding("ok", f"three steps count {said}")
-    remedy = "moeexp passes positions as inputs; keep no counter or short vector in a buffer of your own"
-    return Finding("trap", f"three steps count {said}: the buffer became a constant", remedy)
-
-
-def aoti_capture() -> Finding:
-    """An AOTInductor package is captured in a CUDA graph, and the replay computes what the package does."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return Finding("not probed", "no CUDA")
-
-    class Step(torch.nn.Module):
-        def forward(self, x):
-            return torch.nn.functional.silu(x @ x) + 1.0
-
-    x = torch.randn(64, 64, device="cuda")
-    with tempfile.TemporaryDirectory() as scratch:
-        package = _package(Step().cuda(), x, Path(scratch))
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            expected = package(x).clone()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                captured = package(x)
-        except RuntimeError as error:
-            remedy = "load packages with run_single_threaded=True; use cuda_graph=false until this is ok"
-            return Finding("broken", f"capture fails: {_line(error)}", remedy)
-        captured.zero_()
-        graph.replay()
-        torch.cuda.synchronize()
-        same = torch.equal(captured, expected)
-    return Finding("ok" if same else "broken", "replay equals the call" if same else "replay differs from the call")
-
-
-# Name -> the experiment and whether it compiles (left out by --quick).
-PROBES: dict[str, tuple[Callable[[], Finding], bool]] = {
-    "torch": (torch_version, False),
-    "triton": (triton_import, False),
-    "hqq": (hqq_quantise, False),
-    "package names": (package_names, False),
-    "cache folder": (cache_folder, False),
-    "static libstdc++": (libstdcxx, True),
-    "shared constants": (shared_constants, True),
-    "one-element buffer": (one_element_buffer, True),
-    "capture of AOTInductor": (aoti_capture, True),
+PROBES: dict[str, Callable[[], Finding]] = {
+    "torch": torch_version,
+    "triton": triton_import,
+    "hqq": hqq_quantise,
+    "package names": package_names,
+    "cache folder": cache_folder,
+    "static libstdc++": libstdcxx,
 }
 
 
 def run(name: str) -> Finding:
     """The finding, in this process. What an experiment raises means that something does not work: broken."""
     try:
-        return PROBES[name][0]()
+        return PROBES[name]()
     except ImportError as error:
         return Finding("broken", _line(error), "install moeexp again: pip install moeexp")
     except Exception as error:
         return Finding("broken", f"{type(error).__name__}: {_line(error)}", "the traceback: python -m moeexp.probes NAME")
-
-
-def _package(module: Any, example: Any, folder: Path) -> Any:
-    """A package without weights, compiled and loaded as the runs' methods are."""
-    import torch
-    from torch._inductor import aoti_load_package
-
-    from moeexp.stack.inductor import inductor_config, loading
-    from moeexp.stack.methods import compile_method
-
-    path, device = folder / f"{type(module).__name__}.pt2", example.device.type
-    with torch.no_grad():
-        compile_method(
-            torch.export.export(module.eval(), (example,)), path, inductor_config(method="probe", device=device)
-        )
-    with loading(device):
-        return aoti_load_package(str(path), run_single_threaded=True)
 
 
 def _place(name: str) -> str:
@@ -299,4 +187,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--json"]:
         print(ANSWER + json.dumps(asdict(run(sys.argv[2]))))
     else:
-        print(PROBES[sys.argv[1]][0]())
+        print(PROBES[sys.argv[1]]())

@@ -17,15 +17,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from moeexp.config.errors import Parser
+from moeexp.config.errors import Parser, answered
 from moeexp.config.recorded import LONGEST_ARGUMENT
 from moeexp.record.record import MAX_BYTES, full_config
-from moeexp.record.streams import fitted
 from moeexp.report.command_line import arguments_of, hydra_value
 from moeexp.report.conditions import LOAD, unlike
 from moeexp.report.format import percent
 from moeexp.report.intervals import RUN_TO_RUN, ratio, speed_of
-from moeexp.report.markdown import times
+from moeexp.report.ratios import times
 from moeexp.report.records import find, read_published
 
 AGREES, DIFFERS, INVALID = 0, 1, 2
@@ -129,6 +128,10 @@ def _line(what: str, agrees: bool, text: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    return answered(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parser = Parser(prog="python -m moeexp.reproduce", description="Run a record again and say whether it agrees.")
     parser.add_argument("record", metavar="RECORD", type=Path, help="a record.json, or the folder of one run")
     parser.add_argument("--out", metavar="DIR", type=Path, help="the new run's folder; default: outputs/reproduce/…")
@@ -137,23 +140,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     default = f"{RUN_TO_RUN['cpu']} on a CPU, {RUN_TO_RUN['cuda']} on a GPU and more as far as it waits for the host"
     parser.add_argument("--tolerance", type=float, help=f"run-to-run noise in the speed ratio; default {default}")
-    try:
-        options = parser.parse_args(arguments)
-        if options.tolerance is not None and not options.tolerance >= 0:
-            raise ValueError(f"--tolerance {options.tolerance} is not a part of a ratio: give 0 or more")
-        old = read(options.record)
-        stamp = f"{datetime.now():%Y-%m-%d-%H-%M-%S}-{secrets.token_hex(3)}"
-        folder = options.out or Path("outputs") / "reproduce" / stamp
-        if folder.exists() and any(folder.iterdir()):
-            raise ValueError(f"--out {folder} is not empty: give a new folder")
-        new = run_again(old, folder, trust=options.trust)
-    except SystemExit as stop:  # --help
-        return stop.code if isinstance(stop.code, int) else 0
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, RuntimeError, OSError) as error:
-        print(fitted(f"error: {error}"), file=sys.stderr)
-        return INVALID
+    options = parser.parse_args(arguments)
+    if options.tolerance is not None and not options.tolerance >= 0:
+        raise ValueError(f"--tolerance {options.tolerance} is not a part of a ratio: give 0 or more")
+    old = read(options.record)
+    stamp = f"{datetime.now():%Y-%m-%d-%H-%M-%S}-{secrets.token_hex(3)}"
+    folder = options.out or Path("outputs") / "reproduce" / stamp
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"--out {folder} is not empty: give a new folder")
+    new = run_again(old, folder, trust=options.trust)
     agree, lines = judge(old, new, tolerance=options.tolerance)
     print("\n".join(lines))
     print(f"{'it agrees' if agree else 'it does NOT agree'}; record {os.path.relpath(folder / 'record.json')}")

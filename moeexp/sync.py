@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moeexp.config.errors import Parser
+from moeexp.config.errors import Parser, answered
 from moeexp.record.record import read_record
-from moeexp.record.streams import fitted
-from moeexp.record.tracker import wandb_mode
+from moeexp.record.tracker import ended_within, wandb_mode
 from moeexp.run import signals
 
 DEFAULT_FOLDERS = ("outputs", "multirun")
@@ -62,13 +60,7 @@ def upload(runs: Sequence[OfflineRun], *, seconds: float) -> list[OfflineRun]:
         command = [sys.executable, "-m", "wandb", "sync", *batch]
         # Never a question: nobody may be there to answer. A session of its own: W&B starts a helper that outlives it.
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
-        try:
-            process.wait(seconds * len(batch))
-        except BaseException as error:  # also Ctrl-C, which does not reach a session of its own
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
+        if not ended_within(process, seconds * len(batch)):
             print(f"W&B did not answer within {seconds:g} s a run (--timeout)", file=sys.stderr)
     return [run for run in runs if not run.synced]
 
@@ -76,7 +68,7 @@ def upload(runs: Sequence[OfflineRun], *, seconds: float) -> list[OfflineRun]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 all is uploaded, 1 something is not, 2 invalid input or not logged in, 130 interrupted."""
     with signals.handled():  # SIGTERM as Ctrl-C
-        return _main(arguments)
+        return answered(lambda: _main(arguments))
 
 
 def _main(arguments: Sequence[str] | None) -> int:
@@ -85,25 +77,19 @@ def _main(arguments: Sequence[str] | None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="say what would be uploaded and stop")
     parser.add_argument("--timeout", type=float, default=SECONDS, metavar="SECONDS", help="for each run (default: 60)")
     default = [Path(name) for name in DEFAULT_FOLDERS if Path(name).is_dir()]
-    try:
-        options = parser.parse_args(arguments)
-        runs = find(options.folders or default)
-        waiting = [run for run in runs if not run.synced]
-        for run in runs:
-            state = "synced already" if run.synced else "would be uploaded" if options.dry_run else "to upload"
-            print(f"{state:<18} {run.folder}  ({run.what})", flush=True)
-        print(f"{len(runs)} offline runs, {len(runs) - len(waiting)} of them synced already", flush=True)
-        if options.dry_run or not waiting:
-            return 0
-        # Whoever calls this wants to be online, whatever the runs' own mode was.
-        if wandb_mode({"mode": "auto"}, {k: v for k, v in os.environ.items() if k != "WANDB_MODE"}) != "online":
-            raise ValueError("not logged in to W&B: run `wandb login`, or set WANDB_API_KEY")
-        left = upload(waiting, seconds=options.timeout)
-    except ValueError as error:
-        print(fitted(f"error: {error}"), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    options = parser.parse_args(arguments)
+    runs = find(options.folders or default)
+    waiting = [run for run in runs if not run.synced]
+    for run in runs:
+        state = "synced already" if run.synced else "would be uploaded" if options.dry_run else "to upload"
+        print(f"{state:<18} {run.folder}  ({run.what})", flush=True)
+    print(f"{len(runs)} offline runs, {len(runs) - len(waiting)} of them synced already", flush=True)
+    if options.dry_run or not waiting:
+        return 0
+    # Whoever calls this wants to be online, whatever the runs' own mode was.
+    if wandb_mode({"mode": "auto"}, {k: v for k, v in os.environ.items() if k != "WANDB_MODE"}) != "online":
+        raise ValueError("not logged in to W&B: run `wandb login`, or set WANDB_API_KEY")
+    left = upload(waiting, seconds=options.timeout)
     for run in left:
         print(f"error: {run.folder} was not uploaded; its record is whole, try again", file=sys.stderr)
     return 1 if left else 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
+import functools
 import os
 import signal
 from pathlib import Path
@@ -19,6 +21,17 @@ import pytest  # noqa: E402
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def compose_each_once():
+    """Hydra takes 75 ms for a config, and tests ask for the same ones a thousand times. Before a test module imports it."""
+    from moeexp.config import compose
+
+    composed = functools.cache(compose.compose)
+    compose.compose = lambda overrides=(): copy.deepcopy(composed(tuple(overrides)))
+
+
+compose_each_once()
 SKIPS = Path(__file__).with_name("skips.txt")
 NO_GPU = "no CUDA device"
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from moeexp_kernels.parts.deviation import compare_rows
 from tolerances import tolerance
 from torch import Tensor
 
@@ -41,21 +42,6 @@ def randn(
     return (torch.randn(*shape, generator=generator(seed, "cpu")) * scale).to(device=device, dtype=dtype)
 
 
-def rmse_ratio(actual: Tensor, reference: Tensor) -> float:
-    """rms(actual - reference) / rms(reference), in float64; 0 for two all-zero tensors."""
-    actual, reference = actual.double(), reference.double()
-    error, scale = (actual - reference).square().mean().sqrt().item(), reference.square().mean().sqrt().item()
-    return error / scale if scale > 0 else (0.0 if error == 0 else float("inf"))
-
-
-def worst_position_ratio(actual: Tensor, reference: Tensor) -> float:
-    """Largest per-row (last dim) rms error over the row's rms, that rms floored at 0.1 x the whole tensor's."""
-    actual, reference = actual.double(), reference.double()
-    error = (actual - reference).square().mean(-1).sqrt()
-    floor = 0.1 * reference.square().mean().sqrt()
-    return (error / reference.square().mean(-1).sqrt().clamp(min=floor).clamp(min=1e-300)).max().item()
-
-
 def assert_close_ratio(
     actual: Tensor, reference: Tensor, tol: float, name: str = "output", worst_tol: float | None = None
 ) -> None:
@@ -65,7 +51,8 @@ def assert_close_ratio(
         return
     bad = (~torch.isfinite(actual.double())).sum().item()
     assert bad == 0, f"{name}: {bad} of {actual.numel()} values are not finite"
-    ratio, worst = rmse_ratio(actual, reference), worst_position_ratio(actual, reference)
+    rows = compare_rows(actual, reference)
+    ratio, worst = rows.ratio(), rows.row_ratios().max().item()
     worst_tol = 10 * tol if worst_tol is None else worst_tol
     assert ratio <= tol, f"{name}: RMSE ratio {ratio:.3e} > {tol:.1e} (worst position {worst:.3e})"
     assert worst <= worst_tol, f"{name}: worst position {worst:.3e} > {worst_tol:.1e} (RMSE ratio {ratio:.3e})"

@@ -10,12 +10,13 @@ from pathlib import Path
 import common
 import pytest
 import torch
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from rich.console import Console
 
 from moeexp import cli, export
 from moeexp.config import compose as config_compose
 from moeexp.config import resolve, schema, sources
-from moeexp.config import schema as config_schema
 from moeexp.record.phases import Phases
 from moeexp.record.record import Record
 from moeexp.run.identity import Identities, config_hash
@@ -174,10 +175,11 @@ def _composed(overrides):
         return compose("config", overrides=overrides)
 
 
-def test_defaults_composed_by_hand_are_hydras():
-    by_hand, composed = artifact_config._default_config(), config_compose.compose([])
-    for path in config_schema.FIXED:
-        assert artifact_config._get(by_hand, path) == artifact_config._get(composed, path), path
+def test_defaults_are_composed_while_hydra_composes_something_else():
+    with initialize_config_dir(config_dir=str(schema.conf_dir()), version_base="1.3"):
+        outer = GlobalHydra.instance().hydra
+        assert outer is not None and config_compose.compose(["batch=2"]).batch == 2
+        assert GlobalHydra.instance().hydra is outer
 
 
 @pytest.mark.parametrize(

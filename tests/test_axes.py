@@ -19,6 +19,7 @@ from rich.console import Console
 
 from moeexp import cli
 from moeexp.check.verify import check_replay, record_trace, verify
+from moeexp.config import axes
 from moeexp.config.compose import compose
 from moeexp.config.resolve import resolve
 from moeexp.config.validate import validate
@@ -26,6 +27,7 @@ from moeexp.model.qwen3_5_moe import state_shapes
 from moeexp.record.phases import Phases
 from moeexp.record.record import Record
 from moeexp.run.experiment import Run, chosen_experts
+from moeexp.stack import factory
 from moeexp.stack.factory import build_model, build_stack, python_callbacks
 from moeexp.stack.inductor import inductor_config
 from moeexp.stack.methods import MODULES, compile_method, export_method, session_methods
@@ -204,7 +206,7 @@ def poison(session):
         if name.endswith("_cache"):
             tensor.fill_(float("nan"))
         elif name.endswith("expert_ids"):
-            tensor[:, :-1].fill_(-7)  # the last slot is no position's and must stay zero
+            tensor.fill_(-7)
 
 
 @pytest.mark.parametrize(("length", "said"), [(16, []), (17, ["prefill_graph_lengths"])])
@@ -288,6 +290,7 @@ def test_one_method_under_dual_names_single():
         session_methods("single", {"decode": method})
 
 
+@pytest.mark.slow
 def test_cond_with_shared_state_cannot_be_compiled(model, tmp_path):
     """Why that combination is refused: export overlooks what a branch mutates, and AOTInductor stumbles over it."""
     arena = Arena(state_shapes(model.arch, batch=1, max_seq_len=32, dtype=torch.float32), device="cpu")
@@ -332,6 +335,16 @@ def test_the_whole_matrix_is_valid_but_for_what_is_listed():
         lines.append("  ".join(f"{name}={value}" for name, value in point.items()) + f"  {verdict}")
     print("\n".join(lines), f"\n{len(lines)} combinations, {refused} refused")
     assert len(lines) == 4 * 2 * 2 * 2 * 4 * 3
+
+
+@pytest.mark.parametrize(("capability", "acts"), [((8, 9), False), ((9, 0), True)])
+def test_what_needs_hopper_is_built_and_compiled_in_on_no_gpu_before_it(monkeypatch, capability, acts):
+    cfg = resolve(compose(["model=nano", "cuda_graph=true", "l2_prefetch=true"]), cuda_available=True)
+    monkeypatch.setattr(factory, "compute_capability", lambda device: capability if device == "cuda" else None)
+    assert (factory.early_start(cfg) is not None, factory.prefetches(cfg)) == (acts, acts)
+    assert axes.compiled_in(cfg, capability)["l2_prefetch"] is acts
+    cfg.overlap = cfg.l2_prefetch = False
+    assert factory.early_start(cfg) is None and not factory.prefetches(cfg)
 
 
 def test_the_record_lists_what_calls_back_into_python(stack):
@@ -401,6 +414,7 @@ def test_padding_is_bitwise_nothing_with_the_kernels(model, phases):
     assert same_state(*results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [False, True])
 def test_a_separate_check_comes_after_the_timing_and_still_decides(tmp_path, monkeypatch, broken):
     if broken:

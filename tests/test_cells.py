@@ -10,7 +10,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from moeexp.cli import main
-from moeexp.config import compose, resolve, schema, validate
+from moeexp.config import axes, compose, resolve, schema, validate
 from moeexp.record.record import plain
 from moeexp.report.runs import flatten
 from moeexp.sweep import cells, hydra_plugins
@@ -81,8 +81,6 @@ LADDER = [
     ("loop", {"cuda_graph": ("decode", "loop")}),
     ("kernels start early", {"overlap": ("false", "true")}),
     ("weights prefetched into L2", {"l2_prefetch": ("false", "true")}),
-    ("experts choose for themselves", {"ops.router": ("null", "in_moe")}),
-    ("projection norms for itself", {"ops.gdn_decode": ("null", "with_out")}),
 ]  # fmt: skip
 
 
@@ -97,7 +95,7 @@ def test_each_rung_of_the_ladder_changes_one_thing(composer):
     for (name, changes), before, after in zip(LADDER[1:], settings, settings[1:], strict=False):
         assert {axis: (before[axis], after[axis]) for axis in after if after[axis] != before[axis]} == changes, name
     assert {one["dtype"] for one in settings} == {"bfloat16"}
-    assert "overlap" in resolve.not_applicable(resolve.resolve(found[8].given, cuda_available=True))
+    assert "overlap" in axes.not_applicable(resolve.resolve(found[8].given, cuda_available=True))
 
 
 @pytest.mark.parametrize("name", [name for name, _ in LADDER])
@@ -114,7 +112,7 @@ def test_a_single_cell_needs_no_brackets(composer, only, index):
 
 @pytest.mark.parametrize("only", ["[]", "null"])
 def test_no_choice_is_all_cells(composer, only):
-    assert len(cells.cells_of(composer, [["experiment=ladder", "model=nano", f"launcher.only={only}"]], 0)) == 15
+    assert len(cells.cells_of(composer, [["experiment=ladder", "model=nano", f"launcher.only={only}"]], 0)) == 13
 
 
 def test_a_title_has_no_escapes(composer):
@@ -127,7 +125,7 @@ def test_a_title_has_no_escapes(composer):
 def test_a_design_that_cannot_be_read(composer):
     for job, words in (
         (["experiment=ladder", "launcher.only=[nosuch]"], "allowed: 0 \\(transformers eager, unquantised\\)"),
-        (["experiment=ladder", "launcher.only=15"], "launcher.only=15 is not a cell of the design; allowed: 0"),
+        (["experiment=ladder", "launcher.only=13"], "launcher.only=13 is not a cell of the design; allowed: 0"),
         (["launcher.cells=[{name: a, set: []}, {name: a, set: ['seed=1']}]"], "two cells named 'a'"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -154,7 +152,7 @@ def test_a_thousand_cells_are_listed_in_seconds(tmp_path, monkeypatch, capsys):
     arguments = ["-m", "model=nano", "dry_run=true", "quant=none,int4", "export=eager,aoti", "seed=range(250)"]
     start = time.process_time()
     assert main(arguments) == 0
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 10
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1001 and lines[0].startswith("[0] ") and lines[-1].startswith("1000 cells, 1000 to run")
     assert list(Path(".").iterdir()) == [Path("multirun")] and not list(Path(".").rglob("*.yaml"))

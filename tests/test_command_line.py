@@ -1,19 +1,24 @@
 """The command that runs a record's config again: what it composes to, what it refuses, and who may say what runs."""
 
+import re
 import shlex
 from pathlib import Path
 
 import pytest
 import synthetic
 
+from moeexp import reproduce
 from moeexp.config.architecture import Architecture
 from moeexp.config.compose import compose
 from moeexp.config.resolve import resolve
 from moeexp.config.validate import validate
 from moeexp.record.record import plain, read_record
 from moeexp.report import command_line
+from moeexp.report.html import page
 
 RESULTS = sorted((Path(__file__).parents[1] / "results").rglob("record.json"))
+# Rungs of the published ladder, by implementations that were removed since.
+OF_OLDER_CODE = [path for path in RESULTS if path.parts[-3].startswith("ladder_qwen") and path.parts[-2] in ("13", "14")]
 
 CONFIGS = [
     [],
@@ -62,7 +67,19 @@ def test_a_users_own_config_folder_goes_with_it(tmp_path):
         assert "quant=mine" in arguments and [a for a in arguments if a.startswith("quant.")] == ["quant.group_size=16"]
 
 
-@pytest.mark.parametrize("path", RESULTS, ids=lambda path: "/".join(path.parts[-3:-1]))
+@pytest.mark.parametrize("path", OF_OLDER_CODE, ids=lambda path: "/".join(path.parts[-3:-1]))
+def test_a_record_of_an_implementation_that_was_removed_is_read_and_not_run_again(path, capsys, tmp_path):
+    record = read_record(path)
+    assert record["decode_tok_s"] > 800
+    assert reproduce.main([str(path), "--out", str(tmp_path / "again")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(r"error: ops\.(router=in_moe|gdn_decode=with_out) was removed: .*; use ops\.\w+=triton$", line)
+    assert " was removed: it made no step faster" in page.page([record], title="t") and not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in RESULTS if path not in OF_OLDER_CODE], ids=lambda path: "/".join(path.parts[-3:-1])
+)
 def test_the_published_records_give_commands_that_compose_to_their_configs(path):
     record = read_record(path)
     arguments = command_line.arguments_of(record)  # compares each field
@@ -83,7 +100,7 @@ def _shapes(config):
 
 
 def test_there_are_published_records():
-    assert len(RESULTS) >= 22
+    assert len(RESULTS) >= 22 and len(OF_OLDER_CODE) == 2
 
 
 def test_a_config_that_is_not_what_its_command_composes_to_is_refused(monkeypatch):

@@ -8,7 +8,7 @@ import synthetic
 
 from moeexp import compare
 from moeexp.report.format import MEDIAN, MEDIAN_NOTE
-from moeexp.report.markdown import LATE
+from moeexp.report.ratios import LATE
 
 
 def section(text, title):

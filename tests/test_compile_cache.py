@@ -13,20 +13,27 @@ import torch
 from common import ODD
 from moeexp_runner.binding import TensorSpec
 
+from moeexp.config import axes
+from moeexp.config.compose import compose
+from moeexp.config.resolve import resolve
 from moeexp.stack import compile_cache, source_files
 from moeexp.stack.compile_cache import MethodSpec, cache_dir, get_or_compile, key_of
 
 SPEC = MethodSpec(
     method="decode",
-    architecture=ODD.to_hf(),
-    ops={"linear": "reference", "sample": "reference"},
-    bits=4,
-    group_size=16,
-    skip=("embedding", "router"),
-    dtype="float32",
-    batch=1,
-    max_seq_len=32,
-    device="cpu",
+    settings={
+        "architecture": ODD.to_hf(),
+        "ops": {"linear": "reference", "sample": "reference"},
+        "bits": 4,
+        "group_size": 16,
+        "skip": ["embedding", "router"],
+        "dtype": "float32",
+        "batch": 1,
+        "max_seq_len": 32,
+        "device": "cpu",
+        "state": "shared",
+        "l2_prefetch": False,
+    },
 )
 CHANGES = {
     "state": "explicit",
@@ -37,12 +44,17 @@ CHANGES = {
     "ops": {"linear": "triton", "sample": "reference"},
     "bits": 8,
     "group_size": 32,
-    "skip": ("embedding",),
+    "skip": ["embedding"],
     "dtype": "bfloat16",
     "batch": 2,
     "max_seq_len": 33,
     "device": "cuda",
 }
+
+
+def changed(**changes):
+    own = {name: changes.pop(name) for name in ("method", "takes_live") if name in changes}
+    return dataclasses.replace(SPEC, settings=SPEC.settings | changes, **own)
 
 
 class Small(torch.nn.Module):
@@ -84,7 +96,7 @@ def cache(tmp_path, monkeypatch, program):
             return program
 
         def get(self, **changes):
-            return get_or_compile(dataclasses.replace(SPEC, **changes), self.export)
+            return get_or_compile(changed(**changes), self.export)
 
         def listing(self):
             return sorted(path.name for path in self.folder.iterdir() if not path.name.endswith(".lock"))
@@ -122,8 +134,10 @@ def test_manifest_says_what_was_compiled(cache):
 
 def test_every_field_of_the_spec_is_in_the_key(monkeypatch):
     monkeypatch.setattr(compile_cache, "toolchain", lambda device: {"torch": "2"})
-    assert CHANGES.keys() == {field.name for field in dataclasses.fields(MethodSpec)}
-    keys = [key_of(SPEC)] + [key_of(dataclasses.replace(SPEC, **{name: value})) for name, value in CHANGES.items()]
+    assert CHANGES.keys() == SPEC.plain().keys()
+    settings = axes.compiled_in(resolve(compose(["model=nano"]), cuda_available=False))
+    assert SPEC.settings.keys() == {*settings, "ops"}
+    keys = [key_of(SPEC)] + [key_of(changed(**{name: value})) for name, value in CHANGES.items()]
     assert len(set(keys)) == len(keys)
     assert key_of(dataclasses.replace(SPEC)) == keys[0]
 
@@ -163,7 +177,7 @@ def touched(path):
 TRACED = (
     "stack.factory", "stack.methods", "stack.inductor", "stack.compile_cache",
     "model.qwen3_5_moe", "model.quantise", "model.weights",
-    "config.architecture", "config.validate",
+    "config.architecture", "config.axes",
 )  # fmt: skip
 KERNELS = (
     "ops/linear", "ops/moe_prefill", "dispatch", "registry", "parts/graph_edges", "parts/tuning", "parts/words", "bench/case",

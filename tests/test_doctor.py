@@ -62,6 +62,7 @@ def test_a_cache_folder(tmp_path, monkeypatch):
     assert probes.run("cache folder").verdict == "warning"
 
 
+@pytest.mark.slow
 def test_a_kernels_package_that_is_not_the_hubs_is_found(tmp_path, monkeypatch):
     from transformers.utils.import_utils import KERNELS_MIN_VERSION as version  # what transformers would use
 
@@ -83,6 +84,7 @@ def test_two_installations_are_found(tmp_path, monkeypatch):
     assert finding.verdict == "broken" and "two installations" in finding.detail
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("module", "name"), [("triton", "triton"), ("hqq", "hqq")])
 def test_a_broken_import_is_found(tmp_path, monkeypatch, module, name):
     (tmp_path / f"{module}.py").write_text("raise ImportError('libsomething.so: cannot open')")
@@ -127,7 +129,7 @@ def test_json_and_exit_codes(monkeypatch, capsys):
     told = json.loads(capsys.readouterr().out)
     assert told["broken"] == ["triton"] and [probe["name"] for probe in told["probes"]] == list(probes.PROBES)
     assert told["versions"]["torch"] and told["versions"]["CXX"] and told["versions"]["wandb runs"]
-    answers(monkeypatch, hqq="warning", torch="trap")
+    answers(monkeypatch, hqq="warning", torch="warning")
     assert doctor.main(["--json"]) == 0
 
 
@@ -137,28 +139,6 @@ def test_the_table_says_what_to_do(monkeypatch, capsys):
     assert doctor.main([]) == 1
     out = capsys.readouterr().out
     assert "about triton" in out and "do [this]" in out and out.endswith("broken: triton\n")
-
-
-def test_quick_leaves_out_what_compiles(monkeypatch, capsys):
-    answers(monkeypatch)
-    assert doctor.main(["--quick", "--json"]) == 0
-    verdicts = {probe["name"]: probe["verdict"] for probe in json.loads(capsys.readouterr().out)["probes"]}
-    assert {name for name, verdict in verdicts.items() if verdict == "not probed"} == {
-        name for name, (_, compiles) in probes.PROBES.items() if compiles
-    }
-
-
-def test_without_cuda_capture_is_not_probed(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert probes.run("capture of AOTInductor") == Finding("not probed", "no CUDA")
-
-
-@pytest.mark.slow
-def test_what_compiles():
-    assert doctor.probe("shared constants").verdict == "ok"
-    # Torch versions differ in it; that the two ways of telling exist is what matters.
-    finding = doctor.probe("one-element buffer")
-    assert (finding.verdict, "1, 1, 1" in finding.detail) in (("trap", True), ("ok", False))
 
 
 def test_an_unknown_argument_is_one_line(capsys):

@@ -13,6 +13,7 @@ from moeexp import cli
 from moeexp.config.architecture import Architecture
 from moeexp.config.schema import ModelConfig
 from moeexp.model.config_agreement import check_agreement, differences, text_config
+from moeexp.record.record import Record
 from moeexp.report.intervals import speed_of
 from moeexp.run import experiment
 
@@ -72,8 +73,8 @@ def test_a_model_that_transformers_loads_has_the_same(tmp_path, nested, generati
 MALFORMED = [
     ("{", "not valid JSON"),
     ("", "not valid JSON"),
-    ("version https://git-lfs.github.com/spec/v1", "not valid JSON"),
-    ("[7]", "holds a list.*JSON object"),
+    ("version https://git-lfs.github.com/spec/v1", "is a git-lfs pointer"),
+    ("[7]", r"must hold a JSON object, and holds \[7\]"),
     ({"eos_token_id": "7"}, "eos_token_id='7'.*allowed: a token id"),
     ({"eos_token_id": 1.5}, "eos_token_id=1.5.*allowed: a token id"),
     ({"eos_token_id": True}, "eos_token_id=True.*allowed: a token id"),
@@ -158,11 +159,14 @@ def test_rows_end_each_at_its_own_end(run):
         )
 
 
-def test_the_timed_rows_are_those_that_were_checked():
+def test_the_timed_rows_are_those_that_were_checked(tmp_path):
     def compared(checked, ids, eos):
-        data = {"check": {"generated_ids": checked, "passed": True, "failures": []}}
-        experiment._compare_ids(type("Record", (), {"data": data}), ids, eos)
-        return data["check"]["passed"]
+        record = Record(tmp_path / "record.json", id="t", config=None, command=["test"])
+        record.set(check={"generated_ids": checked, "passed": True, "failures": []})
+        experiment._compare_ids(record, ids, eos)
+        check = record.data["check"]
+        assert "generated_ids" not in check and len(check["failures"]) == (not check["passed"])
+        return check["passed"]
 
     assert compared([[1, 7, 2], [3, 4, 5]], [[1, 7], [3, 4, 5]], {7})
     assert not compared([[1, 7, 2], [3, 4, 5]], [[1, 7], [3, 4]], {7}), "cut, and it had not ended"

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from moeexp.cli import main
+from moeexp.config.axes import shares_weights
 from moeexp.config.compose import compose
 from moeexp.record.record import read_record
 from moeexp.run import group
 from moeexp.run.benchmark import Benchmark
 from moeexp.run.job import Job
-from moeexp.sweep.sweep import shares_weights
 
 QUICK = ["model=nano", "tracker=jsonl", "export=eager", "new_tokens=5", "prompt_len=9"]
 QUICK += ["repeats=1", "min_samples=1", "min_time_s=0"]
@@ -37,6 +37,7 @@ def records(count):
     return [read_record(Path(str(number)) / "record.json") for number in range(count)]
 
 
+@pytest.mark.slow
 def test_members_take_turns_and_each_has_its_record():
     assert group.run_group(jobs([], ["ops.gdn_decode=einsum"], ["batch=2"])) == 0
     found = records(3)
@@ -55,6 +56,7 @@ def test_members_take_turns_and_each_has_its_record():
     assert found[0]["phases_s"]["weights"] > 0 and "weights" not in found[1]["phases_s"], "the weights are made once"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [RuntimeError, ValueError])
 def test_one_that_fails_or_may_not_run_stops_no_other(monkeypatch, kind):
     real = group.Run.check
@@ -123,6 +125,7 @@ def test_groups_of_a_sweep_and_their_repetition(capsys):
     assert re.search(r"2 of 4 cells had run before", capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_a_bfloat16_run_shares_its_references_and_not_what_its_ops_compute():
     cells = [["dtype=bfloat16"], ["dtype=bfloat16", "state=explicit"], ["dtype=bfloat16", "ops.gdn_decode=einsum"]]
     assert group.run_group(jobs(*cells, cells[0])) == 0

@@ -159,6 +159,7 @@ def test_other_contents_at_the_same_path_are_another_run(here, snapshots, change
     assert hash_of(*TOKENS) != before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["its shards overwritten, sizes and mtimes restored", "heldout", "tokenizer.json"])
 def test_a_sweep_runs_them_again(here, snapshots, capsys, change):
     assert sweep(*TOKENS, capsys=capsys) == 0
@@ -191,6 +192,7 @@ def test_a_second_sweep_reads_no_contents(here, capsys, monkeypatch):
     assert {Path(path).name for path in read} <= {"config.json", "generation_config.json", "model.safetensors.index.json"}
 
 
+@pytest.mark.slow
 def test_the_path_is_no_part_of_it(here, snapshots, capsys, monkeypatch):
     assert sweep(capsys=capsys) == 0
     before = hash_of()
@@ -229,6 +231,7 @@ def test_a_blob_of_the_hub_cache_that_is_another_is_another_run(here, snapshots)
     assert len(found | {hash_of(weights=revision)}) == 3
 
 
+@pytest.mark.slow
 def test_a_whole_run_of_other_weights(here, snapshots, capsys):
     """Nothing replaced by a stub: the tokens are those of the weights that the record names."""
     from moeexp.run.job import default_experiment
@@ -252,6 +255,7 @@ def test_a_whole_run_of_other_weights(here, snapshots, capsys):
     assert [record["random_weights"] for record in found] == [False, False]
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_finds_the_same_identity(here, capsys):
     """The sweep's parent looks for what its runs wrote."""
     assert sweep("seed=0", "launcher.isolation=run", capsys=capsys) == 0
@@ -291,6 +295,7 @@ def test_other_software_is_another_run(here, monkeypatch, what):
     assert hash_of() == before
 
 
+@pytest.mark.slow
 def test_after_an_upgrade_a_sweep_runs_again(here, capsys):
     assert sweep(capsys=capsys) == 0
     with pytest.MonkeyPatch.context() as patch:
@@ -365,6 +370,7 @@ def test_weights_that_change_while_they_are_loaded_end_the_run(here, capsys):
     assert "weights of model.weights=weights changed while the run loaded them" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_each_of_a_group_has_what_was_loaded(here, monkeypatch):
     """The weights are loaded once for all; one whose look at them was another's ends, and no other."""
     from moeexp.run import group

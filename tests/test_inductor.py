@@ -89,6 +89,7 @@ def test_every_switch_exists(device, method):
         assert config.cpp.vec_isa_ok is (False if device == "cuda" else None)
 
 
+@pytest.mark.slow
 def test_nothing_holds_the_weights_after_compiling(tmp_path):
     class Weighted(torch.nn.Module):
         def __init__(self):
@@ -152,11 +153,9 @@ model = load(
 model.attach_state(Arena(state_shapes(arch, batch=1, max_seq_len=64, dtype=torch.bfloat16), device="cpu").tensors)
 linear.can_overlap = lambda tensor: True  # as on Hopper, where a GEMV has instructions of its own for that and for prefetching
 written = {}
-for method, router in (("prefill", "triton"), ("decode", "triton"), ("decode", "fused"), ("decode", "in_moe")):
-    chosen = {"router": router, "gdn_decode": "with_out" if router == "in_moe" else None}
-    names = registry.resolve(default="triton", chosen=chosen, device="cuda")
+for method in ("prefill", "decode"):
+    names = registry.resolve(default="triton", chosen={}, device="cuda")
     ops = {op: registry.implementation(op, name) for op, name in names.items()}
-    ops |= registry.combined(names)
     known.clear()
     program = export_method(method, model, ops, batch=1, max_seq_len=64, l2_prefetch=True)
     with torch.no_grad():
@@ -174,16 +173,14 @@ for method, router in (("prefill", "triton"), ("decode", "triton"), ("decode", "
         written.setdefault(key[0].fn.__name__, set()).update(
             result if isinstance(result, list) else (dependence.name for dependence in result.read_writes.writes)
         )
-results = {"ids_ptr", "weights_ptr", "trace_ptr"}
-assert written["choose_experts_kernel"] == results, written
-assert written["gate_up_kernel"] == {"act_ptr", "trace_ptr"} and written["down_kernel"] == {"y_ptr"}, written
-assert written["_decode_kernel"] == {"state", "raw", "squares"}, written
-assert written["gdn_out_kernel"] == {"conv_state", "y_ptr"}, written
+assert written["choose_experts_kernel"] == {"ids_ptr", "weights_ptr", "trace_ptr"}, written
+assert written["gate_up_kernel"] == {"act_ptr"} and written["down_kernel"] == {"y_ptr"}, written
+assert written["_decode_kernel"] == {"state", "raw"}, written
 assert written["gemv_kernel"] == {"y_ptr"}, written
-assert written["router_kernel"] == results | {"logits_ptr"}, written
 """
 
 
+@pytest.mark.slow
 def test_real_methods_need_few_analyses_and_hand_no_float_to_a_kernel():
     """With torch's own tracing, in a process without Triton's interpreter. Inductor types a float argument as float64, and
     then everything that it touches is computed so. What a kernel writes is seen past a barrier and within a branch."""

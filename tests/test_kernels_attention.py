@@ -45,14 +45,14 @@ def positions_of(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device=common.DEVICE)
 
 
-def check_rope(batch, tokens, heads, kv_heads, head_dim, rotary, dtype, positions, slots) -> None:
+def check_rope(batch, tokens, heads, kv_heads, head_dim, rotary, dtype, positions, slots, **options) -> None:
     qkv = common.Guarded(make_qkv(batch, tokens, heads, kv_heads, head_dim, dtype))
     start = make_cache(batch, kv_heads, slots, head_dim, dtype, live=positions)
     caches = [common.Guarded(cache) for cache in start]
     expected_caches = [cache.clone() for cache in start]
     shared = {
         "qkv": qkv.tensor, **make_weights(head_dim, rotary), "positions": positions_of(*positions), "num_heads": heads,
-        "eps": EPS,
+        "eps": EPS, **options,
     }  # fmt: skip
     with common.poisoned_empty():
         q = rope.qk_norm_rope(k_cache=caches[0].tensor, v_cache=caches[1].tensor, **shared)
@@ -112,6 +112,45 @@ def check_attention(op, case: dict[str, Tensor], tol: float | None = None, name:
 )
 def test_qk_norm_rope(batch, tokens, heads, kv_heads, head_dim, rotary, dtype, positions):
     check_rope(batch, tokens, heads, kv_heads, head_dim, rotary, dtype, positions, slots=16)
+
+
+def yarn_case() -> tuple[Tensor, float]:
+    """Frequencies [32] and attention factor of transformers for 256 dims of which 64 turn, stretched four times."""
+    from transformers import Qwen3_5MoeTextConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 262_144, "rope_theta": 1e7}
+    frequencies, factor = ROPE_INIT_FUNCTIONS["yarn"](Qwen3_5MoeTextConfig(rope_parameters=yarn))
+    assert frequencies.shape == (32,) and factor > 1.1
+    return frequencies.to(common.DEVICE), factor
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_qk_norm_rope_with_yarn(dtype):
+    inv_freq, factor = yarn_case()
+    check_rope(2, 3, 3, 1, 256, 64, dtype, [5, 0], 16, inv_freq=inv_freq, attention_factor=factor)
+
+
+@pytest.mark.parametrize("op", [rope.reference_qk_norm_rope, rope.qk_norm_rope], ids=["reference", "triton"])
+def test_an_attention_factor_is_of_rotary_dims_alone(op):
+    """Twice the rotary dims to the last bit, and the others as they were; a factor of 1 changes no bit."""
+
+    def outputs(**options):
+        caches = [torch.zeros(1, 2, 8, 80, device=common.DEVICE) for _ in range(2)]
+        q = op(
+            qkv=make_qkv(1, 3, 4, 2, 80), **make_weights(80, 20), positions=positions_of(4), num_heads=4, eps=EPS,
+            k_cache=caches[0], v_cache=caches[1], **options,
+        )  # fmt: skip
+        return q, *caches
+
+    plain, twice = outputs(), outputs(attention_factor=2.0)
+    for before, after in zip(plain[:2], twice[:2], strict=True):
+        assert before.abs().max() > 0.1
+        common.assert_bitwise_equal(after[..., :20], 2 * before[..., :20], "rotary dims")
+        common.assert_bitwise_equal(after[..., 20:], before[..., 20:], "other dims")
+    common.assert_bitwise_equal(twice[2], plain[2], "values")
+    for before, after in zip(plain, outputs(attention_factor=1.0), strict=True):
+        common.assert_bitwise_equal(after, before)
 
 
 def test_qk_norm_rope_far_out():

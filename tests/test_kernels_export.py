@@ -13,7 +13,6 @@ from moeexp_kernels.ops.attention import sdpa_prefill
 from moeexp_kernels.ops.qk_norm_rope import qk_norm_rope
 from moeexp_kernels.ops.linear import linear
 from moeexp_kernels.ops.router import router
-from moeexp_kernels.ops.router_fused import router_fused
 from moeexp_kernels.ops.moe_prefill import moe_prefill
 
 D, E, WIDTH, HEADS, KV, DIM, SLOTS = 64, 8, 32, 4, 2, 16, 64
@@ -24,12 +23,11 @@ BUFFERS = dict(
 )
 
 class Layer(torch.nn.Module):
-    def __init__(self, route):
+    def __init__(self):
         super().__init__()
-        self.route = route
         for name, shape in BUFFERS.items():
             self.register_buffer(name, torch.zeros(shape))
-        self.register_buffer("trace", torch.zeros(1, SLOTS + 1, 2, dtype=torch.int32))
+        self.register_buffer("trace", torch.zeros(1, SLOTS, 2, dtype=torch.int32))
 
     def forward(self, x, positions):
         qkv = linear(x=x, weight=self.qkv, scales=None, norm_weight=self.norm, eps=1e-6, residual=None)
@@ -39,7 +37,7 @@ class Layer(torch.nn.Module):
         )
         y = sdpa_prefill(q=q, qkv=qkv, **caches)
         x = linear(x=y, weight=self.out, scales=None, norm_weight=None, eps=1e-6, residual=x)
-        ids, weights = self.route(
+        ids, weights = router(
             x=x, norm_weight=self.norm, weight=self.gate, eps=1e-6, top_k=2, positions=positions, expert_ids=self.trace
         )
         return moe_prefill(
@@ -50,12 +48,11 @@ class Layer(torch.nn.Module):
 
 lengths = ({1: torch.export.Dim("tokens", min=1, max=SLOTS)}, None)
 inputs = (torch.zeros(1, 12, D), torch.zeros(1, dtype=torch.int64))
-for route, name in ((router, "router"), (router_fused, "router_fused")):
-    program = torch.export.export(Layer(route), inputs, dynamic_shapes=lengths)
-    calls = [str(node.target).split(".")[1] for node in program.graph.nodes if "moeexp" in str(node.target)]
-    assert calls == ["linear", "qk_norm_rope", "sdpa_prefill", "linear", name, "moe_prefill"], calls
-    ranges = [(bounds.lower, bounds.upper) for bounds in program.range_constraints.values()]
-    assert ranges == [(1, SLOTS)], ranges
+program = torch.export.export(Layer(), inputs, dynamic_shapes=lengths)
+calls = [str(node.target).split(".")[1] for node in program.graph.nodes if "moeexp" in str(node.target)]
+assert calls == ["linear", "qk_norm_rope", "sdpa_prefill", "linear", "router", "moe_prefill"], calls
+ranges = [(bounds.lower, bounds.upper) for bounds in program.range_constraints.values()]
+assert ranges == [(1, SLOTS)], ranges
 """
 
 

@@ -12,7 +12,7 @@ import kernels_common as common
 import pytest
 import torch
 from moeexp_kernels import dispatch
-from moeexp_kernels.ops import attention, moe, moe_prefill, qk_norm_rope, router, router_fused, sample
+from moeexp_kernels.ops import attention, moe, moe_prefill, qk_norm_rope, router, sample
 from moeexp_kernels.ops.gated_delta import gdn_decode
 from moeexp_kernels.ops.gated_delta_prefill import gdn_prefill
 from moeexp_kernels.ops.linear import linear
@@ -109,9 +109,9 @@ def routed(op, tokens):
     return lambda: op(x=x, **arguments)
 
 
-def router_of(rows, op=router.router):
+def router_of(rows):
     x = common.randn(1, rows, 64, seed=1)
-    return lambda: route(op, x, E=7, k=3)
+    return lambda: route(router.router, x, E=7, k=3)
 
 
 def attend(op, tokens, position):
@@ -143,7 +143,6 @@ CALLS = {
     "moe prefill": lambda: routed(moe_prefill.moe_prefill, 9),
     "router, few rows": lambda: router_of(2),
     "router, many rows": lambda: router_of(11),
-    "fused router, few rows": lambda: router_of(3, router_fused.router_fused),
     "gdn decode": lambda: delta(gdn_decode, 1),
     "gdn prefill": lambda: delta(gdn_prefill, 19),
     "attention, splitk": lambda: attend(attention.sdpa_decode_splitk, 1, 36),
@@ -248,7 +247,6 @@ def test_positions_and_frequencies_of_another_layout_are_refused():
     }  # fmt: skip
     calls = [(op, case) for op in (attention.sdpa_decode_splitk, attention.sdpa_decode_tiled, attention.sdpa_prefill)]
     calls += [(qk_norm_rope.qk_norm_rope, rope_arguments), (router.router, router_arguments)]
-    calls += [(router_fused.router_fused, router_arguments)]
     for op, arguments in calls:
         for wrong, word in ((strided(positions), "strides"), (positions.int(), "int32"), (positions[:1], "(2,)")):
             common.expect_value_error(
@@ -257,13 +255,13 @@ def test_positions_and_frequencies_of_another_layout_are_refused():
     wrong = {**rope_arguments, "inv_freq": rope_arguments["inv_freq"].double()}
     common.expect_value_error(lambda: qk_norm_rope.qk_norm_rope(**wrong), "inv_freq", "float64", "float32")
     wrong = {**router_arguments, "norm_weight": strided(router_arguments["norm_weight"])}
-    for op in (router.router, router_fused.router_fused):
-        common.expect_value_error(lambda op=op: op(**wrong), "norm_weight", "strides")
+    common.expect_value_error(lambda: router.router(**wrong), "norm_weight", "strides")
 
 
 # --- routing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op, tokens", [(moe.moe_decode, 3), (moe_prefill.moe_prefill, 20)])
 def test_tokens_that_all_choose_the_same_experts(op, tokens):
     ids = torch.tensor([3, 0], dtype=torch.int32, device=common.DEVICE).expand(1, tokens, 2).contiguous()
@@ -271,6 +269,7 @@ def test_tokens_that_all_choose_the_same_experts(op, tokens):
     check_experts(op, rows=(1, tokens), routing={"ids": ids, "weights": weights})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op, tokens", [(moe.moe_decode, 1), (moe_prefill.moe_prefill, 13)])
 def test_experts_that_nobody_chose_are_not_read(op, tokens):
     """Their scales are NaN: one product with them would show."""
@@ -285,6 +284,7 @@ def test_experts_that_nobody_chose_are_not_read(op, tokens):
     common.assert_bitwise_equal(op(x=x, **{**arguments, **sick}, **routing), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op, tokens", [(moe.moe_decode, 2), (moe_prefill.moe_prefill, 9)])
 def test_an_expert_with_a_share_of_zero_adds_nothing(op, tokens):
     arguments = experts(D=64, E=4, width=32, shared=32, bits=4, group=32, dtype=F32)

@@ -15,10 +15,8 @@ import pytest
 import torch
 from moeexp_kernels.ops import gated_delta
 from moeexp_kernels.ops.gated_delta import gdn_decode, reference_gdn_decode, reference_gdn_prefill
-from moeexp_kernels.ops.gated_delta_out import gdn_decode_out, reference_gdn_decode_out
 from moeexp_kernels.ops.gated_delta_prefill import gdn_prefill
 from moeexp_kernels.parts import tuning
-from test_kernels_linear import quantised
 from tolerances import tolerance
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -327,6 +325,7 @@ for op, name, length, shapes in ((gdn_decode, "gdn_decode", 1, None), (gdn_prefi
 """
 
 
+@pytest.mark.slow
 def test_exports_as_one_node_with_symbolic_length():
     """One prefill serves every T >= 1. In a process without the interpreter, whose kernels no trace can pass through."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "0"}
@@ -348,52 +347,3 @@ def test_tables_name_only_what_the_launch_reads():
             assert row["block_v"] < 64, "the scan would become a warp-group product"
             assert row["chunk"] % row["conv_tokens"] == 0
             assert key.startswith("half") or row["solve"] == "ieee", "float32 is inverted in float32"
-
-
-# --- with the output projection ---
-
-
-def out_case(batch, heads, dims, dtype, *, rows=40, bits=4, group=32, seed=0):
-    """Keyword arguments of `gdn_decode_out`."""
-    features = heads[1] * dims[1]
-    weight, scales = quantised(rows, features, bits=bits, group=group, seed=seed + 7, dtype=dtype)
-    case = make_case(batch, 1, heads, dims, dtype, seed=seed)
-    return case | {"weight": weight, "scales": scales, "residual": common.randn(batch, 1, rows, seed=seed + 9, dtype=dtype)}
-
-
-def check_out(case, tol):
-    wide = {name: value.float() if torch.is_tensor(value) and name != "scales" else value for name, value in case.items()}
-    if case["scales"] is not None:
-        wide["weight"] = case["weight"]
-    actual, expected = run(gdn_decode_out, case), run(reference_gdn_decode_out, wide)  # which rounds at no place
-    common.assert_close_ratio(actual[0].float(), expected[0], tol, "output")
-    # Without the residual, which hides the projection's own error.
-    residual = wide["residual"]
-    common.assert_close_ratio(actual[0].float() - residual, expected[0] - residual, 4 * tol, "projection")
-    common.assert_bitwise_equal(actual[1].float(), expected[1], "conv_state")
-    common.assert_close_ratio(actual[2], expected[2], tol, "recurrent_state")
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        {"batch": 1, "heads": (1, 2), "dims": (16, 32), "dtype": F32},
-        {"batch": 2, "heads": (1, 3), "dims": (16, 64), "dtype": BF16, "rows": 5},
-        *(pytest.param(case, marks=pytest.mark.slow) for case in (
-            {"batch": 1, "heads": (2, 4), "dims": (32, 32), "dtype": F32, "bits": 8},
-            {"batch": 3, "heads": (1, 3), "dims": (16, 32), "dtype": F32, "bits": 16},
-            {"batch": 1, "heads": (2, 2), "dims": (16, 64), "dtype": BF16, "bits": 16},
-            {"batch": 1, "heads": (1, 5), "dims": (16, 64), "dtype": F32, "group": 64, "rows": 3},
-        )),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_decode_with_the_output_projection(case):
-    """Also where there are fewer programs than slices of the conv state, and a number of heads that is no power of 2."""
-    check_out(out_case(**case), DECODE_TOL[case["dtype"]])
-
-
-def test_the_output_projection_refuses_chunks_of_two_heads():
-    common.expect_value_error(lambda: run(gdn_decode_out, out_case(1, (1, 2), (16, 16), F32)), "head_v_dim is 16", "32")
-    case = out_case(1, (1, 2), (16, 32), F32, group=64)
-    common.expect_value_error(lambda: run(gdn_decode_out, case), "groups of 64", "32")

@@ -16,15 +16,11 @@ from kernels_common import (
 )
 from moeexp_kernels.ops.moe import moe_decode, reference_moe_decode
 from moeexp_kernels.ops.moe_prefill import block_bound, moe_prefill, sort_by_expert
-from moeexp_kernels.ops.moe_routed import moe_routed, reference_moe_routed
 from moeexp_kernels.ops.router import reference_router, router
-from moeexp_kernels.ops.router_fused import router_fused
-from moeexp_kernels.parts import tuning
 from test_kernels_linear import quantised
 from tolerances import tolerance
 
 TOLERANCE = tolerance("moe decode")
-every_router = pytest.mark.parametrize("op", [router, router_fused], ids=["triton", "fused"])
 
 
 def experts(*, D, E, width, shared, bits, group, dtype) -> dict:
@@ -77,141 +73,106 @@ def check_experts(
 
 
 def route(op, x, *, E, k, S=12, positions=None, weight=None, calls=1):
-    """(ids, weights, trace [B, S, k]) of the last of `calls` calls in a row on one trace, whose slot S stays zero."""
+    """(ids, weights, trace [B, S, k]) of the last of `calls` calls in a row on one trace."""
     D = x.shape[-1]
     weight = randn(E, D, seed=5, scale=D**-0.5, dtype=x.dtype) if weight is None else weight
     positions = torch.arange(x.shape[0], device=DEVICE) * 3 if positions is None else positions
-    slots = poison(x.shape[0], S + 1, k, dtype=torch.int32)
-    slots[:, S] = 0
-    trace = Guarded(slots)
+    trace = Guarded(poison(x.shape[0], S, k, dtype=torch.int32))
     norm = randn(D, seed=6, scale=0.2)
     for _ in range(calls):
         ids, weights = op(
             x=x, norm_weight=norm, weight=weight, eps=1e-6, top_k=k, positions=positions, expert_ids=trace.tensor
         )
-        assert not trace.tensor[:, S].any(), "the slot after the last position is not zero"
     trace.check("expert_ids")
-    return ids, weights, trace.tensor[:, :S]
+    return ids, weights, trace.tensor
 
 
-@every_router
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("shape", "E", "k"),
     [((1, 1), 16, 4), ((2, 3), 5, 3), ((1, 9), 6, 1), ((2, 5), 8, 8), ((8, 1), 11, 2), ((1, 8), 1, 1), ((3, 1), 40, 16)],
 )
-def test_router(op, shape, E, k, dtype):
+def test_router(shape, E, k, dtype):
     """Ids, shares and the trace; E that is no power of 2, k = 1 and k = E, few tokens and many; a second call after the
     first. In a 2-byte dtype on values that it holds, whose products then are the reference's to rounding."""
     x = randn(*shape, 64, seed=1).to(dtype)
     with poisoned_empty():
-        ids, weights, trace = route(op, x, E=E, k=k, S=24, calls=2)
+        ids, weights, trace = route(router, x, E=E, k=k, S=24, calls=2)
     expected_ids, expected_weights, expected_trace = route(reference_router, x, E=E, k=k, S=24)
     assert torch.equal(ids, expected_ids) and ids.dtype == torch.int32
     assert torch.equal(trace, expected_trace)
     assert_close_ratio(weights, expected_weights, 1e-5, "weights")
 
 
-@pytest.mark.parametrize("rows", range(1, 10))
-def test_one_kernel_computes_the_bits_of_two(rows):
-    """The products and the choice are the same text; up to eight rows, beyond which the kernels are the same too."""
-    for shape in ((rows, 1), (1, rows)):
-        x = randn(*shape, 48, seed=rows)
-        one, two = (route(op, x, E=13, k=4, S=28) for op in (router_fused, router))
-        for name, actual, expected in zip(("ids", "weights", "trace"), one, two, strict=True):
-            assert_bitwise_equal(actual, expected, name)
-
-
-@pytest.mark.parametrize("block", [1, 8, 64])
-def test_any_number_of_programs_hands_over(block):
-    """One program of a sequence, where the block holds every expert, up to one for each expert."""
-    x = randn(2, 2, 64, seed=1)
-    with tuning.override("router_fused", "", {"BLOCK_N": block, "CACHE": "", "num_warps": 4}):
-        ids, _, trace = route(router_fused, x, E=21, k=3, calls=3)
-    expected, _, expected_trace = route(reference_router, x, E=21, k=3)
-    assert torch.equal(ids, expected) and torch.equal(trace, expected_trace)
-
-
-@every_router
-def test_a_trace_within_a_larger_one(op):
-    """Strides are the trace's own, and so is the slot after its last position."""
+def test_a_trace_within_a_larger_one():
+    """Strides are the trace's own."""
     x, E, k = randn(2, 1, 32, seed=1), 6, 3
     whole = poison(4, 10, 8, dtype=torch.int32)
     trace = whole[::2, 2:8, 4:7]
-    trace[:, -1] = 0
     before = whole.clone()
     arguments = {"norm_weight": randn(32, seed=6), "weight": randn(E, 32, seed=5), "eps": 1e-6, "top_k": k}
     positions = torch.tensor([0, 4], device=DEVICE)
-    ids, _ = op(x=x, **arguments, positions=positions, expert_ids=trace)
+    ids, _ = router(x=x, **arguments, positions=positions, expert_ids=trace)
     before[0, 2, 4:7], before[2, 6, 4:7] = ids[0, 0], ids[1, 0]
     assert torch.equal(whole, before)
 
 
-@every_router
 @pytest.mark.parametrize("tokens", [1, 9])
-def test_equal_logits_choose_the_lowest_indices(op, tokens):
-    ids, weights, _ = route(op, randn(1, tokens, 32, seed=1), E=7, k=3, weight=torch.zeros(7, 32, device=DEVICE))
+def test_equal_logits_choose_the_lowest_indices(tokens):
+    ids, weights, _ = route(router, randn(1, tokens, 32, seed=1), E=7, k=3, weight=torch.zeros(7, 32, device=DEVICE))
     assert torch.equal(ids, torch.arange(3, dtype=torch.int32, device=DEVICE).expand(1, tokens, 3))
     assert_close_ratio(weights, torch.full_like(weights, 1 / 3), 1e-6, "weights")
 
 
-@every_router
-def test_large_logits_do_not_overflow_and_a_nan_stays_seen(op):
+def test_large_logits_do_not_overflow_and_a_nan_stays_seen():
     x = randn(1, 1, 32, seed=1)
     weight = randn(6, 32, seed=2) * 1e4
-    ids, weights, _ = route(op, x, E=6, k=2, weight=weight)
+    ids, weights, _ = route(router, x, E=6, k=2, weight=weight)
     expected, shares, _ = route(reference_router, x, E=6, k=2, weight=weight)
     assert torch.equal(ids, expected) and torch.allclose(weights, shares, atol=1e-5)
     weight[3, 0] = float("nan")
-    ids, weights, _ = route(op, x, E=6, k=2, weight=weight)
+    ids, weights, _ = route(router, x, E=6, k=2, weight=weight)
     assert weights.isnan().any() and bool(((ids >= 0) & (ids < 6)).all())
 
 
-@every_router
 @pytest.mark.parametrize("position", [-1, 12, 2**40])
-def test_positions_outside_the_trace_write_nothing(op, position):
-    _, _, trace = route(op, randn(1, 1, 32, seed=1), E=4, k=2, positions=torch.tensor([position], device=DEVICE))
+def test_positions_outside_the_trace_write_nothing(position):
+    _, _, trace = route(router, randn(1, 1, 32, seed=1), E=4, k=2, positions=torch.tensor([position], device=DEVICE))
     assert torch.equal(trace, poison(1, 12, 2, dtype=torch.int32))
 
 
-@every_router
-def test_tokens_beyond_the_trace_write_nothing(op):
-    """Of three tokens at the last position but one, two have a slot; the third's would be the one that holds no choice."""
-    ids, _, trace = route(op, randn(1, 3, 32, seed=1), E=4, k=2, positions=torch.tensor([10], device=DEVICE))
+def test_tokens_beyond_the_trace_write_nothing():
+    """Of three tokens at the last position but one, two have a slot; the third's would be another's memory."""
+    ids, _, trace = route(router, randn(1, 3, 32, seed=1), E=4, k=2, positions=torch.tensor([10], device=DEVICE))
     assert torch.equal(trace[:, 10:], ids[:, :2])
     assert torch.equal(trace[:, :10], poison(1, 10, 2, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("position", [-1, 11, 12])
 def test_the_reference_refuses_positions_outside_the_trace(position):
-    """On the CPU: on a GPU an index that is none ends the process. Two tokens, the slots 0 to 11 and the one after."""
-    trace = torch.zeros(1, 13, 2, dtype=torch.int32)
+    """On the CPU: on a GPU an index that is none ends the process. Two tokens, the slots 0 to 11."""
+    trace = torch.zeros(1, 12, 2, dtype=torch.int32)
     arguments = {"norm_weight": torch.zeros(32), "weight": randn(4, 32, seed=5, device="cpu"), "eps": 1e-6, "top_k": 2}
     with pytest.raises(IndexError):
         reference_router(
             x=randn(1, 2, 32, seed=1, device="cpu"), **arguments, positions=torch.tensor([position]), expert_ids=trace
         )
-    assert not trace[:, 12].any()
 
 
-@pytest.mark.parametrize("op", [reference_router, router, router_fused], ids=["reference", "triton", "fused"])
-def test_router_refusals(op):
+def test_router_refusals():
     x = randn(1, 1, 32, seed=1)
     arguments = {"x": x, "norm_weight": randn(32, seed=6), "weight": randn(4, 32, seed=5), "eps": 1e-6, "top_k": 2}
     arguments["positions"] = torch.zeros(1, dtype=torch.int64, device=DEVICE)
 
     def refused(*shape, words, dtype=torch.int32):
         trace = torch.zeros(shape, dtype=dtype, device=DEVICE)
-        expect_value_error(lambda: op(**arguments, expert_ids=trace), "expert_ids", *words)
+        expect_value_error(lambda: router(**arguments, expert_ids=trace), "expert_ids", *words)
 
-    refused(1, 1, 2, words=["(1, 1, 2)", "S + 1"])
-    refused(12, 2, words=["(12, 2)", "S + 1"])
-    if op is reference_router:
-        return
-    expect_value_error(lambda: route(op, x, E=4, k=5), "top_k=5", "1..4")
+    refused(12, 2, words=["(12, 2)", "[1, S, 2]"])
+    expect_value_error(lambda: route(router, x, E=4, k=5), "top_k=5", "1..4")
     refused(1, 12, 2, words=["int64", "int32"], dtype=torch.int64)
-    refused(1, 12, 3, words=["(1, 12, 3)", "S + 1, 2]"])
-    refused(2, 12, 2, words=["(2, 12, 2)", "[1, S + 1"])
+    refused(1, 12, 3, words=["(1, 12, 3)", "[1, S, 2]"])
+    refused(2, 12, 2, words=["(2, 12, 2)", "[1, S, 2]"])
 
 
 # --- experts ---
@@ -285,62 +246,6 @@ def test_decode_repeats_bitwise():
     arguments = experts(D=32, E=3, width=16, shared=16, bits=4, group=16, dtype=torch.float32) | choices(1, 1, k=2, E=3)
     x = randn(1, 1, 32, seed=1)
     assert_bitwise_equal(moe_decode(x=x, **arguments), moe_decode(x=x, **arguments))
-
-
-# --- router and experts in one op ---
-
-
-def routed(*, rows, E=5, k=3, D=48, S=9, dtype=torch.float32, first=2, **sizes):
-    """Arguments of `moe_routed` but for the trace, and an empty trace."""
-    arguments = experts(D=D, E=E, dtype=dtype, **({"width": 32, "shared": 16, "group": 16, "bits": 4} | sizes))
-    arguments |= {"x": randn(*rows, D, seed=1, dtype=dtype), "router": randn(E, D, seed=5, dtype=dtype), "top_k": k}
-    arguments["positions"] = first + torch.arange(rows[0], device=DEVICE)
-    return arguments, torch.zeros(rows[0], S + 1, k, dtype=torch.int32, device=DEVICE)
-
-
-def one_op_and_two(arguments, trace):
-    """(result, trace) of `moe_routed`, and of `router` with `moe_decode`."""
-    one, two = trace.clone(), trace.clone()
-    with poisoned_empty():
-        y = moe_routed(**arguments, expert_ids=one)
-    rest = dict(arguments)
-    weight, top_k, positions = rest.pop("router"), rest.pop("top_k"), rest.pop("positions")
-    ids, weights = router(
-        x=rest["x"], norm_weight=rest["norm_weight"], weight=weight, eps=rest["eps"], top_k=top_k, positions=positions,
-        expert_ids=two,
-    )  # fmt: skip
-    return (y, one), (moe_decode(ids=ids, weights=weights, **rest), two)
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        {"rows": (1, 1)}, {"rows": (2, 3), "first": 5, "dtype": torch.bfloat16},
-        *(pytest.param(case, marks=pytest.mark.slow) for case in (
-            {"rows": (1, 1), "bits": 16}, {"rows": (3, 1), "E": 21, "k": 1}, {"rows": (1, 8), "E": 4, "k": 4, "bits": 8},
-            {"rows": (1, 11), "k": 2},
-        )),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_experts_that_choose_are_the_chosen_ones(case):
-    """To the bit, trace included, also where positions run beyond it."""
-    arguments, trace = routed(**case)
-    (y, one), (expected, two) = one_op_and_two(arguments, trace)
-    assert_bitwise_equal(y, expected, "result")
-    assert torch.equal(one, two) and (one[:, -1] == 0).all()
-    wide = {name: value.float() if name in ("x", "router") else value for name, value in arguments.items()}
-    reference = reference_moe_routed(**wide, expert_ids=torch.zeros(one.shape[0], 64, one.shape[2], dtype=torch.int32).to(DEVICE))
-    assert_close_ratio(y.float(), reference, TOLERANCE[y.dtype], "against the reference")
-
-
-def test_experts_that_choose_refusals():
-    arguments, trace = routed(rows=(1, 1))
-    other = arguments | {"router": arguments["router"][:4].contiguous()}
-    expect_value_error(lambda: moe_routed(**other, expert_ids=trace), "4 rows", "5 experts")
-    expect_value_error(lambda: moe_routed(**arguments, expert_ids=trace.long()), "int64", "int32")
-    narrow = arguments | {"positions": arguments["positions"].int()}
-    expect_value_error(lambda: moe_routed(**narrow, expert_ids=trace), "positions", "int64")
 
 
 # --- the sort by expert ---

@@ -3,8 +3,6 @@
 import pytest
 import torch
 from moeexp_kernels import registry
-from moeexp_kernels.ops.gated_delta_out import reference_gdn_decode_out
-from moeexp_kernels.ops.moe_routed import reference_moe_routed
 from moeexp_runner.arena import Arena
 
 from moeexp.check.pure_torch import pure_torch
@@ -124,25 +122,6 @@ def test_a_projection_is_told_the_weights_that_come_next(on):
     assert len(read) == 2 * NANO.num_hidden_layers + 1
     wanted = [*read[1:], (None, None)] if on else [(None, None)] * len(read)
     assert all(a is b and c is d for (a, c), (b, d) in zip(told, wanted, strict=True))
-
-
-@pytest.mark.parametrize("bits", [16, 4])
-def test_a_decode_step_of_joined_ops_is_that_of_single_ones(bits):
-    """Router and experts in one, delta net and output projection in one: the same logits, state and traced experts."""
-    model, arena, ops = build(NANO, bits=bits)
-    joined = ops | {"moe_routed": reference_moe_routed, "gdn_decode_out": reference_gdn_decode_out}
-    results = []
-    for chosen in (ops, joined):
-        arena.reset()
-        steps = [
-            model(torch.tensor([[token]]), torch.tensor([position]), None, ops=chosen, phase="decode")
-            for position, token in enumerate((3, 1, 4))
-        ]
-        results.append((torch.cat(steps, dim=1), arena.snapshot()))
-    (apart, state), (together, same) = results
-    assert torch.allclose(together, apart, atol=1e-5, rtol=1e-5)
-    for name, tensor in state.items():
-        assert torch.allclose(same[name].float(), tensor.float(), atol=1e-5, rtol=1e-5), name
 
 
 def test_no_buffer_that_inductor_would_write_into_the_code():

@@ -1,8 +1,10 @@
 """The record: what is kept, what is dropped, its size, its file, its digests."""
 
+import ast
 import json
 import math
 import os
+from pathlib import Path
 
 import pytest
 
@@ -164,3 +166,53 @@ def test_git_state_is_of_the_package_s_own_checkout(tmp_path):
 def test_nvidia_smi_absent_is_recorded_not_raised(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     assert "nvidia-smi" in environment.gpu_state()["error"]
+
+
+def test_what_a_table_holds_is_changed_through_the_record(tmp_path):
+    record = Record(tmp_path / "record.json", id="t", config=None, command=["test"])
+    record.set(environment={"cuda": None}, not_applicable=["overlap"])
+    record.add("environment", gpu_other_processes=float("nan"), gpu_after=tmp_path)
+    assert record.data["environment"] == {"cuda": None, "gpu_other_processes": "nan", "gpu_after": str(tmp_path)}
+    for _ in range(2):
+        record.add_not_applicable("l2_prefetch")
+    assert record.data["not_applicable"] == ["overlap", "l2_prefetch"]
+    with pytest.raises(AssertionError, match="is not a key of a record"):
+        record.add("environs", a=1)
+
+
+CHANGES = ("append", "extend", "update", "pop", "popitem", "setdefault", "clear", "insert", "remove", "sort")
+
+
+def changed(source):
+    """Lines that change `….data`, or what a name stands for that was taken out of it, beside the record's own methods."""
+    tree, found = ast.parse(source), []
+    for function in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]:
+        names = {
+            target.id for node in ast.walk(function) if isinstance(node, ast.Assign) and of_data(node.value, set())
+            for target in node.targets if isinstance(target, ast.Name)
+        }  # fmt: skip
+        for node in ast.walk(function):
+            targets = node.targets if isinstance(node, (ast.Assign, ast.Delete)) else []
+            targets = [node.target] if isinstance(node, ast.AugAssign) else targets
+            if any(isinstance(target, ast.Subscript) and of_data(target, names) for target in targets):
+                found.append(node.lineno)
+            call = node.func if isinstance(node, ast.Call) else None
+            if isinstance(call, ast.Attribute) and call.attr in CHANGES and of_data(call.value, names):
+                found.append(node.lineno)
+    return sorted(set(found))
+
+
+def of_data(node, names):
+    while isinstance(node, ast.Subscript):
+        node = node.value
+    is_data = isinstance(node, ast.Attribute) and node.attr == "data" and ast.unparse(node.value).split(".")[-1] == "record"
+    return is_data or (isinstance(node, ast.Name) and node.id in names)
+
+
+def test_nobody_changes_a_record_around_its_methods():
+    root = Path(__file__).resolve().parents[1] / "moeexp"
+    found = {str(path.relative_to(root)): changed(path.read_text()) for path in root.rglob("*.py")}
+    assert {name: lines for name, lines in found.items() if lines} == {}
+    for line in ('record.data["a"] = 1', 'self.record.data["a"]["b"] = 1', 'member.record.data["a"].append(1)',
+                 'a = record.data["a"]\n  a.pop("b")', 'a = record.data["a"]\n  a["b"].append(1)'):  # fmt: skip
+        assert changed(f"def f(self):\n  {line}\n"), line

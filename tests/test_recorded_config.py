@@ -13,7 +13,7 @@ import pytest
 import synthetic
 
 from moeexp import reproduce
-from moeexp.config import schema
+from moeexp.config import axes, schema
 from moeexp.config.architecture import Architecture
 from moeexp.config.compose import compose
 from moeexp.config.recorded import ARCHITECTURE, AT_MOST, check
@@ -21,7 +21,6 @@ from moeexp.config.sources import SHIPPED_CHECKPOINT
 from moeexp.record.record import plain
 from moeexp.report import command_line
 from moeexp.report.html import page as html_report
-from moeexp.report.runs import HOUSEKEEPING
 
 LINE = 400  # characters of an error
 # What resembles Hydra's grammar, OmegaConf's, a shell's or Python's.
@@ -82,7 +81,7 @@ def outcome(config, derive=command_line.arguments_of):
 
 
 def compared(config):
-    kept = {key: value for key, value in config.items() if key not in HOUSEKEEPING or key in command_line.RUN_AS_IT_WAS}
+    kept = {key: value for key, value in config.items() if key not in axes.NOT_REPEATED}
     return kept | {"model": kept["model"] | {"architecture": None}}
 
 
@@ -133,6 +132,7 @@ def test_the_places_are_every_field_of_the_schema():
     assert set(Architecture.from_folder(SHIPPED_CHECKPOINT).to_hf()) <= set(ARCHITECTURE), "as records have it"
 
 
+@pytest.mark.slow
 def test_a_value_of_any_kind_at_any_place_is_refused_or_arrives_as_it_was():
     """In each round every place gets a value; those that are not refused come together in one config, as composing one
     takes a moment, and that is to arrive as it is. Shapes depend on one another, so they are composed one at a time."""
@@ -181,6 +181,7 @@ def test_a_text_arrives_as_it_was_in_every_field_and_list():
         assert shlex.split(shlex.join(overrides)) == overrides
 
 
+@pytest.mark.slow
 def test_a_prompt_arrives_as_the_text_it_was():
     for text in [one for one in TEXTS if not allowed(one, lines=True)]:
         assert isinstance(outcome(put(CONFIG, ("prompt",), text)), str)

@@ -12,7 +12,7 @@ from moeexp.config.resolve import resolve
 from moeexp.record import record
 from moeexp.record.record import Record, plain, read_record
 from moeexp.report import __main__ as report_command
-from moeexp.report import format, markdown
+from moeexp.report import format, markdown, ratios, tables
 from moeexp.report import records as report_records
 from moeexp.report import table as report_table
 from moeexp.report import terminal as summary
@@ -113,14 +113,14 @@ def test_a_report_shows_stalls_and_that_a_gain_is_one():
     text = markdown.document(stalling())
     ranked, steps = text.split("### Speed-up")[0], text.split("### Speed-up")[1].split("###")[0]
     assert format.STALLS in ranked and "| 5, 80, 1,000 |" in ranked and f"| {format.NONE} |" in ranked
-    header, rows = markdown.steps_table(waterfalls(runs_of(stalling()))[0])
-    first, second, third = (dict(zip(header, row, strict=True)) for row in rows)
+    steps_table = tables.steps_table(waterfalls(runs_of(stalling()))[0])
+    first, second, third = (dict(zip(steps_table.header, row, strict=True)) for row in steps_table.rows)
     assert first[format.STALLS] == "5, 160, 500" and third[format.STALLS] == format.NONE
     assert second["by medians"] == "× 2.00" and second["without stalls"] == "the same" and second["verdict"] == "faster"
     assert third["gain over the one before"].startswith("× 1.40") and third["by medians"].startswith(("× 1.00", "× 0.99"))
     assert third["without stalls"] == "× 1.000"
     assert third["verdict"] == "faster, but no difference by medians and without stalls"
-    assert markdown.LATE in steps and "no difference by medians and without stalls" in text.split("### Effects")[1]
+    assert ratios.LATE in steps and "no difference by medians and without stalls" in text.split("### Effects")[1]
 
 
 def test_without_stalls_a_report_does_not_speak_of_them():

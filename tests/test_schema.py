@@ -4,8 +4,7 @@ import dataclasses
 
 import pytest
 
-from moeexp.config import resolve as config_resolve
-from moeexp.config import validate as rules
+from moeexp.config import axes
 from moeexp.config.architecture import Architecture
 from moeexp.config.compose import compose
 from moeexp.config.resolve import resolve
@@ -169,13 +168,18 @@ def test_skipped_kinds_do_not_bound_the_group_size():
 
 
 def test_not_applicable_on_cpu_only():
-    on_cpu = [*config_resolve.NEEDS_CUDA_TO_MATTER, "overlap", "l2_prefetch"]
-    assert config_resolve.not_applicable(resolve(nano(), cuda_available=False)) == on_cpu
-    assert config_resolve.not_applicable(resolve(nano("cuda_graph=true"), cuda_available=True)) == []
-    assert config_resolve.not_applicable(resolve(nano(), cuda_available=True)) == ["overlap"]  # edges of a graph
+    on_cpu = ["shared_stream", "skip_output_copy", "overlap", "l2_prefetch", "allocator"]
+    assert axes.not_applicable(resolve(nano(), cuda_available=False)) == on_cpu
+    assert axes.not_applicable(resolve(nano("cuda_graph=true"), cuda_available=True)) == []
+    assert axes.not_applicable(resolve(nano(), cuda_available=True)) == ["overlap"]  # edges of a graph
     for deaf in ("dispatch=single", "ops=reference", "ops.linear=reference"):
-        assert config_resolve.not_applicable(resolve(nano("cuda_graph=true", deaf), cuda_available=True)) == ["l2_prefetch"]
-    assert config_resolve.not_applicable(resolve(nano("cuda_graph=true", "ops.linear=tile"), cuda_available=True)) == []
+        assert axes.not_applicable(resolve(nano("cuda_graph=true", deaf), cuda_available=True)) == ["l2_prefetch"]
+    assert axes.not_applicable(resolve(nano("cuda_graph=true", "ops.linear=tile"), cuda_available=True)) == []
+
+
+@pytest.mark.parametrize(("capability", "idle"), [((8, 0), ["overlap", "l2_prefetch"]), ((9, 0), []), ((10, 0), [])])
+def test_what_needs_hopper_is_not_applicable_before_it(capability, idle):
+    assert axes.not_applicable(resolve(nano("cuda_graph=true"), cuda_available=True), capability) == idle
 
 
 def test_a_snapshot_gives_its_own_shapes(tmp_path):
@@ -197,34 +201,16 @@ def test_keys_may_not_be_added_or_removed():
         compose(["~seed"])
 
 
-def test_every_rule_names_a_field():
+def test_every_row_is_of_a_field():
     config = compose(["model=nano"])
-    for path in (*rules.ALLOWED, *rules.AT_LEAST, *config_resolve.NEEDS_CUDA_TO_MATTER):
-        rules.get(config, path)
+    for path in axes.TABLE:
+        axes.get(config, path)
     assert {field.name for field in dataclasses.fields(config.ops)} >= {"default", "linear", "sample"}
 
 
-@pytest.mark.parametrize(
-    "overrides, words",
-    [
-        (["ops.router=in_moe", "ops.moe_decode=reference"], ["ops.router=in_moe", "ops.moe_decode=triton"]),
-        (["ops=reference", "ops.router=in_moe"], ["ops.moe_decode=reference does not"]),
-        (["ops.gdn_decode=with_out", "ops.linear=reference"], ["ops.gdn_decode=with_out", "ops.linear=triton"]),
-        (["ops.router=in_moe", "dispatch=single"], ["ops.router=in_moe", "dispatch=single has no decode step"]),
-        (["ops.gdn_decode=with_out", "dispatch=single"], ["ops.gdn_decode=with_out", "dispatch=single has no decode step"]),
-        (["ops.gdn_decode=with_out", "model.architecture.linear_value_head_dim=24"], ["head_v_dim is 24", "powers of 2"]),
-        (["ops.gdn_decode=with_out", "model.architecture.linear_value_head_dim=64", "quant.group_size=128",
-          "model.architecture.hidden_size=128"], ["groups of 128", "head_v_dim 64"]),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_work_left_to_another_op_needs_one_that_does_it(overrides, words):
-    shapes = ["model.architecture.moe_intermediate_size=128", "model.architecture.shared_expert_intermediate_size=128"]
+@pytest.mark.parametrize(("op", "name"), [("router", "fused"), ("router", "in_moe"), ("gdn_decode", "with_out")])
+def test_an_implementation_that_was_removed_is_refused_with_what_to_use_instead(op, name):
     with pytest.raises(ValueError) as caught:
-        validate(nano(*shapes, *overrides), cuda_available=True)
-    assert all(word in str(caught.value) for word in words), caught.value
-
-
-def test_work_left_to_another_op_is_taken():
-    for overrides in (["ops.router=in_moe"], ["ops.gdn_decode=with_out"], ["ops.gdn_decode=with_out", "quant=none"]):
-        validate(nano(*overrides), cuda_available=True)
+        validate(nano(f"ops.{op}={name}"), cuda_available=True)
+    assert f"ops.{op}={name} was removed" in str(caught.value) and f"use ops.{op}=triton" in str(caught.value)
+    validate(nano(f"ops.{op}=triton"), cuda_available=True)

@@ -4,8 +4,9 @@ import pytest
 import synthetic
 
 from moeexp.report.ablation import stacks
-from moeexp.report.markdown import document, stack_line, stack_table
+from moeexp.report.markdown import document
 from moeexp.report.runs import runs_of
+from moeexp.report.tables import stack_table
 
 QUANT, EXPORT, OP = "quant=int4", "export=aoti", "ops.gdn_decode=einsum"
 NONE = {QUANT: "quant=none", EXPORT: "export=eager", OP: "ops.gdn_decode=reference"}
@@ -44,9 +45,9 @@ def test_each_part_is_held_against_both_ends():
     assert parts["ops.gdn_decode"].ratio.verdict == "no difference"
     assert stack.together.value == pytest.approx(16, rel=0.01) and stack.product.value == pytest.approx(8, rel=0.02)
     assert stack.ratio.value == pytest.approx(2, rel=0.02) and stack.ratio.verdict == "faster"
-    verdicts = [row[-1] for row in stack_table(stack)[1]]
+    verdicts = [row[-1] for row in stack_table(stack).rows]
     assert sorted(verdicts) == ["less with the others", "more with the others", "the same in both"]
-    assert "All together: × 16" in stack_line(stack)
+    assert "All together: × 16" in stack_table(stack).notes[0]
 
 
 def test_a_run_that_is_missing_leaves_a_gap_and_no_product():
@@ -54,7 +55,7 @@ def test_a_run_that_is_missing_leaves_a_gap_and_no_product():
     (stack,) = stacks(some)
     parts = {part.axis: part for part in stack.parts}
     assert parts["ops.gdn_decode"].alone is None and parts["quant"].last is None and parts["quant"].ratio is None
-    assert stack.product is None and stack.ratio is None and stack_line(stack).endswith(" †.")
+    assert stack.product is None and stack.ratio is None and stack_table(stack).notes[0].endswith(" †.")
     text = document([run.record for run in some])
     assert "| – |" in text and "† Not timed in turns" in text.split("full stack")[1]
 
@@ -64,7 +65,7 @@ def test_a_setting_with_nothing_to_act_on_has_no_verdict():
     for run in found:
         run.record["not_applicable"] = ["ops"]
     (stack,) = stacks(found)
-    _, rows = stack_table(stack)
+    rows = stack_table(stack).rows
     assert [row[0] for row in rows if row[-1] == "not applicable here"] == ["ops.gdn_decode"] and stack.product is None
 
 

@@ -1,5 +1,6 @@
 """Steps captured with either kind of state. The graph is a fake here: it runs what was captured into the same outputs."""
 
+import contextlib
 from operator import is_
 from types import SimpleNamespace
 
@@ -137,15 +138,29 @@ def test_explicit_state_outlives_the_graph_that_holds_it(captured, stop):
         assert session.arena.tensors[name] is session.arena.home[name]
 
 
+def replays(session):
+    return sum(graph.replays for graph in session.graph._graphs)
+
+
 def test_eager_calls_between_replays_continue_the_same_state(captured):
     session, plain = build(explicit=True, cuda_graph="decode"), build_session(seed=0)
-    graph = session.graph
     for each in (session, plain):
         each.prefill(PROMPT)
-    for step in range(5):
-        session.graph = graph if step in (0, 1, 4) else None
+    for step, eagerly in enumerate([False, False, True, True, False]):
+        before = replays(session)
         token = PROMPT[:, step : step + 1].contiguous()
-        torch.testing.assert_close(session.decode(token), plain.decode(token), rtol=0, atol=1e-6)
+        with session.eager() if eagerly else contextlib.nullcontext():
+            torch.testing.assert_close(session.decode(token), plain.decode(token), rtol=0, atol=1e-6)
+        assert replays(session) - before == (not eagerly)
+
+
+def test_an_error_in_an_eager_call_leaves_the_graph_in_use(captured):
+    session = build(cuda_graph="decode")
+    with pytest.raises(KeyError), session.eager():
+        raise KeyError
+    session.prefill(PROMPT)
+    session.decode(PROMPT[:, :1].contiguous())
+    assert replays(session) == 1
 
 
 def calls(session):

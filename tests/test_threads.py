@@ -16,7 +16,7 @@ import synthetic
 import torch
 
 from moeexp import cli
-from moeexp.config import schema, threads
+from moeexp.config import axes, threads
 from moeexp.config.compose import compose
 from moeexp.config.resolve import resolve
 from moeexp.config.sources import load_architecture
@@ -204,7 +204,7 @@ def test_resolved_on_a_cpu_and_no_setting_on_a_gpu(machine):
     assert resolve(compose(["model=small"]), cuda_available=True).threads == "auto"
 
 
-SPEC = MethodSpec("decode", {}, {}, 16, None, (), "float32", 1, 64, "cpu")
+SPEC = MethodSpec("decode", {"ops": {}, "bits": 16, "dtype": "float32", "batch": 1, "max_seq_len": 64, "device": "cpu"})
 
 
 def test_a_package_of_a_cpu_is_compiled_for_its_threads():
@@ -313,11 +313,11 @@ def test_an_artifact_of_a_cpu_keeps_the_threads_that_it_was_compiled_for(tmp_pat
         adopted([f"artifact={tmp_path}", "threads=2"])
     made["device"], made["threads"] = "cuda", "auto"
     assert adopted([f"artifact={tmp_path}", "threads=2"]).threads == 2
-    assert "threads" in schema.FIXED
+    assert "threads" in axes.FIXED
 
 
 def test_runs_that_share_a_process_share_its_threads():
-    from moeexp.sweep.sweep import shares_weights
+    from moeexp.config.axes import shares_weights
 
     one, two = (shares_weights(compose(["model=nano", f"threads={number}"])) for number in (1, 2))
     assert one != two

@@ -75,6 +75,7 @@ def test_wandb_disabled_leaves_nothing(tmp_path):
     assert not (tmp_path / "run" / "wandb").exists()
 
 
+@pytest.mark.slow
 def test_a_server_that_never_answers_costs_bounded_time(tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")

@@ -96,6 +96,7 @@ def test_a_token_is_split_on_a_gpu_only(monkeypatch):
     assert transformers_baseline.profile_steps(session, torch.tensor([[1]]), 3, step_us=50.0) == {}
 
 
+@pytest.mark.slow
 def test_bits_per_byte_are_those_of_our_methods(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["model=tiny", "tracker=jsonl", "quant=none", "prompt_len=9", "new_tokens=2", "eval_bytes=600"]

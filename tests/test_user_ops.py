@@ -66,6 +66,7 @@ def test_a_right_one_runs_and_is_recorded(module):
     assert record["config"]["ops"]["sdpa_decode"] == f"{module}:right"
 
 
+@pytest.mark.slow
 def test_one_that_is_one_percent_off_is_incorrect(module):
     assert cli.main([*NANO, f"ops.sdpa_decode={module}:off_by_one_percent"]) == 1
     record = last_record()

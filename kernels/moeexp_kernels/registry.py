@@ -9,17 +9,15 @@ from moeexp_kernels import user_ops
 from moeexp_kernels.ops import (
     attention,
     gated_delta,
-    gated_delta_out,
     gated_delta_prefill,
     linear,
     moe,
     moe_prefill,
-    moe_routed,
     qk_norm_rope,
     router,
-    router_fused,
     sample,
 )
+from moeexp_kernels.removed import refuse_removed
 
 OPS: dict[str, dict[str, Callable]] = {
     "linear": {
@@ -35,7 +33,6 @@ OPS: dict[str, dict[str, Callable]] = {
         "recurrent": gated_delta.gdn_decode,
         "einsum": gated_delta.reference_gdn_decode,
         "chunked": gated_delta_prefill.gdn_prefill,
-        "with_out": gated_delta.gdn_decode,  # in a decode method: see WITH_OUT
     },
     "qk_norm_rope": {"reference": qk_norm_rope.reference_qk_norm_rope, "triton": qk_norm_rope.qk_norm_rope},
     "sdpa_prefill": {"reference": attention.reference_sdpa_prefill, "triton": attention.sdpa_prefill},
@@ -45,12 +42,7 @@ OPS: dict[str, dict[str, Callable]] = {
         "splitk": attention.sdpa_decode_splitk,
         "tiled": attention.sdpa_decode_tiled,
     },
-    "router": {
-        "reference": router.reference_router,
-        "triton": router.router,
-        "fused": router_fused.router_fused,
-        "in_moe": router.router,  # in a decode method: see WITH_ROUTER
-    },
+    "router": {"reference": router.reference_router, "triton": router.router},
     "moe_prefill": {"reference": moe.reference_moe_prefill, "triton": moe_prefill.moe_prefill},
     "moe_decode": {"reference": moe.reference_moe_decode, "triton": moe.moe_decode},
     "sample": {"reference": sample.reference_greedy, "triton": sample.greedy},
@@ -58,13 +50,6 @@ OPS: dict[str, dict[str, Callable]] = {
 
 # A draw from the softmax by the implementation of `sample` that is chosen; `OPS["sample"]` is the greedy choice.
 DRAWS: dict[str, Callable] = {"reference": sample.reference_sample, "triton": sample.sample}
-
-# A decode method's gated delta net and its output projection as one op, where the former is "with_out", by the
-# implementation of `linear`.
-WITH_OUT: dict[str, Callable] = {"triton": gated_delta_out.gdn_decode_out}
-
-# A decode method's router and experts as one op, where the router is "in_moe", by the experts' implementation.
-WITH_ROUTER: dict[str, Callable] = {"triton": moe_routed.moe_routed}
 
 # Implementations of `linear` that bring the weights that they are told of into L2.
 PREFETCHING = ("triton", "tile")
@@ -95,6 +80,7 @@ def resolve(*, default: str, chosen: dict[str, str | None], device: str) -> dict
     for op, implementations in OPS.items():
         wanted = chosen.get(op) or default
         name = AUTO[device] if wanted == "auto" else wanted
+        refuse_removed(op, name)
         if user_ops.is_user_op(name):
             user_ops.load(op, name, implementations.values())
         elif name not in implementations:
@@ -106,24 +92,7 @@ def resolve(*, default: str, chosen: dict[str, str | None], device: str) -> dict
                 "TRITON_INTERPRET=1 to run it (very slowly) in Triton's interpreter"
             )
         names[op] = name
-    pairs = (("router", "in_moe", "moe_decode", WITH_ROUTER), ("gdn_decode", "with_out", "linear", WITH_OUT))
-    for op, name, by, table in pairs:
-        if names[op] == name and names[by] not in table:
-            raise ValueError(
-                f"ops.{op}={name} leaves a part of its work to ops.{by}, and ops.{by}={names[by]} does not do it: "
-                f"use ops.{by}={' or '.join(table)}, or another ops.{op}"
-            )
     return names
-
-
-def combined(names: dict[str, str]) -> dict[str, Callable]:
-    """The ops of a decode method that do the work of two, for the implementations that `names` (op -> name) chooses."""
-    found = {}
-    if names["router"] == "in_moe":
-        found["moe_routed"] = WITH_ROUTER[names["moe_decode"]]
-    if names["gdn_decode"] == "with_out":
-        found["gdn_decode_out"] = WITH_OUT[names["linear"]]
-    return found
 
 
 def implementation(op: str, name: str) -> Callable:

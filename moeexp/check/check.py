@@ -21,21 +21,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from moeexp_kernels.parts.deviation import Rows, compare_rows, quotient
 from torch import Tensor
 
-from moeexp.check.metrics import (
-    LogitRows,
-    Rows,
-    choice_gaps,
-    compare_logits,
-    compare_rows,
-    count_not_finite,
-    quotient,
-    slices,
-    unravel,
-)
+from moeexp.check.metrics import LogitRows, choice_gaps, compare_logits, count_not_finite, slices, unravel
 from moeexp.check.reference import ReferenceRun
 from moeexp.check.tolerances import GATES, Part, gate, json_number, make_part, own_limit, worst_rows
+from moeexp.model.qwen3_5_moe import state_shapes
 
 # Dimensions of a state tensor that index its rows: what a fault in a kernel would hit alone.
 STATE_ROWS = {"conv_state": (0, 2), "recurrent_state": (0, 1), "k_cache": (0, 1, 2), "v_cache": (0, 1, 2)}
@@ -64,11 +56,9 @@ def check_trace(trace: Trace, config: Any) -> Part:
     transformers' own, as for the reference."""
     batch, length = trace.token_ids.shape
     layers, k = config.num_hidden_layers, config.num_experts_per_tok
-    wanted = {
-        "logits": (batch, length, config.vocab_size),
-        "expert_ids": (layers, batch, length, k),
-        **state_shapes(config, batch, length),
-    }
+    wanted = {"logits": (batch, length, config.vocab_size), "expert_ids": (layers, batch, length, k)}
+    states = state_shapes(config, batch=batch, max_seq_len=length, dtype=trace.logits.dtype)
+    wanted |= {name: shape for name, (shape, _) in states.items() if not name.endswith(".expert_ids")}
     found = {"logits": trace.logits, "expert_ids": trace.expert_ids, **_states(trace)}
     gates = []
     for name in sorted(wanted.keys() | found.keys()):
@@ -216,21 +206,6 @@ def check_tokens(
         "cap": json_number(cap),
     }
     return make_part("tokens", worst_rows("tokens.deficit", values), report)
-
-
-def state_shapes(config: Any, batch: int, length: int) -> dict[str, tuple[int, ...]]:
-    """Shape of each state tensor of the model after `length` tokens, by name."""
-    a, shapes = config, {}
-    key, value = a.linear_num_key_heads * a.linear_key_head_dim, a.linear_num_value_heads * a.linear_value_head_dim
-    for i, kind in enumerate(a.layer_types):
-        if kind == "full_attention":
-            cache = (batch, a.num_key_value_heads, length, a.head_dim)
-            shapes |= {f"layers.{i}.k_cache": cache, f"layers.{i}.v_cache": cache}
-        else:
-            conv = (batch, 2 * key + value, a.linear_conv_kernel_dim - 1)
-            recurrent = (batch, a.linear_num_value_heads, a.linear_key_head_dim, a.linear_value_head_dim)
-            shapes |= {f"layers.{i}.conv_state": conv, f"layers.{i}.recurrent_state": recurrent}
-    return shapes
 
 
 def _states(trace: Trace) -> dict[str, Tensor]:

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeexp.config.rope import Yarn
 from moeexp.model.checkpoint import Piece
 from moeexp.model.dequantise import as_dtype
-from moeexp.model.qwen3_5_moe import Linear, Qwen35MoE, inverse_frequencies
+from moeexp.model.qwen3_5_moe import Linear, Qwen35MoE
+from moeexp.model.rope import inverse_frequencies
 
 PROMPT_LEN = 70  # one whole chunk of the delta rule and a part of another
 POSITION = PROMPT_LEN + 1  # of the second decode step
@@ -234,6 +236,12 @@ def _zero_row(model: Qwen35MoE) -> None:
         down.scales[0, 5] = 0
 
 
+# A model without YaRN is one that is stretched by 1; over so short a context nearly every dim would be.
+UNSTRETCHED = Yarn(
+    rope_type="yarn", factor=1.0, original_max_position_embeddings=16, attention_factor=1.0, beta_fast=32.0, beta_slow=1.0,
+    truncate=True,
+)  # fmt: skip
+
 FAULTS = (
     Fault("none"),
     *(Fault(f"{op} off by 1 %", ops={op: _scaled}) for op in SCALED),
@@ -250,6 +258,8 @@ FAULTS = (
     Fault("reading: rope_theta 1 % up", reading={"rope_theta": 10100.0}),
     Fault("reading: rope_theta 1 % down", reading={"rope_theta": 9900.0}),
     Fault("reading: partial_rotary_factor 1 % down", reading={"partial_rotary_factor": 0.2475}),
+    Fault("reading: yarn's factor 1 % up", reading={"rope_scaling": replace(UNSTRETCHED, factor=1.01)}),
+    Fault("reading: yarn's attention_factor 1 % up", reading={"rope_scaling": replace(UNSTRETCHED, attention_factor=1.01)}),
     Fault("reading: one expert more per token", reading={"num_experts_per_tok": 5}),
     Fault("reading: one expert less per token", reading={"num_experts_per_tok": 3}),
     Fault("config.json: a rope_scaling that we do not read",
@@ -283,9 +293,8 @@ def with_reading(model: Qwen35MoE, **fields: Any) -> Qwen35MoE:
     arch, source = replace(model.arch, **fields), copy_of(model)
     other = Qwen35MoE(arch, dtype=model.embed_tokens.weight.dtype, device="meta")
     for name, _ in list(other.named_buffers()):
-        owner, leaf = name.rpartition(".")[0], name.rpartition(".")[2]
-        other.get_submodule(owner).register_buffer(leaf, source.get_buffer(name))
-        if isinstance(other.get_submodule(owner), Linear):
-            other.get_submodule(owner).scales = source.get_submodule(owner).scales
+        other.assign(name, source.get_buffer(name))
+        if isinstance(owner := other.get_submodule(name.rpartition(".")[0]), Linear):
+            owner.scales = source.get_submodule(name.rpartition(".")[0]).scales
     other.register_buffer("inv_freq", inverse_frequencies(arch).to(model.norm.device))
     return other

@@ -1,4 +1,4 @@
-"""How far a tensor is from its reference, row by row, without ever holding large copies.
+"""How far logits and expert choices are from their reference, without ever holding large copies.
 
 Shape letters: B batch, S sequence, n positions of a slice, V vocabulary, L layers, E experts, k experts per token.
 """
@@ -10,33 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from moeexp_kernels.parts.deviation import Rows, compare_rows
 from torch import Tensor
-
-from moeexp.check.tolerances import FLOOR
 
 # float32 elements of one slice of logits: a handful of temporaries of 64 MB each, whatever vocabulary and batch are.
 SLICE_ELEMENTS = 2**24
 
 Slicer = Callable[[int, int], Tensor]  # (start, stop) -> logits of these positions, [B, n, V]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Per row of a tensor, each of shape [rows...]: mean squares of error and reference (float64), largest error."""
-
-    error: Tensor
-    reference: Tensor
-    max_abs: Tensor
-
-    def ratio(self) -> float:
-        return quotient(self.error.mean().sqrt(), self.reference.mean().sqrt())
-
-    def row_ratios(self) -> Tensor:
-        """rms(error) / max(rms(reference), FLOOR x the tensor's rms) per row; a row that is not finite gives inf."""
-        floored = self.reference.sqrt().clamp(min=FLOOR * self.reference.mean().sqrt().item())
-        ratios = self.error.sqrt() / floored
-        ratios = torch.where(self.error == 0, 0.0, ratios)  # 0/0: an all-zero row that is met exactly
-        return ratios.nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 @dataclass(frozen=True)
@@ -47,31 +27,6 @@ class LogitRows:
     kl: Tensor  # KL(reference || value), nats
     deficit: Tensor  # how far value's argmax trails the reference's, in the reference, / sd of that position's logits
     same_argmax: Tensor  # bool
-
-
-def quotient(value: Tensor | float, base: Tensor | float) -> float:
-    """value / base; 0/0 is 0 (nothing is off), anything else that is not a number is inf (fails every gate)."""
-    value, base = float(value), float(base)
-    if value == 0 and not math.isnan(base):
-        return 0.0
-    if base == 0 or not math.isfinite(value) or not math.isfinite(base):
-        return math.inf
-    return value / base
-
-
-def compare_rows(value: Tensor, reference: Tensor, row_dims: tuple[int, ...]) -> Rows:
-    """`row_dims` are kept, all others make up a row. Same shapes; `value` may be of another dtype or device."""
-    assert value.shape == reference.shape, (value.shape, reference.shape)
-    reference = reference.float()
-    error = value.to(reference.device, torch.float32) - reference
-    inner = [dim for dim in range(reference.ndim) if dim not in row_dims]
-    assert inner, "a row needs at least one dimension"
-    size = math.prod(reference.shape[dim] for dim in inner)
-
-    def mean_square(x: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(x, dim=inner, dtype=torch.float64).square() / size
-
-    return Rows(mean_square(error), mean_square(reference), error.abs().amax(dim=inner))
 
 
 def compare_logits(value: Slicer, reference: Slicer, batch: int, start: int, stop: int, vocab: int) -> LogitRows:

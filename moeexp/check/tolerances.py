@@ -2,8 +2,8 @@
 
 Loosening a limit needs numbers before and after.
 
-"RMSE ratio" is rms(error) / rms(reference). "Worst row" is the largest such ratio over the rows of a tensor (a position
-of the logits, a head and position of a cache, a head of a recurrent state), its denominator floored, see FLOOR.
+"RMSE ratio": `moeexp_kernels.parts.deviation`. "Worst row" is the largest one over the rows of a tensor: a position of the
+logits, a head and position of a cache, a head of a recurrent state.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
-
-FLOOR = 0.1  # x the tensor's rms: a row that is nearly zero has no meaningful ratio, yet must not hide a large error
 
 
 @dataclass(frozen=True)

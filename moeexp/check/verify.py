@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Hashable
 from dataclasses import replace
@@ -163,14 +164,10 @@ def _prompt_and_steps(stack: Stack, trace: Trace, *, replay: bool) -> tuple[dict
             outputs[f"logits of decode step {step}"] = session.loop.step().clone()
             outputs[f"token of decode step {step}"] = session.loop.token.clone()
         return outputs, stack.arena.snapshot()
-    graph = session.graph
-    session.graph = graph if replay else None
-    try:
+    with contextlib.nullcontext() if replay else session.eager():
         for step in steps:
             outputs[f"logits of decode step {step}"] = logits = session.decode(token).clone()
             outputs[f"token of decode step {step}"] = token = session.sample(logits).clone()
-    finally:
-        session.graph = graph
     return outputs, stack.arena.snapshot()
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moeexp.config import end_of_sequence
 from moeexp.config.config_keys import check_keys
 from moeexp.config.files import cut, read_object, short
+from moeexp.config.rope import Yarn, check_rope, read_rope
 
 LAYER_TYPES = ("linear_attention", "full_attention")
 MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
@@ -57,6 +58,7 @@ class Architecture:
     tie_word_embeddings: bool
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]
+    rope_scaling: Yarn | None = None
 
     @property
     def key_dim(self) -> int:
@@ -75,6 +77,11 @@ class Architecture:
         return int(self.head_dim * self.partial_rotary_factor)
 
     @property
+    def context(self) -> int:
+        """Positions that the model is made for."""
+        return self.max_position_embeddings if self.rope_scaling is None else self.rope_scaling.context
+
+    @property
     def weights_per_token(self) -> int:
         """Elements of the matrices that one token is multiplied by: of the experts those that it chooses."""
         hidden, heads = self.hidden_size, self.num_attention_heads * self.head_dim
@@ -91,6 +98,7 @@ class Architecture:
         if not isinstance(config, dict):
             raise ValueError(f"a model config is a JSON object, got {type(config).__name__}")
         check_keys(config)
+        check_rope(config)
         outer = config
         config = dict(config.get("text_config") or config)
         model_type = config.get("model_type", outer.get("model_type"))
@@ -106,10 +114,7 @@ class Architecture:
         for key, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("attn_output_gate", True)):
             if config.get(key, wanted) != wanted:
                 raise ValueError(f"{key}={short(config[key])} in the model config; only {wanted!r} is supported")
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type not in ("default", "mrope"):
-            raise ValueError(f"rope_type={short(rope_type)} in the model config; only 'default' is supported")
+        theta, partial, yarn = read_rope(config)
         layers = config["num_hidden_layers"]
         types = config.get("layer_types")
         if types is None:
@@ -118,13 +123,14 @@ class Architecture:
         arch = Architecture(
             **{key: config[key] for key in REQUIRED},
             layer_types=tuple(types),
-            partial_rotary_factor=float(rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 0.25))),
-            rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+            partial_rotary_factor=partial,
+            rope_theta=theta,
             linear_conv_kernel_dim=int(config.get("linear_conv_kernel_dim", 4)),
             rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
             tie_word_embeddings=bool(outer.get("tie_word_embeddings", False)),  # of a nested config too
             max_position_embeddings=int(config.get("max_position_embeddings", 32768)),
             eos_token_ids=end_of_sequence.of_config(outer),
+            rope_scaling=yarn,
         )
         arch._validate()
         return arch
@@ -151,6 +157,7 @@ class Architecture:
                 "rope_type": "default",
                 "rope_theta": self.rope_theta,
                 "partial_rotary_factor": self.partial_rotary_factor,
+                **(asdict(self.rope_scaling) if self.rope_scaling else {}),
             },
             "linear_conv_kernel_dim": self.linear_conv_kernel_dim,
             "rms_norm_eps": self.rms_norm_eps,

@@ -6,9 +6,10 @@ says. Else it is config.json; of a nested one the outer value, and the inner whe
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from moeexp.config.files import read_object, short
 
 KEY = "eos_token_id"
 FILE = "generation_config.json"
@@ -23,15 +24,7 @@ def file_of(folder: Path) -> Path:
 def of_snapshot(folder: Path) -> tuple[int, ...]:
     """`ValueError` where the file that decides cannot be read as JSON, or has no ids there."""
     path = file_of(folder)
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): fetch it again, or remove it") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): fetch it again, or remove it") from error
-    if not isinstance(given, dict):
-        raise ValueError(f"{path} holds a {type(given).__name__}; a JSON object is needed: fetch it again, or remove it")
-    return of_config(given, str(path))
+    return of_config(read_object(path), str(path))
 
 
 def of_config(config: dict[str, Any], where: str = "the model config") -> tuple[int, ...]:
@@ -41,7 +34,7 @@ def of_config(config: dict[str, Any], where: str = "the model config") -> tuple[
         value = inner.get(KEY)
     found = () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (value,)
     if any(isinstance(token, bool) or not isinstance(token, int) for token in found):
-        raise ValueError(f"{KEY}={_shown(value)} in {where}; allowed: a token id (a whole number), a list of them, or null")
+        raise ValueError(f"{KEY}={short(value, 60)} in {where}; allowed: a token id (a whole number), a list of them, or null")
     return found
 
 
@@ -52,11 +45,6 @@ def check(ids: tuple[int, ...], vocab_size: int, where: str) -> None:
     beyond = [token for token in ids if not 0 <= token < vocab_size]
     if beyond:
         raise ValueError(
-            f"eos=true, and {KEY} of {where} has {_shown(beyond)}, which the model never generates; allowed: 0 to "
+            f"eos=true, and {KEY} of {where} has {short(beyond, 60)}, which the model never generates; allowed: 0 to "
             f"vocab_size - 1 = {vocab_size - 1}: correct it there, or use eos=false"
         )
-
-
-def _shown(value: Any, most: int = 60) -> str:
-    text = repr(value)
-    return text if len(text) <= most else f"{text[:most]}…"

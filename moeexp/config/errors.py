@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import difflib
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
-from moeexp.config import schema
+from moeexp.config.axes import TABLE
 from moeexp.record import streams
 from moeexp.record.paths import expanded
 
@@ -57,16 +58,8 @@ def explain(error: BaseException) -> str:
 
 
 def _suggestion(key: str) -> str:
-    close = difflib.get_close_matches(key, _keys(), n=2)
+    close = difflib.get_close_matches(key, TABLE, n=2)
     return f"; did you mean {' or '.join(close)}?" if close else ""
-
-
-def _keys() -> list[str]:
-    """Every dotted key of the schema."""
-    keys = [field.name for field in dataclasses.fields(schema.Config)]
-    for name, group in schema.GROUPS.items():
-        keys += [f"{name}.{field.name}" for field in dataclasses.fields(group)]
-    return keys
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,6 +72,19 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(streams.fitted(f"{message}; {self.prog} --help says what there is"))
+
+
+def answered(command: Callable[[], int]) -> int:
+    """The exit code of a command: its own, 2 with one line for what it was given, 130 for an interrupt."""
+    try:
+        return command()
+    except SystemExit as stop:  # --help
+        return stop.code if isinstance(stop.code, int) else 0
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, RuntimeError, OSError) as error:
+        print(streams.fitted(f"error: {error}"), file=sys.stderr)
+        return 2
 
 
 def _path(text: str) -> Path:

@@ -23,11 +23,9 @@ from hydra.errors import HydraException
 from hydra.grammar.gen.OverrideLexer import OverrideLexer
 from hydra.grammar.gen.OverrideParser import OverrideParser
 
-from moeexp.config import schema
+from moeexp.config import axes, schema
 
 TEXT = "text"
-# What a prompt is not made of.
-LITERAL = ("prompt",)
 HYDRA_TEXT = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.name")
 
 OVERRIDE = re.compile(r"(\+{0,2}[A-Za-z_][\w.]*)=(.*)", re.DOTALL)
@@ -52,7 +50,7 @@ def as_typed(override: str, *, sweep: bool = False) -> str:
         return override
     if kind != TEXT and value.lstrip()[:1] not in ("[", "{"):
         return override
-    literal = path in LITERAL
+    literal = path in axes.LITERAL
     if kind == TEXT and (QUOTED.fullmatch(value) or ("," not in value and not CALL.match(value))):
         return f"{key}={_text(value, literal)}"
     element, is_sweep = _parsed(override)

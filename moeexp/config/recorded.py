@@ -10,20 +10,14 @@ from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from moeexp.config import axes
 from moeexp.config.architecture import Architecture
 from moeexp.config.schema import Config, OpsConfig
 
 # No run needs more, and a number beyond these can only exhaust the machine.
 LARGEST = 1 << 24
+# Of shapes; of settings the table of axes says it.
 AT_MOST = {
-    "batch": 1 << 16,
-    "seed": (1 << 63) - 1,
-    "model.seed": (1 << 63) - 1,
-    "sampler.seed": (1 << 63) - 1,
-    "eval_bytes": 1 << 31,
-    "min_time_s": 86_400,
-    "launcher.timeout_s": 1 << 31,
-    "tracker.timeout_s": 1 << 31,
     "model.architecture.num_hidden_layers": 1 << 12,
     "model.architecture.rope_theta": 1 << 50,
     "model.architecture.rope_parameters.rope_theta": 1 << 50,
@@ -33,19 +27,14 @@ LONGEST_ARGUMENT = 128_000  # bytes of a prompt, or of anything in a command; Li
 LONGEST_LIST = 8192  # Hydra reads a list in time that grows with its square: this one in 7 s
 SHOWN = 60
 
-# Fields of any type in the schema. Those of the launcher never become part of a command.
-UNTYPED = {
-    "cuda_graph": bool | str,
-    "threads": int | str,
-    "launcher.gpus": int | str | list[int],
-    "launcher.only": int | str | list[int | str],
-}
-NAMES = {"model": "name", "quant": "name", "sampler": "name", "ops": "default"}
 USER_OP = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+ROPE_TABLE = dict[str, int | float | bool | str | list[int | float] | None] | None
 # As `Architecture.to_hf` writes it, and as conf/model does.
 ARCHITECTURE = {name: kind for name, kind in get_type_hints(Architecture).items() if name != "eos_token_ids"} | {
     "eos_token_id": int | list[int] | None,
-    "rope_parameters": dict[str, int | float | bool | str | list[int | float] | None] | None,
+    "rope_parameters": ROPE_TABLE,
+    "rope_scaling": ROPE_TABLE,
+    "original_max_position_embeddings": int,
 }
 ROPE = {"rope_type": str, "type": str, "rope_theta": float, "partial_rotary_factor": float}
 
@@ -53,7 +42,7 @@ ROPE = {"rope_type": str, "type": str, "rope_theta": float, "partial_rotary_fact
 def check(config: Any) -> None:
     """`ValueError` (one line) for anything but the schema's fields, with values of their types and of sane size."""
     _check_value("", Config, config)
-    for group, name in NAMES.items():
+    for group, name in axes.LABELS.items():
         if not (config.get(group) or {}).get(name):
             raise ValueError(f"the record's config has no {group}.{name}: it is not the config of a run")
     for op, name in config["ops"].items():
@@ -123,7 +112,7 @@ def _check_value(path: str, kind: Any, value: Any) -> None:
             raise ValueError(f"the record's {path} has {len(value)} entries; {LONGEST_LIST} are allowed")
         for item in value:
             _check_value(path, get_args(kind)[0], item)
-    elif kind is str and path == "prompt":
+    elif kind is str and path in axes.TABLE and axes.TABLE[path].axis.literal:
         check_text(path, value, longest=LONGEST_ARGUMENT, lines=True, too_long=", more than a command line can hold")
     elif kind is str:
         check_text(path, value)
@@ -140,7 +129,7 @@ def _check_fields(path: str, hints: dict[str, Any], value: Any) -> None:
                 f"{where} has {show(name)}, which is no setting of moeexp: it was not written by this version"
             )
         inner = f"{path}.{name}" if path else name
-        _check_value(inner, UNTYPED.get(inner, hints[name]), item)
+        _check_value(inner, axes.TABLE[inner].kind if inner in axes.TABLE else hints[name], item)
 
 
 def _check_table(path: str, value: Any) -> None:
@@ -166,6 +155,7 @@ def _check_plain(path: str, kind: type, value: Any) -> None:
     if type(value) is not kind:
         raise ValueError(f"the record's {path}={show(value)} is not of type {kind.__name__}")
     if kind in (int, float):
-        most = AT_MOST.get(path, LARGEST)
+        of_axis = axes.TABLE[path].axis.most if path in axes.TABLE else None
+        most = of_axis or AT_MOST.get(path, LARGEST)
         if not -most <= value <= most:
             raise ValueError(f"the record's {path}={show(value)} is out of range; {-most} to {most} is allowed")

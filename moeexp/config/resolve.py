@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 
 from moeexp.config import threads
+from moeexp.config.axes import meant
 from moeexp.config.quantisation import default_group_size
 from moeexp.config.schema import Config, TrackerConfig
 from moeexp.config.sources import load_architecture, tokenizer_kind, weights_folder
 from moeexp.config.validate import DEFAULT_PROMPT, DEFAULT_PROMPT_LEN, device_of, validate
 from moeexp.record.wandb_place import settled
-
-# Axes with nothing to act on without CUDA: recorded as not applicable, not refused, so that one sweep runs everywhere.
-NEEDS_CUDA_TO_MATTER = ("shared_stream", "skip_output_copy", "allocator")
 
 
 def resolve(cfg: Config, *, cuda_available: bool, at_once: int = 1) -> Config:
@@ -33,7 +31,7 @@ def resolve(cfg: Config, *, cuda_available: bool, at_once: int = 1) -> Config:
         model=replace(cfg.model, architecture=arch.to_hf() if weights_folder(cfg.model) else given, tokenizer=tokenizer),
         quant=replace(cfg.quant, group_size=group_size),
         tracker=TrackerConfig(**settled(asdict(cfg.tracker))),
-        cuda_graph="decode" if cfg.cuda_graph is True else cfg.cuda_graph,
+        cuda_graph=meant("cuda_graph", cfg.cuda_graph),
         prefill_graph_lengths=_graph_lengths(cfg),
         device=device,
         # On a GPU the host's threads load weights and decode nothing: how many there are is no setting of the result.
@@ -53,24 +51,3 @@ def resolved(cfg: Config, *, cuda_available: bool, at_once: int = 1) -> Config:
     """Both: the config that runs, or `ValueError`."""
     validate(cfg, cuda_available=cuda_available)
     return resolve(cfg, cuda_available=cuda_available, at_once=at_once)
-
-
-def not_applicable(cfg: Config) -> list[str]:
-    """Axes that a resolved config sets and that have nothing to act on."""
-    nothing = ["dispatch", "state", "export", "ops", *NEEDS_CUDA_TO_MATTER[:2]] if cfg.engine == "transformers" else []
-    if cfg.device == "cpu":
-        nothing += NEEDS_CUDA_TO_MATTER
-    if cfg.cuda_graph == "all" and cfg.dispatch == "token_by_token":
-        nothing.append("prefill_graph_lengths")  # there is no prefill to capture
-    if cfg.cuda_graph is False:
-        nothing.append("overlap")  # edges of a graph
-    if cfg.engine == "transformers" or cfg.device == "cpu" or cfg.dispatch == "single" or not _linear_prefetches(cfg):
-        nothing.append("l2_prefetch")  # one method for any length tells its projections nothing; other ops would not listen
-    return list(dict.fromkeys(nothing))
-
-
-def _linear_prefetches(cfg: Config) -> bool:
-    from moeexp_kernels.registry import AUTO, PREFETCHING
-
-    name = cfg.ops.linear or cfg.ops.default
-    return (AUTO[cfg.device] if name == "auto" else name) in PREFETCHING

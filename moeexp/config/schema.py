@@ -1,139 +1,177 @@
-"""The config's types. Values live in `conf/*.yaml`; this file says what a value may be made of.
+"""The config's types, and the one table of axes: each field's row says what it is, what it may be and what it is part of.
 
-`Config` is a structured Hydra config: an unknown key or a value of the wrong type is refused while composing. What
-values are allowed, alone and together, is in `validate.py`.
+`Config` is a structured Hydra config: an unknown key or a value of the wrong type is refused while composing. Lists of
+settings are derived from the rows, see `axes.py`; which settings go together is in `validate.py`. What `conf/*.yaml` sets
+are the choices of groups, and recipes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-
-@dataclass
-class ModelConfig:
-    name: str = MISSING
-    weights: str = MISSING  # `shipped`, `random`, or the folder of a Hugging Face snapshot
-    architecture: dict[str, Any] | None = MISSING  # Hugging Face text-config keys; a snapshot's config.json wins
-    seed: int = MISSING  # of random weights
-    heldout: str | None = MISSING  # text for bits per byte: `shipped`, a path, or null for none
-    tokenizer: str = MISSING
-
-
-@dataclass
-class QuantConfig:
-    name: str = MISSING
-    bits: int = MISSING  # 16 is unquantised
-    group_size: int | None = MISSING  # null: by model, see validate.default_group_size
-    skip: list[str] = MISSING  # kinds of weights left unquantised
-
-
-@dataclass
-class OpsConfig:
-    """`default` names the implementation of every op that is null here; a name, or a user's `module:function`."""
-
-    default: str = MISSING
-    linear: str | None = None
-    gdn_prefill: str | None = None
-    gdn_decode: str | None = None
-    qk_norm_rope: str | None = None
-    sdpa_prefill: str | None = None
-    sdpa_decode: str | None = None
-    router: str | None = None
-    moe_prefill: str | None = None
-    moe_decode: str | None = None
-    sample: str | None = None
-
-
-@dataclass
-class SamplerConfig:
-    name: str = MISSING
-    temperature: float = MISSING
-    top_k: int | None = MISSING
-    top_p: float | None = MISSING
-    seed: int = MISSING
-
-
-@dataclass
-class TrackerConfig:
-    name: str = MISSING
-    # null: what W&B's own variables say (WANDB_PROJECT, WANDB_ENTITY, WANDB_RUN_GROUP, WANDB_TAGS), else see wandb_place.py
-    project: str | None = MISSING
-    entity: str | None = MISSING
-    group: str | None = MISSING
-    tags: list[str] | None = MISSING
-    mode: str = MISSING
-    path: str | None = MISSING  # the file that tracker=jsonl appends to
-    timeout_s: float = MISSING  # the longest that tracking may take
-
-
-@dataclass
-class CellConfig:
-    """One cell of a design that is no grid."""
-
-    name: str = MISSING
-    set: list[str] = field(default_factory=list)  # overrides, as on the command line
-
-
-@dataclass
-class LauncherConfig:
-    isolation: str = MISSING  # auto: a process per run in a sweep, none for a single run
-    gpus: Any = MISSING  # how many, `all`, or a list of indices
-    timeout_s: float | None = MISSING  # of one run
-    fail_fast: bool = MISSING
-    strict: bool = MISSING  # an invalid cell fails the sweep
-    root: str = MISSING  # where earlier runs are looked for
-    design: str | None = MISSING  # the name of what `cells` is
-    cells: list[CellConfig] = MISSING  # a design: one run each, instead of one run
-    only: Any = MISSING  # names or numbers of the design's cells to run, a list or a single one; empty: all
+from moeexp.config import threads as cpu_threads
+from moeexp.config.axis import (
+    ARTIFACT,
+    AXIS,
+    BEFORE_HOPPER,
+    COMPILE_KEY,
+    CONTENTS,
+    HOUSEKEEPING,
+    MEASUREMENT,
+    NO_PREFILL,
+    ON_CPU,
+    OTHER_LINEAR,
+    SINGLE,
+    TRANSFORMERS,
+    VALUE,
+    WEIGHTS,
+    WITHOUT_GRAPH,
+    WORKLOAD,
+    axis,
+)  # fmt: skip
+from moeexp.config.groups import SEED, LauncherConfig, ModelConfig, OpsConfig, QuantConfig, SamplerConfig, TrackerConfig
 
 
 @dataclass
 class Config:
-    model: ModelConfig = MISSING
-    quant: QuantConfig = MISSING
-    ops: OpsConfig = MISSING
-    sampler: SamplerConfig = MISSING
-    tracker: TrackerConfig = MISSING
-    launcher: LauncherConfig = MISSING
-    artifact: str | None = MISSING  # a folder that `python -m moeexp.export` wrote; fixes what it was made with
-    dispatch: str = MISSING
-    state: str = MISSING
-    shared_stream: bool = MISSING
-    skip_output_copy: bool = MISSING
+    model: ModelConfig = axis(
+        "shapes and weights", role=WORKLOAD, part_of=[WEIGHTS], label="name"
+    )
+    quant: QuantConfig = axis(
+        "weight-only quantisation, grouped (HQQ)", role=AXIS, part_of=[WEIGHTS], label="name"
+    )
+    ops: OpsConfig = axis(
+        "the implementation of each op, by name, or your own `module:function`; `auto` is Triton on CUDA, fp32 torch on a CPU",
+        role=AXIS, no_effect=(TRANSFORMERS,), label="default",
+    )  # fmt: skip
+    sampler: SamplerConfig = axis("the choice of the next token", role=AXIS, label="name")
+    tracker: TrackerConfig = axis("where results go beside the record", role=HOUSEKEEPING)
+    launcher: LauncherConfig = axis("how a sweep runs", default=LauncherConfig, role=HOUSEKEEPING)
+    artifact: str | None = axis(
+        "a folder that `python -m moeexp.export` wrote: nothing is exported or quantised again, what it was made with is fixed",
+        default=None, role=MEASUREMENT, identity=CONTENTS,
+    )  # fmt: skip
+    dispatch: str = axis(
+        "how prefill and decode become compiled methods", default="dual", role=AXIS,
+        values={"dual": "a prefill and a decode method", "single": "one for any number of tokens, whose ops choose when they run",
+                "token_by_token": "the decode method alone", "cond": "one with `torch.cond`; needs `state=explicit`"},
+        part_of=[ARTIFACT], no_effect=(TRANSFORMERS,),
+    )  # fmt: skip
+    state: str = axis(
+        "where KV cache, conv and recurrent state live", default="shared", role=AXIS,
+        values={"shared": "methods mutate the same tensors in place", "explicit": "state goes in and comes out of each call"},
+        part_of=[ARTIFACT, COMPILE_KEY], no_effect=(TRANSFORMERS,),
+    )  # fmt: skip
+    shared_stream: bool = axis(
+        "one CUDA stream for all methods, or one each, ordered by events", default=True, role=AXIS,
+        no_effect=(ON_CPU, TRANSFORMERS),
+    )  # fmt: skip
+    skip_output_copy: bool = axis(
+        "logits stay on the GPU and are sampled there, or are copied to the host at each step", default=True, role=AXIS,
+        no_effect=(ON_CPU, TRANSFORMERS),
+    )  # fmt: skip
     # A bool or a string. Hydra cannot choose a config group by a boolean, so this is a field.
-    cuda_graph: Any = MISSING
-    prefill_graph_lengths: list[int] = MISSING  # of cuda_graph=all
-    overlap: bool = MISSING  # kernels of a captured step start before the previous one ends
-    l2_prefetch: bool = MISSING  # a projection of a decode step brings the next one's weights into L2
-    loop_ahead: int = MISSING  # of cuda_graph=loop and all: steps enqueued beyond the token that the host reads
-    export: str = MISSING
-    dtype: str = MISSING
-    allocator: str = MISSING
-    check: str = MISSING
-    device: str = MISSING
-    threads: Any = MISSING  # of the CPU: auto, or a number
-    batch: int = MISSING
-    prompt: str | None = MISSING
-    prompt_ids: list[int] | None = MISSING
-    prompt_len: int | None = MISSING
-    new_tokens: int = MISSING
-    max_seq_len: int = MISSING
-    eos: bool = MISSING  # a row ends at its first end-of-sequence token, the run once all have; only answers count as tokens
-    seed: int = MISSING
-    repeats: int = MISSING  # rounds of one prefill and one generation: at least so many,
-    min_samples: int = MISSING  # and until there are so many token latencies,
-    min_time_s: float = MISSING  # and until so long was measured
-    eval_bytes: int = MISSING  # bytes of held-out text for bits per byte; 0 leaves it out
-    profile: str = MISSING  # trace: a Chrome trace of a few decode steps beside the record
-    engine: str = MISSING  # transformers: time its own generate instead, as the ladder's first rung
-    rerun: str = MISSING  # which cells of a repeated sweep run again
-    dry_run: bool = MISSING  # list what would run, and stop
+    cuda_graph: Any = axis(
+        "what is captured into CUDA graphs and replayed", default=False, role=AXIS, kind=bool | str, means={True: "decode"},
+        values={False: "nothing", True: "as `decode`", "decode": "the decode step",
+                "loop": "sampling and token feedback too, the host only reads tokens",
+                "all": "`loop`, and prefill at `prefill_graph_lengths`"},
+        only={ON_CPU: False, TRANSFORMERS: False},
+    )  # fmt: skip
+    prefill_graph_lengths: list[int] = axis(
+        "of `cuda_graph=all`: a shorter prompt is padded, which leaves no trace in the state; a longer one is refused",
+        default=lambda: [128, 512], role=AXIS, no_effect=(NO_PREFILL,),
+    )  # fmt: skip
+    overlap: bool = axis(
+        "in a captured decode step a kernel fetches its weights while the one before it runs (Hopper and later)",
+        default=True, role=AXIS, no_effect=(ON_CPU, BEFORE_HOPPER, WITHOUT_GRAPH),
+    )  # fmt: skip
+    l2_prefetch: bool = axis(
+        "in a decode step a projection brings the next one's weights into the GPU's L2 cache (Hopper and later)",
+        default=False, role=AXIS, part_of=[ARTIFACT, COMPILE_KEY],
+        no_effect=(ON_CPU, BEFORE_HOPPER, TRANSFORMERS, SINGLE, OTHER_LINEAR),
+    )  # fmt: skip
+    loop_ahead: int = axis(
+        "of `cuda_graph=loop` and `all`: steps enqueued beyond the token that the host reads; after a stop they are discarded",
+        default=8, role=AXIS, least=1,
+    )  # fmt: skip
+    export: str = axis(
+        "what a method is made of", default="aoti", role=AXIS, part_of=[ARTIFACT], no_effect=(TRANSFORMERS,),
+        values={"aoti": "torch.export and AOTInductor", "eager": "the module as it is", "compile": "torch.compile"},
+    )  # fmt: skip
+    dtype: str = axis(
+        "of activations; recurrent state is always float32", default="auto", role=AXIS,
+        values={"auto": "bfloat16 on CUDA, float32 on a CPU", "bfloat16": "", "float32": ""},
+        part_of=[WEIGHTS, ARTIFACT, COMPILE_KEY],
+    )  # fmt: skip
+    allocator: str = axis(
+        "of CUDA memory: the caching allocator's backend", default="native", role=AXIS, values=("native", "cuda_malloc_async"),
+        part_of=[WEIGHTS], no_effect=(ON_CPU,), only={ON_CPU: "native"},
+    )  # fmt: skip
+    check: str = axis(
+        "when a run is checked against transformers' fp32 reference", default="inline", role=MEASUREMENT,
+        values={"inline": "before the timing", "separate": "after it, so that its memory is not counted",
+                "off": "never, and no speed is published"},
+    )  # fmt: skip
+    device: str = axis(
+        "what it runs on", default="auto", role=WORKLOAD, values={"auto": "CUDA where there is a GPU", "cpu": "", "cuda": ""},
+        part_of=[WEIGHTS, ARTIFACT, COMPILE_KEY],
+    )  # fmt: skip
+    threads: Any = axis(
+        "of the CPU", default="auto", role=AXIS, kind=int | str, least=1, most=cpu_threads.MOST,
+        values={"auto": "as OMP_NUM_THREADS says, else what the model's size gains from, of the cores granted"},
+        others="a number", part_of=[WEIGHTS, ARTIFACT],
+    )  # fmt: skip
+    batch: int = axis(
+        "sequences decoded together", default=1, role=WORKLOAD, least=1, most=1 << 16, part_of=[ARTIFACT, COMPILE_KEY]
+    )
+    prompt: str | None = axis(
+        "a text. At most one of the three prompts is set; none: `In the beginning` where the model has text, else 32 tokens",
+        default=None, role=WORKLOAD, literal=True,
+    )  # fmt: skip
+    prompt_ids: list[int] | None = axis("a prompt by its tokens", default=None, role=WORKLOAD)
+    prompt_len: int | None = axis("a prompt of so many seeded random tokens", default=None, role=WORKLOAD, least=1)
+    new_tokens: int = axis("tokens to generate per sequence", default=64, role=WORKLOAD, least=1)
+    max_seq_len: int = axis(
+        "positions that the state has room for", default=1024, role=WORKLOAD, least=2, part_of=[ARTIFACT, COMPILE_KEY]
+    )
+    eos: bool = axis(
+        "a row ends at its first end-of-sequence token, the run once all have; only answers count as tokens",
+        default=False, role=WORKLOAD, only={TRANSFORMERS: False},
+    )  # fmt: skip
+    seed: int = axis("seed of random prompts", default=0, role=WORKLOAD, **SEED, repetition=True)
+    repeats: int = axis(
+        "rounds of one prefill and one generation; more follow until the next two are reached", default=5,
+        role=MEASUREMENT, least=1,
+    )  # fmt: skip
+    min_samples: int = axis("token latencies to measure", default=100, role=MEASUREMENT, least=1)
+    min_time_s: float = axis("seconds to measure", default=2.0, role=MEASUREMENT, least=0, most=86_400)
+    eval_bytes: int = axis(
+        "bytes of held-out text for bits per byte; 0 leaves it out", default=8192, role=MEASUREMENT, least=0, most=1 << 31
+    )
+    # Part of a run's identity: a run without its trace is no result for who asks for one.
+    profile: str = axis(
+        "what is left beside the record", default="off", role=HOUSEKEEPING, identity=VALUE,
+        values={"off": "nothing", "trace": "a Chrome trace of a few decode steps"},
+    )  # fmt: skip
+    engine: str = axis(
+        "who decodes", default="moeexp", role=AXIS, part_of=[WEIGHTS, ARTIFACT],
+        values={"moeexp": "", "transformers": "its own `generate` on the same unquantised weights, to be held against"},
+    )  # fmt: skip
+    rerun: str = axis(
+        "which cells of a repeated sweep run again", default="failed", role=HOUSEKEEPING,
+        values={"failed": "and what is missing", "all": "", "none": "what is missing alone"},
+    )  # fmt: skip
+    dry_run: bool = axis(
+        "list the cells with status, estimated time and what is wrong with invalid ones, and stop", default=False,
+        role=HOUSEKEEPING,
+    )  # fmt: skip
 
 
 GROUPS: dict[str, type] = {
@@ -182,12 +220,3 @@ def _check_keys(node: DictConfig, schema: type, prefix: str = "") -> None:
 def model_label(name: str, weights: str) -> str:
     """What to call a model: a snapshot by its folder, whatever `model=` it was chosen under."""
     return name if weights in ("shipped", "random") else Path(weights).expanduser().absolute().name
-
-
-# What compiled methods and stored weights fix. The rest (sampler, graph, check, prompt, …) is the run's own.
-FIXED = (
-    "model.name", "model.weights", "model.architecture", "model.seed", "model.tokenizer",
-    "quant.name", "quant.bits", "quant.group_size", "quant.skip",
-    *(f"ops.{field.name}" for field in dataclasses.fields(OpsConfig) if field.name != "sample"),
-    "engine", "dispatch", "state", "l2_prefetch", "export", "dtype", "device", "batch", "max_seq_len", "threads",
-)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Every rule about which configs may run, checked before any work; and what `auto` and null mean.
+"""Which configs may run, checked before any work: the simple rules of the table of axes, and what settings go together.
 
 `validate` refuses with one `ValueError`: the value, why, what is allowed, what to do. `resolve` then returns the config
 that runs, with nothing left to choose; that is the one that is recorded and hashed.
@@ -8,53 +8,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
+from typing import get_args
 
-from moeexp.config import end_of_sequence, threads
+from moeexp.config import axes, end_of_sequence
 from moeexp.config.architecture import Architecture
+from moeexp.config.axes import get
+from moeexp.config.axis import ON_CPU, TRANSFORMERS
 from moeexp.config.quantisation import default_group_size, in_features
 from moeexp.config.schema import Config, QuantConfig, SamplerConfig, model_label
 from moeexp.config.sources import heldout_file, heldout_text, load_architecture, tokenizer_kind, weights_folder
 
 DEFAULT_PROMPT = "In the beginning"
 DEFAULT_PROMPT_LEN = 32
-
-ALLOWED: dict[str, tuple] = {
-    "dispatch": ("dual", "single", "token_by_token", "cond"),
-    "state": ("shared", "explicit"),
-    "cuda_graph": (False, True, "decode", "loop", "all"),
-    "export": ("aoti", "eager", "compile"),
-    "dtype": ("auto", "bfloat16", "float32"),
-    "allocator": ("native", "cuda_malloc_async"),
-    "check": ("inline", "separate", "off"),
-    "device": ("auto", "cpu", "cuda"),
-    "model.tokenizer": ("auto", "bytes", "none"),
-    "quant.bits": (16, 8, 4),
-    "sampler.name": ("greedy", "gumbel"),
-    "tracker.name": ("wandb", "jsonl"),
-    "tracker.mode": ("auto", "online", "offline", "disabled"),
-    "launcher.isolation": ("auto", "run", "group", "none"),
-    "engine": ("moeexp", "transformers"),
-    "profile": ("off", "trace"),
-    "rerun": ("failed", "all", "none"),
-}
-
-# Field -> the least value that makes sense.
-AT_LEAST = {
-    "batch": 1,
-    "new_tokens": 1,
-    "max_seq_len": 2,
-    "repeats": 1,
-    "eval_bytes": 0,
-    "seed": 0,
-    "model.seed": 0,
-    "sampler.seed": 0,
-    "prompt_len": 1,
-    "loop_ahead": 1,
-    "tracker.timeout_s": 1,
-    "launcher.timeout_s": 1,
-    "min_samples": 1,
-    "min_time_s": 0,
-}
 
 
 def validate(cfg: Config, *, cuda_available: bool) -> None:
@@ -66,7 +31,7 @@ def validate(cfg: Config, *, cuda_available: bool) -> None:
     arch = load_architecture(cfg.model)
     _check_prompt(cfg, arch)
     _check_quant(cfg.quant, arch)
-    _check_ops(cfg, device_of(cfg, cuda_available), arch)
+    _check_ops(cfg, device_of(cfg, cuda_available))
     _check_engine(cfg)
     if cfg.eos:
         folder = weights_folder(cfg.model)
@@ -74,26 +39,26 @@ def validate(cfg: Config, *, cuda_available: bool) -> None:
         end_of_sequence.check(arch.eos_token_ids, arch.vocab_size, where)
 
 
-def get(cfg: Config, path: str):
-    """The value at a dotted path: `get(cfg, "quant.bits")`."""
-    for name in path.split("."):
-        cfg = getattr(cfg, name)
-    return cfg
-
-
 def check_values(cfg: Config) -> None:
     """`ValueError` for a value that its field can never have."""
-    for path, allowed in ALLOWED.items():
-        value = get(cfg, path)
-        # `1 == True` in Python; cuda_graph=1 is not one of the allowed values.
-        if not any(value == known and type(value) is type(known) for known in allowed):
-            raise ValueError(f"{path}={_show(value)} is not a value of {path}; allowed: {_list(allowed)}")
-    for path, least in AT_LEAST.items():
-        value = get(cfg, path)
-        if value is not None and not value >= least:
-            raise ValueError(f"{path}={value} is too small; it must be at least {least}")
-    if cfg.threads != "auto" and not (type(cfg.threads) is int and 1 <= cfg.threads <= threads.MOST):
-        raise ValueError(f"threads={_show(cfg.threads)} is neither auto nor a number of 1 to {threads.MOST}")
+    for path in axes.SETTINGS:
+        check_value(path, get(cfg, path))
+
+
+def check_value(path: str, value: object) -> None:
+    """As `check_values`, of one setting."""
+    axis = axes.SETTINGS[path].axis
+    # `1 == True` in Python; cuda_graph=1 is not one of the allowed values.
+    named = any(value == known and type(value) is type(known) for known in axis.values)
+    if axis.values and not axis.others and not named:
+        raise ValueError(f"{path}={_show(value)} is not a value of {path}; allowed: {_list(axis.values)}")
+    optional = type(None) in get_args(axes.SETTINGS[path].kind)
+    if axis.least is None or named or (optional and value is None):
+        return
+    if axis.values and not (type(value) is int and axis.least <= value <= (axis.most or value)):
+        raise ValueError(f"{path}={_show(value)} is neither {_list(axis.values)} nor a number of {axis.least} to {axis.most}")
+    if not axis.values and not value >= axis.least:  # type: ignore[operator]  the schema's type is a number
+        raise ValueError(f"{path}={value} is too small; it must be at least {axis.least}{', or null' if optional else ''}")
 
 
 def _check_device(cfg: Config, cuda_available: bool) -> None:
@@ -102,7 +67,7 @@ def _check_device(cfg: Config, cuda_available: bool) -> None:
     if device_of(cfg, cuda_available) == "cuda":
         return
     where = "device=cpu" if cuda_available else "torch finds no CUDA GPU here"
-    for path, off in (("cuda_graph", False), ("allocator", "native")):
+    for path, off in axes.only_in(ON_CPU).items():
         if get(cfg, path) != off:
             raise ValueError(
                 f"{path}={_show(get(cfg, path))} needs CUDA, and {where}: use {path}={_show(off)}, "
@@ -222,18 +187,12 @@ def _check_quant(quant: QuantConfig, arch: Architecture) -> None:
             )
 
 
-def _check_ops(cfg: Config, device: str, arch: Architecture) -> None:
+def _check_ops(cfg: Config, device: str) -> None:
     from moeexp_kernels.registry import DRAWS
     from moeexp_kernels.registry import resolve as resolve_ops
 
     chosen = {field.name: getattr(cfg.ops, field.name) for field in fields(cfg.ops) if field.name != "default"}
     names = resolve_ops(default=cfg.ops.default, chosen=chosen, device=device)
-    for op, name in (("router", "in_moe"), ("gdn_decode", "with_out")):
-        if names[op] == name and cfg.dispatch == "single":
-            raise ValueError(
-                f"ops.{op}={name} joins two ops of a decode step, and dispatch=single has no decode step apart from prefill: "
-                f"use another dispatch, or another ops.{op}"
-            )
     if cfg.sampler.name == "gumbel" and names["sample"] not in DRAWS:
         raise ValueError(
             f"ops.sample={names['sample']} makes no draws, which sampler=gumbel needs: use ops.sample={' or '.join(DRAWS)}, "
@@ -244,12 +203,6 @@ def _check_ops(cfg: Config, device: str, arch: Architecture) -> None:
             f"ops.sample={cfg.ops.sample} with skip_output_copy=false, which samples on the host by ops.sample=reference: "
             "use that, or skip_output_copy=true"
         )
-    if names["gdn_decode"] == "with_out":
-        from moeexp_kernels.ops.gated_delta_out import check_heads
-
-        plain = cfg.quant.bits == 16 or "out_proj" in cfg.quant.skip
-        group = None if plain else cfg.quant.group_size or default_group_size(arch, cfg.quant)
-        check_heads(arch.linear_value_head_dim, group)
 
 
 def _check_engine(cfg: Config) -> None:
@@ -262,7 +215,7 @@ def _check_engine(cfg: Config) -> None:
         )
     if cfg.engine == "moeexp":
         return
-    for path, only in (("quant.bits", 16), ("cuda_graph", False), ("sampler.name", "greedy"), ("eos", False)):
+    for path, only in axes.only_in(TRANSFORMERS).items():
         if get(cfg, path) != only:
             fix = "quant=none" if path == "quant.bits" else f"{path}={_show(only)}"
             raise ValueError(f"engine=transformers has no {path}={_show(get(cfg, path))}: use {fix}, or engine=moeexp")

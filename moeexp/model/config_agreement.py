@@ -16,6 +16,7 @@ from moeexp.config.architecture import REQUIRED, Architecture
 from moeexp.config.files import cut
 from moeexp.config.schema import ModelConfig
 from moeexp.config.sources import load_architecture, weights_folder
+from moeexp.model.rope import inverse_frequencies
 
 # What the model takes for granted, and transformers' attribute for it (absent: transformers does it always).
 ASSUMED = {"hidden_act": "silu", "attention_bias": False, "attn_output_gate": True, "norm_topk_prob": True}
@@ -74,20 +75,39 @@ def check_agreement(model: ModelConfig, arch: Architecture | None = None) -> Non
 
 def differences(arch: Architecture, config: Any) -> Iterator[tuple[str, Any, Any]]:
     """(key, our value, transformers' value) wherever the two differ."""
-    rope = config.rope_parameters or {}
     eos = config.eos_token_id
     pairs = [(key, getattr(arch, key), getattr(config, key)) for key in PLAIN]
     pairs += [
         ("layer_types", list(arch.layer_types), list(config.layer_types)),
-        ("rope_type", "default", rope.get("rope_type")),
-        ("rope_theta", arch.rope_theta, rope.get("rope_theta")),
-        # Absent, all of a head is rotated.
-        ("partial_rotary_factor", arch.partial_rotary_factor, rope.get("partial_rotary_factor", 1.0)),
         ("tie_word_embeddings", arch.tie_word_embeddings, config.tie_word_embeddings),
         ("eos_token_id", list(arch.eos_token_ids), [] if eos is None else [eos] if isinstance(eos, int) else list(eos)),
     ]
     pairs += [(key, value, getattr(config, key, value)) for key, value in ASSUMED.items()]
-    return ((key, ours, theirs) for key, ours, theirs in pairs if ours != theirs)
+    return ((key, ours, theirs) for key, ours, theirs in [*_rope(arch, config), *pairs] if ours != theirs)
+
+
+def _rope(arch: Architecture, config: Any) -> list[tuple[str, Any, Any]]:
+    """(key, our value, transformers' value): settings, and of YaRN what comes of them as well."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope, yarn = config.rope_parameters or {}, arch.rope_scaling
+    pairs = [
+        ("rope_type", "yarn" if yarn else "default", rope.get("rope_type")),
+        ("rope_theta", arch.rope_theta, rope.get("rope_theta")),
+        # Absent, all of a head is rotated.
+        ("partial_rotary_factor", arch.partial_rotary_factor, rope.get("partial_rotary_factor", 1.0)),
+    ]
+    if yarn is None or any(ours != theirs for _, ours, theirs in pairs):
+        return pairs
+    config = copy.deepcopy(config)  # which the function completes
+    frequencies, attention_factor = ROPE_INIT_FUNCTIONS["yarn"](config)
+    rope = config.rope_parameters
+    pairs += [(key, getattr(yarn, key), rope[key]) for key in ("factor", "original_max_position_embeddings")]
+    pairs += [(key, getattr(yarn, key), rope.get(key) or default) for key, default in (("beta_fast", 32), ("beta_slow", 1))]
+    pairs += [("truncate", yarn.truncate, rope.get("truncate", True))]
+    pairs += [("attention_factor", yarn.attention_factor, attention_factor)]
+    frequency_pairs = zip(inverse_frequencies(arch)[0].tolist(), frequencies.tolist(), strict=False)
+    return pairs + [(f"inv_freq[{i}]", *both) for i, both in enumerate(frequency_pairs)]
 
 
 def _given(model: ModelConfig, folder: Path | None) -> dict[str, Any]:

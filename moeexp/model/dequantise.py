@@ -85,8 +85,7 @@ def as_dtype(model: Qwen35MoE, dtype: torch.dtype) -> Qwen35MoE:
         return cast.setdefault(tensor.data_ptr(), tensor.to(like.dtype))
 
     for name, like in list(twin.named_buffers()):
-        owner, leaf = twin.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        owner.register_buffer(leaf, convert(model.get_buffer(name), like))
-        if isinstance(owner, Linear):
+        twin.assign(name, convert(model.get_buffer(name), like))
+        if isinstance(owner := twin.get_submodule(name.rpartition(".")[0]), Linear):
             owner.scales = model.get_submodule(name.rpartition(".")[0]).scales
     return twin

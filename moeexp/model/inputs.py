@@ -36,11 +36,19 @@ def check_heldout(cfg: Config, arch: Architecture, text: Text) -> None:
 
 
 def note_of_context(cfg: Config) -> str | None:
-    """For the record, where positions go beyond those that the model was made for. yarn, which stretches them, is refused."""
-    most = load_architecture(cfg.model).max_position_embeddings
+    """For the record, where positions go beyond those that the model was made for, or that its yarn stretches it to."""
+    arch = load_architecture(cfg.model)
+    most, yarn = arch.context, arch.rope_scaling
     if cfg.max_seq_len <= most:
         return None
+    if yarn is None:
+        limit = f"the model's max_position_embeddings={most}, and its config sets no yarn"
+    else:
+        limit = (
+            f"the {most} positions that the model's yarn reaches (factor={yarn.factor:g} times "
+            f"original_max_position_embeddings={yarn.original_max_position_embeddings})"
+        )
     return (
-        f"max_seq_len={cfg.max_seq_len} is beyond the model's max_position_embeddings={most}, and its config sets no yarn: "
-        f"what it generates from position {most} on is not what it was trained for"
+        f"max_seq_len={cfg.max_seq_len} is beyond {limit}: what it generates from position {most} on is not what it was "
+        "made for"
     )

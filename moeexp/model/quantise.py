@@ -22,14 +22,6 @@ def pack(codes: Tensor, *, bits: int, group_size: int) -> Tensor:
     return (low | (high << 4)).flatten(-2)
 
 
-def unpack(weight: Tensor, *, bits: int, group_size: int) -> Tensor:
-    """Inverse of `pack`."""
-    if bits == 8:
-        return weight
-    halves = weight.unflatten(-1, (-1, group_size // 2))
-    return torch.cat([halves & 0xF, halves >> 4], dim=-1).flatten(-2)
-
-
 def quantise(weight: Tensor, *, bits: int, group_size: int, name: str = "weight") -> tuple[Tensor, Tensor]:
     """weight [..., N, K] float -> (stored uint8 weight, scales [..., N, K/G, 2] float16), on weight's device.
 

@@ -11,11 +11,13 @@ compiled method would keep the weights of whatever model it was compiled with. H
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moeexp.config.architecture import Architecture
+from moeexp.model.rope import inverse_frequencies
 
 Ops = dict[str, Callable]
 
@@ -66,6 +68,7 @@ class FullAttention(nn.Module):
         self.register_buffer("q_norm", torch.empty(arch.head_dim, **wide))
         self.register_buffer("k_norm", torch.empty(arch.head_dim, **wide))
         self.num_heads, self.eps = arch.num_attention_heads, arch.rms_norm_eps
+        self.rotary = {"attention_factor": arch.rope_scaling.attention_factor} if arch.rope_scaling else {}
 
 
 class SparseMoe(nn.Module):
@@ -102,8 +105,7 @@ class DecoderLayer(nn.Module):
 
 class Qwen35MoE(nn.Module):
     """`forward` serves every method; `phase` ("prefill", "decode" or "single") picks the implementations of phase-bound
-    ops: `gdn_{phase}`, `sdpa_{phase}`, `moe_{phase}`. Where `ops` has them, a decode step's `moe_routed` does router and
-    experts, and `gdn_decode_out` a delta net and its output projection."""
+    ops: `gdn_{phase}`, `sdpa_{phase}`, `moe_{phase}`."""
 
     def __init__(self, arch: Architecture, *, dtype: torch.dtype, device: torch.device | str):
         super().__init__()
@@ -122,8 +124,12 @@ class Qwen35MoE(nn.Module):
     def attach_state(self, state: dict[str, Tensor]) -> None:
         """Registers the arena's tensors, named `layers.{i}.{kind}`, as buffers that the methods mutate."""
         for name, tensor in state.items():
-            owner, _, leaf = name.rpartition(".")
-            self.get_submodule(owner).register_buffer(leaf, tensor)
+            self.assign(name, tensor)
+
+    def assign(self, name: str, tensor: Tensor) -> None:
+        """A tensor in the place of the buffer of that name."""
+        owner, _, leaf = name.rpartition(".")
+        self.get_submodule(owner).register_buffer(leaf, tensor)
 
     def detach_state(self, names: Iterable[str]) -> None:
         """Takes attached state off again: explicit state is no buffer of the model."""
@@ -159,26 +165,21 @@ class Qwen35MoE(nn.Module):
             )  # fmt: skip
             then = ahead[i] if ahead else None
             if layer.layer_type == "linear_attention":
-                mixing = {
-                    "proj": proj, "conv_weight": mixer.conv_weight, "a_log": mixer.a_log[0], "dt_bias": mixer.dt_bias[0],
-                    "norm_weight": mixer.norm, "conv_state": held["conv_state"],
-                    "recurrent_state": held["recurrent_state"], **mixer.heads,
-                }  # fmt: skip
-                if phase == "decode" and "gdn_decode_out" in ops:
-                    x = ops["gdn_decode_out"](
-                        **mixing, weight=mixer.out_proj.weight, scales=mixer.out_proj.scales, residual=x, **_told(then)
-                    )
-                else:
-                    x = _linear(ops, ops[f"gdn_{phase}"](**mixing, **counts), mixer.out_proj, residual=x, ahead=then)
+                out = ops[f"gdn_{phase}"](
+                    proj=proj, conv_weight=mixer.conv_weight, a_log=mixer.a_log[0], dt_bias=mixer.dt_bias[0],
+                    norm_weight=mixer.norm, conv_state=held["conv_state"], recurrent_state=held["recurrent_state"],
+                    **mixer.heads, **counts,
+                )  # fmt: skip
             else:
                 q = ops["qk_norm_rope"](
                     qkv=proj, q_norm=mixer.q_norm, k_norm=mixer.k_norm, inv_freq=self.inv_freq[0], positions=positions,
-                    k_cache=held["k_cache"], v_cache=held["v_cache"], num_heads=mixer.num_heads, eps=mixer.eps, **counts,
+                    k_cache=held["k_cache"], v_cache=held["v_cache"], num_heads=mixer.num_heads, eps=mixer.eps,
+                    **mixer.rotary, **counts,
                 )  # fmt: skip
                 out = ops[f"sdpa_{phase}"](
                     q=q, qkv=proj, k_cache=held["k_cache"], v_cache=held["v_cache"], positions=positions, **counts
                 )
-                x = _linear(ops, out, mixer.out_proj, residual=x, ahead=then)
+            x = _linear(ops, out, mixer.out_proj, residual=x, ahead=then)
             x = self._moe(layer, x, ops, phase, positions=positions, expert_ids=held["expert_ids"], **counts)
         if logit_positions is not None:
             x = x.index_select(1, logit_positions)
@@ -194,8 +195,6 @@ class Qwen35MoE(nn.Module):
             "shared_down": moe.shared_down.weight, "shared_down_scales": moe.shared_down.scales,
             "shared_gate": moe.shared_gate,
         }  # fmt: skip
-        if phase == "decode" and "moe_routed" in ops:
-            return ops["moe_routed"](router=moe.router, top_k=top_k, **common, **trace, **experts)
         ids, weights = ops["router"](weight=moe.router, top_k=top_k, **common, **trace)
         return ops[f"moe_{phase}"](ids=ids, weights=weights, **common, **experts)
 
@@ -224,35 +223,26 @@ def _linear(
     residual: Tensor | None = None,
     ahead: Linear | None = None,
 ) -> Tensor:
+    told = {} if ahead is None else {"ahead": ahead.weight, "ahead_scales": ahead.scales}  # of the projection that comes next
     return ops["linear"](
-        x=x, weight=linear.weight, scales=linear.scales, norm_weight=norm, eps=eps, residual=residual, **_told(ahead)
+        x=x, weight=linear.weight, scales=linear.scales, norm_weight=norm, eps=eps, residual=residual, **told
     )
 
 
-def _told(ahead: Linear | None) -> dict[str, Tensor | None]:
-    """What a projection is told of the one that comes next."""
-    return {} if ahead is None else {"ahead": ahead.weight, "ahead_scales": ahead.scales}
-
-
-def inverse_frequencies(arch: Architecture) -> Tensor:
-    """RoPE frequencies [1, R/2] float32, on the CPU: pow differs in the last bit between devices."""
-    exponents = torch.arange(0, arch.rotary_dim, 2, dtype=torch.float32) / arch.rotary_dim
-    return (1.0 / arch.rope_theta**exponents)[None]
-
-
 def state_shapes(
-    arch: Architecture, *, batch: int, max_seq_len: int, dtype: torch.dtype
+    arch: Architecture | Any, *, batch: int, max_seq_len: int, dtype: torch.dtype
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every state tensor, by buffer name. Recurrent state is float32 whatever `dtype` is."""
+    """Shape and dtype of every state tensor, by buffer name. Recurrent state is float32 whatever `dtype` is. `arch` may be
+    transformers' own text config, whose names these are: the check's, which takes no reading of ours on trust."""
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    key, value = (getattr(arch, f"linear_num_{n}_heads") * getattr(arch, f"linear_{n}_head_dim") for n in ("key", "value"))
     for i, kind in enumerate(arch.layer_types):
         if kind == "linear_attention":
-            shapes[f"layers.{i}.conv_state"] = ((batch, arch.conv_dim, arch.linear_conv_kernel_dim - 1), dtype)
+            shapes[f"layers.{i}.conv_state"] = ((batch, 2 * key + value, arch.linear_conv_kernel_dim - 1), dtype)
             recurrent = (batch, arch.linear_num_value_heads, arch.linear_key_head_dim, arch.linear_value_head_dim)
             shapes[f"layers.{i}.recurrent_state"] = (recurrent, torch.float32)
         else:
             cache = (batch, arch.num_key_value_heads, max_seq_len, arch.head_dim)
             shapes[f"layers.{i}.k_cache"] = shapes[f"layers.{i}.v_cache"] = (cache, dtype)
-        # The last slot is no position's: a router counts in it (moeexp_kernels.ops.router).
-        shapes[f"layers.{i}.expert_ids"] = ((batch, max_seq_len + 1, arch.num_experts_per_tok), torch.int32)
+        shapes[f"layers.{i}.expert_ids"] = ((batch, max_seq_len, arch.num_experts_per_tok), torch.int32)
     return shapes

@@ -18,7 +18,8 @@ from moeexp.config.architecture import Architecture
 from moeexp.config.quantisation import check_skip, kind_of
 from moeexp.model.checkpoint import Snapshot
 from moeexp.model.quantise import quantise
-from moeexp.model.qwen3_5_moe import Qwen35MoE, inverse_frequencies
+from moeexp.model.qwen3_5_moe import Qwen35MoE
+from moeexp.model.rope import inverse_frequencies
 
 
 class Random:

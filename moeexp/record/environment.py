@@ -77,6 +77,13 @@ def gpu_name() -> str:
     return torch.cuda.get_device_name(0)
 
 
+def compute_capability(device: str) -> tuple[int, int] | None:
+    """Of the GPU that torch calls current; None on a CPU."""
+    import torch
+
+    return torch.cuda.get_device_capability() if device == "cuda" else None
+
+
 def driver() -> str:
     """NVIDIA's, or why it is not known. Asks no CUDA."""
     try:

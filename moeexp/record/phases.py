@@ -49,8 +49,7 @@ class Phases:
 
     def _close(self, name: str, start: float, outermost: bool, how: str, *, quiet: bool) -> None:
         seconds = time.perf_counter() - start
-        times = self.record.data["phases_s"]
-        times[name] = round(times.get(name, 0.0) + seconds, 4)
+        self.record.add("phases_s", **{name: round(self.record.data["phases_s"].get(name, 0.0) + seconds, 4)})
         self._open.pop()
         self.record.set(phase=self._open[-1] if self._open else None)
         if not quiet:

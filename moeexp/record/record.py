@@ -105,8 +105,8 @@ KEYS = (
 
 
 class Record:
-    """A dict of plain values with its file. `latencies_ms` takes raw per-token samples while the run goes on, `prefill_ms`
-    and `ttft_ms` those of prefills and of first tokens."""
+    """A dict of plain values with its file; `data` is for reading, the methods change it. `latencies_ms` takes raw per-token
+    samples while the run goes on, `prefill_ms` and `ttft_ms` those of prefills and of first tokens."""
 
     def __init__(self, path: Path, *, id: str, config: Any, command: list[str], overrides: Sequence[str] = ()):
         self.path = path
@@ -132,10 +132,20 @@ class Record:
             assert key in self.data, f"{key!r} is not a key of a record; add it to record.KEYS"
             self.data[key] = plain(value)
 
+    def add(self, key: str, /, **values: Any) -> None:
+        """More of what a key's table holds, as `set` makes it plain."""
+        assert isinstance(self.data.get(key), dict), f"{key!r} is not a key of a record with a table"
+        self.set(**{key: self.data[key] | values})
+
     def note(self, text: str) -> None:
         """A line for whoever reads the record: something was shortened, a tracker did not answer."""
         if text not in self.data["notes"]:
             self.data["notes"].append(text)
+
+    def add_not_applicable(self, axis: str) -> None:
+        """An axis of which the run itself finds that it acts on nothing."""
+        if axis not in self.data["not_applicable"]:
+            self.data["not_applicable"].append(axis)
 
     def finish(self, status: str, *, error: dict[str, Any] | None = None) -> None:
         """Set the final status, drop speeds that may not be published, and write.

@@ -65,13 +65,7 @@ def _wandb_process(run_dir: Path, exit_code: int, group: str | None, timeout_s: 
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, env=environment, start_new_session=True
         )
-        try:
-            process.wait(timeout_s)
-        except BaseException as error:  # also Ctrl-C, which does not reach a session of its own
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
+        if not ended_within(process, timeout_s):
             late = f"W&B did not answer within tracker.timeout_s={timeout_s:g}; the record is whole"
             return _result("wandb", warning=late)
         output.seek(0)
@@ -82,6 +76,19 @@ def _wandb_process(run_dir: Path, exit_code: int, group: str | None, timeout_s: 
             return json.loads(line.removeprefix(ANSWER))
     reason = next((line for line in reversed(complaints) if line.strip()), f"exit code {process.returncode}")
     return _result("wandb", warning=f"W&B failed, the record is whole: {reason.strip()}")
+
+
+def ended_within(process: subprocess.Popen, seconds: float) -> bool:
+    """Waits for a process that leads a session of its own; whatever ends the waiting early ends that session, too."""
+    try:
+        process.wait(seconds)
+    except BaseException as error:  # also Ctrl-C, which does not reach a session of its own
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
+        return False
+    return True
 
 
 def wandb_mode(settings: dict[str, Any], environment: dict[str, str] | os._Environ) -> str:

@@ -6,11 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from moeexp.config.errors import Parser
+from moeexp.config.errors import Parser, answered
 from moeexp.record.record import write_atomically
-from moeexp.record.streams import fitted
 from moeexp.report.records import load_records
 
 
@@ -29,17 +27,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    try:
-        options = _parse(arguments)
-        return _write(load_records(options.folders), options)
-    except SystemExit as stop:  # --help
-        return stop.code if isinstance(stop.code, int) else 0
-    except (ValueError, RuntimeError, OSError) as error:
-        print(fitted(f"error: {error}"), file=sys.stderr)
-        return 2
+    return answered(lambda: _write(_parse(arguments)))
 
 
-def _write(records: Sequence[dict[str, Any]], options: argparse.Namespace) -> int:
+def _write(options: argparse.Namespace) -> int:
+    records = load_records(options.folders)
     # Imported here: the end of a sweep needs the table alone.
     if options.to == "wandb":
         from moeexp.report import wandb

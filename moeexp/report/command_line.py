@@ -14,20 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.types import Quote, QuotedString
+from moeexp_kernels.removed import refuse_removed
 
 from moeexp.config import compose, schema
 from moeexp.config.architecture import Architecture
+from moeexp.config.axes import FIXED, LABELS, MEANT, NOT_REPEATED
 from moeexp.config.errors import explain
 from moeexp.config.recorded import check, check_text, show, user_ops
-from moeexp.config.schema import FIXED
 from moeexp.config.sources import load_architecture
 from moeexp.record.record import plain
-from moeexp.report.runs import GROUPS, HOUSEKEEPING
 
-# Housekeeping that decides what is published, and from how much.
-RUN_AS_IT_WAS = ("check", "repeats", "eval_bytes", "min_samples", "min_time_s", "artifact")
-# What resolving alone makes of a default, given in neither command.
-DERIVED = [("cuda_graph", True, "decode")]
+# Those whose choice names a file of conf/; of `ops` it may be anything.
+GROUPS = tuple(group for group, label in LABELS.items() if label == "name")
 WORDS = ("null", "true", "false", "yes", "no", "on", "off", "nan", "inf")
 # What else than settings a command as it was given may hold, for it to be shown.
 FLAGS = ("python", "moeexp", "-m", "--multirun")
@@ -37,8 +35,8 @@ FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
 def command_of(record: dict[str, Any], *, trust: bool = False) -> str:
     """A command line that runs this config, whatever sweep or recipe it came from, to be pasted into a shell.
 
-    `ValueError` for a config that a stranger could not have got from this version, or of which a group no longer exists,
-    and without `trust` for a record that names code."""
+    `ValueError` for a config that a stranger could not have got from this version, or of which a group or an op's
+    implementation no longer exists, and without `trust` for a record that names code."""
     return shlex.join(["python", "-m", "moeexp", *_arguments(record, trust)])
 
 
@@ -108,7 +106,7 @@ def overrides_of(config: dict[str, Any], config_dir: str | None = None) -> list[
     overrides = [f"{group}={name}" for group, name in chosen.items() if name != defaults[group]]
     base = _flat(composed)
     for path, value in _flat(config).items():
-        if path not in fixed and base[path] != value and (path, base[path], value) not in DERIVED:
+        if path not in fixed and base[path] != value and (path, base[path], value) not in MEANT:
             overrides.append(f"{path}={hydra_value(value)}")
     return overrides + ([] if fixed else _shapes(composed["model"], config["model"]))
 
@@ -123,6 +121,8 @@ def hydra_value(value: Any) -> str:
         return str(value)
     if isinstance(value, list):
         return "[" + ",".join(map(hydra_value, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{hydra_value(item)}" for key, item in value.items()) + "}"
     assert isinstance(value, str), f"{type(value).__name__} is no value of a setting"
     if re.fullmatch(r"[A-Za-z][A-Za-z0-9_./:-]*", value) and value.lower() not in WORDS:
         return value
@@ -132,6 +132,8 @@ def hydra_value(value: Any) -> str:
 
 def _arguments(record: dict[str, Any], trust: bool) -> list[str]:
     check(record.get("config"))
+    for op, name in record["config"]["ops"].items():
+        refuse_removed(op, name)
     named = code_of(record)
     if named and not trust:
         more = f" (and {len(named) - 2} more)" if len(named) > 2 else ""
@@ -172,7 +174,7 @@ def _defaults() -> dict[str, str]:
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
     """{dotted path: value} of what a command sets, but for the shapes, which follow from the model's name or its snapshot."""
-    kept = {key: value for key, value in config.items() if key not in HOUSEKEEPING or key in RUN_AS_IT_WAS}
+    kept = {key: value for key, value in config.items() if key not in NOT_REPEATED}
     flat = {key: value for key, value in kept.items() if not isinstance(value, dict)}
     for key, table in kept.items():
         flat |= {f"{key}.{name}": value for name, value in table.items()} if isinstance(table, dict) else {}
@@ -205,7 +207,7 @@ def _check_same(config: dict[str, Any], overrides: Sequence[str], config_dir: st
     composed = _composed((*(one for one in overrides if not one.startswith("artifact=")), *_search(config_dir)))
     has = _flat(composed)
     for path, value in _flat(config).items():
-        if path not in (*fixed, "artifact") and has[path] != value and (path, has[path], value) not in DERIVED:
+        if path not in (*fixed, "artifact") and has[path] != value and (path, has[path], value) not in MEANT:
             raise ValueError(
                 f"{path}={show(value)} of the record composes to {show(has[path])}: it cannot be run as it was"
             )

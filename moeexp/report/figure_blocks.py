@@ -1,4 +1,5 @@
-"""What each block of figures in README.md and docs/ says: Markdown from the records in results/, for `moeexp.figures`."""
+"""What each block of figures in README.md and docs/ says, for `moeexp.figures`: Markdown from the records in results/, and
+the table of axes from the schema."""
 
 from __future__ import annotations
 
@@ -11,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from moeexp.record.record import read_record
-from moeexp.report import processes
+from moeexp.report import axes_table, processes
 from moeexp.report.effects import main_effects
-from moeexp.report.format import number, percent
+from moeexp.report.format import markdown_table, number, percent
 from moeexp.report.intervals import tokens_per_step
-from moeexp.report.markdown import by_medians, markdown_table, times, without_stalls
+from moeexp.report.ratios import by_medians, times, without_stalls
 from moeexp.report.records import load_records
 from moeexp.report.runs import Run, as_text, gain, runs_of
 from moeexp.report.waterfall import Step, waterfalls
@@ -27,6 +28,7 @@ FIRST_RUN = "first_run_qwen3_5_35b_a3b_int4_h100.json"
 TINY = "tiny_h100"
 EXAMPLE = "readme_example/record.json"
 KERNELS = "kernels_h100.json"
+AXES = "axes"  # of no record: the schema says it
 # By others: ExecuTorch on an A100, tokens a second (pytorch/executorch PR 18809 and what led to it).
 PUBLISHED = {"dual methods, explicit state": "77.4", "shared buffers": "84.5", "CUDA graph": "82 → 98"}
 ONCE = "One process each: the rungs took turns in it, and none was repeated in another. Read their ratios, not one speed."
@@ -65,13 +67,6 @@ def headline(results: Path) -> str:
 def _command(record: dict[str, Any]) -> str:
     """As it was given, but for where it wrote."""
     return shlex.join(word for word in record["command"] if not word.startswith(("hydra.", "tracker")))
-
-
-def ladder_short(results: Path) -> str:
-    steps = _steps(results / LADDER)
-    rows = [[step.label, _tok_s(step.run), times(step.gain) if step.gain else "", _medians(step)] for step in steps]
-    text = markdown_table(["rung", "decode tok/s", "gain over the rung before", "by medians"], rows)
-    return f"{text}\n{_prose(f'{ONCE} {_in_all(steps)}')}"
 
 
 def ladder(results: Path) -> str:
@@ -255,7 +250,6 @@ def _cells(line: str) -> list[str]:
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "headline": headline,
-    "ladder-short": ladder_short,
     "ladder": ladder,
     "ladder-summary": ladder_summary,
     "ladder-start": ladder_start,
@@ -265,4 +259,5 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "tiny-summary": tiny_summary,
     "kernels": kernels,
     "example": example,
+    AXES: axes_table.table,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 STALLS = "stalls: how many, ms, tok/s without"
@@ -36,3 +37,9 @@ def percent(part: float) -> str:
 
 def is_marked(record: dict[str, Any]) -> bool:
     return bool(record["random_weights"] and record["decode_tok_s"] is not None)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], figures: int = 0) -> str:
+    """`figures`: how many of the last columns are numbers."""
+    rule = [":--"] * (len(header) - figures) + ["--:"] * figures
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in (header, rule, *rows))

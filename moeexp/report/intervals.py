@@ -34,7 +34,6 @@ import numpy as np
 from moeexp.report.conditions import UNLIKE_LOAD, cpu_left, group_name, other_load
 
 REPLICATES = 1000
-CONFIDENCE = 0.95
 MIN_SAMPLES = 8  # fewer give no interval
 BLOCKS = 10  # of consecutive samples, where a record does not say what its rounds were
 # A speed must be what the mean of its samples says, or the samples cannot tell its spread.
@@ -46,8 +45,6 @@ SAME_SPEED = 0.01
 # to 1.26, and by 2 to 5 where its load had changed. A step on a GPU is noisy by as much of it as waits for the host:
 # repeats of `tiny` (half to three quarters host) on three hosts of H100s differed by 1.02 to 1.42.
 RUN_TO_RUN = {"cuda": 0.05, "cpu": 0.4}
-# The axes in which two runs may differ and still be repeats of one another.
-REPEATED = ("seed",)
 NOTHING = 1e-9  # powers that cancel
 
 # Student's t, two-sided 95 %, for 1 to 30 degrees of freedom; beyond that the normal one.

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moeexp.config.axes import REPETITIONS
 from moeexp.report.format import STALLS, number, stalls_text
-from moeexp.report.intervals import REPEATED
 from moeexp.report.runs import Run, settings_text
 
 MINIMUM = 3  # of a headline figure
@@ -39,7 +39,7 @@ class Processes:
 
     @property
     def label(self) -> str:
-        return settings_text((axis, value) for axis, value in self.runs[0].settings.items() if axis not in REPEATED)
+        return settings_text((axis, value) for axis, value in self.runs[0].settings.items() if axis not in REPETITIONS)
 
     def figure(self, get: Callable[[dict[str, Any]], float | None]) -> tuple[float, float, float] | None:
         """(median, least, most) over processes; of those that took turns in one the geometric mean. None where a run lacks

@@ -7,20 +7,13 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from moeexp.config.axes import KEPT_APART, LABELS, REPETITIONS, WORK
 from moeexp.record.record import is_prepared
 from moeexp.report import intervals
 from moeexp.report.intervals import Interval, Speed, ratio
 from moeexp.report.records import cell_of, overrides_of, setting
 
-# What is decoded: two runs that differ here do not do the same work, so their ratio is no optimisation's gain.
-WORKLOAD = ("model", "batch", "prompt", "prompt_ids", "prompt_len", "new_tokens", "max_seq_len", "eos", "seed", "device")
-# How it is measured and kept: changes no result.
-HOUSEKEEPING = (
-    "tracker", "launcher", "check", "repeats", "eval_bytes", "rerun", "dry_run", "min_samples", "min_time_s",
-    "profile", "experiment", "artifact", "objective",
-)  # fmt: skip
 MACHINE = "machine"
-GROUPS = ("model", "quant", "sampler")
 
 
 @dataclass(eq=False)
@@ -114,7 +107,7 @@ def _refused_axes(records: Sequence[dict[str, Any]], axes: Sequence[str]) -> lis
     found = []
     for key in dict.fromkeys(key for record in never for key in overrides_of(record)):
         group = key.split(".")[0]
-        if not ran or key in axes or group in HOUSEKEEPING or group not in never[0]["config"]:
+        if not ran or key in axes or group in KEPT_APART or group not in never[0]["config"]:
             continue
         known = {setting(record, key) for record in ran}
         if any(key in overrides_of(record) and setting(record, key) not in known for record in never):
@@ -139,7 +132,7 @@ def _deciding(axis: str, record: dict[str, Any]) -> tuple:
 
 def _repeated(record: dict[str, Any], config: dict[str, str]) -> Hashable:
     """Equal for two runs that only repeat one another: the config but for its seed, the code, and what was read."""
-    settings = tuple(sorted((axis, value) for axis, value in config.items() if axis not in intervals.REPEATED))
+    settings = tuple(sorted((axis, value) for axis, value in config.items() if axis not in REPETITIONS))
     return settings, record["code_fingerprint"], json.dumps(record["identity"], sort_keys=True)
 
 
@@ -153,12 +146,12 @@ def flatten(config: dict[str, Any]) -> dict[str, str]:
     """{axis: value}; a group's name under the group (`quant`: `int4`), its fields under `quant.group_size`."""
     axes: dict[str, str] = {}
     for key, value in config.items():
-        if key in HOUSEKEEPING:
+        if key in KEPT_APART:
             continue
         if not isinstance(value, dict):
             axes[key] = as_text(value)
             continue
-        label = "name" if key in GROUPS else "default"
+        label = LABELS.get(key)
         if label in value:
             axes[key] = as_text(value[label])
         for name, item in value.items():
@@ -177,7 +170,7 @@ def as_text(value: Any) -> str:
 
 
 def is_workload(axis: str) -> bool:
-    return axis == MACHINE or axis.split(".")[0] in WORKLOAD
+    return axis == MACHINE or axis.split(".")[0] in WORK
 
 
 def settings_text(settings: Iterable[tuple[str, str]]) -> str:

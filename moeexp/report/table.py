@@ -15,6 +15,7 @@ from moeexp.report.format import (
     STALLS,
     WEIGHTS,
     is_marked,
+    markdown_table,
     number,
     stalls_text,
 )
@@ -46,11 +47,7 @@ def table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]
 
 def markdown(records: Sequence[dict[str, Any]]) -> str:
     header, rows = table(records)
-    figures = len(header) - header.index(MEASURED[0])
-    rule = [":--"] * (len(header) - figures) + ["--:"] * figures
-    lines = [header, rule, *rows]
-    text = "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
-    notes = footnotes(records)
+    text, notes = markdown_table(header, rows, len(header) - header.index(MEASURED[0])), footnotes(records)
     return text + ("\n" + "\n".join(f"- {note}" for note in notes) + "\n" if notes else "")
 
 
@@ -76,7 +73,8 @@ def footnotes(records: Sequence[dict[str, Any]]) -> list[str]:
 def _against_first(records: Sequence[dict[str, Any]]) -> list[tuple[bool, str]]:
     """Of each: whether it took no turns with the first run of its workload, which is what a reader holds it against, and
     how its weights differ from that one's."""
-    from moeexp.report.runs import WORKLOAD, machine, unlike_weights
+    from moeexp.config.axes import WORK
+    from moeexp.report.runs import machine, unlike_weights
 
     first: dict[tuple, dict[str, Any]] = {}
     found = []
@@ -84,7 +82,7 @@ def _against_first(records: Sequence[dict[str, Any]]) -> list[tuple[bool, str]]:
         if record["decode_tok_s"] is None:
             found.append((False, ""))
             continue
-        work = (machine(record), *(str(record["config"].get(key)) for key in WORKLOAD))
+        work = (machine(record), *(str(record["config"].get(key)) for key in WORK))
         base, group = first.setdefault(work, record), group_name(record)
         apart = record is not base and (group is None or group != group_name(base))
         found.append((apart, unlike_weights(record, base)))

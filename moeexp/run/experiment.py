@@ -35,7 +35,7 @@ from moeexp.run.identity import confirm
 from moeexp.run.memory import memory
 from moeexp.run.roofline import bandwidth_share, bytes_per_step
 from moeexp.run.transformers_baseline import run_transformers
-from moeexp.stack.factory import Stack, build_model, build_stack, check_coverage, prefetches, python_callbacks
+from moeexp.stack.factory import Stack, build_model, build_stack, check_coverage, python_callbacks
 
 
 def run_experiment(cfg: Config, *, run_dir: Path, record: Record, phases: Phases) -> None:
@@ -93,14 +93,12 @@ class Run:
         self.record.set(first_token_s=round(time.monotonic() - STARTED, 3))  # imports, weights and compiling included
         length = self.prompt.shape[1]
         if beyond_graphs(cfg, length):  # of text, whose tokens validation does not know
-            self.record.data["not_applicable"].append("prefill_graph_lengths")
+            self.record.add_not_applicable("prefill_graph_lengths")
             self.record.note(
                 f"prefill ran without a CUDA graph: the prompt has {length} tokens, more than each captured length"
             )
-        if cfg.overlap and early_starts(self.stack.session) == 0:  # a GPU before Hopper, or ops that cannot
-            self.record.data["not_applicable"].append("overlap")
-        if cfg.l2_prefetch and not prefetches(cfg) and "l2_prefetch" not in self.record.data["not_applicable"]:
-            self.record.data["not_applicable"].append("l2_prefetch")
+        if cfg.overlap and early_starts(self.stack.session) == 0:  # ops that cannot
+            self.record.add_not_applicable("overlap")
 
     def check(self, references: References | None = None) -> None:
         """`references`: of the group, whose runs share weights."""
@@ -116,7 +114,7 @@ class Run:
             return
         uuid = "GPU-" + str(torch.cuda.get_device_properties(self.stack.device).uuid)
         others = others_on(uuid, own=1)
-        self.record.data["environment"]["gpu_other_processes"] = others
+        self.record.add("environment", gpu_other_processes=others)
         if others:
             self.record.note(f"the GPU was busy: {others} other process(es) had a context on it when timing began")
             print(f"warning: {others} other process(es) on the GPU; speeds may suffer", file=sys.stderr)
@@ -179,13 +177,14 @@ def _apart(found: dict[str, Any]) -> str:
 
 def _compare_ids(record: Record, ids: list[list[int]], eos: set[int] | None) -> None:
     """What was timed must be what was checked: the same tokens, of which the check ends no row."""
-    check = record.data["check"]
-    if check is None:
+    if record.data["check"] is None:
         return
+    check = dict(record.data["check"])
     checked = check.pop("generated_ids")
     if [timing.cut(row, eos) for row in checked] != ids:
-        check["passed"] = False
-        check["failures"].append("benchmark: the timed generation chose other tokens than the checked one")
+        said = "benchmark: the timed generation chose other tokens than the checked one"
+        check |= {"passed": False, "failures": [*check["failures"], said]}
+    record.set(check=check)
 
 
 def _ops(stack: Stack, dispatch: str) -> dict[str, Any]:

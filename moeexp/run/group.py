@@ -64,7 +64,7 @@ class Member:
 
 
 def run_group(jobs: Sequence[Job]) -> int:
-    """Returns the worst exit code. The jobs agree in model, quantisation, dtype and device (`sweep.shares_weights`)."""
+    """Returns the worst exit code. The jobs agree in all that shared weights hang on (`axes.shares_weights`)."""
     with signals.deferred():  # between a record's first and its last writing nothing ends without a word
         members = [Member(job) for job in jobs]
         try:

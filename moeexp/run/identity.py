@@ -16,14 +16,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from moeexp.config import axes
 from moeexp.config.schema import Config
 from moeexp.record import environment
 from moeexp.record.record import plain
 from moeexp.run.digests import Digests, Progress, unseen
 from moeexp.stack.source_files import PACKAGES, files_of
 
-# Settings that change nothing that is measured.
-NOT_MEASURED = ("tracker", "launcher", "rerun", "dry_run")
 # Of a snapshot: what our loader or transformers reads for the weights.
 WEIGHTS = re.compile(r"\.safetensors$|\.safetensors\.index\.json$|^(generation_)?config\.json$")
 # What a tokenizer may be made of. A file too many costs a repetition, one too few a wrong result.
@@ -145,11 +144,10 @@ def config_hash(cfg: Config, identity: dict[str, Any]) -> str:
 
     The tracker and how a sweep is run change nothing that is measured. Code that the config names (users' own ops, an
     artifact) counts with its contents, and so do the weights and texts, instead of their paths."""
-    settings = {key: value for key, value in plain(cfg).items() if key not in NOT_MEASURED}
-    named = outside_code(settings)
-    model = {key: value for key, value in settings.pop("model").items() if key not in ("weights", "heldout")}
-    del settings["artifact"]
-    parts = {"config": settings, "model": model, "identity": plain(identity), "named": named}
+    values = plain(cfg)
+    settings = axes.counted(values)
+    model = settings.pop("model")
+    parts = {"config": settings, "model": model, "identity": plain(identity), "named": outside_code(values)}
     return _digest([json.dumps(parts, sort_keys=True).encode()])
 
 

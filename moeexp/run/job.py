@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from moeexp.config import resolve, schema, sources, threads, validate
+from moeexp.config import axes, resolve, schema, sources, threads, validate
 from moeexp.config.override_text import without_interpolation
 from moeexp.record import streams, tracker
 from moeexp.record.phases import Phases
@@ -128,7 +128,7 @@ def prepare(cfg: DictConfig, record: Record, phases: Phases) -> schema.Config:
         identity=identity,
         code_fingerprint=code_fingerprint(),
         random_weights=config.model.weights == "random",
-        not_applicable=resolve.not_applicable(config),
+        not_applicable=axes.not_applicable(config, environment.compute_capability(config.device)),
         environment=environment.collect(config.device, threads.describe(chosen)),
     )
     if chosen.number > (most := threads.granted().cores):
@@ -180,7 +180,7 @@ def conclude(
         if config is not None and config.device == "cuda":
             from moeexp.record import environment
 
-            record.data["environment"]["gpu_after"] = environment.gpu_state()
+            record.add("environment", gpu_after=environment.gpu_state())
         record.finish(status, error=_describe(error, phases))
         code = INVALID if invalid else EXIT_CODES[status]
         if config is not None:  # a config that was refused measured nothing that a tracker should show

@@ -43,9 +43,9 @@ def load_model(cfg: Config, device: torch.device, phases: Phases) -> Qwen35MoE:
             for key in file.keys():
                 # A copy of its own on a CPU: a view of the mapped file is not aligned.
                 tensor = file.get_tensor(key)
-                _assign(model, key, tensor.clone() if device.type == "cpu" else tensor)
+                model.assign(key, tensor.clone() if device.type == "cpu" else tensor)
     for name, same_as in manifest["tied"].items():
-        _assign(model, name, model.get_buffer(same_as))
+        model.assign(name, model.get_buffer(same_as))
     left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     assert not left, f"buffers that the artifact has no value for: {left}"
     return model
@@ -65,10 +65,3 @@ def method(cfg: Config, name: str) -> Artifact:
     entry = methods[name]
     constants = {key: TensorSpec.from_json(spec) for key, spec in entry["constants"].items()}
     return Artifact(entry["key"], folder / entry["file"], constants, cached=True, compile_s=entry["compile_s"])
-
-
-def _assign(model: Qwen35MoE, name: str, tensor: torch.Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    model.get_submodule(owner).register_buffer(leaf, tensor)
-
-

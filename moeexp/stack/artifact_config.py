@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from moeexp.config import schema
-from moeexp.config.schema import FIXED, Config, ModelConfig, OpsConfig, QuantConfig
+from moeexp.config.axes import FIXED, get
+from moeexp.config.compose import compose
+from moeexp.config.schema import Config, ModelConfig, OpsConfig, QuantConfig
 
 
 def adopt(cfg: Config, overrides: Sequence[str] = ()) -> Config:
@@ -25,26 +25,26 @@ def adopt(cfg: Config, overrides: Sequence[str] = ()) -> Config:
     folder = Path(cfg.artifact).expanduser().resolve()
     manifest = artifact_manifest.read_manifest(folder)
     made = manifest["config"]
-    default = _default_config()
+    default = _defaults()
     named = [override.lstrip("+~").partition("=")[0].replace("/", ".") for override in overrides]
     # Compiled into the kernels of a CPU, and into nothing of a GPU's.
     paths = [path for path in FIXED if path != "threads" or made["device"] == "cpu"]
     for path in paths:
-        wish, has = _get(cfg, path), _get(made, path)
-        asked = wish != _get(default, path) or any(path == name or path.startswith(f"{name}.") for name in named)
+        wish, has = get(cfg, path), get(made, path)
+        asked = wish != get(default, path) or any(path == name or path.startswith(f"{name}.") for name in named)
         if asked and wish not in (None, "auto") and not _agree(path, wish, has):
             raise ValueError(
                 f"{path}={_show(wish)} is not what artifact={cfg.artifact} was made with ({_show(has)}): "
                 "leave it out, or export another artifact"
             )
-    padded = _padded(cfg, made, asked=cfg.cuda_graph != default["cuda_graph"] or "cuda_graph" in named)
+    padded = _padded(cfg, made, asked=cfg.cuda_graph != default.cuda_graph or "cuda_graph" in named)
     artifact_manifest.check_runnable(folder, manifest)
     model = ModelConfig(**made["model"])
     if manifest["model"]["weights"]:
         model = replace(model, weights=str(folder / "model"))
     if manifest["model"]["heldout"] and model.heldout != "shipped":
         model = replace(model, heldout=str(folder / "model" / "heldout.txt"))
-    fixed = {path: made[path] for path in paths if "." not in path}
+    fixed = {path: made[path] for path in paths if path in made}
     ops = OpsConfig(**made["ops"] | {"sample": cfg.ops.sample})
     return replace(cfg, artifact=str(folder), model=model, quant=QuantConfig(**made["quant"]), ops=ops, **fixed | padded)
 
@@ -69,21 +69,9 @@ def _agree(path: str, wish: Any, has: Any) -> bool:
     return sorted(wish) == sorted(has) if isinstance(wish, list) else wish == has
 
 
-def _default_config() -> dict[str, Any]:
-    """`conf/config.yaml` with its groups, composed by hand: Hydra may be in the middle of composing."""
-    root = OmegaConf.load(schema.conf_dir() / "config.yaml")
-    config = OmegaConf.to_container(root)
-    for entry in config["defaults"]:
-        for group, choice in entry.items() if isinstance(entry, dict) else ():
-            if group in schema.GROUPS and choice is not None:
-                config[group] = OmegaConf.to_container(OmegaConf.load(schema.conf_dir() / group / f"{choice}.yaml"))
-    return config
-
-
-def _get(config: Any, path: str) -> Any:
-    for name in path.split("."):
-        config = config.get(name) if isinstance(config, dict) else getattr(config, name)
-    return config
+@cache
+def _defaults() -> Config:
+    return compose()
 
 
 def _show(value: Any) -> str:

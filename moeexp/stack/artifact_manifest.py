@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moeexp.stack.source_files import file_digest
+
 if TYPE_CHECKING:
     from moeexp.record.phases import Phases
 
@@ -81,11 +83,6 @@ def verify(folder: Path, manifest: dict[str, Any], phases: Phases) -> None:
             advance(1)
     if problems:
         raise ValueError(f"artifact={folder} is damaged: {'; '.join(problems[:5])}; export it again or copy it anew")
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def seal(manifest: dict[str, Any]) -> str:

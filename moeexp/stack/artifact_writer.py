@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from moeexp import __version__
 from moeexp.config.schema import Config
 from moeexp.record.record import plain
-from moeexp.stack.artifact_manifest import MANIFEST, VERSION, file_digest, here, seal
+from moeexp.stack.artifact_manifest import MANIFEST, VERSION, here, seal
+from moeexp.stack.source_files import file_digest
 
 if TYPE_CHECKING:
     from moeexp.stack.factory import Stack

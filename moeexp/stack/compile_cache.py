@@ -27,7 +27,7 @@ from torch.export import ExportedProgram
 from moeexp.stack.caches import cache_dir
 from moeexp.stack.inductor import compiling, inductor_config
 from moeexp.stack.methods import compile_method
-from moeexp.stack.source_files import files_of, imported_by
+from moeexp.stack.source_files import file_digest, files_of, imported_by
 
 MANIFEST_VERSION = 1
 # What traces and compiles, beside this module. What they import decides what a method's graph is and what becomes of it.
@@ -36,21 +36,19 @@ TRACING = tuple(f"{__package__}.{name}" for name in ("factory", "methods", "indu
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """What, beside the code and its libraries, decides a method's graph."""
+    """What, beside the code and its libraries, decides a method's graph. `settings`: those of the table of axes that are
+    part of the compile key, see `axes.compiled_in`; `ops` by their identities."""
 
     method: str
-    architecture: dict[str, Any]
-    ops: dict[str, str]
-    bits: int
-    group_size: int | None
-    skip: tuple[str, ...]
-    dtype: str
-    batch: int
-    max_seq_len: int
-    device: str
-    state: str = "shared"
+    settings: dict[str, Any]
     takes_live: bool = False
-    l2_prefetch: bool = False
+
+    @property
+    def device(self) -> str:
+        return self.settings["device"]
+
+    def plain(self) -> dict[str, Any]:
+        return {"method": self.method, "takes_live": self.takes_live} | self.settings
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class Artifact:
 
 def key_of(spec: MethodSpec) -> str:
     parts = {
-        "spec": asdict(spec),
+        "spec": spec.plain(),
         "sources": _source_digest(),
         "environment": compiling(),
         "inductor": inductor_config(method=spec.method, device=spec.device),
@@ -116,11 +114,11 @@ def get_or_compile(spec: MethodSpec, export: Callable[[], ExportedProgram]) -> A
             compile_method(program, package, config)
             manifest = {
                 "version": MANIFEST_VERSION,
-                "spec": asdict(spec),
+                "spec": spec.plain(),
                 "toolchain": toolchain(spec.device),
                 "inductor": config,
                 "graph_sha256": hashlib.sha256(str(program.graph).encode()).hexdigest(),
-                "package_sha256": _file_digest(package),
+                "package_sha256": file_digest(package),
                 "constants": {name: asdict(constant) for name, constant in _constants(program).items()},
                 "compile_s": time.perf_counter() - start,
             }
@@ -138,10 +136,10 @@ def _read(folder: Path, spec: MethodSpec) -> Artifact | None:
     package = folder / f"{spec.method}.pt2"
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        wanted = {"version": MANIFEST_VERSION, "spec": asdict(spec), "toolchain": toolchain(spec.device)}
+        wanted = {"version": MANIFEST_VERSION, "spec": spec.plain(), "toolchain": toolchain(spec.device)}
         if {key: manifest[key] for key in wanted} != json.loads(json.dumps(wanted)):
             return None
-        if manifest["package_sha256"] != _file_digest(package):
+        if manifest["package_sha256"] != file_digest(package):
             return None
         constants = {name: TensorSpec.from_json(data) for name, data in manifest["constants"].items()}
         return Artifact(folder.name, package, constants, cached=True, compile_s=float(manifest["compile_s"]))
@@ -191,11 +189,6 @@ def _source_digest() -> str:
     for name, path in sources().items():
         total.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return total.hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _triton_version() -> str | None:

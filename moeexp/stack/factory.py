@@ -15,15 +15,16 @@ from moeexp_runner.sampler import Sampler
 from moeexp_runner.session import Session
 from torch import Tensor
 
+from moeexp.config import axes
 from moeexp.config.architecture import Architecture
 from moeexp.config.quantisation import kind_of
-from moeexp.config.resolve import not_applicable
 from moeexp.config.schema import Config, SamplerConfig
 from moeexp.config.sources import load_architecture, weights_folder
 from moeexp.model.checkpoint import Snapshot
 from moeexp.model.config_agreement import check_agreement
 from moeexp.model.qwen3_5_moe import Qwen35MoE, state_shapes
 from moeexp.model.weights import Random, Source, load
+from moeexp.record.environment import compute_capability
 from moeexp.record.phases import Phases
 from moeexp.stack import allocator, artifact
 from moeexp.stack.compile_cache import Artifact, MethodSpec, get_or_compile
@@ -177,24 +178,23 @@ def build_stack(
             takes_live=recipe.takes_live,
             prefill_graph_lengths=cfg.prefill_graph_lengths,
             ahead=cfg.loop_ahead,
-            early=early_start(cfg, device),
+            early=early_start(cfg),
         )
     return Stack(model.arch, model, session, session.arena, names, device, artifacts)
 
 
-def early_start(cfg: Config, device: torch.device) -> Callable[[int], int] | None:
+def early_start(cfg: Config) -> Callable[[int], int] | None:
     """What lets kernels of a captured decode step start before the previous one ends, as a session takes it."""
-    return start_early if cfg.cuda_graph and cfg.overlap and _hopper(device) else None
+    return start_early if _acts(cfg, "overlap") else None
 
 
 def prefetches(cfg: Config) -> bool:
-    """Whether l2_prefetch has something to act on, and is on."""
-    return cfg.l2_prefetch and "l2_prefetch" not in not_applicable(cfg) and _hopper(device_of(cfg))
+    return _acts(cfg, "l2_prefetch")
 
 
-def _hopper(device: torch.device) -> bool:
-    """Or later."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+def _acts(cfg: Config, axis: str) -> bool:
+    """Whether it is on, and has an effect here."""
+    return getattr(cfg, axis) and axis not in axes.not_applicable(cfg, compute_capability(cfg.device))
 
 
 def sampler_of(cfg: SamplerConfig, implementation: str, *, device: torch.device | str) -> Sampler:
@@ -239,12 +239,10 @@ class Recipe:
     def names_in(self, method: str) -> dict[str, str]:
         """What of `names` is in a method: the sampler is in none, and a prefill method has no op that is for one token."""
         other = {"prefill": "_decode", "decode": "_prefill"}.get(method, "nothing")
-        names = {op: name for op, name in self.names.items() if op != "sample" and not op.endswith(other)}
-        return names | ({"router": "triton"} if method == "prefill" and names["router"] == "in_moe" else {})
+        return {op: name for op, name in self.names.items() if op != "sample" and not op.endswith(other)}
 
     def ops(self) -> dict[str, Callable]:
         ops = {op: registry.implementation(op, name) for op, name in self.names.items()}
-        ops |= registry.combined(self.names)
         return ops | dispatch.ops(self.names) if self.cfg.dispatch == "single" else ops
 
     def module(self, name: str) -> Method:
@@ -281,19 +279,14 @@ def _packaged_methods(recipe: Recipe, phases: Phases):
     methods, artifacts = {}, {}
     for name in recipe.methods:
         spec = MethodSpec(
-            method=name,
-            architecture=model.arch.to_hf(),
-            ops=registry.identities(recipe.names_in(name)),
-            bits=cfg.quant.bits,
-            group_size=cfg.quant.group_size,
-            skip=tuple(sorted(cfg.quant.skip)),
-            dtype=cfg.dtype,
-            batch=cfg.batch,
-            max_seq_len=cfg.max_seq_len,
-            device=device.type,
-            state=cfg.state,
+            name,
+            axes.compiled_in(cfg, compute_capability(device.type)) | {
+                "architecture": model.arch.to_hf(),
+                "ops": registry.identities(recipe.names_in(name)),
+                "skip": sorted(cfg.quant.skip),
+                "l2_prefetch": recipe.l2_prefetch and name != "prefill",
+            },
             takes_live=recipe.takes_live and name != "decode",
-            l2_prefetch=recipe.l2_prefetch and name != "prefill",
         )
 
         def export(name=name, takes_live=spec.takes_live):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import hashlib
 import importlib.util
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,6 +17,11 @@ def folder_of(package: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise RuntimeError(f"package {package} is not installed beside moeexp: reinstall moeexp")
     return Path(next(iter(spec.submodule_search_locations)))
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def files_of(package: str) -> dict[str, Path]:

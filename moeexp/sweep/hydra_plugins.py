@@ -23,8 +23,8 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from moeexp.config.groups import LauncherConfig
 from moeexp.config.override_text import as_typed, quoted
-from moeexp.config.schema import conf_dir
 from moeexp.record.paths import expanded
 from moeexp.record.record import read_record
 from moeexp.run.job import FAILED, INVALID, say
@@ -140,7 +140,7 @@ def mode(*, _root_: DictConfig) -> str | None:
     GPU of one's own, …) makes a single run a sweep of one."""
     given = [override.lstrip("+") for override in _root_.hydra.overrides.task]
     asked = any(override.startswith(("launcher.", "launcher=")) for override in given)
-    default = OmegaConf.load(conf_dir() / "config.yaml").launcher
+    default = OmegaConf.structured(LauncherConfig)
     return "MULTIRUN" if _root_.dry_run or asked or _root_.launcher != default else None
 
 

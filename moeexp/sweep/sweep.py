@@ -17,7 +17,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from moeexp.config.schema import Config, LauncherConfig
+from moeexp.config.axes import shares_weights
+from moeexp.config.schema import LauncherConfig
 from moeexp.record.gpus import Gpu, choose, visible_gpus
 from moeexp.record.paths import expanded
 from moeexp.record.phases import bar
@@ -316,19 +317,11 @@ class Sweep:
 
 def check_settings(settings: LauncherConfig, rerun: str) -> None:
     """The rules of validate.py that concern the sweep, before any cell is judged. `ValueError`, one line."""
-    from moeexp.config.validate import ALLOWED, AT_LEAST
+    from moeexp.config.validate import check_value
 
-    for path, value in (("launcher.isolation", settings.isolation), ("rerun", rerun)):
-        if value not in ALLOWED[path]:
-            raise ValueError(f"{path}={value} is not a value of {path}; allowed: {', '.join(ALLOWED[path])}")
-    least = AT_LEAST["launcher.timeout_s"]
-    if settings.timeout_s is not None and not settings.timeout_s >= least:
-        raise ValueError(f"launcher.timeout_s={settings.timeout_s} is too small; it must be at least {least}, or null")
-
-
-def shares_weights(config: Config) -> str:
-    """Equal for runs that can use one copy of the weights in one process (whose allocator and threads are one, too)."""
-    return repr((config.model, config.quant, config.dtype, config.device, config.threads, config.allocator, config.engine))
+    for name, value in vars(settings).items():
+        check_value(f"launcher.{name}", value)
+    check_value("rerun", rerun)
 
 
 @contextmanager

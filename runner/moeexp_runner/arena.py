@@ -46,11 +46,5 @@ class Arena:
         """Copies of all state tensors."""
         return {name: tensor.clone() for name, tensor in self.tensors.items()}
 
-    def restore(self, snapshot: dict[str, Tensor]) -> None:
-        """Writes a `snapshot()` back in place."""
-        self.check_addresses()
-        for name, tensor in self.tensors.items():
-            tensor.copy_(snapshot[name])
-
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())

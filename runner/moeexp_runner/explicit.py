@@ -52,10 +52,6 @@ class ExplicitState:
         """Copies of the current set."""
         return {name: tensor.clone() for name, tensor in self.tensors.items()}
 
-    def restore(self, snapshot: dict[str, Tensor]) -> None:
-        self._arena.restore(snapshot)
-        self.tensors = dict(self.home)
-
     def nbytes(self) -> int:
         """Of both sets: the one that goes in and the one that comes out."""
         return 2 * self._arena.nbytes()

@@ -5,7 +5,8 @@ Shape letters: B batch, T tokens of a prompt, n positions whose logits are wante
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ class Session:
         self._positions = torch.zeros(batch, dtype=torch.int64, device=device)
         self.length = 0
         self.overrun = 0  # steps that ran beyond the last token that was wanted; the state has seen them
-        self.closed = False
+        self.closed = self._eager = False
         self.graph: StepGraph | None = None
         self.loop: Loop | None = None
         self.prefill_graphs: PrefillGraphs | None = None
@@ -127,12 +128,21 @@ class Session:
         with torch.no_grad(), self._on_decode():
             self._token.copy_(token)
             self._positions.fill_(self.length)
-            if self.graph is None:
+            if self.graph is None or self._eager:
                 logits = self.arena.call(self._decode, self._token, self._positions)
             else:
                 logits = self.graph.replay(self._token, self._positions)
         self.length += 1
         return logits
+
+    @contextmanager
+    def eager(self) -> Iterator[None]:
+        """Inside it `decode` runs the method itself; the captured step stays, and goes on from the same state afterwards."""
+        before, self._eager = self._eager, True
+        try:
+            yield
+        finally:
+            self._eager = before
 
     def sample(self, logits: Tensor) -> Tensor:
         """Next token [B, 1] int64 on the device; with `copy_outputs` from a host copy of the logits."""

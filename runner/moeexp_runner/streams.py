@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -29,13 +28,3 @@ class MethodStream:
                 yield
         finally:
             outside.wait_stream(stream)
-
-
-def on(stream: MethodStream, method: Callable) -> Callable:
-    """`method` as a function that runs on `stream`."""
-
-    def run(*inputs):
-        with stream():
-            return method(*inputs)
-
-    return run

@@ -41,12 +41,14 @@ def in_tmp_path(tmp_path, monkeypatch):
 def start(body="ready()", track="", ignored=()):
     code = EXPERIMENT.replace("BODY", body.replace("\n", "\n        ")).replace("TRACK", track)
 
-    def listen():
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
-
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([sys.executable, "-c", code], preexec_fn=listen, **pipes)
+    return subprocess.Popen([sys.executable, "-c", code], preexec_fn=lambda: listen(ignored), **pipes)
+
+
+def listen(ignored=()):
+    """Whatever the tests themselves were started to ignore: `nohup make test` ignores SIGHUP."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
 
 
 def ready(run):
@@ -90,6 +92,7 @@ SWALLOWED = "try:\n    ready()\nexcept KeyboardInterrupt:\n    pass"
 ANOTHER_ERROR = "try:\n    ready()\nexcept KeyboardInterrupt:\n    raise RuntimeError('the compiler was killed')"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("body", [SWALLOWED, ANOTHER_ERROR])
 def test_an_interrupt_that_gets_lost_on_its_way_is_one(body):
     with start(body) as run:
@@ -100,6 +103,7 @@ def test_an_interrupt_that_gets_lost_on_its_way_is_one(body):
     assert the_record()["status"] == "interrupted" and the_record()["error"]["type"] == "KeyboardInterrupt"
 
 
+@pytest.mark.slow
 def test_a_second_one_kills():
     with start("try:\n    ready()\nexcept KeyboardInterrupt:\n    ready()") as run:
         ready(run)
@@ -113,6 +117,7 @@ def test_a_second_one_kills():
     assert record["status"] == "lost" and "is gone during benchmark" in record["error"]["message"]
 
 
+@pytest.mark.slow
 def test_one_that_was_ignored_stays_ignored():
     """nohup."""
     with start("print('ready', flush=True)\ntime.sleep(2)", ignored=[signal.SIGHUP]) as run:
@@ -122,6 +127,7 @@ def test_one_that_was_ignored_stays_ignored():
     assert run.returncode == 0 and the_record()["status"] == "ok"
 
 
+@pytest.mark.slow
 def test_during_tracking_the_record_stays_whole():
     with start("pass", track="tracker.track = lambda *_, **__: ready()") as run:
         ready(run)
@@ -178,7 +184,8 @@ def start_sweep():
     call = "import sys; from moeexp.cli import main; from sabotage import experiment; "
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
     command = [sys.executable, "-c", call + f"sys.exit(main({arguments!r}, experiment=experiment))"]
-    run = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    run = subprocess.Popen(command, env=environment, preexec_fn=listen, **pipes)
     while not Path("ran").exists():
         assert run.poll() is None
         time.sleep(0.05)
@@ -194,6 +201,7 @@ def test_a_sweep_that_nobody_listens_to_stops_its_runs():
     assert json.loads(path.read_text())["status"] == "interrupted"
 
 
+@pytest.mark.slow
 def test_the_next_call_of_a_sweep_closes_what_was_lost():
     run, arguments = start_sweep()
     run.kill()

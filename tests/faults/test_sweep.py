@@ -38,6 +38,7 @@ def statuses(folder="multirun"):
     return {seed: record["status"] for seed, record in sorted(by_seed(folder).items())}
 
 
+@pytest.mark.slow
 def test_one_exits_and_only_that_one_is_repeated(capsys):
     assert sweep("seed=0,2") == 1
     assert statuses() == {0: "ok", 2: "failed"} and ran() == [0, 2]

@@ -34,6 +34,21 @@ def test_qk_norm_rope(dtype, tokens, positions):
     )
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("tokens, positions", [(1, [0]), (1, [262_143 + 5, 17]), (512, [1000])])
+def test_qk_norm_rope_with_yarn(dtype, tokens, positions):
+    """Positions beyond the original context too."""
+    inv_freq, factor = cases.yarn_case()
+    cases.check_rope(
+        len(positions), tokens, HEADS, KV_HEADS, HEAD_DIM, ROTARY, dtype, positions, max(positions) + tokens + 1,
+        inv_freq=inv_freq, attention_factor=factor,
+    )  # fmt: skip
+
+
+def test_an_attention_factor_is_of_rotary_dims_alone():
+    cases.test_an_attention_factor_is_of_rotary_dims_alone(rope.qk_norm_rope)
+
+
 @pytest.mark.parametrize("name", DECODE)
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize(

@@ -44,19 +44,18 @@ def test_the_peers_that_are_here_are_right_before_and_after_their_replays(spec):
 
 
 @pytest.mark.parametrize("sequences", [1, 8])
-@pytest.mark.parametrize("joined", [False, True], ids=["apart", "joined"])
-def test_the_chain_of_layers_is_the_same_to_the_bit_when_its_kernels_start_early(joined, sequences):
+def test_the_chain_of_layers_is_the_same_to_the_bit_when_its_kernels_start_early(sequences):
     with torch.no_grad():
         chain = Layers(FULL, "cuda", sequences)
         fresh = [{name: tensor.clone() for name, tensor in layer.state.items()} for layer in chain.layers]
-        chain.call(chain.x, joined=joined)
+        chain.call(chain.x)
         results, graphs = [], []
         for early in (False, True):
             graph = torch.cuda.CUDAGraph(keep_graph=True)
             with torch.cuda.graph(graph):
                 x = chain.x
                 for _ in range(3):
-                    x = chain.call(x, joined=joined)
+                    x = chain.call(x)
             changed = start_early(graph.raw_cuda_graph(), pairs=timing.EARLY["all" if early else "none"])
             assert (changed > 60) if early else (changed == 0)
             graph.instantiate()
@@ -70,7 +69,7 @@ def test_the_chain_of_layers_is_the_same_to_the_bit_when_its_kernels_start_early
                 results.append([x.clone(), *(tensor.clone() for layer in chain.layers for tensor in layer.state.values())])
         assert torch.isfinite(results[0][0]).all()
         assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
-        assert 5 < chain.microseconds(joined=joined) < 500 * sequences
+        assert 5 < chain.microseconds() < 500 * sequences
 
 
 @pytest.mark.alone
@@ -90,11 +89,11 @@ def test_bench_writes_a_table_and_its_numbers(tmp_path, capsys):
     path = tmp_path / "bench.json"
     assert main(["router", "sample", "--quick", "--json", str(path), "--jobs", "1"]) == 0
     document = json.loads(path.read_text())
-    assert [row["op"] for row in document["rows"]] == ["router", "router", "router", "sample"]
-    assert [row["tables"].keys() for row in document["rows"][:3]] == [{"router_gemv"}, {"router_fused"}, {"router_gemm"}]
+    assert [row["op"] for row in document["rows"]] == ["router", "router", "sample"]
+    assert [row["tables"].keys() for row in document["rows"][:2]] == [{"router_gemv"}, {"router_gemm"}]
     for row in document["rows"]:
         assert row["problem"] is None and row["us"] > 0 and 0 < row["share"] < 1.2 and len(row["samples"]) >= 10
-    assert [peer["name"] for peer in document["rows"][3]["peers"]] == ["argmax"]
+    assert [peer["name"] for peer in document["rows"][2]["peers"]] == ["argmax"]
     out = capsys.readouterr().out
     assert document["environment"]["gpu"] in out and "| router |" in out
 
@@ -111,7 +110,6 @@ def test_tune_writes_the_table_of_this_architecture(tmp_path, monkeypatch):
         written = json.loads((tmp_path / f"{name}.json").read_text())
         key = f"plain16/{FULL.experts}x{FULL.hidden}"
         assert set(written["router_gemv"][key]) == {"BLOCK_N", "TILES", "CACHE", "num_warps"}
-        assert set(written["router_fused"][key]) == {"BLOCK_N", "CACHE", "num_warps"}
         assert written["_about"]["device"] == torch.cuda.get_device_name()
         assert tuning.source("router_gemv", key) == name
     finally:

@@ -7,7 +7,6 @@ import pytest
 import torch
 from moeexp_kernels.ops import gated_delta
 from moeexp_kernels.ops.gated_delta import gdn_decode
-from moeexp_kernels.ops.gated_delta_out import gdn_decode_out
 from moeexp_kernels.ops.gated_delta_prefill import gdn_prefill
 from moeexp_kernels.parts import tuning
 from test_kernels_gated_delta import (
@@ -18,11 +17,9 @@ from test_kernels_gated_delta import (
     PREFILL_TOL,
     STATE,
     check,
-    check_out,
     correlated,
     definition,
     make_case,
-    out_case,
     run,
     set_tuned,
 )  # fmt: skip
@@ -206,15 +203,3 @@ def test_few_and_many_programs_agree():
     together = run(gdn_decode, case)
     for many, one, name in zip(together, run(gdn_decode, alone), ("output", *STATE), strict=True):
         common.assert_close_ratio(many[:1], one, DECODE_TOL[BF16], name)
-
-
-@pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("bits", [4, 8, 16])
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("heads, dims, rows", [(*REAL, 2048), ((1, 3), (80, 64), 7)])
-def test_decode_with_the_output_projection(heads, dims, rows, batch, bits, dtype):
-    seed = torch.randint(0, 2**31 - 16, ()).item()
-    print(f"seed {seed}")
-    case = out_case(batch, heads, dims, dtype, rows=rows, bits=bits, group=min(128, dims[1]), seed=seed)
-    check_out(case, DECODE_TOL[dtype])
-    common.assert_bitwise_stable(lambda: run(gdn_decode_out, case), RUNS)

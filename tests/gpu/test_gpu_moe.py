@@ -8,9 +8,7 @@ from kernels_common import TOLERANCE, assert_bitwise_equal, assert_close_ratio, 
 from moeexp_kernels.ops.moe import moe_decode, reference_moe_decode
 from moeexp_kernels.ops.moe_prefill import moe_prefill, sort_by_expert
 from moeexp_kernels.ops.router import reference_router, router
-from moeexp_kernels.ops.router_fused import router_fused
-from moeexp_kernels.parts import tuning
-from test_kernels_moe import choices, every_router, experts, one_op_and_two, route, routed
+from test_kernels_moe import choices, experts, route
 from tolerances import tolerance
 
 BIG = {"D": 2048, "E": 256, "width": 512, "shared": 512, "group": 128}
@@ -106,14 +104,13 @@ def test_expert_offsets_beyond_2_to_the_31():
         assert_bitwise_equal(op(x=x, **(big | moved)), op(x=x, **(few | picked)))
 
 
-@every_router
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("E", "k"), [(256, 8), (200, 10), (60, 1), (512, 16)])
 @pytest.mark.parametrize("tokens", [1, 8, 9, 300])
-def test_router(op, tokens, E, k, dtype):
+def test_router(tokens, E, k, dtype):
     x = randn(1, tokens, 2048, seed=torch.randint(0, 2**31, ()).item(), dtype=dtype)
     with poisoned_empty():
-        ids, weights, trace = route(op, x, E=E, k=k, S=512)
+        ids, weights, trace = route(router, x, E=E, k=k, S=512)
     # Of all experts in their order: a near-tie may fall either way in the last bits, and nothing else.
     order, shares, _ = route(reference_router, x, E=E, k=E, S=512)
     logits = torch.empty_like(shares).scatter_(-1, order.long(), shares.log())
@@ -125,64 +122,20 @@ def test_router(op, tokens, E, k, dtype):
     assert torch.equal(trace[:, :tokens], ids)
     assert_close_ratio(weights.sum(-1), torch.ones_like(weights[..., 0]), 1e-6)
     for run in range(20):
-        again = route(op, x, E=E, k=k, S=512)
+        again = route(router, x, E=E, k=k, S=512)
         assert_bitwise_equal(again[0], ids, f"run {run}")
         assert_bitwise_equal(again[1], weights, f"run {run}")
 
 
-@every_router
 @pytest.mark.parametrize("tokens", [1, 40])
-def test_router_chooses_as_float32_would_on_the_same_bfloat16_weights(op, tokens):
+def test_router_chooses_as_float32_would_on_the_same_bfloat16_weights(tokens):
     x = randn(1, tokens, 2048, seed=3, dtype=torch.bfloat16)
     weight = randn(256, 2048, seed=4, scale=2048**-0.5, dtype=torch.bfloat16)
-    ids, weights, _ = route(op, x, E=256, k=8, S=64, weight=weight)
+    ids, weights, _ = route(router, x, E=256, k=8, S=64, weight=weight)
     expected, shares, _ = route(reference_router, x, E=256, k=8, S=64, weight=weight)
     assert (ids != expected).float().mean() < 5e-3
     same = (ids == expected).all(-1)
     assert_close_ratio(weights[same], shares[same], 1e-4, "weights")
-
-
-@pytest.mark.parametrize("block, warps", [(1, 1), (2, 1), (1, 4), (2, 4), (4, 4), (2, 8), (64, 4)])
-@pytest.mark.parametrize("shape", [(1, 1), (8, 1), (1, 8), (3, 2)])
-def test_one_kernel_chooses_as_two_do_however_its_programs_arrive(shape, block, warps):
-    """200 calls in a row on one trace: a logit that the last program misses, or a count that is left, shows in some. The
-    logits may differ in the last bits, as a launch parameter changes the order of sums."""
-    row = {"BLOCK_N": block, "CACHE": "", "num_warps": warps}
-    for seed in range(5):
-        x = randn(*shape, 2048, seed=seed, dtype=torch.bfloat16)
-        expected, shares, _ = route(router, x, E=256, k=8, S=64)
-        with tuning.override("router_fused", "", row):
-            first = route(router_fused, x, E=256, k=8, S=64)
-            again = route(router_fused, x, E=256, k=8, S=64, calls=200)
-        for actual, wanted in zip(again, first, strict=True):
-            assert_bitwise_equal(actual, wanted)
-        same = (first[0] == expected).all(-1)
-        assert same.float().mean() > 0.8, "near-ties are rare"
-        assert_close_ratio(first[1][same], shares[same], 1e-4, "weights")
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (8, 1)])
-def test_one_kernel_in_a_cuda_graph(shape):
-    """Replays one after another, on scratch that holds the logits of the replay before: the inputs change each time."""
-    x = randn(*shape, 2048, seed=1, dtype=torch.bfloat16)
-    trace = torch.zeros(shape[0], 65, 8, dtype=torch.int32, device="cuda")
-    arguments = {
-        "norm_weight": randn(2048, seed=6, scale=0.2), "eps": 1e-6, "top_k": 8, "expert_ids": trace,
-        "weight": randn(256, 2048, seed=5, scale=2048**-0.5, dtype=torch.bfloat16),
-        "positions": torch.arange(shape[0], device="cuda") * 3,
-    }  # fmt: skip
-    router_fused(x=x, **arguments)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = router_fused(x=x, **arguments)
-    for seed in range(100):
-        x.copy_(randn(*shape, 2048, seed=seed, dtype=torch.bfloat16))
-        graph.replay()
-        found, traced = [result.clone() for result in results], trace.clone()
-        for actual, expected in zip(found, router_fused(x=x, **arguments), strict=True):
-            assert_bitwise_equal(actual, expected, f"replay {seed}")
-        assert_bitwise_equal(traced, trace, f"trace of replay {seed}")
-        assert not trace[:, -1].any()
 
 
 def test_sort_at_size():
@@ -206,16 +159,3 @@ def test_in_a_cuda_graph():
         y.fill_(float("nan"))
         graph.replay()
         assert_bitwise_equal(y, eager)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bits", [4, 8, 16])
-@pytest.mark.parametrize("shapes", [BIG, SMALL], ids=["big", "small"])
-@pytest.mark.parametrize("tokens", [1, 3, 8])
-def test_experts_that_choose_are_the_chosen_ones(tokens, shapes, bits, dtype):
-    """To the bit, over 20 runs, each of which writes a fresh trace."""
-    arguments, trace = routed(rows=(1, tokens), k=8, S=64, bits=bits, dtype=dtype, **shapes)
-    for run in range(20):
-        (y, one), (expected, two) = one_op_and_two(arguments, trace)
-        assert_bitwise_equal(y, expected, f"run {run}")
-        assert torch.equal(one, two) and one[:, 2 : 2 + tokens].any()

@@ -51,8 +51,7 @@ def decode(session, prompt):
     "axes",
     [
         [], ["state=explicit"], ["dispatch=single"], ["shared_stream=false"], ["ops.gdn_decode=einsum"],
-        ["ops.sdpa_decode=tiled"], ["ops.router=reference"], ["ops.router=fused"], ["l2_prefetch=true"],
-        ["ops.router=in_moe"], ["ops.gdn_decode=with_out"], ["ops.gdn_decode=with_out", "state=explicit", "l2_prefetch=true"],
+        ["ops.sdpa_decode=tiled"], ["ops.router=reference"], ["l2_prefetch=true"], ["state=explicit", "l2_prefetch=true"],
         ["ops.moe_decode=reference"],
     ],
     ids=lambda axes: "-".join(axes) or "default",

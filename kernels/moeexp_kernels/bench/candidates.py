@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moeexp_kernels.bench.cases import ONE_KERNEL, Spec
+from moeexp_kernels.bench.cases import Spec
 from moeexp_kernels.bench.shapes import FULL
 from moeexp_kernels.ops.linear_tile import tile_key
 
@@ -38,11 +38,6 @@ HEAD = _gemv([(16, 1, 4), (32, 1, 4), (16, 4, 4), (16, 8, 4), (16, 16, 4), (32, 
 WIDE_GEMV = _gemv([(2, 1, 2), (4, 1, 2), (8, 1, 2), (2, 1, 4), (4, 1, 4), (8, 1, 4), (16, 1, 4), (8, 1, 8), (4, 1, 8), (16, 1, 8),
                    (2, 1, 1), (4, 1, 1), (4, 4, 4), (8, 4, 8)])  # fmt: skip
 ROUTER = _gemv([(1, 1, 2), (2, 1, 2), (1, 1, 4), (2, 1, 4), (4, 1, 4), (2, 1, 8)])
-ROUTER_FUSED = tuple(  # few warps choose faster, as the choice is a chain of reductions; many read faster
-    {"BLOCK_N": block, "CACHE": cache, "num_warps": warps}
-    for block, warps in [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (2, 4), (4, 4), (2, 8)]
-    for cache in (".cg", "")
-)
 TILE = tuple(  # every warp has groups of its own: with eight, half as many registers hold the same weights
     {"BLOCK_N": block, "COLUMNS": columns, "CACHE": ".cg", "num_warps": warps}
     for block, columns, warps in [
@@ -133,10 +128,6 @@ def targets(ops: list[str]) -> list[Target]:
         Target("gemv", f"plain16/{out}x{features}", (Spec("linear", "decode", 1, "gdn in", bits=16),), WIDE_GEMV),
         Target("gemm", "int4/half", (gemm,), GEMM),
         Target("router_gemv", f"plain16/{FULL.experts}x{FULL.hidden}", (Spec("router", "decode", 1),), ROUTER),
-        Target(
-            "router_fused", f"plain16/{FULL.experts}x{FULL.hidden}", (Spec("router", "decode", 1, ONE_KERNEL),),
-            ROUTER_FUSED,
-        ),
         Target("moe_gate_up", f"int4/{expert}", (moe,), GATE_UP),
         Target("moe_down", f"int4/{expert}", (moe,), DOWN),
         Target("moe_prefill", f"half/int4/{expert}", (moe_prefill,), MOE_PREFILL),

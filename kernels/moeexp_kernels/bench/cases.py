@@ -22,13 +22,11 @@ from moeexp_kernels.ops import (
     moe_prefill,
     qk_norm_rope,
     router,
-    router_fused,
     sample,
 )
 from moeexp_kernels.ops.linear_tile import tile_key
 
 EPS = 1e-6
-ONE_KERNEL = "one kernel"  # the router's decode step, fused
 
 
 @dataclass(frozen=True)
@@ -45,14 +43,10 @@ def specs(shapes: Shapes, ops: list[str], tokens: list[int], quick: bool) -> lis
     tokens, prefill = (tokens[:1], shapes.prefill[:1]) if quick else (tokens, shapes.prefill)
     found = []
     for op in ops:
-        variants = {
-            "linear": list(shapes.linears()), "attention": [str(n) for n in shapes.live], "router": ["", ONE_KERNEL],
-        }.get(op, [""])  # fmt: skip
+        variants = {"linear": list(shapes.linears()), "attention": [str(n) for n in shapes.live]}.get(op, [""])
         for variant in variants:
             # The longest context at one sequence only: eight would be a gigabyte a copy.
             few = tokens[:1] if op == "attention" and variant == str(shapes.live[-1]) else tokens
-            if variant == ONE_KERNEL:  # beyond, it is the kernels of the other variant
-                few = [count for count in tokens if linear.few_rows(count)]
             found += [Spec(op, "decode", count, variant) for count in few]
         if op == "linear" and not quick:
             found += [Spec(op, "decode", tokens[0], "gdn in", bits=bits) for bits in (8, 16)]
@@ -102,15 +96,11 @@ def build_linear(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
 
 
 def same_choice(actual: tuple, expected: tuple) -> list[Result]:
-    """The router: shares by ratio; ids may differ only where two logits are equal to rounding, which is rare. A count left in
-    the trace's last slot would let the calls that are timed choose nothing."""
-    ids, shares, trace = actual
+    """The router: shares by ratio; ids may differ only where two logits are equal to rounding, which is rare."""
+    ids, shares, _ = actual
     expected_ids, expected_shares, _ = expected
-    other, left = (ids != expected_ids).float().mean().item(), trace[:, -1].ne(0).sum().item()
-    return [
-        ratios("shares", shares, expected_shares, DECODE_GATE), ("ids that differ", other, 1e-3, other),
-        ("trace's last slot", left, 0.0, left),
-    ]  # fmt: skip
+    other = (ids != expected_ids).float().mean().item()
+    return [ratios("shares", shares, expected_shares, DECODE_GATE), ("ids that differ", other, 1e-3, other)]
 
 
 def build_router(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
@@ -118,9 +108,8 @@ def build_router(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
     batch, tokens = (spec.tokens, 1) if decode else (1, spec.tokens)
     x = source.randn(batch, tokens, shapes.hidden)
     weight = source.randn(shapes.experts, shapes.hidden, scale=shapes.hidden**-0.5)
-    one_kernel = spec.variant == ONE_KERNEL
-    row = "router_fused" if one_kernel else "router_gemv" if decode else "router_gemm"
-    trace = torch.zeros(batch, tokens + 1, shapes.top_k, dtype=torch.int32, device=source.device)
+    row = "router_gemv" if decode else "router_gemm"
+    trace = torch.zeros(batch, tokens, shapes.top_k, dtype=torch.int32, device=source.device)
     shared = {
         "x": x, "norm_weight": source.randn(shapes.hidden, dtype=torch.float32, scale=0.2), "eps": EPS,
         "top_k": shapes.top_k, "positions": torch.zeros(batch, dtype=torch.int64, device=source.device),
@@ -129,8 +118,8 @@ def build_router(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
     copies = [{**shared, "weight": weight.clone()} for _ in range(count_for(cold, size_of(weight)))]
     return Case(
         op="router", phase=spec.phase, tokens=spec.tokens,
-        shape=f"{shapes.experts}x{shapes.hidden} bf16, top {shapes.top_k}{f', {ONE_KERNEL}' if one_kernel else ''}",
-        call=router_fused.router_fused if one_kernel else router.router, reference=router.reference_router, copies=copies,
+        shape=f"{shapes.experts}x{shapes.hidden} bf16, top {shapes.top_k}", call=router.router,
+        reference=router.reference_router, copies=copies,
         mutated=("expert_ids",),
         moved=size_of(x, weight) + 12 * spec.tokens * shapes.top_k, gate=gate_of(spec), compare=same_choice,
         flops=2 * spec.tokens * shapes.experts * shapes.hidden,

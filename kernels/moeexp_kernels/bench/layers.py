@@ -18,7 +18,7 @@ from moeexp_kernels.bench.case import Source
 from moeexp_kernels.bench.cases import EPS
 from moeexp_kernels.bench.shapes import Shapes
 from moeexp_kernels.bench.timing import graph_samples
-from moeexp_kernels.ops import attention, gated_delta, gated_delta_out, linear, moe, moe_routed, qk_norm_rope, router
+from moeexp_kernels.ops import attention, gated_delta, linear, moe, qk_norm_rope, router
 
 LAYERS = ("gdn", "gdn", "gdn", "attention")
 SLOTS, POSITION = 1024, 512  # of the KV cache; where the token stands
@@ -61,33 +61,27 @@ class Layers:
         shared |= self._weights("down", shapes.experts, shapes.hidden, shapes.expert_width)
         self.layers = [self._layer(kind, shared) for kind in LAYERS]
 
-    def call(self, x: Tensor, *, joined: bool) -> Tensor:
-        """x [sequences, 1, D] after the four layers; states advance. joined: the ops `in_moe` and `with_out`."""
+    def call(self, x: Tensor) -> Tensor:
+        """x [sequences, 1, D] after the four layers; states advance."""
         for layer in self.layers:
-            x = self._mix(layer, x, joined)
+            x = self._mix(layer, x)
             common = {"x": x, "norm_weight": layer.moe_norm, "eps": EPS}
             choice = {"top_k": self.shapes.top_k, "positions": self._positions, "expert_ids": layer.trace}
-            if joined:
-                x = moe_routed.moe_routed(**common, router=layer.router, **choice, **layer.experts)
-            else:
-                ids, weights = router.router(**common, weight=layer.router, **choice)
-                x = moe.moe_decode(**common, ids=ids, weights=weights, **layer.experts)
+            ids, weights = router.router(**common, weight=layer.router, **choice)
+            x = moe.moe_decode(**common, ids=ids, weights=weights, **layer.experts)
         return x
 
-    def microseconds(self, *, joined: bool, replays: int = 40, early: bool = True) -> float:
+    def microseconds(self, *, replays: int = 40, early: bool = True) -> float:
         """Median time of a layer, of graphs of several chains."""
         samples = graph_samples(
-            lambda _: self.call(self.x, joined=joined), [{}], calls=CALLS, replays=replays, early="all" if early else "none"
+            lambda _: self.call(self.x), [{}], calls=CALLS, replays=replays, early="all" if early else "none"
         )
         return statistics.median(samples) / len(LAYERS)
 
-    def _mix(self, layer: Layer, x: Tensor, joined: bool) -> Tensor:
+    def _mix(self, layer: Layer, x: Tensor) -> Tensor:
         proj = linear.linear(x=x, norm_weight=layer.norm, eps=EPS, **layer.project_in)
         if layer.kind == "gdn":
-            arguments = {"proj": proj, "eps": EPS, **layer.mixer, **layer.state}
-            if joined:
-                return gated_delta_out.gdn_decode_out(**arguments, **layer.project_out, residual=x)
-            mixed = gated_delta.gdn_decode(**arguments)
+            mixed = gated_delta.gdn_decode(proj=proj, eps=EPS, **layer.mixer, **layer.state)
         else:
             q = qk_norm_rope.qk_norm_rope(qkv=proj, positions=self._positions, eps=EPS, **layer.mixer, **layer.state)
             mixed = attention.sdpa_decode_splitk(q=q, qkv=proj, positions=self._positions, **layer.state)
@@ -113,7 +107,7 @@ class Layers:
             project_in=self._weights("weight", *linears[f"{kind} in"][:2]),
             project_out=self._weights("weight", *linears["out"][:2]),
             router=source.randn(shapes.experts, shapes.hidden, scale=shapes.hidden**-0.5),
-            trace=torch.zeros(self.sequences, SLOTS + 1, shapes.top_k, dtype=torch.int32, device=source.device),
+            trace=torch.zeros(self.sequences, SLOTS, shapes.top_k, dtype=torch.int32, device=source.device),
         )  # fmt: skip
 
     def _delta_net(self) -> tuple[dict, dict[str, Tensor]]:

@@ -63,7 +63,7 @@ def score(cases: list[Case], chain: Layers | None) -> tuple[float, str | None]:
         except (triton.runtime.errors.OutOfResources, triton.CompilationError, ValueError) as error:
             return math.inf, f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         times.append(statistics.median(samples))
-    return statistics.geometric_mean(times) if chain is None else chain.microseconds(joined=True), None
+    return statistics.geometric_mean(times) if chain is None else chain.microseconds(), None
 
 
 def choose(
@@ -89,7 +89,7 @@ def choose(
             again = []
             for either in (best, row):
                 with tuning.override(target.op, target.key, either):
-                    again.append(chain.microseconds(joined=True))
+                    again.append(chain.microseconds())
             best_time, taken = again
             better = taken < CHAIN_MARGIN * best_time
         lines.append(f"  {taken:9.2f} us  {'best' if better else '    '} {change}" + (f"  {problem}" if problem else ""))

@@ -269,13 +269,12 @@ def _conv_now(proj, channels, live, past, newest):
 
 @triton.jit
 def _decode_kernel(
-    proj, conv_weight, a_log, dt_bias, conv_state, state, raw, squares, stride_b,
+    proj, conv_weight, a_log, dt_bias, conv_state, state, raw, stride_b,
     L2_EPS: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr,
-    SPLIT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OVERLAP: tl.constexpr, SQUARES: tl.constexpr,
+    SPLIT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (Hv * SPLIT, B), SPLIT programs of BV columns for each value head: the state, in place, and S^T q into `raw`
-    [B, Hv, Dv] float32. The conv state is left alone, because several programs read the same channels of it. SQUARES: the
-    sum of each program's squared results goes into `squares` [B, Hv, SPLIT] float32.
+    [B, Hv, Dv] float32. The conv state is left alone, because several programs read the same channels of it.
 
     A barrier stands between the loads and the stores of state: where a tile has fewer elements than the CTA has threads,
     several warps load the same element."""
@@ -307,7 +306,6 @@ def _decode_kernel(
     proj += ready
     state += ready
     raw += ready
-    squares += ready
     q = _conv_now(proj, q_channel, in_k, q_past, q_newest)
     k = _conv_now(proj, k_channel, in_k, k_past, k_newest)
     v = _conv_now(proj, v_channel, in_v, v_past, v_newest)
@@ -325,10 +323,7 @@ def _decode_kernel(
     delta = beta * (v - decay * seen)
     tl.debug_barrier()
     tl.store(state + tile, old * decay + k[:, None] * (k_norm * delta)[None, :], mask=in_tile)
-    result = decay * asked + qk * delta
-    tl.store(raw + (batch * HV + head) * DV + cols, result, mask=in_v)
-    if SQUARES:
-        tl.store(squares + batch * HV * SPLIT + tl.program_id(0), tl.sum(result * result, axis=0))
+    tl.store(raw + (batch * HV + head) * DV + cols, decay * asked + qk * delta, mask=in_v)
 
 
 @triton.jit
@@ -360,30 +355,6 @@ def _finish_kernel(
     _store_conv_state(conv_state + ready, first, count, kept, WIDTH, FLAT)
 
 
-def launch_rule(
-    *, proj: Tensor, conv_weight: Tensor, a_log: Tensor, dt_bias: Tensor, conv_state: Tensor, recurrent_state: Tensor,
-    num_k_heads: int, num_v_heads: int, head_k_dim: int, head_v_dim: int, squares: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One token's S^T q [B, Hv, Dv] float32, and with `squares` sums of its squares [B, Hv, n], to be summed over n; the
-    recurrent state is advanced, the conv state not. Arguments checked but for T."""
-    if proj.shape[1] != 1:
-        raise ValueError(f"gdn_decode takes one token per call, got {proj.shape[1]}; use gdn_prefill")
-    batch, width = proj.shape[0], conv_weight.shape[-1]
-    pad_k, pad_v = triton.next_power_of_2(head_k_dim), triton.next_power_of_2(head_v_dim)
-    key = f"{pad_k}x{pad_v}/{'few' if batch * num_k_heads <= FEW_PROGRAMS else 'many'}"
-    tuned = tuning.lookup("gdn_decode", key, tuning.architecture(proj.device))
-    split = min(tuned["split"], pad_v)
-    wide = {"dtype": torch.float32, "device": proj.device}
-    raw = torch.empty(batch, num_v_heads, head_v_dim, **wide)
-    sums = torch.empty(batch, num_v_heads, split, **wide) if squares else raw
-    wrap_triton(_decode_kernel)[(num_v_heads * split, batch, 1)](
-        proj, conv_weight, a_log, dt_bias, conv_state, recurrent_state, raw, sums, proj.stride(0), L2_EPS=L2_EPS,
-        HK=num_k_heads, HV=num_v_heads, DK=head_k_dim, DV=head_v_dim, WIDTH=width, SPLIT=split, BK=pad_k, BV=pad_v // split,
-        OVERLAP=can_overlap(proj), SQUARES=squares, num_warps=tuned["num_warps"],
-    )  # fmt: skip
-    return raw, sums
-
-
 @triton_op("moeexp::gdn_decode", mutates_args=("conv_state", "recurrent_state"))
 def gdn_decode(
     proj: Tensor,
@@ -409,16 +380,20 @@ def gdn_decode(
         recurrent_state=recurrent_state, num_k_heads=num_k_heads, num_v_heads=num_v_heads, head_k_dim=head_k_dim,
         head_v_dim=head_v_dim,
     )  # fmt: skip
+    if proj.shape[1] != 1:
+        raise ValueError(f"gdn_decode takes one token per call, got {proj.shape[1]}; use gdn_prefill")
     batch, (channels, width) = proj.shape[0], conv_weight.shape
-    pad_v = triton.next_power_of_2(head_v_dim)
+    pad_k, pad_v = triton.next_power_of_2(head_k_dim), triton.next_power_of_2(head_v_dim)
+    key = f"{pad_k}x{pad_v}/{'few' if batch * num_k_heads <= FEW_PROGRAMS else 'many'}"
+    tuned = tuning.lookup("gdn_decode", key, tuning.architecture(proj.device))
+    split, per_program = min(tuned["split"], pad_v), triton.cdiv(channels, num_v_heads)
+    raw = torch.empty(batch, num_v_heads, head_v_dim, dtype=torch.float32, device=proj.device)
     out = torch.empty(batch, 1, num_v_heads * head_v_dim, dtype=proj.dtype, device=proj.device)
-    raw, _ = launch_rule(
-        proj=proj, conv_weight=conv_weight, a_log=a_log, dt_bias=dt_bias, conv_state=conv_state,
-        recurrent_state=recurrent_state, num_k_heads=num_k_heads, num_v_heads=num_v_heads, head_k_dim=head_k_dim,
-        head_v_dim=head_v_dim, squares=False,
-    )  # fmt: skip
     common = {"HV": num_v_heads, "DV": head_v_dim, "WIDTH": width, "OVERLAP": can_overlap(proj)}
-    per_program = triton.cdiv(channels, num_v_heads)
+    wrap_triton(_decode_kernel)[(num_v_heads * split, batch, 1)](
+        proj, conv_weight, a_log, dt_bias, conv_state, recurrent_state, raw, proj.stride(0), L2_EPS=L2_EPS,
+        HK=num_k_heads, DK=head_k_dim, SPLIT=split, BK=pad_k, BV=pad_v // split, num_warps=tuned["num_warps"], **common,
+    )  # fmt: skip
     wrap_triton(_finish_kernel)[(num_v_heads, batch, 1)](
         proj, norm_weight, conv_state, raw, out, proj.stride(0), EPS=eps, CHANNELS=channels, SLICE=per_program, BV=pad_v,
         FLAT=triton.next_power_of_2(per_program * (width - 1)), num_warps=4, **common,

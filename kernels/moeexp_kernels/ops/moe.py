@@ -10,12 +10,10 @@ width.
     shared_gate_up [2*Is, D], shared_down [D, Is] likewise; shared_gate [1, D] plain
 
 Which experts a token takes: `router.py`. Experts for a few tokens are two kernels, each a GEMV per (token, expert) with the
-shared expert as one more. Many tokens: `moe_prefill.py`. With the choice of experts inside: `moe_routed.py`.
+shared expert as one more. Many tokens: `moe_prefill.py`.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +23,6 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from moeexp_kernels.ops.linear import dequantise, flat_rows, planes, rms_norm, weight_format, word_counts
-from moeexp_kernels.ops.router import choice, store_trace
 from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.checks import FLOATS, check_argument
 from moeexp_kernels.parts.pdl import after_previous, can_overlap
@@ -156,9 +153,9 @@ def swiglu_rows(
 @triton.jit
 def gate_up_kernel(
     x_ptr, norm_ptr, ids_ptr, weights_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, shared_gate_ptr, act_ptr,
-    logits_ptr, trace_ptr, positions_ptr, x_stride, T, S, trace_stride_b, trace_stride_s,
-    EPS: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr,
-    E: tl.constexpr, E_PADDED: tl.constexpr, PLANES: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr,
+    x_stride,
+    EPS: tl.constexpr, TOP_K: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr, PLANES: tl.constexpr,
+    FAST: tl.constexpr, OVERLAP: tl.constexpr,
     WIDTH: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, WORDS: tl.constexpr,
     CHUNK: tl.constexpr,
     SWIDTH: tl.constexpr, SGROUP: tl.constexpr, SBITS: tl.constexpr, SHALF: tl.constexpr, SWORDS: tl.constexpr,
@@ -166,10 +163,7 @@ def gate_up_kernel(
     BLOCK_I: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """act, rows of TOP_K * I + SI as `store_act` keeps them: each chosen expert's activations times its share, then the
-    shared expert's times its gate. Grid (blocks of rows, TOP_K + 1, M).
-
-    With E > 0 every program makes the choice itself, from logits [M, E] float32, and one of each token stores the trace;
-    with E = 0 it is given: ids and weights [M, TOP_K].
+    shared expert's times its gate. ids and weights [M, TOP_K]; grid (blocks of rows, TOP_K + 1, M).
 
     All waits, although x and the shared expert's weights need not: before the wait they won nothing (docs/log.md)."""
     ready = after_previous(OVERLAP)  # which experts to read is the previous kernel's result
@@ -177,8 +171,6 @@ def gate_up_kernel(
     ids_ptr += ready
     weights_ptr += ready
     act_ptr += ready
-    logits_ptr += ready
-    trace_ptr += ready
     first = tl.program_id(0) * BLOCK_I
     slot = tl.program_id(1)
     m = tl.program_id(2).to(tl.int64)
@@ -187,19 +179,8 @@ def gate_up_kernel(
     act_ptr += m * (row * (2 if PLANES == 1 else 1)) + slot * WIDTH
     if slot < TOP_K:
         if first < WIDTH:
-            if E:
-                ids, shares = choice(logits_ptr + m * E, E, E_PADDED, TOP_K, SLOTS, "")
-                mine = tl.arange(0, SLOTS) == slot
-                expert = tl.sum(tl.where(mine, ids, 0), axis=0).to(tl.int64)
-                share = tl.sum(tl.where(mine, shares, 0.0), axis=0)
-                if (slot == 0) & (first == 0):
-                    position = tl.load(positions_ptr + m // T, cache_modifier=".cg")
-                    store_trace(
-                        ids, trace_ptr, position, T, m, T, S, trace_stride_b, trace_stride_s, TOP_K, SLOTS
-                    )
-            else:
-                expert = tl.load(ids_ptr + m * TOP_K + slot).to(tl.int64)
-                share = tl.load(weights_ptr + m * TOP_K + slot)
+            expert = tl.load(ids_ptr + m * TOP_K + slot).to(tl.int64)
+            share = tl.load(weights_ptr + m * TOP_K + slot)
             w_ptr += expert * (2 * WIDTH * (K // 2 if BITS == 4 else K))
             if BITS <= 8:
                 s_ptr += expert * (2 * WIDTH * 2 * (K // GROUP))
@@ -222,9 +203,9 @@ def gate_up_kernel(
 
 @triton.jit
 def down_kernel(
-    x_ptr, ids_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, act_ptr, y_ptr, logits_ptr, x_stride,
-    D: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr,
-    PLANES: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr,
+    x_ptr, ids_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, act_ptr, y_ptr, x_stride,
+    D: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, PLANES: tl.constexpr, FAST: tl.constexpr,
+    OVERLAP: tl.constexpr,
     WIDTH: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, WORDS: tl.constexpr,
     CHUNK: tl.constexpr,
     SWIDTH: tl.constexpr, SGROUP: tl.constexpr, SBITS: tl.constexpr, SHALF: tl.constexpr, SWORDS: tl.constexpr,
@@ -234,17 +215,12 @@ def down_kernel(
     """y[m, d] = x[m, d] + sum over experts and i of down[expert, d, i] * act[m, expert's slot, i], shared one last.
 
     The chosen experts' rows for one d, side by side, are one row of SLOTS * WORDS words, SLOTS = TOP_K rounded up to a
-    power of 2. FOLD rows of the shared expert are one row likewise, and its activations repeat. Grid (blocks of rows, M).
-    E as in `gate_up_kernel`."""
+    power of 2. FOLD rows of the shared expert are one row likewise, and its activations repeat. Grid (blocks of rows, M)."""
     m = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     slot = tl.arange(0, SLOTS)
     # Not the previous kernel's result but that of one before; past L1, which may hold an older token's.
-    if E:
-        ids, _ = choice(logits_ptr + m * E, E, E_PADDED, TOP_K, SLOTS, ".cg")
-        expert = tl.where(slot < TOP_K, ids, 0).to(tl.int64)
-    else:
-        expert = tl.load(ids_ptr + m * TOP_K + slot, mask=slot < TOP_K, other=0, cache_modifier=".cg").to(tl.int64)
+    expert = tl.load(ids_ptr + m * TOP_K + slot, mask=slot < TOP_K, other=0, cache_modifier=".cg").to(tl.int64)
     width: tl.constexpr = WIDTH * BITS // 32
     column = words_in_runs(WORDS, CHUNK)
     # Loaded slots first: of the dimensions without contiguous addresses, the first is spread over lanes and warps.
@@ -360,16 +336,15 @@ def expert_formats(
 
 
 def check_vectors(
-    *, x: Tensor, norm_weight: Tensor, shared_gate: Tensor, ids: Tensor | None = None, weights: Tensor | None = None
+    *, x: Tensor, norm_weight: Tensor, shared_gate: Tensor, ids: Tensor, weights: Tensor
 ) -> None:  # fmt: skip
     """`ValueError` where what the experts' ops take beside x and the matrices is not as in the legend."""
     features = x.shape[-1]
     check_argument(norm_weight, name="norm_weight", shape=(features,), dtypes=FLOATS)
     check_argument(shared_gate, name="shared_gate", shape=(1, features), dtypes=FLOATS)
-    if ids is not None and weights is not None:
-        chosen = (*x.shape[:-1], ids.shape[-1])
-        check_argument(ids, name="ids", shape=chosen, dtypes=(torch.int32,))
-        check_argument(weights, name="weights", shape=chosen, dtypes=(torch.float32,))
+    chosen = (*x.shape[:-1], ids.shape[-1])
+    check_argument(ids, name="ids", shape=chosen, dtypes=(torch.int32,))
+    check_argument(weights, name="weights", shape=chosen, dtypes=(torch.float32,))
 
 
 def format_constants(
@@ -408,31 +383,7 @@ def moe_decode(
 ) -> Tensor:
     """`reference_moe_decode` on the GPU; the same arguments, by keyword. Any number of tokens, made for up to 8: an
     expert's weights are read once for every token that chose it. `ValueError` for strides or dtypes not taken."""
-    return decode_with(
-        x=x, norm_weight=norm_weight, eps=eps, ids=ids, weights=weights, gate_up=gate_up, gate_up_scales=gate_up_scales,
-        down=down, down_scales=down_scales, shared_gate_up=shared_gate_up, shared_gate_up_scales=shared_gate_up_scales,
-        shared_down=shared_down, shared_down_scales=shared_down_scales, shared_gate=shared_gate, configs=None,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ToChoose:
-    """What the experts' kernels choose from: logits [rows, E] float32, positions and trace as in `router.py`."""
-
-    logits: Tensor
-    top_k: int
-    positions: Tensor
-    expert_ids: Tensor
-    trace_length: int  # positions that the trace has
-
-
-def decode_with(
-    *, x, norm_weight, eps, gate_up, gate_up_scales, down, down_scales,
-    shared_gate_up, shared_gate_up_scales, shared_down, shared_down_scales, shared_gate, configs, ids=None, weights=None,
-    choose: ToChoose | None = None,
-) -> Tensor:  # fmt: skip
-    """The body of `moe_decode`, with launch parameters to choose (None: the table's); either ids and weights, or `choose`."""
-    features, top_k = x.shape[-1], choose.top_k if choose else ids.shape[-1]
+    features, top_k = x.shape[-1], ids.shape[-1]
     width, up, back = expert_formats(
         gate_up=gate_up, gate_up_scales=gate_up_scales, down=down, down_scales=down_scales, features=features, name=""
     )
@@ -444,10 +395,8 @@ def decode_with(
     check_vectors(x=x, norm_weight=norm_weight, ids=ids, weights=weights, shared_gate=shared_gate)
     rows = flat.shape[0]
     arch, shape = tuning.architecture(x.device), f"{features}x{width}"
-    first, second = configs or (
-        tuning.lookup("moe_gate_up", f"{tuning.weight_class(up[0])}/{shape}", arch),
-        tuning.lookup("moe_down", f"{tuning.weight_class(back[0])}/{shape}", arch),
-    )
+    first = tuning.lookup("moe_gate_up", f"{tuning.weight_class(up[0])}/{shape}", arch)
+    second = tuning.lookup("moe_down", f"{tuning.weight_class(back[0])}/{shape}", arch)
     act_row = top_k * width + shared_width
     shape, dtype = ((rows, act_row), torch.float32) if planes(x.dtype) == 2 else ((rows, 2, act_row), torch.bfloat16)
     act = torch.empty(shape, dtype=dtype, device=x.device)
@@ -457,20 +406,12 @@ def decode_with(
         return weight if scales is None else scales
 
     slots = triton.next_power_of_2(top_k)
-    if choose is None:
-        given, trace, counts = (ids, weights), (ids, ids, ids), (0, 0, 0, 0)
-        experts = {"E": 0, "E_PADDED": 1}
-    else:
-        held = choose.expert_ids
-        given, trace = (choose.logits, choose.logits), (choose.logits, held, choose.positions)
-        counts = (x.shape[1], choose.trace_length, held.stride(0), held.stride(1))
-        experts = {"E": gate_up.shape[0], "E_PADDED": triton.next_power_of_2(gate_up.shape[0])}
     grid = (triton.cdiv(max(width, shared_width), first["BLOCK_I"]), top_k + 1, rows)
     wrap_triton(gate_up_kernel)[grid](
-        flat, norm_weight, *given, gate_up, stored(gate_up_scales, gate_up),
-        shared_gate_up, stored(shared_gate_up_scales, shared_gate_up), shared_gate, act, *trace, flat.stride(0), *counts,
-        EPS=eps, TOP_K=top_k, SLOTS=slots, K=features, K_PADDED=triton.next_power_of_2(features), FAST=x.is_cuda,
-        PLANES=planes(x.dtype), OVERLAP=can_overlap(x), **experts,
+        flat, norm_weight, ids, weights, gate_up, stored(gate_up_scales, gate_up),
+        shared_gate_up, stored(shared_gate_up_scales, shared_gate_up), shared_gate, act, flat.stride(0),
+        EPS=eps, TOP_K=top_k, K=features, K_PADDED=triton.next_power_of_2(features), FAST=x.is_cuda,
+        PLANES=planes(x.dtype), OVERLAP=can_overlap(x),
         **format_constants(weight=gate_up, width=width, features=features, bits=up[0], group=up[1]),
         **format_constants(
             weight=shared_gate_up, width=shared_width, features=features, bits=shared_up[0], group=shared_up[1],
@@ -479,9 +420,9 @@ def decode_with(
         **first,
     )  # fmt: skip
     wrap_triton(down_kernel)[(triton.cdiv(features, second["BLOCK_D"]), rows)](
-        flat, given[0], down, stored(down_scales, down), shared_down, stored(shared_down_scales, shared_down), act, y,
-        trace[0], flat.stride(0), D=features, TOP_K=top_k, SLOTS=slots, FAST=x.is_cuda, PLANES=planes(x.dtype),
-        OVERLAP=can_overlap(x), **experts,
+        flat, ids, down, stored(down_scales, down), shared_down, stored(shared_down_scales, shared_down), act, y,
+        flat.stride(0), D=features, TOP_K=top_k, SLOTS=slots, FAST=x.is_cuda, PLANES=planes(x.dtype),
+        OVERLAP=can_overlap(x),
         **format_constants(weight=down, width=width, features=width, bits=back[0], group=back[1], run=DOWN_RUN),
         **format_constants(
             weight=shared_down, width=shared_width, features=shared_width, bits=shared_back[0], group=shared_back[1],

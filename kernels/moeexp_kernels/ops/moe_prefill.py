@@ -257,21 +257,6 @@ def moe_prefill(
     """`reference_moe_prefill` on the GPU; the same arguments, by keyword. Any number of tokens, symbolic too.
 
     `ValueError` for strides or dtypes that the kernels do not take."""
-    return prefill_with(
-        x=x, norm_weight=norm_weight, eps=eps, ids=ids, weights=weights, gate_up=gate_up, gate_up_scales=gate_up_scales,
-        down=down, down_scales=down_scales, shared_gate_up=shared_gate_up, shared_gate_up_scales=shared_gate_up_scales,
-        shared_down=shared_down, shared_down_scales=shared_down_scales, shared_gate=shared_gate,
-        config=None,
-    )  # fmt: skip
-
-
-def prefill_with(
-    *, x, norm_weight, eps, ids, weights, gate_up, gate_up_scales, down, down_scales,
-    shared_gate_up, shared_gate_up_scales, shared_down, shared_down_scales, shared_gate, config,
-) -> Tensor:  # fmt: skip
-    """The body of `moe_prefill`, with launch parameters to choose (None: the table's).
-
-    There block_m is one for both routed kernels, and BLOCK_K counts stored columns."""
     features, top_k = x.shape[-1], ids.shape[-1]
     width, up, back = expert_formats(
         gate_up=gate_up, gate_up_scales=gate_up_scales, down=down, down_scales=down_scales, features=features, name=""
@@ -289,7 +274,7 @@ def prefill_with(
         h, shared_gate, gate, K=features, K_PADDED=triton.next_power_of_2(features)
     )
     key = f"{tuning.activation_class(x.dtype)}/{tuning.weight_class(up[0])}/{features}x{width}"
-    config = config or tuning.lookup("moe_prefill", key, tuning.architecture(x.device))
+    config = tuning.lookup("moe_prefill", key, tuning.architecture(x.device))
     experts, block_m = gate_up.shape[0], config["block_m"]
     order, block_expert = sort_by_expert(ids=ids, experts=experts, block_m=block_m)
     pairs = launch_experts(

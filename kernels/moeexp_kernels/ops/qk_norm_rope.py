@@ -29,10 +29,12 @@ def reference_qk_norm_rope(
     num_heads: int,
     eps: float,
     live: Tensor | None = None,
+    attention_factor: float = 1.0,
 ) -> Tensor:
     """Writes this call's keys and values into the caches; returns the rotated queries [B, T, H, Dh], qkv's dtype.
 
-    live [B] int64 in 1..T: keys and values of only so many tokens of each row are written. None: all T."""
+    live [B] int64 in 1..T: keys and values of only so many tokens of each row are written. None: all T.
+    attention_factor: times cosine and sine, so of the rotary dims alone (YaRN, arXiv 2309.00071, section 3.4)."""
     batch, kv_heads, _, head_dim = k_cache.shape
     tokens = qkv.shape[1]
     q, k, v = qkv.split([2 * num_heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], dim=-1)
@@ -41,6 +43,8 @@ def reference_qk_norm_rope(
     slots = positions[:, None] + torch.arange(tokens, device=qkv.device)  # [B, T]
     angle = slots[..., None].float() * inv_freq
     cos, sin = angle.cos()[:, :, None], angle.sin()[:, :, None]  # [B, T, 1, R/2]
+    if attention_factor != 1.0:
+        cos, sin = cos * attention_factor, sin * attention_factor
     half = inv_freq.shape[0]
 
     def rotate(x: Tensor) -> Tensor:
@@ -62,7 +66,8 @@ def reference_qk_norm_rope(
 
 @triton.jit
 def _load_rotation(
-    norm, inv_freq, slot, DH: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr
+    norm, inv_freq, slot, DH: tl.constexpr, HALF: tl.constexpr, FACTOR: tl.constexpr,
+    BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     """1 + the norm's weights of the two rotary halves and of the rest, cosine and sine: what no kernel of a step makes."""
     half = tl.arange(0, BLOCK_HALF)
@@ -71,7 +76,11 @@ def _load_rotation(
     second = 1.0 + tl.load(norm + HALF + half, mask=half < HALF, other=0.0).to(tl.float32)
     tail = 1.0 + tl.load(norm + rest, mask=rest < DH, other=0.0).to(tl.float32)
     angle = slot.to(tl.float32) * tl.load(inv_freq + half, mask=half < HALF, other=0.0)
-    return first, second, tail, tl.cos(angle), tl.sin(angle)
+    cos, sin = tl.cos(angle), tl.sin(angle)
+    if FACTOR != 1.0:
+        cos *= FACTOR
+        sin *= FACTOR
+    return first, second, tail, cos, sin
 
 
 @triton.jit
@@ -103,7 +112,7 @@ def _norm_rotate_store(
 def _qk_norm_rope_kernel(
     qkv, q_norm, k_norm, inv_freq, positions, lengths, k_cache, v_cache, out, tokens, slots,
     qkv_stride_b, qkv_stride_t, cache_stride_b, cache_stride_h,
-    H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr,
+    H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr, FACTOR: tl.constexpr,
     BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LIVE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -114,7 +123,7 @@ def _qk_norm_rope_kernel(
     row = qkv + b * qkv_stride_b + t * qkv_stride_t
     slot = tl.load(positions + b, cache_modifier=".cg") + t
     if head < H:
-        first, second, tail, cos, sin = _load_rotation(q_norm, inv_freq, slot, DH, HALF, BLOCK_HALF, BLOCK_REST)
+        first, second, tail, cos, sin = _load_rotation(q_norm, inv_freq, slot, DH, HALF, FACTOR, BLOCK_HALF, BLOCK_REST)
         ready = after_previous(OVERLAP)
         source = row + ready + head * 2 * DH
         target = out + ready + ((b * tokens + t) * H + head) * DH
@@ -129,7 +138,7 @@ def _qk_norm_rope_kernel(
             counts = counts & (t < tl.load(lengths + b, cache_modifier=".cg"))
         stored = tl.where(counts, DH, 0)
         cell = b * cache_stride_b + kv_head.to(tl.int64) * cache_stride_h + slot * DH
-        first, second, tail, cos, sin = _load_rotation(k_norm, inv_freq, slot, DH, HALF, BLOCK_HALF, BLOCK_REST)
+        first, second, tail, cos, sin = _load_rotation(k_norm, inv_freq, slot, DH, HALF, FACTOR, BLOCK_HALF, BLOCK_REST)
         ready = after_previous(OVERLAP)
         source = row + ready + 2 * H * DH + kv_head * DH
         cell += ready
@@ -153,6 +162,7 @@ def qk_norm_rope(
     num_heads: int,
     eps: float,
     live: Tensor | None = None,
+    attention_factor: float = 1.0,
 ) -> Tensor:
     """`reference_qk_norm_rope` as one kernel, any T. [B, T, H, Dh] in qkv's dtype; writes slots [pos, pos+T) of both caches.
 
@@ -180,8 +190,9 @@ def qk_norm_rope(
     wrap_triton(_qk_norm_rope_kernel)[(tokens, num_heads + kv_heads, batch)](
         qkv, q_norm, k_norm, inv_freq, positions, positions if live is None else live, k_cache, v_cache, out, tokens, slots,
         qkv.stride(0), qkv.stride(1), k_cache.stride(0), k_cache.stride(1),
-        H=num_heads, HKV=kv_heads, DH=head_dim, HALF=half, EPS=eps, BLOCK_HALF=triton.next_power_of_2(half),
-        BLOCK_REST=triton.next_power_of_2(max(head_dim - 2 * half, 1)), BLOCK_D=block_d(head_dim),
+        H=num_heads, HKV=kv_heads, DH=head_dim, HALF=half, EPS=eps, FACTOR=attention_factor,
+        BLOCK_HALF=triton.next_power_of_2(half), BLOCK_REST=triton.next_power_of_2(max(head_dim - 2 * half, 1)),
+        BLOCK_D=block_d(head_dim),
         HAS_LIVE=live is not None, OVERLAP=can_overlap(qkv), num_warps=tuned("qk_norm_rope", out)["num_warps"],
     )  # fmt: skip
     return out

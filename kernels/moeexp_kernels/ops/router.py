@@ -5,13 +5,10 @@ Shape letters: B batch, T tokens of this call, D hidden, E experts, k experts pe
     x            [B, T, D]     residual stream, *before* the norm, which the router applies itself
     norm_weight  [D]           unit-offset RMSNorm
     weight       [E, D] plain
-    expert_ids   [B, S + 1, k] int32, a trace of the choices; updated in place
-
-The last slot of the trace holds no choice: it is zero before and after every call, and `router_fused` counts in it.
+    expert_ids   [B, S, k] int32, a trace of the choices; updated in place
 
 `router` is two kernels, logits and choice: one CTA alone would read the weights at a hundredth of the GPU's bandwidth, and
-CTAs that hand over to one another need a counter that is zero at every start. The trace is the one buffer at hand that every
-method mutates anyway.
+CTAs that hand over to one another, or experts that choose for themselves, won nothing (docs/log.md).
 """
 
 from __future__ import annotations
@@ -30,16 +27,6 @@ from moeexp_kernels.parts.checks import FLOATS, check_argument
 from moeexp_kernels.parts.pdl import after_previous, can_overlap
 
 
-def trace_positions(expert_ids: Tensor) -> int:
-    """S, how many positions a trace [B, S + 1, k] holds. `ValueError` where it has no slot for one."""
-    if expert_ids.dim() != 3 or expert_ids.shape[1] < 2:
-        raise ValueError(
-            f"expert_ids has shape {tuple(expert_ids.shape)}; supported: [B, S + 1, k] with S >= 1 positions, as the last "
-            "slot holds no choice"
-        )
-    return expert_ids.shape[1] - 1
-
-
 def reference_router(
     *,
     x: Tensor,
@@ -53,11 +40,10 @@ def reference_router(
 ) -> tuple[Tensor, Tensor]:
     """softmax(norm(x) @ weight.T), its k largest, renormalised to sum 1.
 
-    weight [E, D] plain; positions [B] int64; expert_ids [B, S + 1, k] int32 is a trace, written in place at slots
-    [pos, pos + T), or [pos, pos + live) where live [B] int64 in 1..T is given; never at the last, slot S. Returns
-    (ids [B, T, k] int32, weights [B, T, k] float32), largest first. `ValueError` for a trace of fewer than two slots."""
+    weight [E, D] plain; positions [B] int64; expert_ids [B, S, k] int32 is a trace, written in place at slots
+    [pos, pos + T), or [pos, pos + live) where live [B] int64 in 1..T is given. Returns (ids [B, T, k] int32, weights
+    [B, T, k] float32), largest first."""
     batch, tokens = x.shape[:2]
-    length = trace_positions(expert_ids)
     logits = F.linear(rms_norm(x=x, weight=norm_weight, eps=eps), weight.float())
     weights, ids = logits.softmax(-1).topk(top_k, dim=-1)
     ids = ids.to(torch.int32)
@@ -66,8 +52,7 @@ def reference_router(
     if live is not None:  # as in reference_qk_norm_rope
         index = torch.minimum(torch.arange(tokens, device=x.device), live[:, None] - 1)
         slots, traced = positions[:, None] + index, ids[rows, index]
-    # A position that is none must fail as an index, and neither it nor -1 reach the last slot, which is no position's.
-    slots = torch.where((slots >= 0) & (slots < length), slots, length + 1)
+    slots = torch.where(slots >= 0, slots, expert_ids.shape[1])  # a position that is none must fail as an index
     # index_put_, not `expert_ids[...] = ids`: the latter strips leading ones, which forbids exporting T = 1.
     expert_ids.index_put_((rows, slots), traced)
     return ids, weights / weights.sum(-1, keepdim=True)
@@ -75,7 +60,7 @@ def reference_router(
 
 @triton.jit
 def choice(
-    logits_ptr, E: tl.constexpr, E_PADDED: tl.constexpr, TOP_K: tl.constexpr, K_PADDED: tl.constexpr, CACHE: tl.constexpr
+    logits_ptr, E: tl.constexpr, E_PADDED: tl.constexpr, TOP_K: tl.constexpr, K_PADDED: tl.constexpr
 ):  # fmt: skip
     """(ids int32, shares float32), both [K_PADDED]: the TOP_K largest of E logits, largest first, equal ones in the order of
     their indices; beyond TOP_K ids mean nothing and shares are 0.
@@ -83,7 +68,7 @@ def choice(
     A softmax renormalised over the chosen is the softmax of the chosen logits, so that no other exp is needed. Each round
     takes two reductions of 32-bit integers, the largest and where it stands first: one instruction a warp each."""
     e = tl.arange(0, E_PADDED)
-    logits = tl.load(logits_ptr + e, mask=e < E, other=float("-inf"), cache_modifier=CACHE)
+    logits = tl.load(logits_ptr + e, mask=e < E, other=float("-inf"))
     bits = logits.to(tl.int32, bitcast=True)
     nothing: tl.constexpr = -(2**31)
     keys = tl.where(e < E, bits ^ ((bits >> 31) & 0x7FFFFFFF), nothing)  # the float's order as an integer's
@@ -103,52 +88,28 @@ def choice(
 
 
 @triton.jit
-def choose_experts(
-    logits_ptr, ids_ptr, weights_ptr, trace_ptr, position, length, m, T, S, trace_stride_b, trace_stride_s,
-    E: tl.constexpr, E_PADDED: tl.constexpr, TOP_K: tl.constexpr, K_PADDED: tl.constexpr, CACHE: tl.constexpr,
-):  # fmt: skip
-    """The `choice` of token m (int64), stored: ids, weights and trace."""
-    ids, shares = choice(logits_ptr + m * E, E, E_PADDED, TOP_K, K_PADDED, CACHE)
-    slot = tl.arange(0, K_PADDED)
-    tl.store(ids_ptr + m * TOP_K + slot, ids, mask=slot < TOP_K)
-    tl.store(weights_ptr + m * TOP_K + slot, shares, mask=slot < TOP_K)
-    store_trace(ids, trace_ptr, position, length, m, T, S, trace_stride_b, trace_stride_s, TOP_K, K_PADDED)
-
-
-@triton.jit
-def store_trace(
-    ids, trace_ptr, position, length, m, T, S, trace_stride_b, trace_stride_s, TOP_K: tl.constexpr,
-    K_PADDED: tl.constexpr,
-):  # fmt: skip
-    """The choice of token m (int64) of B * T into the trace, if its position counts: `position` is that of its sequence's
-    first token, `length` how many of the T count. Both are values: torch would take what a function returns for made of all
-    its arguments, and a pointer among them for one that is written."""
-    slot = tl.arange(0, K_PADDED)
-    position += m % T
-    # The session refuses positions outside the trace; here they must not reach other memory.
-    counts = (position >= 0) & (position < S) & (m % T < length)
-    limit = tl.where(counts, TOP_K, 0)
-    tl.store(trace_ptr + m // T * trace_stride_b + position * trace_stride_s + slot, ids, mask=slot < limit)
-
-
-@triton.jit
 def choose_experts_kernel(
     logits_ptr, ids_ptr, weights_ptr, trace_ptr, positions_ptr, lengths_ptr, T, S, trace_stride_b, trace_stride_s,
     E: tl.constexpr, E_PADDED: tl.constexpr, TOP_K: tl.constexpr, K_PADDED: tl.constexpr, HAS_LIVE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """`choose_experts` of one token. Grid (tokens). Positions are older than a step: past L1, which may hold the last
-    token's."""
+    """The `choice` of one token, stored: ids, weights, and the trace where its position counts. Grid (tokens). Positions are
+    older than a step: past L1, which may hold the last token's."""
     m = tl.program_id(0).to(tl.int64)
-    position = tl.load(positions_ptr + m // T, cache_modifier=".cg")
+    position = tl.load(positions_ptr + m // T, cache_modifier=".cg") + m % T
     length = tl.cast(T, tl.int64)
     if HAS_LIVE:
         length = tl.load(lengths_ptr + m // T, cache_modifier=".cg")
     ready = after_previous(OVERLAP)
-    choose_experts(
-        logits_ptr + ready, ids_ptr + ready, weights_ptr + ready, trace_ptr + ready, position, length, m, T, S,
-        trace_stride_b, trace_stride_s, E, E_PADDED, TOP_K, K_PADDED, "",
-    )  # fmt: skip
+    ids, shares = choice(logits_ptr + ready + m * E, E, E_PADDED, TOP_K, K_PADDED)
+    slot = tl.arange(0, K_PADDED)
+    tl.store(ids_ptr + ready + m * TOP_K + slot, ids, mask=slot < TOP_K)
+    tl.store(weights_ptr + ready + m * TOP_K + slot, shares, mask=slot < TOP_K)
+    # The session refuses positions outside the trace; here they must not reach other memory.
+    counts = (position >= 0) & (position < S) & (m % T < length)
+    limit = tl.where(counts, TOP_K, 0)
+    trace_ptr += ready + m // T * trace_stride_b + position * trace_stride_s
+    tl.store(trace_ptr + slot, ids, mask=slot < limit)
 
 
 # --- launch ---
@@ -162,63 +123,16 @@ def check_router(
     experts = weight.shape[0]
     if not 1 <= top_k <= experts:
         raise ValueError(f"top_k={top_k}; supported: 1..{experts}, the number of experts")
-    trace_positions(expert_ids)
-    kept, choices = expert_ids.shape[0], expert_ids.shape[2]
-    if expert_ids.dtype != torch.int32 or kept != batch or choices != top_k or expert_ids.stride(-1) != 1:
+    fits = expert_ids.dim() == 3 and (expert_ids.shape[0], expert_ids.shape[2]) == (batch, top_k)
+    if expert_ids.dtype != torch.int32 or not fits or expert_ids.stride(-1) != 1:
         raise ValueError(
             f"expert_ids is {expert_ids.dtype} {tuple(expert_ids.shape)} with strides {expert_ids.stride()}; "
-            f"supported: int32 [{batch}, S + 1, {top_k}], last dimension contiguous"
+            f"supported: int32 [{batch}, S, {top_k}], last dimension contiguous"
         )
     check_argument(norm_weight, name="norm_weight", shape=(features,), dtypes=FLOATS)
     check_argument(positions, name="positions", shape=(batch,), dtypes=(torch.int64,))
     bits, _ = weight_format(weight=weight, scales=None, in_features=features, name="router weight")
     return flat_rows(x, name="x", features=features), bits
-
-
-def empty_results(*, x: Tensor, experts: int, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised: logits [B * T, E] float32, ids [B, T, k] int32, weights [B, T, k] float32."""
-    batch, tokens = x.shape[:2]
-    wide = {"dtype": torch.float32, "device": x.device}
-    return (
-        torch.empty((batch * tokens, experts), **wide),
-        torch.empty((batch, tokens, top_k), dtype=torch.int32, device=x.device),
-        torch.empty((batch, tokens, top_k), **wide),
-    )
-
-
-def launch_logits(
-    *, flat: Tensor, norm_weight: Tensor, weight: Tensor, bits: int, eps: float, out: Tensor
-) -> None:  # fmt: skip
-    """out [rows, E] float32 = norm(flat) @ weight.T, by one kernel for few rows, else by two; arguments checked."""
-    experts, features = weight.shape
-    common = {"weight": weight, "scales": None, "residual": None, "out": out, "bits": bits, "group": features}
-    arch, key = tuning.architecture(flat.device), f"{tuning.weight_class(bits)}/{experts}x{features}"
-    if few_rows(flat.shape[0]):
-        # The router's matrix is small: its row splits it so that every SM reads.
-        config = tuning.lookup("router_gemv", key, arch)
-        launch_gemv(x=flat, norm_weight=norm_weight, eps=eps, config=config, **common)
-    else:
-        h = launch_rms_norm(x=flat, norm_weight=norm_weight, eps=eps, dtype=torch.float32)
-        # Three tf32 products keep float32's bits: a rounded logit would change which experts are chosen.
-        precision = "ieee" if flat.dtype == torch.float32 else "tf32x3"
-        launch_gemm(x=h, precision=precision, config=tuning.lookup("router_gemm", key, arch), **common)
-
-
-def launch_router(
-    *, x: Tensor, flat: Tensor, norm_weight: Tensor, weight: Tensor, bits: int, eps: float, top_k: int, positions: Tensor,
-    expert_ids: Tensor, live: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(ids, weights) by a kernel or two for the logits, then one for the choice; arguments checked, `flat` x as rows."""
-    experts = weight.shape[0]
-    logits, ids, weights = empty_results(x=x, experts=experts, top_k=top_k)
-    launch_logits(flat=flat, norm_weight=norm_weight, weight=weight, bits=bits, eps=eps, out=logits)
-    wrap_triton(choose_experts_kernel)[(flat.shape[0],)](
-        logits, ids, weights, expert_ids, positions, positions if live is None else live, x.shape[1],
-        trace_positions(expert_ids), expert_ids.stride(0), expert_ids.stride(1), E=experts,
-        E_PADDED=triton.next_power_of_2(experts), TOP_K=top_k, HAS_LIVE=live is not None,
-        K_PADDED=triton.next_power_of_2(top_k), OVERLAP=can_overlap(x), num_warps=1,
-    )  # fmt: skip
-    return ids, weights
 
 
 @triton_op("moeexp::router", mutates_args={"expert_ids"})
@@ -238,7 +152,25 @@ def router(
     flat, bits = check_router(
         x=x, norm_weight=norm_weight, weight=weight, top_k=top_k, positions=positions, expert_ids=expert_ids
     )
-    return launch_router(
-        x=x, flat=flat, norm_weight=norm_weight, weight=weight, bits=bits, eps=eps, top_k=top_k, positions=positions,
-        expert_ids=expert_ids, live=live,
+    (experts, features), (batch, tokens) = weight.shape, x.shape[:2]
+    wide = {"dtype": torch.float32, "device": x.device}
+    logits = torch.empty((batch * tokens, experts), **wide)
+    ids = torch.empty((batch, tokens, top_k), dtype=torch.int32, device=x.device)
+    weights = torch.empty((batch, tokens, top_k), **wide)
+    common = {"weight": weight, "scales": None, "residual": None, "out": logits, "bits": bits, "group": features}
+    arch, key = tuning.architecture(x.device), f"{tuning.weight_class(bits)}/{experts}x{features}"
+    if few_rows(flat.shape[0]):
+        # The router's matrix is small: its row splits it so that every SM reads.
+        config = tuning.lookup("router_gemv", key, arch)
+        launch_gemv(x=flat, norm_weight=norm_weight, eps=eps, config=config, **common)
+    else:
+        h = launch_rms_norm(x=flat, norm_weight=norm_weight, eps=eps, dtype=torch.float32)
+        # Three tf32 products keep float32's bits: a rounded logit would change which experts are chosen.
+        precision = "ieee" if flat.dtype == torch.float32 else "tf32x3"
+        launch_gemm(x=h, precision=precision, config=tuning.lookup("router_gemm", key, arch), **common)
+    wrap_triton(choose_experts_kernel)[(flat.shape[0],)](
+        logits, ids, weights, expert_ids, positions, positions if live is None else live, tokens, expert_ids.shape[1],
+        expert_ids.stride(0), expert_ids.stride(1), E=experts, E_PADDED=triton.next_power_of_2(experts), TOP_K=top_k,
+        HAS_LIVE=live is not None, K_PADDED=triton.next_power_of_2(top_k), OVERLAP=can_overlap(x), num_warps=1,
     )  # fmt: skip
+    return ids, weights

@@ -30,12 +30,10 @@ OVERLAPPING = (
     "limbs_kernel",
     "linear_tile_kernel",
     "choose_experts_kernel",
-    "router_kernel",
     "gate_up_kernel",
     "down_kernel",
     "_decode_kernel",
     "_finish_kernel",
-    "gdn_out_kernel",
     "_qk_norm_rope_kernel",
     "_attend_kernel",
     "_merge_kernel",
@@ -45,10 +43,8 @@ OVERLAPPING = (
 WITHIN_AN_OP = (
     ("limbs_kernel", "linear_tile_kernel"),
     ("gemv_kernel", "choose_experts_kernel"),
-    ("gemv_kernel", "gate_up_kernel"),
     ("gate_up_kernel", "down_kernel"),
     ("_decode_kernel", "_finish_kernel"),
-    ("_decode_kernel", "gdn_out_kernel"),
     ("_attend_kernel", "_merge_kernel"),
 )
 

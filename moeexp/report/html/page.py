@@ -21,8 +21,9 @@ from moeexp.report.command_line import code_of, command_of, config_dir, given_of
 from moeexp.report.conditions import odd_ones
 from moeexp.report.html import table
 from moeexp.report.html.sections import SECTIONS, label_of
-from moeexp.report.markdown import by_medians, three
+from moeexp.report.ratios import by_medians, three
 from moeexp.report.runs import Run, gain, runs_of
+from moeexp.report.tables import Table
 
 ASSETS = Path(__file__).with_name("assets")
 # Nothing may be fetched, whatever a record's text holds.
@@ -169,7 +170,7 @@ def _gates(record: dict[str, Any]) -> str:
         for part in parts
         for gate in part["gates"]
     ]
-    return table.plain(["gate", "worst at", "value", "limit", "verdict"], rows) if rows else ""
+    return table.render(Table(["gate", "worst at", "value", "limit", "verdict"], rows)) if rows else ""
 
 
 def _verdict(gate: dict[str, Any]) -> str:
@@ -179,4 +180,4 @@ def _verdict(gate: dict[str, Any]) -> str:
 def _kernels(record: dict[str, Any]) -> str:
     kernels = (record.get("time_split") or {}).get("by_kernel") or []
     rows = [[kernel["name"], format.number(kernel["calls"]), format.number(kernel["us"])] for kernel in kernels]
-    return table.plain(["kernel", "calls per token", "µs per token"], rows) if rows else ""
+    return table.render(Table(["kernel", "calls per token", "µs per token"], rows)) if rows else ""

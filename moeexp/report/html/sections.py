@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from html import escape
 from typing import Any
 
-from moeexp.report import processes
-from moeexp.report.ablation import stacks
 from moeexp.report.conditions import CONDITIONS, LOAD, conditions
-from moeexp.report.effects import MEANING, interactions, main_effects
+from moeexp.report.effects import main_effects
 from moeexp.report.format import number
 from moeexp.report.html import svg
 from moeexp.report.html import table as html_table
 from moeexp.report.html.svg import Bar, Point, Row, Scale
 from moeexp.report.intervals import tokens_per_step
-from moeexp.report.markdown import (
-    by_medians,
-    legend,
-    stack_legend,
-    stack_line,
-    stack_table,
-    steps_legend,
-    steps_table,
-    three,
-    times,
-)
+from moeexp.report.ratios import by_medians, legend, three, times
 from moeexp.report.records import cell_of
 from moeexp.report.runs import Run, settings_text
+from moeexp.report.tables import TABLES, Table, steps_table
 from moeexp.report.waterfall import Step, waterfalls
 
 MOST = 40  # rows of a chart
-NUMBER = ' class="number"'
 LONG = 60  # characters of a setting in a label
 
 
@@ -42,27 +31,22 @@ def label_of(run: Run) -> str:
     return cell_of(run.record) or settings_text(settings) or run.id
 
 
-def _processes(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
-    found = processes.processes(runs)
-    if not found:
-        return ""
-    return html_table.plain(processes.HEADER, processes.rows(found), ["wrap"]) + html_table.below(processes.NOTE)
+def _tables(name: str) -> Callable[[Sequence[Run], Sequence[Run]], str]:
+    """A section of tables alone."""
+    return lambda runs, ranked: "".join(map(html_table.render, TABLES[name](runs)))
 
 
 def _waterfall(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
     text = ""
     for steps in waterfalls(runs):
-        of = settings_text(steps[0].run.workload)
+        table = steps_table(steps)
         most = max(step.run.speed.tok_s for step in steps if step.run.speed)
         drawn, before = [], None
         for step in (step for step in steps if step.run.prepared):  # the table lists the others
             drawn.append(_step(step, before))
             before = step.run.speed.tok_s if step.run.speed else before
-        text += (f"<h3>{escape(of)}</h3>" if of else "") + svg.rows(drawn, Scale(0, most), "tok/s")
-        header, table = steps_table(steps)
-        css = {"step": "wrap", "verdict": "wrap", "tok/s": "number", "ms/token": "number"}
-        text += html_table.plain(header, table, [css.get(name, "") for name in header])
-        text += html_table.below(steps_legend(steps))
+        text += (f"<h3>{escape(table.of)}</h3>" if table.of else "") + svg.rows(drawn, Scale(0, most), "tok/s")
+        text += html_table.render(replace(table, of=""))
     head = "<p>Decode speed, and what each step gained over the one before, with its 95 % interval.</p>"
     return head + text if text else ""
 
@@ -180,39 +164,6 @@ def _effects(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
     return head + svg.rows(drawn, scale, "× speed", zero=1.0) + marks
 
 
-def _interactions(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
-    found = interactions(runs)
-    if not found:
-        return ""
-    order = {"combine": 0, "cancel": 1, "overlap": 2}
-    found.sort(key=lambda one: order.get(one.verdict, 3))
-    rows = "".join(
-        f'<tr><td class="{escape(one.verdict.replace(" ", "-"))}">{escape(one.phrase)}</td>'
-        f"<td>{escape(f'{one.first[0]}: {one.first[1]} → {one.first[2]}')}</td>"
-        f"<td>{escape(f'{one.second[0]}: {one.second[1]} → {one.second[2]}')}</td>"
-        f'<td class="number">× {three(one.alone[0])}</td><td class="number">× {three(one.alone[1])}</td>'
-        f'<td class="number">× {three(one.together)}</td><td class="number">{escape(times(one.ratio, beside=True))}</td></tr>'
-        for one in found
-    )
-    names = ("verdict", "setting", "with", "first alone", "second alone", "together", "against the product")
-    head = "".join(f"<th{NUMBER if column > 2 else ''}>{name}</th>" for column, name in enumerate(names))
-    seen = dict.fromkeys(one.verdict for one in found)
-    meaning = "; ".join(f"{word}: {MEANING[word]}" for word in seen if word in MEANING)
-    table = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-    return f"<p>Two settings together against the product of what each does alone. {escape(meaning)}.</p>{table}" + (
-        html_table.below(legend(one.ratio for one in found))
-    )
-
-
-def _stack(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
-    text = ""
-    for stack in stacks(runs):
-        of = f"{settings_text(stack.baseline.point)} → {settings_text(stack.full.point)}"
-        text += f"<h3>{escape(of)}</h3>" + html_table.plain(*stack_table(stack), ["", "", "number", "number"])
-        text += f"<p>{escape(stack_line(stack))}</p>" + html_table.below(stack_legend(stack))
-    return text
-
-
 # They add up to the wall-clock time.
 PARTS = ("kernels", "copies", "gaps", "host")
 
@@ -255,8 +206,7 @@ def _environment(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
             rows.append([name, "; ".join(parts)])
     versions = (ran[0].record["environment"] or {}).get("versions") or {}
     rows.append(["versions of the first run", ", ".join(f"{k} {v}" for k, v in versions.items() if v)])
-    table = html_table.plain(["condition", "value"], rows, ["", "wrap"])
-    return table + (_telemetry(ranked) or _gpu_states(ranked))
+    return html_table.render(Table(["condition", "value"], rows, css=["", "wrap"])) + (_telemetry(ranked) or _gpu_states(ranked))
 
 
 TELEMETRY = {
@@ -286,7 +236,7 @@ def _telemetry(ranked: Sequence[Run]) -> str:
     if not rows:
         return ""
     header = ["run", *(f"{TELEMETRY[name]}, least – median – most" for name in names), "cores other processes used", "throttled"]
-    return "<h3>While timed</h3>" + html_table.plain(header, rows, ["wrap"])
+    return html_table.render(Table(header, rows, of="While timed", css=["wrap"]))
 
 
 def _gpu_states(ranked: Sequence[Run]) -> str:
@@ -300,7 +250,7 @@ def _gpu_states(ranked: Sequence[Run]) -> str:
             rows.append([label_of(run), *states])
     if not rows:
         return ""
-    return "<h3>GPU before and after</h3>" + html_table.plain(["run", *names.values()], rows, ["wrap"])
+    return html_table.render(Table(["run", *names.values()], rows, of="GPU before and after", css=["wrap"]))
 
 
 def _legend(parts: dict[str, str]) -> str:
@@ -316,11 +266,11 @@ def _cut(ranked: Sequence[Any]) -> str:
 
 # In the order of the page.
 SECTIONS: dict[str, Callable[[Sequence[Run], Sequence[Run]], str]] = {
-    "Processes": _processes,
+    "Processes": _tables("Processes"),
     "Speed-up": _waterfall,
     "Effects": _effects,
-    "Interactions": _interactions,
-    "Full stack": _stack,
+    "Interactions": _tables("Interactions"),
+    "Full stack": _tables("Alone and in the full stack"),
     "Latency": _latencies,
     "Time split": _time_split,
     "Memory": _memory,

@@ -1,4 +1,4 @@
-"""The ranked table of runs with its filters, and plain tables."""
+"""The ranked table of runs with its filters, and the tables of `report.tables`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from html import escape
 from typing import Any
 
 from moeexp.report.format import MEDIAN, MEDIAN_NOTE, NONE, number
-from moeexp.report.markdown import by_medians, legend, three, times
+from moeexp.report.ratios import by_medians, legend, three, times
 from moeexp.report.records import cell_of, in_time, is_median, why
 from moeexp.report.runs import Run, gain
+from moeexp.report.tables import Table
 
 SPEED = "decode tok/s"
 FIRST = ("cell", SPEED)
@@ -81,15 +82,24 @@ def below(line: str) -> str:
     return f'<p class="soft">{escape(line)}</p>' if line else ""
 
 
-def plain(header: Sequence[str], rows: Sequence[Sequence[str]], css: Sequence[str] = ()) -> str:
-    """Text cells, escaped. css: a class for each column."""
-    classes = [f' class="{css[column]}"' if column < len(css) and css[column] else "" for column in range(len(header))]
-    head = "".join(f"<th{c}>{escape(name)}</th>" for name, c in zip(header, classes, strict=True))
-    body = "".join(
-        "<tr>" + "".join(f"<td{c}>{escape(cell)}</td>" for cell, c in zip(row, classes, strict=True)) + "</tr>"
-        for row in rows
+def render(table: Table) -> str:
+    """A table of a report, its texts escaped, under what it is of and above its notes."""
+
+    def cells(tag: str, texts: Sequence[str], last: str = "") -> str:
+        names = [*table.css, *[""] * (len(texts) - len(table.css))]
+        names[-1] = f"{names[-1]} {last}".strip()
+        return "".join(
+            f"<{tag}{f' class={chr(34)}{escape(css)}{chr(34)}' if css else ''}>{escape(text)}</{tag}>"
+            for text, css in zip(texts, names, strict=True)
+        )
+
+    kinds = table.kinds or [""] * len(table.rows)
+    body = "".join(f"<tr>{cells('td', row, kind)}</tr>" for row, kind in zip(table.rows, kinds, strict=True))
+    head = f"<h3>{escape(table.of)}</h3>" if table.of else ""
+    return (
+        f'{head}<div class="scroll"><table><thead><tr>{cells("th", table.header)}</tr></thead><tbody>{body}</tbody></table></div>'
+        + "".join(map(below, table.notes))
     )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _filters(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moeexp_kernels.bench.case import Case
 from moeexp_kernels.bench.peers.peer import Peer, Unavailable
-from moeexp_kernels.ops.linear import dequantise
+from moeexp_kernels.ops.linear import MIDDLE_CODE, dequantise
 
 NAME = "torch int4"
 COMPILES = False
@@ -22,9 +22,11 @@ def available() -> None:
 
 
 def natural_codes(packed: Tensor, group: int) -> Tensor:
-    """Our bytes uint8 [..., N, K/2] (element j of a group with element j + G/2) -> codes uint8 [..., N, K] in order."""
-    groups = packed.unflatten(-1, (-1, group // 2))
-    return torch.cat([groups & 0xF, groups >> 4], dim=-1).flatten(-2)
+    """Our bytes uint8 [..., N, K/2] -> codes uint8 [..., N, K] in order: what they dequantise to with scale 1, shift 8."""
+    features = 2 * packed.shape[-1]
+    pair = torch.tensor([1.0, MIDDLE_CODE[4]], dtype=torch.float16, device=packed.device)
+    pairs = pair.expand(*packed.shape[:-1], features // group, 2)
+    return dequantise(weight=packed, scales=pairs, in_features=features).to(torch.uint8)
 
 
 def int4_matmul(case: Case) -> Peer | None:

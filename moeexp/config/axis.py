@@ -1,0 +1,96 @@
+"""What the schema says of each of its fields beside the type: one row of the table of axes, which `axes.py` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+# What is decoded: two runs that differ here do not do the same work, so their ratio is no optimisation's gain.
+WORKLOAD = "workload"
+# What may make a run faster: what experiments are about.
+AXIS = "axis"
+# How a result is measured and what of it is published: a run that is repeated has it as it was.
+MEASUREMENT = "measurement"
+# How runs are started and kept: changes no result.
+HOUSEKEEPING = "housekeeping"
+ROLES = (AXIS, WORKLOAD, MEASUREMENT, HOUSEKEEPING)
+
+# What a setting may be part of. Runs that differ in a part of WEIGHTS cannot share a process and its weights; an artifact
+# fixes what is part of ARTIFACT; a compiled method is for its parts of COMPILE_KEY alone.
+WEIGHTS, ARTIFACT, COMPILE_KEY = "shared weights", "artifact", "compile key"
+# How it counts in a run's identity: as it stands, by the contents of the file that it names, or not at all.
+VALUE, CONTENTS, NOT = "value", "contents", "no"
+
+Capability = tuple[int, int] | None  # of the GPU; None: there is none, or nobody has asked
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind of run. `holds`: whether a resolved config is one, on a GPU of that compute capability."""
+
+    words: str
+    holds: Callable[[Any, Capability], bool]
+
+
+def _linear_prefetches(cfg: Any) -> bool:
+    from moeexp_kernels.registry import AUTO, PREFETCHING  # imports torch; `--help` does not need it
+
+    name = cfg.ops.linear or cfg.ops.default
+    return (AUTO[cfg.device] if name == "auto" else name) in PREFETCHING
+
+
+ON_CPU = Case("on a CPU", lambda cfg, capability: cfg.device == "cpu")
+BEFORE_HOPPER = Case("on a GPU before Hopper", lambda cfg, capability: capability is not None and capability < (9, 0))
+TRANSFORMERS = Case("with `engine=transformers`", lambda cfg, capability: cfg.engine == "transformers")
+WITHOUT_GRAPH = Case("with `cuda_graph=false`", lambda cfg, capability: cfg.cuda_graph is False)
+SINGLE = Case("with `dispatch=single`", lambda cfg, capability: cfg.dispatch == "single")
+NO_PREFILL = Case(
+    "with `cuda_graph=all` and `dispatch=token_by_token`",
+    lambda cfg, capability: cfg.cuda_graph == "all" and cfg.dispatch == "token_by_token",
+)
+OTHER_LINEAR = Case("with `ops.linear` other than `triton` and `tile`", lambda cfg, capability: not _linear_prefetches(cfg))
+
+
+@dataclass(frozen=True)
+class Axis:
+    """`values`: {allowed value: what it means, or an empty text}; with `others`, which says what else, they are the names
+    among any values. `least`, `most`: of a number; a user's is held against `most` only beside names. `kind`: the type,
+    where the schema's is Any. `no_effect`: the cases in which it acts on nothing, which is recorded. `only`: {case: the only
+    value that is not refused there}. `means`: {value: what it is resolved to}. `literal`: text in which `${` has no meaning.
+    `repetition`: runs that differ in it alone repeat one another. `label`: of a group, the field that names its choice."""
+
+    help: str
+    role: str = ""  # of a field without one: its group's
+    values: Mapping[Any, str] = field(default_factory=dict)
+    others: str = ""
+    least: float | None = None
+    most: float | None = None
+    kind: Any = None
+    part_of: frozenset[str] = frozenset()
+    identity: str = ""
+    no_effect: tuple[Case, ...] = ()
+    only: Mapping[Case, Any] = field(default_factory=dict)
+    means: Mapping[Any, Any] = field(default_factory=dict)
+    literal: bool = False
+    repetition: bool = False
+    label: str = ""
+
+
+def axis(
+    help: str,
+    *,
+    default: Any = MISSING,
+    values: Mapping[Any, str] | Sequence[Any] = (),
+    part_of: Sequence[str] = (),
+    **more: Any,
+) -> Any:
+    """A field of the schema with its row, see `Axis`. default: as YAML would have it, or a function that makes it; without
+    one a file of conf/ has the value."""
+    meanings = dict(values) if isinstance(values, Mapping) else dict.fromkeys(values, "")
+    row = Axis(help, values=meanings, part_of=frozenset(part_of), **more)
+    if callable(default):
+        return field(default_factory=default, metadata={"axis": row})
+    return field(default=default, metadata={"axis": row})
