@@ -144,7 +144,13 @@ def test_every_code_is_exact_in_every_place_of_a_word(bits, places):
 
 # --- the tile: 2 to 32 rows ---
 
-TILE = {"BLOCK_N": 16, "COLUMNS": 8, "CACHE": "", "num_warps": 4}
+TILE = {"BLOCK_N": 16, "COLUMNS": 8, "PASSES": 1, "CACHE": "", "num_warps": 4}
+
+
+def served_by(rows, *, bits, group, shape=(27, 384), arch="cpu", **always):
+    return kernel_for(
+        rows=rows, bits=bits, group=group, out_features=shape[0], features=shape[1], arch=arch, **always
+    )
 
 
 @pytest.mark.parametrize(
@@ -156,7 +162,7 @@ TILE = {"BLOCK_N": 16, "COLUMNS": 8, "CACHE": "", "num_warps": 4}
 )  # fmt: skip
 def test_several_rows_share_one_read_of_the_weights(rows, bits, group, dtype):
     """Three groups, which are no power of 2, and outputs that fill no tile."""
-    assert kernel_for(rows=rows, bits=bits, group=group) == "tile"
+    assert served_by(rows, bits=bits, group=group) == "tile"
     check(rows=(rows,), out=27, features=3 * group, bits=bits, group=group, dtype=dtype, residual=rows % 2 == 1)
 
 
@@ -170,13 +176,24 @@ def test_one_row_may_go_to_the_tile_too(norm):
 
 
 def test_which_kernel_serves():
-    def kernels(bits, group, *rows, **first):
-        return [kernel_for(rows=count, bits=bits, group=group, **first) for count in rows]
+    def kernels(bits, group, *rows, **always):
+        return [served_by(count, bits=bits, group=group, **always) for count in rows]
 
     assert kernels(4, 128, 1, 2, 32, 33) == ["gemv", "tile", "tile", "gemm"]
-    assert kernels(8, 64, 1, 2, 32, 33, first=1) == ["tile", "tile", "tile", "gemm"]
+    assert kernels(8, 64, 1, 2, 32, 33, always=True) == ["tile", "tile", "tile", "gemm"]
     for bits, group in ((4, 32), (8, 256), (16, 2048), (32, 128)):
-        assert kernels(bits, group, 1, 2, GEMV_ROWS, GEMV_ROWS + 1, first=1) == ["gemv", "gemv", "gemv", "gemm"]
+        assert kernels(bits, group, 1, 2, GEMV_ROWS, GEMV_ROWS + 1, always=True) == ["gemv", "gemv", "gemv", "gemm"]
+
+
+def test_the_table_says_which_rows_of_a_shape_go_to_the_tile():
+    def kernels(*rows, arch="sm_90", shape=(12352, 2048), **always):
+        return [served_by(count, bits=4, group=128, shape=shape, arch=arch, **always) for count in rows]
+
+    assert kernels(1, 2, 3, 32, 33) == ["gemv", "gemv", "tile", "tile", "gemm"]
+    assert kernels(2, 24, 25, 32, shape=(248320, 2048)) == ["tile", "tile", "gemm", "gemm"]
+    assert kernels(1, 2, 32, always=True) == ["tile", "tile", "tile"], "the op linear_tile asks no table"
+    with tuning.override("linear_rows", "int4/12352x2048", {"TILE_FROM": 5, "GEMM_FROM": 7}):
+        assert kernels(4, 5, 6, 7, 8, 9) == ["gemv", "tile", "tile", "gemv", "gemv", "gemm"]
 
 
 @pytest.mark.parametrize(("bits", "dtype"), [(4, torch.bfloat16), (4, torch.float32), (8, torch.bfloat16)])
@@ -192,7 +209,7 @@ def test_a_row_is_the_same_to_the_bit_alone_and_among_any_others(bits, dtype):
         assert_bitwise_equal(among, alone[rows], f"rows {first} to {first + count}")
 
 
-@pytest.mark.parametrize("change", [{"COLUMNS": 16}, {"COLUMNS": 32}, {"BLOCK_N": 32}, {"num_warps": 8}])
+@pytest.mark.parametrize("change", [{"COLUMNS": 16}, {"COLUMNS": 32}, {"BLOCK_N": 32}, {"PASSES": 2}, {"num_warps": 8}])
 def test_launch_parameters_of_the_tile_change_no_bit(change):
     x, extra = randn(11, 512, seed=1), randn(11, 21, seed=4)  # eight groups
     weight, scales = quantised(21, 512, bits=4, group=64, seed=2, dtype=torch.float32)
@@ -219,7 +236,7 @@ def test_every_code_is_exact_on_the_tile(bits):
     x = torch.zeros(len(places), features, device=DEVICE)
     x[range(len(places)), places] = 32639.0  # so that the unit is 1
     y = linear(x=x, weight=weight, scales=scales)
-    assert kernel_for(rows=len(places), bits=bits, group=group) == "tile"
+    assert served_by(len(places), bits=bits, group=group) == "tile"
     assert torch.equal(y, reference_linear(x=x, weight=weight, scales=scales))
 
 

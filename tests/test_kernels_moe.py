@@ -14,9 +14,13 @@ from kernels_common import (
     poisoned_empty,
     randn,
 )
-from moeexp_kernels.ops.moe import moe_decode, reference_moe_decode
+from moeexp_kernels.ops import moe as moe_module
+from moeexp_kernels.ops import moe_tile as moe_tile_module
+from moeexp_kernels.ops.moe import moe_decode, moe_decode_tile
 from moeexp_kernels.ops.moe_prefill import block_bound, moe_prefill, sort_by_expert
+from moeexp_kernels.ops.moe_reference import reference_moe_decode
 from moeexp_kernels.ops.router import reference_router, router
+from moeexp_kernels.parts import tuning
 from test_kernels_linear import quantised
 from tolerances import tolerance
 
@@ -90,15 +94,15 @@ def route(op, x, *, E, k, S=12, positions=None, weight=None, calls=1):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("shape", "E", "k"),
-    [((1, 1), 16, 4), ((2, 3), 5, 3), ((1, 9), 6, 1), ((2, 5), 8, 8), ((8, 1), 11, 2), ((1, 8), 1, 1), ((3, 1), 40, 16)],
+    [((1, 1), 16, 4), ((2, 3), 5, 3), ((1, 9), 6, 1), ((2, 5), 8, 8), ((8, 1), 11, 2), ((1, 8), 1, 1), ((3, 1), 40, 16), ((1, 33), 6, 2)],
 )
 def test_router(shape, E, k, dtype):
     """Ids, shares and the trace; E that is no power of 2, k = 1 and k = E, few tokens and many; a second call after the
     first. In a 2-byte dtype on values that it holds, whose products then are the reference's to rounding."""
     x = randn(*shape, 64, seed=1).to(dtype)
     with poisoned_empty():
-        ids, weights, trace = route(router, x, E=E, k=k, S=24, calls=2)
-    expected_ids, expected_weights, expected_trace = route(reference_router, x, E=E, k=k, S=24)
+        ids, weights, trace = route(router, x, E=E, k=k, S=40, calls=2)
+    expected_ids, expected_weights, expected_trace = route(reference_router, x, E=E, k=k, S=40)
     assert torch.equal(ids, expected_ids) and ids.dtype == torch.int32
     assert torch.equal(trace, expected_trace)
     assert_close_ratio(weights, expected_weights, 1e-5, "weights")
@@ -246,6 +250,101 @@ def test_decode_repeats_bitwise():
     arguments = experts(D=32, E=3, width=16, shared=16, bits=4, group=16, dtype=torch.float32) | choices(1, 1, k=2, E=3)
     x = randn(1, 1, 32, seed=1)
     assert_bitwise_equal(moe_decode(x=x, **arguments), moe_decode(x=x, **arguments))
+
+
+# --- experts on int8 tensor cores ---
+
+TILE_SHAPE = {"D": 256, "E": 7, "width": 128, "shared": 128, "group": 64}
+TILE_ROW = {
+    "FROM": 1, "gate_up": {"BLOCK_I": 8, "PASSES": 1, "CACHE": "", "num_warps": 4},
+    "down": {"BLOCK_D": 32, "PASSES": 1, "CACHE": "", "num_warps": 4}, "combine": {"BLOCK_D": 256, "num_warps": 4},
+}  # fmt: skip
+
+
+def tile_arguments(rows, *, k=3, bits=4, dtype=torch.float32, seed=0, **shape):
+    shape = TILE_SHAPE | shape
+    x = randn(1, rows, shape["D"], seed=1, dtype=dtype)
+    return {"x": x, **experts(**shape, bits=bits, dtype=dtype), **choices(1, rows, k=k, E=shape["E"], seed=seed)}
+
+
+def kernels_of(monkeypatch, rows, op=moe_decode, **arguments):
+    """Names of the kernels that `op` launches in `moe.py` and `moe_tile.py`."""
+    names = []
+    for module in (moe_module, moe_tile_module):
+        wrap = module.wrap_triton
+        monkeypatch.setattr(module, "wrap_triton", lambda kernel, wrap=wrap: names.append(kernel.fn.__name__) or wrap(kernel))
+    op(**tile_arguments(rows, **arguments))
+    return names
+
+
+@pytest.mark.parametrize(
+    ("rows", "bits", "k", "dtype"),
+    [(1, 4, 1, torch.float32), (3, 8, 3, torch.bfloat16), (9, 4, 7, torch.float32), (20, 4, 3, torch.bfloat16)],
+)
+def test_the_tile_computes_the_experts(rows, bits, k, dtype):
+    """One token to three blocks of tokens, an expert with more than 8 of them (k = 7: all have all), k that is no power of 2."""
+    check_experts(moe_decode_tile, rows=(1, rows), k=k, bits=bits, dtype=dtype, **TILE_SHAPE)
+
+
+def test_experts_of_another_width_in_odd_sizes_on_the_tile():
+    """Rows that fill no tile, three groups."""
+    check_experts(moe_decode_tile, rows=(5, 2), D=192, E=5, k=2, width=192, shared=192, group=64)
+
+
+@pytest.mark.parametrize("first", [0, 23])
+def test_all_tokens_to_the_same_experts_on_the_tile(first):
+    rows = 32 - first
+    ids = torch.tensor([4, 0, 6], dtype=torch.int32, device=DEVICE).expand(1, rows, 3).contiguous()
+    routing = {"ids": ids, "weights": torch.full((1, rows, 3), 0.3, device=DEVICE)}
+    check_experts(moe_decode_tile, rows=(1, rows), k=3, routing=routing, **TILE_SHAPE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_of_the_experts_is_the_same_to_the_bit_among_any_others(dtype):
+    arguments = tile_arguments(32, dtype=dtype)
+    arguments["x"][0, 5] *= 300.0
+    per_token = ("x", "ids", "weights")
+
+    def some(rows):
+        return moe_decode_tile(**(arguments | {name: arguments[name][:, rows].contiguous() for name in per_token}))
+
+    whole = some(slice(0, 32))
+    for rows in (slice(5, 6), slice(0, 2), slice(3, 11), slice(3, 12), slice(20, 32)):
+        assert_bitwise_equal(some(rows), whole[:, rows], f"{rows}")
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
+    assert_bitwise_equal(some(order), whole[:, order], "in another order")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [("gate_up", {"BLOCK_I": 16}), ("gate_up", {"PASSES": 2}), ("down", {"BLOCK_D": 16}), ("down", {"PASSES": 2}),
+     ("combine", {"BLOCK_D": 64})],
+)  # fmt: skip
+def test_launch_parameters_of_the_experts_tile_change_no_bit(change):
+    arguments, (kernel, values) = tile_arguments(11), change
+    with tuning.override("moe_tile", "", TILE_ROW):
+        before = moe_decode_tile(**arguments)
+    with tuning.override("moe_tile", "", TILE_ROW | {kernel: TILE_ROW[kernel] | values}), poisoned_empty():
+        assert_bitwise_equal(moe_decode_tile(**arguments), before, f"{change}")
+
+
+def test_the_table_says_how_many_tokens_go_to_the_experts_tile(monkeypatch):
+    pairs, tile = ["gate_up_kernel", "down_kernel"], ["gate_up_tile_kernel", "down_tile_kernel", "combine_tile_kernel"]
+    with tuning.override("moe_tile", "int4/256x128", TILE_ROW | {"FROM": 3}):
+        assert kernels_of(monkeypatch, 2) == pairs
+        assert kernels_of(monkeypatch, 3) == tile
+        assert kernels_of(monkeypatch, 2, moe_decode_tile) == tile
+        assert kernels_of(monkeypatch, 33, k=1, D=64, width=64, shared=64) == pairs
+        for other in ({"shared": 64}, {"group": 32}, {"bits": (4, 8)}, {"bits": 16}):
+            assert kernels_of(monkeypatch, 3, moe_decode_tile, k=1, **other) == pairs, other
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_token_that_is_not_finite_is_so_alone_on_the_tile(bad):
+    arguments = tile_arguments(9)
+    arguments["x"][0, 4, 70] = bad
+    y = moe_decode_tile(**arguments)
+    assert y[0, 4].isnan().all() and y[0, [0, 1, 2, 3, 5, 6, 7, 8]].isfinite().all()
 
 
 # --- the sort by expert ---

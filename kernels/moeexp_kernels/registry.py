@@ -13,6 +13,7 @@ from moeexp_kernels.ops import (
     linear,
     moe,
     moe_prefill,
+    moe_reference,
     qk_norm_rope,
     router,
     sample,
@@ -43,8 +44,12 @@ OPS: dict[str, dict[str, Callable]] = {
         "tiled": attention.sdpa_decode_tiled,
     },
     "router": {"reference": router.reference_router, "triton": router.router},
-    "moe_prefill": {"reference": moe.reference_moe_prefill, "triton": moe_prefill.moe_prefill},
-    "moe_decode": {"reference": moe.reference_moe_decode, "triton": moe.moe_decode},
+    "moe_prefill": {"reference": moe_reference.reference_moe_prefill, "triton": moe_prefill.moe_prefill},
+    "moe_decode": {
+        "reference": moe_reference.reference_moe_decode,
+        "triton": moe.moe_decode,
+        "tile": moe.moe_decode_tile,  # as triton, and a row's result does not depend on how many rows there are, up to 32
+    },
     "sample": {"reference": sample.reference_greedy, "triton": sample.greedy},
 }
 

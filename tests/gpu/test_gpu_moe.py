@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from kernels_common import TOLERANCE, assert_bitwise_equal, assert_close_ratio, poisoned_empty, randn
-from moeexp_kernels.ops.moe import moe_decode, reference_moe_decode
+from moeexp_kernels.ops.moe import moe_decode, moe_decode_tile
 from moeexp_kernels.ops.moe_prefill import moe_prefill, sort_by_expert
+from moeexp_kernels.ops.moe_reference import reference_moe_decode
 from moeexp_kernels.ops.router import reference_router, router
 from test_kernels_moe import choices, experts, route
 from tolerances import tolerance

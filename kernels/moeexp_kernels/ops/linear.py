@@ -12,10 +12,10 @@ brings two runs of 16 *consecutive* inputs, so that activations are read with ve
 `scales[..., 0]` is the scale s, `scales[..., 1]` the shift c; with the code q in 0..2^bits-1 and the middle code
 m = 2^(bits-1), the weight is (q - m) * s + c. Centring keeps c small, so float16 holds it without loss that matters.
 
-`kernel_for` chooses among three kernels. One row: a GEMV on int32 words of weights, see `words.py`. 2 to 32 rows of quantised
-weights in groups of 64 or 128: `linear_tile.py`, which reads the weights once for all rows. More rows: `gemm.py`. Other weights
-stay with the GEMV up to GEMV_ROWS rows. The op `linear_tile` leaves one row to the tile as well: then a row's result is the
-same to the bit among 1 to 32 rows.
+`kernel_for` chooses among three kernels. One row: a GEMV on int32 words of weights, see `words.py`. Up to 32 rows of quantised
+weights in groups of 64 or 128: `linear_tile.py`, which reads the weights once for all rows; from how many rows on, and up to
+how many, the tuning table says of each shape. More rows: `gemm.py`. Other weights stay with the GEMV up to GEMV_ROWS rows.
+The op `linear_tile` leaves 1 to 32 rows to the tile whatever the table says: then a row's result is the same to the bit.
 """
 
 from __future__ import annotations
@@ -163,7 +163,6 @@ def load_extra(res_ptr, row, rows_left, HAS_RESIDUAL: tl.constexpr, CACHE: tl.co
 # --- launch ---
 
 GEMV_ROWS = 8  # beyond, a weight is used often enough for tensor cores
-TILE_FROM = 2  # rows from which the tile serves the weights that it takes
 
 
 def word_counts(*, bits: int, in_features: int, group: int, run: int = 4) -> tuple[int, int]:
@@ -228,10 +227,16 @@ def few_rows(rows: int | torch.SymInt) -> bool:
     return isinstance(rows, int) and rows <= GEMV_ROWS
 
 
-def kernel_for(*, rows: int | torch.SymInt, bits: int, group: int, first: int = TILE_FROM) -> str:
-    """"gemv", "tile" or "gemm": what serves so many rows; first: the least number of rows that go to the tile."""
-    if isinstance(rows, int) and rows >= first and tile_serves(rows=rows, bits=bits, group=group):
-        return "tile"
+def kernel_for(
+    *, rows: int | torch.SymInt, bits: int, group: int, out_features: int, features: int, arch: str | None = None,
+    always: bool = False,
+) -> str:  # fmt: skip
+    """"gemv", "tile" or "gemm": what serves so many rows of such a weight; always: the tile wherever it can."""
+    if isinstance(rows, int) and tile_serves(rows=rows, bits=bits, group=group):
+        key = f"{tuning.weight_class(bits)}/{out_features}x{features}"
+        limits = tuning.lookup("linear_rows", key, arch)
+        if always or limits["TILE_FROM"] <= rows < limits["GEMM_FROM"]:
+            return "tile"
     return "gemv" if few_rows(rows) else "gemm"
 
 
@@ -261,9 +266,9 @@ def launch_gemv(
 
 def launch_linear(
     *, x: Tensor, weight: Tensor, scales: Tensor | None, norm_weight: Tensor | None, eps: float, residual: Tensor | None,
-    ahead: Tensor | None, ahead_scales: Tensor | None, first: int,
+    ahead: Tensor | None, ahead_scales: Tensor | None, always: bool,
 ) -> Tensor:  # fmt: skip
-    """Checks the arguments of `linear` and runs the kernel for its rows; `first` as in `kernel_for`."""
+    """Checks the arguments of `linear` and runs the kernel for its rows; `always` as in `kernel_for`."""
     features, out_features = x.shape[-1], weight.shape[0]
     bits, group = weight_format(weight=weight, scales=scales, in_features=features, name="weight")
     flat = flat_rows(x, name="x", features=features)
@@ -279,7 +284,10 @@ def launch_linear(
         "group": group,
     }  # fmt: skip
     rows = flat.shape[0]
-    kernel = kernel_for(rows=rows, bits=bits, group=group, first=first)
+    kernel = kernel_for(
+        rows=rows, bits=bits, group=group, out_features=out_features, features=features,
+        arch=tuning.architecture(x.device), always=always,
+    )  # fmt: skip
     if kernel == "gemm":
         if norm_weight is not None:
             common["x"] = launch_rms_norm(x=flat, norm_weight=norm_weight, eps=eps, dtype=x.dtype)
@@ -308,7 +316,7 @@ def linear(
     `ValueError` for strides or dtypes that the kernels do not take."""
     return launch_linear(
         x=x, weight=weight, scales=scales, norm_weight=norm_weight, eps=eps, residual=residual, ahead=ahead,
-        ahead_scales=ahead_scales, first=TILE_FROM,
+        ahead_scales=ahead_scales, always=False,
     )  # fmt: skip
 
 
@@ -323,9 +331,9 @@ def linear_tile(
     ahead: Tensor | None = None,
     ahead_scales: Tensor | None = None,
 ) -> Tensor:
-    """`linear`, with one row on the tile too: for weights that the tile takes, int4 and int8 in groups of 64 or 128, a row's
+    """`linear`, with 1 to 32 rows always on the tile: for weights that the tile takes, int4 and int8 in groups of 64 or 128, a row's
     result does not depend, to the bit, on how many rows there are, up to 32 of them."""
     return launch_linear(
         x=x, weight=weight, scales=scales, norm_weight=norm_weight, eps=eps, residual=residual, ahead=ahead,
-        ahead_scales=ahead_scales, first=1,
+        ahead_scales=ahead_scales, always=True,
     )  # fmt: skip

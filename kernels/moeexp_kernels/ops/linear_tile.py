@@ -7,6 +7,7 @@ still run, and its weights are on their way by then.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,17 +24,20 @@ MOST_ROWS = 32
 
 @triton.jit
 def limbs_kernel(
-    x_ptr, norm_ptr, limbs_ptr, units_ptr,
+    x_ptr, norm_ptr, limbs_ptr, units_ptr, gate_ptr, gates_ptr,
     EPS: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, LIMBS: tl.constexpr,
-    HAS_NORM: tl.constexpr, OVERLAP: tl.constexpr, START_NEXT: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_GATE: tl.constexpr, OVERLAP: tl.constexpr, START_NEXT: tl.constexpr,
 ):  # fmt: skip
-    """Limbs and units of norm(x), a program a row; GROUPS = K / GROUP, rounded up to a power of 2. START_NEXT: the product's
-    kernel starts, and asks for its weights, while this one still waits."""
+    """Limbs and units of norm(x), a program a row; GROUPS = K / GROUP, rounded up to a power of 2. HAS_GATE: also
+    gates[m] = sigmoid(norm(x) @ gate). START_NEXT: the product's kernel starts, and asks for its weights, while this one still
+    waits."""
     m = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, GROUPS)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     mask = k < K
     if HAS_NORM:
         norm = 1.0 + tl.load(norm_ptr + k, mask=mask, other=0.0).to(tl.float32)
+    if HAS_GATE:
+        gate = tl.load(gate_ptr + k, mask=mask, other=0.0).to(tl.float32)
     x_ptr += start_next(OVERLAP and START_NEXT)
     ready = after_previous(OVERLAP)
     x_ptr += ready
@@ -45,6 +49,8 @@ def limbs_kernel(
         factor = 1.0 / tl.sqrt(tl.sum(tl.sum(x * x, axis=1), axis=0) / K + EPS)
         x *= norm
     store_limbs(limbs_ptr, units_ptr, x, factor, K, GROUP, GROUPS, LIMBS)
+    if HAS_GATE:
+        tl.store(gates_ptr + ready + m, tl.sigmoid(factor * tl.sum(tl.sum(x * gate, axis=1), axis=0)))
 
 
 @triton.jit
@@ -52,7 +58,8 @@ def linear_tile_kernel(
     limbs_ptr, units_ptr, w_ptr, s_ptr, res_ptr, y_ptr, ahead_ptr, ahead_s_ptr, M,
     N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr, AHEAD: tl.constexpr, AHEAD_SCALES: tl.constexpr,
-    BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, CACHE: tl.constexpr,
+    BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr,
+    PASSES: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] of all M rows, COLUMNS at a time, BLOCKS times, and BLOCK_N outputs n a program. AHEAD and AHEAD_SCALES as in
     `gemv_kernel`. Before the wait it reads weights and nothing else: `limbs_kernel` relies on that."""
@@ -62,7 +69,7 @@ def linear_tile_kernel(
     w_ptr += start * (K // 2 if BITS == 4 else K)
     s_ptr += start * (2 * (K // GROUP))
     rows_left = tl.minimum(N - start, BLOCK_N).to(tl.int32)
-    first, second, pair = load_tile(w_ptr, s_ptr, rows_left, K, GROUP, GROUPS, BITS, BLOCK_N, CACHE)
+    tile = load_tile(w_ptr, s_ptr, rows_left, K, GROUP, GROUPS, BITS, BLOCK_N, PASSES, CACHE)
     if AHEAD:  # behind this program's own reads, and before it waits
         rows_left += bring_into_l2(ahead_ptr, AHEAD)
     if AHEAD_SCALES:
@@ -81,8 +88,8 @@ def linear_tile_kernel(
         if HAS_RESIDUAL:  # at once: after the sums all would wait for it
             extra = tl.load(res_ptr + m * N + column * N + n, mask=mask, other=0.0).to(tl.float32)
         y = multiply_tile(
-            first, second, pair, limbs_ptr + m * (LIMBS * K), units_ptr + m * (K // GROUP * 2), left, K, GROUP, GROUPS, BITS,
-            LIMBS, BLOCK_N, COLUMNS, SPLIT, FAST,
+            tile, limbs_ptr + m * (LIMBS * K), units_ptr + m * (K // GROUP * 2), left, K, GROUP, GROUPS, BITS, LIMBS, BLOCK_N,
+            COLUMNS, SPLIT, PASSES, FAST,
         )  # fmt: skip
         if HAS_RESIDUAL:
             y += extra
@@ -104,17 +111,30 @@ def tile_key(*, bits: int, out_features: int, features: int, rows: int) -> str:
     return f"{tuning.weight_class(bits)}/{out_features}x{features}/{columns_of(rows)}"
 
 
-def launch_limbs(*, x: Tensor, norm_weight: Tensor | None, eps: float, group: int) -> tuple[Tensor, Tensor]:
-    """(limbs, units) of norm(x [M, K]); flat and checked."""
+def launch_limbs(
+    *, x: Tensor, norm_weight: Tensor | None, eps: float, group: int, dtype: torch.dtype | None = None,
+    gate: Tensor | None = None, gates: Tensor | None = None, **launch: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(limbs, units) of norm(x [M, K]); flat and checked. dtype: whose limbs, x's if None. gates [M] float32 gets
+    sigmoid(norm(x) @ gate [K]). launch: what replaces entries of the table's row."""
     rows, features = x.shape
-    limbs, units = empty_limbs(rows=rows, features=features, group=group, dtype=x.dtype, device=x.device)
-    config = tuning.lookup("limbs", f"{tuning.activation_class(x.dtype)}/{features}", tuning.architecture(x.device))
+    dtype = dtype or x.dtype
+    limbs, units = empty_limbs(rows=rows, features=features, group=group, dtype=dtype, device=x.device)
+    config = tuning.lookup("limbs", f"{tuning.activation_class(dtype)}/{features}", tuning.architecture(x.device))
     wrap_triton(limbs_kernel)[(rows,)](
-        x, x if norm_weight is None else norm_weight, limbs, units, EPS=eps, K=features, GROUP=group,
-        GROUPS=triton.next_power_of_2(features // group), LIMBS=limbs_of(x.dtype), HAS_NORM=norm_weight is not None,
-        OVERLAP=can_overlap(x), **config,
+        x, x if norm_weight is None else norm_weight, limbs, units, x if gate is None else gate,
+        units if gates is None else gates, EPS=eps, K=features, GROUP=group,
+        GROUPS=triton.next_power_of_2(features // group), LIMBS=limbs_of(dtype), HAS_NORM=norm_weight is not None,
+        HAS_GATE=gate is not None, OVERLAP=can_overlap(x), **(config | launch),
     )  # fmt: skip
     return limbs, units
+
+
+def tile_constants(*, groups: int, config: dict, cuda: bool) -> dict:
+    """The row of a product's table as constants of its kernel: with PASSES that so many groups have, and SPLIT."""
+    passes = min(config["PASSES"], groups)
+    split = min(groups // passes, config["num_warps"]) if cuda else 1
+    return config | {"PASSES": passes, "SPLIT": split}
 
 
 def launch_product(
@@ -133,8 +153,8 @@ def launch_product(
         scales if ahead_scales is None else ahead_scales, rows,
         N=out_features, K=features, GROUP=group, GROUPS=groups, BITS=bits, HAS_RESIDUAL=residual is not None,
         FAST=cuda, OVERLAP=overlap, AHEAD=bring, AHEAD_SCALES=bring_scales,
-        BLOCKS=triton.cdiv(rows, config["COLUMNS"]), SPLIT=min(groups, config["num_warps"]) if cuda else 1,
-        num_stages=1, **config,
+        BLOCKS=triton.cdiv(rows, config["COLUMNS"]), num_stages=1,
+        **tile_constants(groups=groups, config=config, cuda=cuda),
     )  # fmt: skip
 
 

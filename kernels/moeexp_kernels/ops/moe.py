@@ -9,20 +9,21 @@ width.
                  rows of gate_up: I gate rows, then I up rows
     shared_gate_up [2*Is, D], shared_down [D, Is] likewise; shared_gate [1, D] plain
 
-Which experts a token takes: `router.py`. Experts for a few tokens are two kernels, each a GEMV per (token, expert) with the
-shared expert as one more. Many tokens: `moe_prefill.py`.
+Which experts a token takes: `router.py`; references: `moe_reference.py`. Experts for very few tokens are two kernels, each a
+GEMV per (token, expert) with the shared expert as one more. Up to 32 tokens whose experts have tokens in common: `moe_tile.py`.
+Many tokens: `moe_prefill.py`.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from moeexp_kernels.ops.linear import dequantise, flat_rows, planes, rms_norm, weight_format, word_counts
+from moeexp_kernels.ops.linear import flat_rows, planes, weight_format, word_counts
+from moeexp_kernels.ops.moe_tile import experts_served, launch_moe_tile, moe_tile_config
 from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.checks import FLOATS, check_argument
 from moeexp_kernels.parts.pdl import after_previous, can_overlap
@@ -35,92 +36,6 @@ from moeexp_kernels.parts.words import (
     stored_features,
     words_in_runs,
 )
-
-
-def _shared(h: Tensor, gate_up, gate_up_scales, down, down_scales, gate) -> Tensor:
-    """Shared expert on normed float32 h [..., D]."""
-    wide = dequantise(weight=gate_up, scales=gate_up_scales, in_features=h.shape[-1])
-    g, u = F.linear(h, wide).chunk(2, dim=-1)
-    act = F.silu(g) * u
-    out = F.linear(act, dequantise(weight=down, scales=down_scales, in_features=act.shape[-1]))
-    return F.linear(h, gate.float()).sigmoid() * out
-
-
-def reference_moe_decode(
-    *,
-    x: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    ids: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    gate_up_scales: Tensor | None,
-    down: Tensor,
-    down_scales: Tensor | None,
-    shared_gate_up: Tensor,
-    shared_gate_up_scales: Tensor | None,
-    shared_down: Tensor,
-    shared_down_scales: Tensor | None,
-    shared_gate: Tensor,
-) -> Tensor:
-    """x + experts + shared expert for a few tokens: gathers each token's k experts. Returns [B, T, D], x's dtype."""
-    h = rms_norm(x=x, weight=norm_weight, eps=eps)
-    picked = dequantise(
-        weight=gate_up[ids], scales=None if gate_up_scales is None else gate_up_scales[ids], in_features=x.shape[-1]
-    )
-    g, u = torch.einsum("btd,btknd->btkn", h, picked).chunk(2, dim=-1)
-    act = F.silu(g) * u
-    picked = dequantise(
-        weight=down[ids], scales=None if down_scales is None else down_scales[ids], in_features=act.shape[-1]
-    )
-    y = torch.einsum("btki,btkdi,btk->btd", act, picked, weights)
-    y = y + _shared(h, shared_gate_up, shared_gate_up_scales, shared_down, shared_down_scales, shared_gate)
-    return (x.float() + y).to(x.dtype)
-
-
-@torch.library.custom_op("moeexp::reference_moe_prefill", mutates_args=())
-def reference_moe_prefill(
-    x: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    ids: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    gate_up_scales: Tensor | None,
-    down: Tensor,
-    down_scales: Tensor | None,
-    shared_gate_up: Tensor,
-    shared_gate_up_scales: Tensor | None,
-    shared_down: Tensor,
-    shared_down_scales: Tensor | None,
-    shared_gate: Tensor,
-) -> Tensor:
-    """The same for many tokens: every expert in turn runs on all of them, weighted by 0 where it was not chosen.
-
-    E/k times the needed work, but no data-dependent shape and one expert's weights in float32 at a time. Opaque to
-    export, which would unroll E experts into the graph."""
-    h = rms_norm(x=x, weight=norm_weight, eps=eps)
-    share = torch.zeros(*x.shape[:2], gate_up.shape[0], device=x.device)
-    share.scatter_(-1, ids.long(), weights)
-    y = _shared(h, shared_gate_up, shared_gate_up_scales, shared_down, shared_down_scales, shared_gate)
-    for e in range(gate_up.shape[0]):
-        scales = None if gate_up_scales is None else gate_up_scales[e]
-        g, u = F.linear(h, dequantise(weight=gate_up[e], scales=scales, in_features=x.shape[-1])).chunk(2, dim=-1)
-        act = F.silu(g) * u
-        scales = None if down_scales is None else down_scales[e]
-        out = F.linear(act, dequantise(weight=down[e], scales=scales, in_features=act.shape[-1]))
-        # An expert that overflows on tokens it was not chosen for must not spread NaN through 0 * inf.
-        chosen = share[..., e, None]
-        y = y + torch.where(chosen > 0, chosen * out, 0.0)
-    return (x.float() + y).to(x.dtype)
-
-
-@reference_moe_prefill.register_fake
-def _(
-    x, norm_weight, eps, ids, weights, gate_up, gate_up_scales, down, down_scales,
-    shared_gate_up, shared_gate_up_scales, shared_down, shared_down_scales, shared_gate,
-):  # fmt: skip
-    return torch.empty_like(x)
 
 
 @triton.jit
@@ -364,6 +279,80 @@ def folded_rows(*, block: int, slots: int, features: int, bits: int) -> int:
     return fold if features % block == 0 and bits & (bits - 1) == 0 else 1
 
 
+def launch_pairs(
+    *, x: Tensor, norm_weight: Tensor, eps: float, ids: Tensor, weights: Tensor, gate_up: Tensor,
+    gate_up_scales: Tensor | None, down: Tensor, down_scales: Tensor | None, shared_gate_up: Tensor,
+    shared_gate_up_scales: Tensor | None, shared_down: Tensor, shared_down_scales: Tensor | None, shared_gate: Tensor,
+    out: Tensor, formats: dict[str, tuple[int, int, int]],
+) -> None:  # fmt: skip
+    """out [M, D] of x [M, D], a GEMV per pair; all checked. formats: (width, bits, group) of each matrix."""
+    (rows, features), top_k = x.shape, ids.shape[-1]
+    width, shared_width = formats["gate_up"][0], formats["shared_gate_up"][0]
+    arch, shape = tuning.architecture(x.device), f"{features}x{width}"
+    first = tuning.lookup("moe_gate_up", f"{tuning.weight_class(formats['gate_up'][1])}/{shape}", arch)
+    second = tuning.lookup("moe_down", f"{tuning.weight_class(formats['down'][1])}/{shape}", arch)
+    act_row = top_k * width + shared_width
+    shape, dtype = ((rows, act_row), torch.float32) if planes(x.dtype) == 2 else ((rows, 2, act_row), torch.bfloat16)
+    act = torch.empty(shape, dtype=dtype, device=x.device)
+    slots = triton.next_power_of_2(top_k)
+
+    def constants(name: str, weight: Tensor, in_features: int, run: int = 4) -> dict:
+        own_width, bits, group = formats[name]
+        prefix = "S" if name.startswith("shared") else ""
+        return format_constants(
+            weight=weight, width=own_width, features=in_features, bits=bits, group=group, run=run, prefix=prefix
+        )
+
+    def stored(scales: Tensor | None, weight: Tensor) -> Tensor:
+        return weight if scales is None else scales
+
+    common = {"TOP_K": top_k, "FAST": x.is_cuda, "PLANES": planes(x.dtype), "OVERLAP": can_overlap(x)}
+    grid = (triton.cdiv(max(width, shared_width), first["BLOCK_I"]), top_k + 1, rows)
+    wrap_triton(gate_up_kernel)[grid](
+        x, norm_weight, ids, weights, gate_up, stored(gate_up_scales, gate_up),
+        shared_gate_up, stored(shared_gate_up_scales, shared_gate_up), shared_gate, act, x.stride(0),
+        EPS=eps, K=features, K_PADDED=triton.next_power_of_2(features), **common,
+        **constants("gate_up", gate_up, features), **constants("shared_gate_up", shared_gate_up, features), **first,
+    )  # fmt: skip
+    wrap_triton(down_kernel)[(triton.cdiv(features, second["BLOCK_D"]), rows)](
+        x, ids, down, stored(down_scales, down), shared_down, stored(shared_down_scales, shared_down), act, out,
+        x.stride(0), D=features, SLOTS=slots, **common,
+        **constants("down", down, width, DOWN_RUN), **constants("shared_down", shared_down, shared_width, DOWN_RUN),
+        FOLD=folded_rows(
+            block=second["BLOCK_D"], slots=slots, features=features, bits=shared_width * formats["shared_down"][1]
+        ),
+        **second,
+    )  # fmt: skip
+
+
+def launch_decode(*, x: Tensor, ids: Tensor, tile_from: int | None, **arguments: Tensor | float | None) -> Tensor:
+    """Checks the arguments of `moe_decode` and runs the kernels for its tokens. tile_from: the least number of tokens that go to
+    `moe_tile.py`; None: the tuning table's."""
+    features = x.shape[-1]
+    formats = {}
+    for prefix in ("", "shared_"):
+        stored = {
+            f"{kind}{scales}": arguments[f"{prefix}{kind}{scales}"] for kind in ("gate_up", "down") for scales in ("", "_scales")
+        }
+        width, up, back = expert_formats(**stored, features=features, name=prefix)
+        formats |= {f"{prefix}gate_up": (width, *up), f"{prefix}down": (width, *back)}
+    flat = flat_rows(x, name="x", features=features)
+    check_vectors(
+        x=x, ids=ids, **{name: arguments[name] for name in ("norm_weight", "weights", "shared_gate")}
+    )
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    common = {"x": flat, "ids": ids, "out": y.view(-1, features), **arguments}
+    rows = flat.shape[0]
+    if experts_served(rows=rows, formats=formats):
+        width, *up = formats["gate_up"]
+        config = moe_tile_config(bits=up[0], features=features, width=width, rows=rows, arch=tuning.architecture(x.device))
+        if rows >= (config["FROM"] if tile_from is None else tile_from):
+            launch_moe_tile(**common, width=width, up=tuple(up), back=formats["down"][1:], config=config)
+            return y
+    launch_pairs(**common, formats=formats)
+    return y
+
+
 @triton_op("moeexp::moe_decode", mutates_args=())
 def moe_decode(
     x: Tensor,
@@ -381,54 +370,36 @@ def moe_decode(
     shared_down_scales: Tensor | None,
     shared_gate: Tensor,
 ) -> Tensor:
-    """`reference_moe_decode` on the GPU; the same arguments, by keyword. Any number of tokens, made for up to 8: an
-    expert's weights are read once for every token that chose it. `ValueError` for strides or dtypes not taken."""
-    features, top_k = x.shape[-1], ids.shape[-1]
-    width, up, back = expert_formats(
-        gate_up=gate_up, gate_up_scales=gate_up_scales, down=down, down_scales=down_scales, features=features, name=""
-    )
-    shared_width, shared_up, shared_back = expert_formats(
-        gate_up=shared_gate_up, gate_up_scales=shared_gate_up_scales, down=shared_down,
-        down_scales=shared_down_scales, features=features, name="shared_",
+    """`reference_moe_decode` on the GPU; the same arguments, by keyword. Any number of tokens, made for up to 32; a token's ids
+    differ. `ValueError` for strides or dtypes not taken."""
+    return launch_decode(
+        x=x, norm_weight=norm_weight, eps=eps, ids=ids, weights=weights, gate_up=gate_up, gate_up_scales=gate_up_scales,
+        down=down, down_scales=down_scales, shared_gate_up=shared_gate_up, shared_gate_up_scales=shared_gate_up_scales,
+        shared_down=shared_down, shared_down_scales=shared_down_scales, shared_gate=shared_gate, tile_from=None,
     )  # fmt: skip
-    flat = flat_rows(x, name="x", features=features)
-    check_vectors(x=x, norm_weight=norm_weight, ids=ids, weights=weights, shared_gate=shared_gate)
-    rows = flat.shape[0]
-    arch, shape = tuning.architecture(x.device), f"{features}x{width}"
-    first = tuning.lookup("moe_gate_up", f"{tuning.weight_class(up[0])}/{shape}", arch)
-    second = tuning.lookup("moe_down", f"{tuning.weight_class(back[0])}/{shape}", arch)
-    act_row = top_k * width + shared_width
-    shape, dtype = ((rows, act_row), torch.float32) if planes(x.dtype) == 2 else ((rows, 2, act_row), torch.bfloat16)
-    act = torch.empty(shape, dtype=dtype, device=x.device)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
-    def stored(scales: Tensor | None, weight: Tensor) -> Tensor:
-        return weight if scales is None else scales
 
-    slots = triton.next_power_of_2(top_k)
-    grid = (triton.cdiv(max(width, shared_width), first["BLOCK_I"]), top_k + 1, rows)
-    wrap_triton(gate_up_kernel)[grid](
-        flat, norm_weight, ids, weights, gate_up, stored(gate_up_scales, gate_up),
-        shared_gate_up, stored(shared_gate_up_scales, shared_gate_up), shared_gate, act, flat.stride(0),
-        EPS=eps, TOP_K=top_k, K=features, K_PADDED=triton.next_power_of_2(features), FAST=x.is_cuda,
-        PLANES=planes(x.dtype), OVERLAP=can_overlap(x),
-        **format_constants(weight=gate_up, width=width, features=features, bits=up[0], group=up[1]),
-        **format_constants(
-            weight=shared_gate_up, width=shared_width, features=features, bits=shared_up[0], group=shared_up[1],
-            prefix="S",
-        ),
-        **first,
+@triton_op("moeexp::moe_decode_tile", mutates_args=())
+def moe_decode_tile(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    gate_up_scales: Tensor | None,
+    down: Tensor,
+    down_scales: Tensor | None,
+    shared_gate_up: Tensor,
+    shared_gate_up_scales: Tensor | None,
+    shared_down: Tensor,
+    shared_down_scales: Tensor | None,
+    shared_gate: Tensor,
+) -> Tensor:
+    """`moe_decode`, on the kernels of `moe_tile.py` from one token on where they take the weights (int4 and int8 in groups of 64
+    or 128, the shared expert as wide as the others): a row is the same to the bit for 1 to 32 tokens."""
+    return launch_decode(
+        x=x, norm_weight=norm_weight, eps=eps, ids=ids, weights=weights, gate_up=gate_up, gate_up_scales=gate_up_scales,
+        down=down, down_scales=down_scales, shared_gate_up=shared_gate_up, shared_gate_up_scales=shared_gate_up_scales,
+        shared_down=shared_down, shared_down_scales=shared_down_scales, shared_gate=shared_gate, tile_from=1,
     )  # fmt: skip
-    wrap_triton(down_kernel)[(triton.cdiv(features, second["BLOCK_D"]), rows)](
-        flat, ids, down, stored(down_scales, down), shared_down, stored(shared_down_scales, shared_down), act, y,
-        flat.stride(0), D=features, TOP_K=top_k, SLOTS=slots, FAST=x.is_cuda, PLANES=planes(x.dtype),
-        OVERLAP=can_overlap(x),
-        **format_constants(weight=down, width=width, features=width, bits=back[0], group=back[1], run=DOWN_RUN),
-        **format_constants(
-            weight=shared_down, width=shared_width, features=shared_width, bits=shared_back[0], group=shared_back[1],
-            run=DOWN_RUN, prefix="S",
-        ),
-        FOLD=folded_rows(block=second["BLOCK_D"], slots=slots, features=features, bits=shared_width * shared_back[0]),
-        **second,
-    )  # fmt: skip
-    return y

@@ -75,42 +75,91 @@ def centred_bytes(q, FAST: tl.constexpr):
 
 
 @triton.jit
-def load_tile(
-    w_ptr, s_ptr, rows_left, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
-    BLOCK: tl.constexpr, CACHE: tl.constexpr,
-):  # fmt: skip
-    """BLOCK rows of the matrix at w_ptr, of which rows_left exist: stored bytes (int8: of the groups' first halves, and of their
-    second ones; int4: the same twice) [8, GROUPS, BLOCK / 8, GROUP / 2], and scale pairs int32 [GROUPS, BLOCK].
+def stored_row(row, BLOCK: tl.constexpr, APART: tl.constexpr):
+    """Where row 0 .. BLOCK - 1 of a tile stands in the matrix, and which it is of its half of the tile (without APART: of all)."""
+    if APART:
+        of_half = row % (BLOCK // 2)
+        return of_half + row // (BLOCK // 2) * APART, of_half
+    else:
+        return row, row
 
-    GROUPS is K / GROUP, rounded up to a power of 2. Rows of eight stand in the last but one dimension and groups before it, so
-    that the compiler gives eight rows to a warp, and to each warp groups of its own."""
+
+@triton.jit
+def load_groups(
+    w_ptr, s_ptr, rows_left, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BEGIN: tl.constexpr,
+    BITS: tl.constexpr, BLOCK: tl.constexpr, CACHE: tl.constexpr, APART: tl.constexpr,
+):  # fmt: skip
+    """Of GROUPS groups from BEGIN on: stored bytes (int8: of the groups' first halves, and of their second ones; int4: the same
+    twice) [8, GROUPS, BLOCK / 8, GROUP / 2], and scale pairs int32 [GROUPS, BLOCK].
+
+    Rows of eight stand in the last but one dimension and groups before it, so that the compiler gives eight rows to a warp, and
+    to each warp groups of its own."""
     half: tl.constexpr = GROUP // 2
     bytes_of_group: tl.constexpr = half if BITS == 4 else GROUP
     row = tl.arange(0, 8)[:, None, None, None] + tl.arange(0, BLOCK // 8)[None, None, :, None] * 8
-    group, byte = tl.arange(0, GROUPS)[None, :, None, None], tl.arange(0, half)[None, None, None, :]
-    offsets = row * (K // GROUP * bytes_of_group) + group * bytes_of_group + byte
-    mask = (row < rows_left) & (group < K // GROUP)
+    group, byte = BEGIN + tl.arange(0, GROUPS)[None, :, None, None], tl.arange(0, half)[None, None, None, :]
+    stored, of_half = stored_row(row, BLOCK, APART)
+    offsets = stored * (K // GROUP * bytes_of_group) + group * bytes_of_group + byte
+    mask = (of_half < rows_left) & (group < K // GROUP)
     first = tl.load(w_ptr + offsets, mask=mask, other=0, cache_modifier=CACHE)
     second = first
     if BITS == 8:
         second = tl.load(w_ptr + half + offsets, mask=mask, other=0, cache_modifier=CACHE)
-    row, group = tl.arange(0, BLOCK)[None, :], tl.arange(0, GROUPS)[:, None]
-    mask = (row < rows_left) & (group < K // GROUP)
-    pair = tl.load(s_ptr.to(tl.pointer_type(tl.int32)) + row * (K // GROUP) + group, mask=mask, other=0)
+    group = BEGIN + tl.arange(0, GROUPS)[:, None]
+    stored, of_half = stored_row(tl.arange(0, BLOCK)[None, :], BLOCK, APART)
+    mask = (of_half < rows_left) & (group < K // GROUP)
+    pair = tl.load(s_ptr.to(tl.pointer_type(tl.int32)) + stored * (K // GROUP) + group, mask=mask, other=0)
     return first, second, pair
 
 
 @triton.jit
-def load_half(
-    limb_ptr, M, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, LIMBS: tl.constexpr, COLUMNS: tl.constexpr
+def load_tile(
+    w_ptr, s_ptr, rows_left, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
+    BLOCK: tl.constexpr, PASSES: tl.constexpr, CACHE: tl.constexpr, APART: tl.constexpr = 0,
 ):  # fmt: skip
-    """One limb of the half groups that begin at limb_ptr, int8 [GROUPS, GROUP / 2, COLUMNS]; zeros beyond M rows."""
+    """BLOCK rows of the matrix at w_ptr, of which rows_left exist, as `multiply_tile` takes them: a tuple of what `load_groups`
+    finds in each pass. GROUPS is K / GROUP, rounded up to a power of 2.
+
+    With APART the second half of the rows stands APART rows below the first (up rows below gate rows), and rows_left counts
+    those of a half."""
+    each: tl.constexpr = GROUPS // PASSES
+    first, second, pair = load_groups(w_ptr, s_ptr, rows_left, K, GROUP, each, 0, BITS, BLOCK, CACHE, APART)
+    if PASSES == 1:
+        return first, second, pair
+    else:
+        more, further, pairs = load_groups(w_ptr, s_ptr, rows_left, K, GROUP, each, each, BITS, BLOCK, CACHE, APART)
+        return first, second, pair, more, further, pairs
+
+
+@triton.jit
+def row_of(column, chosen, CHOSEN: tl.constexpr):
+    """The row of activations in a column: the same, or with CHOSEN that of the column-th lowest bit set in `chosen` (up to 8
+    columns, 32 rows): each thread finds it by itself, without a load. A column without a bit gives row 0."""
+    if CHOSEN:
+        bits = column * 0 + chosen
+        for i in tl.static_range(7):
+            bits = tl.where(column > i, bits & (bits - 1), bits)
+        lowest = (bits & (0 - bits)).to(tl.uint32).to(tl.float32)  # a power of 2: its exponent is the bit's place
+        return tl.where(bits != 0, (lowest.to(tl.int32, bitcast=True) >> 23) - 127, 0)
+    else:
+        return column
+
+
+@triton.jit
+def add_products(
+    codes, limb_ptr, sums, M, chosen, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, LEFT: tl.constexpr,
+    LIMBS: tl.constexpr, COLUMNS: tl.constexpr, CHOSEN: tl.constexpr,
+):  # fmt: skip
+    """sums + codes [GROUPS, BLOCK, GROUP / 2] times one limb of the half groups that begin at limb_ptr; zeros beyond M
+    columns and LEFT groups."""
     half: tl.constexpr = GROUP // 2
-    m = tl.arange(0, 8)[:, None, None, None] + tl.arange(0, COLUMNS // 8)[None, None, :, None] * 8
+    column = tl.arange(0, 8)[:, None, None, None] + tl.arange(0, COLUMNS // 8)[None, None, :, None] * 8
     group, byte = tl.arange(0, GROUPS)[None, :, None, None], tl.arange(0, half)[None, None, None, :]
-    mask = (m < M) & (group < K // GROUP)
+    mask = (column < M) & (group < LEFT)
+    m = row_of(column, chosen, CHOSEN)
     x = tl.load(limb_ptr + m * (LIMBS * K) + group * GROUP + byte, mask=mask, other=0)
-    return tl.permute(fragment(x, COLUMNS, GROUPS, half), [0, 2, 1])
+    x = tl.permute(fragment(x, COLUMNS, GROUPS, half), [0, 2, 1])
+    return tl.dot(codes, x, sums, out_dtype=tl.int32)
 
 
 @triton.jit
@@ -132,31 +181,33 @@ def sum_groups(x, GROUPS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constex
 
 
 @triton.jit
-def multiply_tile(
-    first, second, pair, limbs_ptr, units_ptr, M, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
-    BITS: tl.constexpr, LIMBS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr,
-    FAST: tl.constexpr,
+def products_of_groups(
+    first, second, pair, limbs_ptr, units_ptr, M, chosen, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    BEGIN: tl.constexpr, BITS: tl.constexpr, LIMBS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    FAST: tl.constexpr, CHOSEN: tl.constexpr,
 ):  # fmt: skip
-    """What `load_tile` found times M rows in limbs: float32 [BLOCK, COLUMNS]; columns from M on are zero."""
+    """Each of GROUPS groups from BEGIN on by itself: float32 [GROUPS, BLOCK, COLUMNS]. first, second, pair: of these groups."""
     half: tl.constexpr = GROUP // 2
+    left: tl.constexpr = K // GROUP - BEGIN
+    limbs_ptr += BEGIN * GROUP
     start = tl.full([GROUPS, BLOCK, COLUMNS], ROUND_BITS, tl.int32)
     rest = start
     # The first halves with all limbs, then the second ones: so that both need not be in registers at once.
     codes = low_nibbles(first, FAST) if BITS == 4 else centred_bytes(first, FAST)
     codes = fragment(codes, BLOCK, GROUPS, half)
-    high = tl.dot(codes, load_half(limbs_ptr, M, K, GROUP, GROUPS, LIMBS, COLUMNS), start, out_dtype=tl.int32)
-    low = tl.dot(codes, load_half(limbs_ptr + K, M, K, GROUP, GROUPS, LIMBS, COLUMNS), start, out_dtype=tl.int32)
+    high = add_products(codes, limbs_ptr, start, M, chosen, K, GROUP, GROUPS, left, LIMBS, COLUMNS, CHOSEN)
+    low = add_products(codes, limbs_ptr + K, start, M, chosen, K, GROUP, GROUPS, left, LIMBS, COLUMNS, CHOSEN)
     if LIMBS == 3:
-        rest = tl.dot(codes, load_half(limbs_ptr + 2 * K, M, K, GROUP, GROUPS, LIMBS, COLUMNS), start, out_dtype=tl.int32)
+        rest = add_products(codes, limbs_ptr + 2 * K, start, M, chosen, K, GROUP, GROUPS, left, LIMBS, COLUMNS, CHOSEN)
     codes = high_nibbles(second, FAST) if BITS == 4 else centred_bytes(second, FAST)
     codes = fragment(codes, BLOCK, GROUPS, half)
     limbs_ptr += half
-    high = tl.dot(codes, load_half(limbs_ptr, M, K, GROUP, GROUPS, LIMBS, COLUMNS), high, out_dtype=tl.int32)
-    low = tl.dot(codes, load_half(limbs_ptr + K, M, K, GROUP, GROUPS, LIMBS, COLUMNS), low, out_dtype=tl.int32)
+    high = add_products(codes, limbs_ptr, high, M, chosen, K, GROUP, GROUPS, left, LIMBS, COLUMNS, CHOSEN)
+    low = add_products(codes, limbs_ptr + K, low, M, chosen, K, GROUP, GROUPS, left, LIMBS, COLUMNS, CHOSEN)
     # Every rounding is written out: if the compiler were to choose what it fuses, it might choose another way for another shape.
     value = tl.fma(value_of(high), 256.0, value_of(low))
     if LIMBS == 3:
-        rest = tl.dot(codes, load_half(limbs_ptr + 2 * K, M, K, GROUP, GROUPS, LIMBS, COLUMNS), rest, out_dtype=tl.int32)
+        rest = add_products(codes, limbs_ptr + 2 * K, rest, M, chosen, K, GROUP, GROUPS, left, LIMBS, COLUMNS, CHOSEN)
         value = tl.fma(value_of(rest), 1.0 / FINER, value)
     # Per group and output, and per group and row: widened before they are taken apart, so that one conversion each brings them
     # to where the products are. The compiler takes equal values apart once.
@@ -164,10 +215,34 @@ def multiply_tile(
     scale, shift = unpack_scales(tl.broadcast_to(pair[:, :, None], shape))
     if BITS == 4:
         shift = tl.fma(scale, -8.0, shift)
-    m, group = tl.arange(0, COLUMNS)[None, :], tl.arange(0, GROUPS)[:, None]
-    both = tl.load(
-        units_ptr.to(tl.pointer_type(tl.int64)) + m * (K // GROUP) + group, mask=(m < M) & (group < K // GROUP), other=0
-    )
+    column, group = tl.arange(0, COLUMNS)[None, :], tl.arange(0, GROUPS)[:, None]
+    m = row_of(column, chosen, CHOSEN)
+    mask = (column < M) & (group < left)
+    both = tl.load(units_ptr.to(tl.pointer_type(tl.int64)) + m * (K // GROUP) + BEGIN + group, mask=mask, other=0)
     both = tl.broadcast_to(both[:, None, :], shape)
     unit, total = both.to(tl.int32).to(tl.float32, bitcast=True), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    return sum_groups(tl.fma(value, scale * unit, shift * total), GROUPS, BLOCK, COLUMNS, SPLIT)
+    return tl.fma(value, scale * unit, shift * total)
+
+
+@triton.jit
+def multiply_tile(
+    tile, limbs_ptr, units_ptr, M, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
+    LIMBS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr, PASSES: tl.constexpr,
+    FAST: tl.constexpr, chosen=0, CHOSEN: tl.constexpr = False,
+):  # fmt: skip
+    """What `load_tile` found times M rows in limbs: float32 [BLOCK, COLUMNS]; columns from M on are zero. The rows are the first
+    ones from limbs_ptr and units_ptr on, or with CHOSEN those of the bits in `chosen`, of which M are set.
+
+    PASSES 2: the first half of the groups, then the second, which needs fewer registers. The sums' order is the same."""
+    each: tl.constexpr = GROUPS // PASSES
+    first, second, pair = tile[0], tile[1], tile[2]
+    values = products_of_groups(
+        first, second, pair, limbs_ptr, units_ptr, M, chosen, K, GROUP, each, 0, BITS, LIMBS, BLOCK, COLUMNS, FAST, CHOSEN
+    )
+    if PASSES == 2:
+        first, second, pair = tile[3], tile[4], tile[5]
+        values += products_of_groups(
+            first, second, pair, limbs_ptr, units_ptr, M, chosen, K, GROUP, each, each, BITS, LIMBS, BLOCK, COLUMNS, FAST,
+            CHOSEN,
+        )  # fmt: skip
+    return sum_groups(values, each, BLOCK, COLUMNS, SPLIT)

@@ -32,6 +32,9 @@ OVERLAPPING = (
     "choose_experts_kernel",
     "gate_up_kernel",
     "down_kernel",
+    "gate_up_tile_kernel",
+    "down_tile_kernel",
+    "combine_tile_kernel",
     "_decode_kernel",
     "_finish_kernel",
     "_qk_norm_rope_kernel",
@@ -44,6 +47,10 @@ WITHIN_AN_OP = (
     ("limbs_kernel", "linear_tile_kernel"),
     ("gemv_kernel", "choose_experts_kernel"),
     ("gate_up_kernel", "down_kernel"),
+    ("limbs_kernel", "gate_up_tile_kernel"),
+    ("gate_up_tile_kernel", "limbs_kernel"),
+    ("limbs_kernel", "down_tile_kernel"),
+    ("down_tile_kernel", "combine_tile_kernel"),
     ("_decode_kernel", "_finish_kernel"),
     ("_attend_kernel", "_merge_kernel"),
 )
@@ -52,7 +59,7 @@ WITHIN_AN_OP = (
 @triton.jit
 def start_next(OVERLAP: tl.constexpr):
     """0; lets the next kernel start before this one waits. Only for a kernel that is followed, in its own op, by one that before
-    its wait reads weights and nothing else: when that one starts, the kernel before this one may still run."""
+    its wait reads nothing but what is older than the kernel before this one, which may still run: weights, say."""
     zero = 0
     if OVERLAP:
         known = tl.inline_asm_elementwise(
