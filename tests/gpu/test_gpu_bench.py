@@ -43,7 +43,7 @@ def test_the_peers_that_are_here_are_right_before_and_after_their_replays(spec):
             assert min(samples) > 0 and red(peer.check()) is None, peer.name
 
 
-@pytest.mark.parametrize("sequences", [1, 8])
+@pytest.mark.parametrize("sequences", [1, 8, 16])
 def test_the_chain_of_layers_is_the_same_to_the_bit_when_its_kernels_start_early(sequences):
     with torch.no_grad():
         chain = Layers(FULL, "cuda", sequences)

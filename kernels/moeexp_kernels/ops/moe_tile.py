@@ -37,16 +37,17 @@ COLUMNS = 8  # tokens of a program: the least that the instruction takes, and mo
 
 
 @triton.jit
-def place_of(ids_ptr, program, M, TOP_K: tl.constexpr, PAIRS: tl.constexpr, COLUMNS: tl.constexpr):
-    """What the programs of number `program` serve: the expert (-1: the shared one), the first row, how many rows (0: nothing, leave) and
-    the tokens, a bit each. The shared expert comes first, because nobody else has as many tokens."""
-    shared = (M + COLUMNS - 1) // COLUMNS
+def pair_of(program, M, COLUMNS: tl.constexpr):
+    """The pair of number `program` of a grid; negative for the shared expert's, which come first: nobody has as many tokens."""
+    return program - (M + COLUMNS - 1) // COLUMNS
+
+
+@triton.jit
+def place_of(pair, p, ids, expert, M, TOP_K: tl.constexpr, PAIRS: tl.constexpr, COLUMNS: tl.constexpr):
+    """What the programs of a pair serve: the expert (-1: the shared one), the first row, how many rows (0: leave) and the tokens,
+    a bit each. ids [PAIRS] of all pairs p, expert: the pair's own; they are loaded by the kernel itself, as torch takes
+    a pointer whose values lead to an address of a store through a function for one that is written."""
     pairs = M * TOP_K
-    pair = program - shared
-    p = tl.arange(0, PAIRS)
-    # Past L1, which may hold an older step's: the ids may be the result of a kernel before the previous one.
-    ids = tl.load(ids_ptr + p, mask=p < pairs, other=0x7FFFFFFF, cache_modifier=".cg")
-    expert = tl.load(ids_ptr + tl.maximum(pair, 0), cache_modifier=".cg")
     same, mine = ids == expert, p >= pair
     # Three counts in one sum: pairs of lower experts; of this one before this pair; from this pair on.
     counts = (ids < expert).to(tl.int32) + tl.where(same, tl.where(mine, 1 << 22, 1 << 12), 0)
@@ -56,7 +57,7 @@ def place_of(ids_ptr, program, M, TOP_K: tl.constexpr, PAIRS: tl.constexpr, COLU
     row = lower + before
     count = tl.where(before % COLUMNS == 0, tl.minimum(left, COLUMNS), 0)
     if pair < 0:
-        first = program * COLUMNS
+        first = (pair + (M + COLUMNS - 1) // COLUMNS) * COLUMNS
         expert, row, count = -1, pairs + first, tl.minimum(M - first, COLUMNS)
         tokens = -1 << first
     return expert, row, count, tokens
@@ -86,7 +87,11 @@ def gate_up_tile_kernel(
 ):  # fmt: skip
     """act [A + M, I] float32, without the pairs' shares. Grid (blocks of I, pairs + blocks of tokens). Before the wait it reads
     weights and ids; the previous kernel, which writes the limbs, must wait before it lets this one start."""
-    expert, place, count, tokens = place_of(ids_ptr, tl.program_id(1), M, TOP_K, PAIRS, COLUMNS)
+    pair, p = pair_of(tl.program_id(1), M, COLUMNS), tl.arange(0, PAIRS)
+    # Past L1, which may hold an older step's: the ids are the result of a kernel before the previous one.
+    ids = tl.load(ids_ptr + p, mask=p < M * TOP_K, other=0x7FFFFFFF, cache_modifier=".cg")
+    expert = tl.load(ids_ptr + tl.maximum(pair, 0), cache_modifier=".cg")
+    expert, place, count, tokens = place_of(pair, p, ids, expert, M, TOP_K, PAIRS, COLUMNS)
     if count == 0:  # without a wait: the shared expert's programs wait for all
         return
     start = tl.program_id(0) * BLOCK_I
@@ -116,7 +121,11 @@ def down_tile_kernel(
 ):  # fmt: skip
     """out [A + M, D] float32 of act in limbs [A + M, LIMBS, K]; K is the experts' width. Grid (blocks of D, pairs + blocks of
     tokens). Before the wait it reads weights, and ids, which are older than the kernel before the previous one."""
-    expert, place, count, _ = place_of(ids_ptr, tl.program_id(1), M, TOP_K, PAIRS, COLUMNS)
+    pair, p = pair_of(tl.program_id(1), M, COLUMNS), tl.arange(0, PAIRS)
+    # Past L1, which may hold an older step's: the ids are the result of a kernel before the previous one.
+    ids = tl.load(ids_ptr + p, mask=p < M * TOP_K, other=0x7FFFFFFF, cache_modifier=".cg")
+    expert = tl.load(ids_ptr + tl.maximum(pair, 0), cache_modifier=".cg")
+    expert, place, count, _ = place_of(pair, p, ids, expert, M, TOP_K, PAIRS, COLUMNS)
     if count == 0:
         return
     start = tl.program_id(0) * BLOCK_D

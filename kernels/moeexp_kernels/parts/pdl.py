@@ -6,7 +6,8 @@ alone writes, positions, and results of the kernel before the previous. As much 
 whole GPU waits for each load and each reduction. The last kind is safe because the call waits *first* and lets the
 next kernel start *then*: when a kernel starts early, all programs of the previous one are past their own wait, so that
 everything before that one is complete and visible. A kernel that reads its own state early must not directly follow
-another call on the same state; in a model its layer's other kernels stand between.
+another call on the same state; in a model its layer's other kernels stand between. A program that has nothing to do may leave
+without a wait, as long as others of its kernel wait.
 
 The order is kept by the pointers and not by a side effect: torch takes a kernel with an assembly instruction that has side
 effects for one that writes all its arguments.
