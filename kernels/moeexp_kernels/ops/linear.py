@@ -331,8 +331,8 @@ def linear_tile(
     ahead: Tensor | None = None,
     ahead_scales: Tensor | None = None,
 ) -> Tensor:
-    """`linear`, with 1 to 32 rows always on the tile: for weights that the tile takes, int4 and int8 in groups of 64 or 128, a row's
-    result does not depend, to the bit, on how many rows there are, up to 32 of them."""
+    """`linear`, with 1 to 32 rows always on the tile: for weights that the tile takes, int4 and int8 in groups of 64 or 128, a
+    row's result does not depend, to the bit, on how many rows there are, up to 32 of them."""
     return launch_linear(
         x=x, weight=weight, scales=scales, norm_weight=norm_weight, eps=eps, residual=residual, ahead=ahead,
         ahead_scales=ahead_scales, always=True,

@@ -76,7 +76,7 @@ def centred_bytes(q, FAST: tl.constexpr):
 
 @triton.jit
 def stored_row(row, BLOCK: tl.constexpr, APART: tl.constexpr):
-    """Where row 0 .. BLOCK - 1 of a tile stands in the matrix, and which it is of its half of the tile (without APART: of all)."""
+    """Where row 0 .. BLOCK - 1 of a tile stands in the matrix, and which it is of its half of the tile (without APART: of it)."""
     if APART:
         of_half = row % (BLOCK // 2)
         return of_half + row // (BLOCK // 2) * APART, of_half
