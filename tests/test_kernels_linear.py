@@ -210,9 +210,11 @@ def test_a_row_is_the_same_to_the_bit_alone_and_among_any_others(bits, dtype):
 
 
 @pytest.mark.parametrize("change", [{"COLUMNS": 16}, {"COLUMNS": 32}, {"BLOCK_N": 32}, {"PASSES": 2}, {"num_warps": 8}])
-def test_launch_parameters_of_the_tile_change_no_bit(change):
-    x, extra = randn(11, 512, seed=1), randn(11, 21, seed=4)  # eight groups
-    weight, scales = quantised(21, 512, bits=4, group=64, seed=2, dtype=torch.float32)
+@pytest.mark.parametrize("features", [512, 192])
+def test_launch_parameters_of_the_tile_change_no_bit(change, features):
+    """Eight groups; three, which are padded to four, of which the last lies beyond the row."""
+    x, extra = randn(11, features, seed=1), randn(11, 21, seed=4)
+    weight, scales = quantised(21, features, bits=4, group=64, seed=2, dtype=torch.float32)
     outputs = []
     for config in (TILE, TILE | change):
         out = Guarded(torch.full((11, 21), float("nan"), device=DEVICE))
@@ -223,6 +225,7 @@ def test_launch_parameters_of_the_tile_change_no_bit(change):
             )  # fmt: skip
         out.check("y")
         outputs.append(out.tensor)
+    assert outputs[0].isfinite().all()
     assert_bitwise_equal(outputs[1], outputs[0])
 
 
