@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from moeexp_kernels.removed import REMOVED
 from rich.console import Console
 
 from moeexp import compare
@@ -117,6 +118,10 @@ def test_every_stored_result_is_read_and_repeated(path):
     data = read_record(path)
     assert set(data) == {"schema", *record.KEYS} and data["status"] == "ok"
     assert data["decode_tok_s"] == pytest.approx(1e3 * data["config"]["batch"] / data["token_latencies_ms"]["mean"], rel=1e-4)
+    if any((op, name) in REMOVED for op, name in data["config"]["ops"].items()):
+        with pytest.raises(ValueError, match="was removed"):
+            arguments_of(data)
+        return
     arguments = [one for one in arguments_of(data) if not one.startswith("--")]
     again = record.plain(compose(arguments))
     assert html_report.command_of(data).startswith("python -m moeexp")
