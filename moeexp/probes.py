@@ -31,7 +31,9 @@ class Finding:
 
 def torch_version() -> Finding:
     """torch is one of those that this version was tried with, and sees the GPU that the machine has."""
+    import pynvml
     import torch
+    from moeexp_runner import nvml
 
     at_least, below = (".".join(map(str, version)) for version in TORCH)
     found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
@@ -39,13 +41,18 @@ def torch_version() -> Finding:
         return Finding("broken", f"torch {torch.__version__}", f"pip install 'torch>={at_least},<{below}'")
     if torch.cuda.is_available():
         return Finding("ok", f"torch {torch.__version__}, CUDA {torch.version.cuda}, {torch.cuda.get_device_name(0)}")
-    if shutil.which("nvidia-smi") is None:
+    why = ""
+    try:
+        count = nvml.ask(pynvml.nvmlDeviceGetCount)
+    except RuntimeError as error:
+        why, count = f" ({error})", not isinstance(error.__cause__, pynvml.NVMLError_LibraryNotFound)
+    if not count:
         return Finding("ok", f"torch {torch.__version__}, no NVIDIA GPU here: runs are on the CPU")
     if torch.version.cuda is None:
         return Finding("warning", f"torch {torch.__version__} is a CPU build", "install torch's wheel for CUDA")
     return Finding(
         "warning",
-        f"torch is built for CUDA {torch.version.cuda} and finds no GPU",
+        f"torch is built for CUDA {torch.version.cuda} and finds no GPU{why}",
         "look at CUDA_VISIBLE_DEVICES and at the driver's version in nvidia-smi",
     )
 
