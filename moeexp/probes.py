@@ -102,8 +102,7 @@ def package_names() -> Finding:
 
 def cache_folder() -> Finding:
     """The compile cache can be written, renamed in and locked, and has room."""
-    import fcntl
-
+    from moeexp.record.locks import lock
     from moeexp.stack.caches import cache_dir
 
     remedy = "set MOEEXP_CACHE_DIR to a folder of yours on a local disk"
@@ -114,8 +113,8 @@ def cache_folder() -> Finding:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".doctor-") as scratch:
-            with open(Path(scratch) / "lock", "w") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with lock(Path(scratch) / "lock"):
+                pass
             os.replace(Path(scratch) / "lock", Path(scratch) / "renamed")
     except OSError as error:
         return Finding("broken", f"{folder}: {error.strerror}", remedy)
