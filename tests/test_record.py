@@ -163,11 +163,6 @@ def test_git_state_is_of_the_package_s_own_checkout(tmp_path):
     assert environment.git_state(installed) is None, "installed inside someone else's checkout"
 
 
-def test_nvidia_smi_absent_is_recorded_not_raised(monkeypatch):
-    monkeypatch.setenv("PATH", "/nowhere")
-    assert "nvidia-smi" in environment.gpu_state()["error"]
-
-
 def test_what_a_table_holds_is_changed_through_the_record(tmp_path):
     record = Record(tmp_path / "record.json", id="t", config=None, command=["test"])
     record.set(environment={"cuda": None}, not_applicable=["overlap"])

@@ -8,17 +8,22 @@ import shlex
 import tempfile
 from pathlib import Path
 
+import platformdirs
+
 from moeexp.record.paths import expanded
 
 VARIABLE = "MOEEXP_CACHE_DIR"
 
 
 def cache_dir() -> Path:
-    """`$MOEEXP_CACHE_DIR`, else `$XDG_CACHE_HOME/moeexp`, else `~/.cache/moeexp`. `ValueError` without a home folder."""
+    """`$MOEEXP_CACHE_DIR`, else `$XDG_CACHE_HOME/moeexp`, else the user's, on Linux `~/.cache/moeexp`. `ValueError` without a
+    home folder."""
     own, base = os.environ.get(VARIABLE), os.environ.get("XDG_CACHE_HOME")
     try:
-        return expanded(own).absolute() if own else expanded(base or "~/.cache").absolute() / "moeexp"
-    except ValueError as error:
+        if own or base:  # platformdirs would pass over a base that is relative, or begins with ~
+            return expanded(own).absolute() if own else expanded(base or "").absolute() / "moeexp"
+        return platformdirs.user_cache_path("moeexp")
+    except (ValueError, RuntimeError) as error:
         raise ValueError(f"there is no folder for compiled code: {error}, or set {VARIABLE}") from error
 
 

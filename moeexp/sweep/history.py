@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from moeexp.record.locks import try_lock
 from moeexp.record.record import Record, head, lost_error, read_record
 
 # A result; repeating it would measure the same again. The rest was not completed.
@@ -64,7 +64,7 @@ def close_lost(path: Path) -> None:
     """Finishes the record of a run whose process is gone, in the file as it reads already. One whose folder a sweep holds
     is that sweep's to finish."""
     held = path.with_name(".lock")
-    lock = _try_lock(held) if held.exists() else None
+    lock = try_lock(held) if held.exists() else None
     if held.exists() and lock is None:
         return
     try:
@@ -73,7 +73,7 @@ def close_lost(path: Path) -> None:
             record.finish("lost", error=lost_error(record.data))
     finally:
         if lock is not None:
-            lock.close()
+            lock.release()
 
 
 class Folder:
@@ -87,7 +87,7 @@ class Folder:
         for candidate in (name, f"{name}-{suffix}"):
             self.path = sweep / candidate
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _try_lock(self.path / ".lock")
+            self._lock = try_lock(self.path / ".lock")
             if self._lock is None:
                 continue
             if self._free(config_hash):
@@ -97,7 +97,7 @@ class Folder:
 
     def release(self) -> None:
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
             self._lock = None
 
     def _free(self, config_hash: str | None) -> bool:
@@ -150,13 +150,3 @@ def _earlier(path: Path, known: dict[str, Any]) -> Earlier:
         seconds = (ended - began).total_seconds()
     values = (known[key] or "" for key in ("id", "config_hash", "code_fingerprint", "status"))
     return Earlier(path, *values, seconds)
-
-
-def _try_lock(path: Path) -> TextIO | None:
-    file = open(path, "w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
