@@ -36,7 +36,8 @@ def test_a_run_is_checked_and_measured(tmp_path, monkeypatch, export, dispatch):
     assert (code, record["status"]) == (0, "ok"), record["error"] or record["check"]["failures"]
     assert (record["config"]["export"], record["config"]["dispatch"]) == (export, dispatch)
     assert record["check"]["passed"] and record["decode_tok_s"] > 0 and len(record["generated_ids"][0]) == 6
-    assert record["environment"]["versions"]["torch"] == torch.__version__
+    # Its local part, such as +cu130, is not in every package's metadata.
+    assert record["environment"]["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert sorted(record["ops"]["compiled"]) == (sorted(METHODS[dispatch]) if export == "aoti" else [])
     compiled = {name for name in METHODS[dispatch] if f"compile {name}" in record["phases_s"]}
     assert compiled == (set() if export == "eager" else set(METHODS[dispatch]))
