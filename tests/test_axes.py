@@ -4,8 +4,10 @@ Graphs need a GPU; here the same calls are made eagerly, so that what stands aro
 ahead, padding to captured lengths, alternating state.
 """
 
+import gc
 import itertools
 import json
+import weakref
 from pathlib import Path
 
 import common
@@ -240,7 +242,6 @@ def test_a_prompt_continues_another_under_padding(stack):
 def test_a_method_leaves_the_state_that_it_is_given(model, name):
     arena = Arena(state_shapes(model.arch, batch=1, max_seq_len=32, dtype=torch.float32), device="cpu")
     arena.reset()
-    model.detach_state(arena.tensors)
     names = registry.resolve(default="reference", chosen={}, device="cpu")
     from moeexp_kernels import dispatch
 
@@ -254,6 +255,34 @@ def test_a_method_leaves_the_state_that_it_is_given(model, name):
     assert not same_state(dict(zip(arena.tensors, new, strict=True)), before)
     addresses = {tensor.data_ptr() for tensor in arena.tensors.values()}
     assert not addresses & {tensor.data_ptr() for tensor in new}
+
+
+@pytest.mark.parametrize("state", STATE)
+@pytest.mark.parametrize("dispatch", ["dual", "single"])
+def test_a_stack_leaves_no_state_on_a_model_that_others_share(stack, model, dispatch, state):
+    names = [name for name, _ in model.named_buffers()]
+    first = stack(f"dispatch={dispatch}", f"state={state}")
+    kept = weakref.ref(next(iter(first.arena.tensors.values())))
+    first.session.prefill(PROMPT)
+    other = stack().session
+    continued = first.session.decode(PROMPT[:, :1]).clone()
+    other.prefill(PROMPT)
+    torch.testing.assert_close(continued, other.decode(PROMPT[:, :1]), rtol=0, atol=1e-5)
+    assert [name for name, _ in model.named_buffers()] == names
+    first.close()
+    del first
+    gc.collect()
+    assert kept() is None, "the model keeps the state of a stack that is gone"
+
+
+def test_a_state_that_is_attached_is_not_taken_away(model, phases, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEEXP_CACHE_DIR", str(tmp_path))
+    arena = Arena(state_shapes(model.arch, batch=1, max_seq_len=32, dtype=torch.float32), device="cpu")
+    with model.attached(arena.tensors):
+        with pytest.raises(AssertionError, match="another state attached"):
+            build_stack(configured("export=aoti"), model, phases)
+        assert all(model.get_buffer(name) is tensor for name, tensor in arena.tensors.items())
+    assert not {name for name, _ in model.named_buffers()} & arena.tensors.keys()
 
 
 def test_explicit_state_comes_home():
@@ -295,8 +324,7 @@ def test_cond_with_shared_state_cannot_be_compiled(model, tmp_path):
     """Why that combination is refused: export overlooks what a branch mutates, and AOTInductor stumbles over it."""
     arena = Arena(state_shapes(model.arch, batch=1, max_seq_len=32, dtype=torch.float32), device="cpu")
     arena.reset()
-    model.attach_state(arena.tensors)
-    with pytest.raises(Exception, match="(?i)mutat|alias"):
+    with pytest.raises(Exception, match="(?i)mutat|alias"), model.attached(arena.tensors):
         program = export_method("cond", model, common.reference_ops(), batch=1, max_seq_len=32)
         assert not program.graph_signature.buffers_to_mutate
         compile_method(program, tmp_path / "cond.pt2", inductor_config(method="cond", device="cpu"))

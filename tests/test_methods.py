@@ -46,7 +46,6 @@ def tokens(n, seed=0):
 
 def traces_of_both(cfg, model, phases, compiled, prompt, new_tokens):
     fast = record_trace(compiled, prompt, new_tokens)
-    # An eager stack attaches its own state to the model; the compiled methods stay bound to theirs.
     eager = build_stack(cfg, model, phases, export="eager")
     forced = torch.cat([fast.token_ids[:, prompt.shape[1] :], fast.next_token[:, None]], 1)
     slow = record_trace(eager, prompt, new_tokens, forced=forced)
@@ -97,7 +96,8 @@ def test_binding_refuses_everything_that_does_not_fit(compiled):
 
     artifact = compiled.artifacts["decode"]
     method = CompiledMethod(artifact.package, artifact.constants, device=torch.device("cpu"))
-    right = {name: compiled.model.get_buffer(name.removeprefix("model.")) for name in artifact.constants}
+    with compiled.model.attached(compiled.arena.tensors):
+        right = {name: compiled.model.get_buffer(name.removeprefix("model.")) for name in artifact.constants}
     head, norm = "model.head.weight", "model.norm"
     wrong = {
         "shape": right | {norm: right[norm][:-1]},

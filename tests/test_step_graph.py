@@ -71,7 +71,7 @@ def captured(monkeypatch):
 def build(*, explicit=False, wrap=lambda method: method, **options):
     model, ops = load_model(Random(EVEN, 0)), reference_ops()
     arena = Arena(state_shapes(EVEN, batch=1, max_seq_len=96, dtype=torch.float32), device="cpu")
-    how = {"state_names": tuple(arena.tensors)} if explicit else {"held": arena.tensors}
+    how = {"state_names": tuple(arena.tensors)} if explicit else {"attached_state": arena.tensors}
     live = options.get("cuda_graph") == "all"
     return Session(
         prefill=wrap(MODULES["prefill"](model, ops, takes_live=live, **how)),
