@@ -83,7 +83,8 @@ def test_every_library_that_is_imported_is_declared():
     for folder in ("moeexp", "kernels", "runner"):
         for path in (ROOT / folder).rglob("*.py"):
             for module in imported(path) - set(sys.stdlib_module_names) - OPTIONAL - PARTS:
-                if not module.startswith("moeexp") and not {name.lower() for name in known.get(module, [module.replace("_", "-")])} & declared:
+                names = {name.lower() for name in known.get(module, [module.replace("_", "-")])}
+                if not module.startswith("moeexp") and not names & declared:
                     lacking.setdefault(module, str(path.relative_to(ROOT)))
     assert lacking == {}
 

@@ -23,6 +23,7 @@ from moeexp_runner.binding import TensorSpec
 from torch.export import ExportedProgram
 
 from moeexp.record.locks import lock
+from moeexp.stack.cache_entries import lock_of, trim_or_say
 from moeexp.stack.caches import cache_dir
 from moeexp.stack.inductor import compiling, inductor_config
 from moeexp.stack.methods import compile_method
@@ -97,7 +98,8 @@ def get_or_compile(spec: MethodSpec, export: Callable[[], ExportedProgram]) -> A
 
     folder = cache_dir() / "compiled" / key_of(spec)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with lock(folder.with_name(f".{folder.name}.lock")):
+    with lock(lock_of(folder)) as held:
+        os.utime(held.lock_file)  # its last use
         found = _read(folder, spec)
         if found is not None:
             return found
@@ -125,7 +127,8 @@ def get_or_compile(spec: MethodSpec, export: Callable[[], ExportedProgram]) -> A
             os.replace(scratch, folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-    made = _read(folder, spec)
+        made = _read(folder, spec)
+    trim_or_say()
     assert made is not None, f"the artifact just written to {folder} does not fit its manifest"
     return Artifact(made.key, made.package, made.constants, cached=False, compile_s=made.compile_s)
 
