@@ -14,6 +14,7 @@ import common
 import pytest
 import torch
 from common import random_tokens, same_state
+from kernels_common import poison_state
 from moeexp_kernels import registry
 from moeexp_runner.arena import Arena
 from moeexp_runner.explicit import ExplicitState
@@ -191,24 +192,16 @@ def test_padding_leaves_no_trace(stack, state):
     assert [session.prefill_graphs.fitting(n) for n in (1, 8, 9, 24, 25, 40, 41)] == [8, 8, 24, 24, 40, 40, None]
     for count in (1, 8, 9, 21, 40, 50):
         prompt = random_tokens(1, count, vocab=256, seed=count)
-        poison(session)
+        session.reset()
+        poison_state(session.arena.tensors)
         padded = session.prefill(prompt).clone()
         found = session.arena.snapshot()
         plain = stack(f"state={state}").session
-        poison(plain)
+        plain.reset()
+        poison_state(plain.arena.tensors)
         torch.testing.assert_close(padded, plain.prefill(prompt), rtol=0, atol=1e-5)
         for name, tensor in plain.arena.snapshot().items():
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5, equal_nan=True, msg=name)
-
-
-def poison(session):
-    """Slots that nobody wrote hold NaN, and a trace that no router makes."""
-    session.reset()
-    for name, tensor in session.arena.tensors.items():
-        if name.endswith("_cache"):
-            tensor.fill_(float("nan"))
-        elif name.endswith("expert_ids"):
-            tensor.fill_(-7)
 
 
 @pytest.mark.parametrize(("length", "said"), [(16, []), (17, ["prefill_graph_lengths"])])
@@ -436,7 +429,8 @@ def test_padding_is_bitwise_nothing_with_the_kernels(model, phases):
     for cuda_graph in (False, "all"):
         cfg = configured("ops=triton", "prefill_graph_lengths=[24]", cuda_graph=cuda_graph)
         session = build_stack(cfg, model, phases).session
-        poison(session)
+        session.reset()
+        poison_state(session.arena.tensors)
         logits = session.prefill(PROMPT[:, :11].contiguous()).clone()
         results.append({"logits": logits, **session.arena.snapshot()})
     assert same_state(*results)

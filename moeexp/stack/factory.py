@@ -141,7 +141,8 @@ def build_stack(
     cfg: Config, model: Qwen35MoE, phases: Phases, *, export: str | None = None, cuda_graph: bool | str | None = None
 ) -> Stack:
     """State, methods and session over `model`, which other stacks may share: state is this one's own, and attached to the
-    model only while methods are exported and bound. `export` and `cuda_graph` override the config's, for the check's float32 twin."""
+    model only while methods are exported and bound. `export` and `cuda_graph` override the config's, for the check's float32
+    twin."""
     if export is not None or cuda_graph is not None:
         cfg = replace(
             cfg,

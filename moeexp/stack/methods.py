@@ -152,8 +152,8 @@ def export_method(
     l2_prefetch: bool = False,
     state: dict[str, Tensor] | None = None,
 ) -> ExportedProgram:
-    """`model` has its state attached (`Qwen35MoE.attached`), or `state` (an example of each tensor) is explicit. Buffers keep their names
-    (`model.layers.0.…`) in every method."""
+    """`model` has its state attached (`Qwen35MoE.attached`), or `state` (an example of each tensor) is explicit. Buffers keep
+    their names (`model.layers.0.…`) in every method."""
     remember_kernel_analyses()
     state = state or {}
     module = MODULES[method](

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from covering import AXES, BASE, COMPILED, PAIRWISE, legal_points
+from kernels_common import poison_state
 from moeexp_kernels.parts import graph_edges
 from moeexp_runner.profiler import kernels_per_token, token_split
 from rich.console import Console
@@ -204,11 +205,7 @@ def test_padding_leaves_every_state_bitwise_unchanged(stack, dtype, state, count
     results = []
     for session in (graphed, plain):
         session.reset()
-        for name, tensor in session.arena.tensors.items():
-            if name.endswith("_cache"):
-                tensor.fill_(float("nan"))
-            elif name.endswith("expert_ids"):
-                tensor.fill_(-7)
+        poison_state(session.arena.tensors)
         logits = session.prefill(tokens(count, seed=count)).clone()
         results.append({"logits": logits, **session.arena.snapshot()})
     assert graphed.prefill_graphs.fitting(count) is not None
@@ -351,9 +348,7 @@ def test_a_prompt_after_another_and_nan_in_the_state(stack, overrides):
     run(tokens(30, seed=3))
     second = run(tokens(21))
     assert second[0] == first[0] and same(second[1].values(), first[1].values())
-    for tensor in session.arena.tensors.values():
-        if tensor.is_floating_point():
-            tensor.fill_(float("nan"))
+    poison_state(session.arena.tensors, kinds=("",))
     third = run(tokens(21))
     assert third[0] == first[0] and same(third[1].values(), first[1].values())
 
