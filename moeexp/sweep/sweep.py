@@ -94,6 +94,8 @@ class Sweep:
                 check_surroundings(cell.given)  # a fault of the whole sweep, not of a cell
         if self._whole_groups():
             self._repeat_broken_groups(cells)
+        if damaged := self.history.left_out:
+            say(f"{len(damaged)} damaged records of earlier runs are left out, the first: {damaged[0]}")
         self.cells += cells
         return cells
 
@@ -132,7 +134,11 @@ class Sweep:
         done = [cell.record for cell in self.cells if cell.record is not None]
         if self.dry_run or not done:
             return
-        records = read_whole(done)
+        records, damaged = read_whole(done)
+        for line in damaged:
+            say(f"left out of the table: {line}")
+        if not records:
+            return
         path = self.directory / "table.md"
         notes = "".join(f"\n{line}\n" for line in self._notes())
         write_atomically(path, f"`{shlex.join(self.command)}`\n\n" + table.markdown(records) + notes)
