@@ -27,7 +27,7 @@ def migrate(data: dict[str, Any]) -> dict[str, Any]:
             data = step(data)
         except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
             what = f"{type(error).__name__}: {error}"
-            raise ValueError(f"it is no record of schema={data['schema']!r} ({what}): remove it, or run again") from error
+            raise ValueError(f"it is no record of schema={data['schema']!r} ({what})") from error
     return data
 
 

@@ -24,6 +24,7 @@ from moeexp.record.paths import expanded
 from moeexp.record.phases import bar
 from moeexp.record.record import Record, write_atomically
 from moeexp.report import table, terminal
+from moeexp.report.markup import code
 from moeexp.run import signals
 from moeexp.run.identity import code_fingerprint
 from moeexp.run.job import (
@@ -141,7 +142,7 @@ class Sweep:
             return
         path = self.directory / "table.md"
         notes = "".join(f"\n{line}\n" for line in self._notes())
-        write_atomically(path, f"`{shlex.join(self.command)}`\n\n" + table.markdown(records) + notes)
+        write_atomically(path, f"{code(shlex.join(self.command))}\n\n" + table.markdown(records) + notes)
         terminal.print_sweep(records, path=path, console=Console())
         for line in self._notes():
             print(line)

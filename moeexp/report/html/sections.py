@@ -68,13 +68,13 @@ def _step(step: Step, before: float | None) -> Row:
 
 
 def _latencies(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
-    having = [run for run in ranked if (run.record["token_latencies_ms"] or {}).get("samples")][:MOST]
+    having = [run for run in ranked if any((run.record["token_latencies_ms"] or {}).get("samples", ()))][:MOST]
     if not having:
         return ""
     latencies = [run.record["token_latencies_ms"] for run in having]
     low = min(min(sample for sample in one["samples"] if sample > 0) for one in latencies)
     # The slowest single tokens would press all the rest together: the axis ends beyond the worst p99.
-    high = max(one["p99"] for one in latencies) * 1.25
+    high = max(low, *(one["p99"] for one in latencies)) * 1.25
     drawn = []
     for run, one in zip(having, latencies, strict=True):
         marks = [(one[p], f"{p} {number(one[p])} ms") for p in ("p50", "p90", "p99")]

@@ -151,6 +151,8 @@ def _cell(cell: Cell, css: str) -> str:
 def _figure(get: Callable[[dict[str, Any]], Any], scale: float = 1.0) -> Callable[[Run, dict], Cell]:
     def figure(run: Run, first: dict[tuple, Run]) -> Cell:
         value = get(run.record)
+        if isinstance(value, str):  # not finite
+            return Cell(value)
         return Cell("–") if value is None else Cell(number(scale * value), scale * value)
 
     return figure
