@@ -14,7 +14,8 @@ from moeexp.record.record import MAX_BYTES, Record, latency_summary, plain, read
 
 
 def new(tmp_path, **values) -> Record:
-    result = Record(tmp_path / "record.json", id="ab12", config={"seed": 0}, command=["python"], overrides=["seed=0"])
+    config = plain(compose(["model=nano"]))
+    result = Record(tmp_path / "record.json", id="ab12", config=config, command=["python"], overrides=["seed=0"])
     result.set(**values)
     return result
 

@@ -59,7 +59,7 @@ def specification(
 
 
 def dump(specification: dict[str, Any]) -> str:
-    return json.dumps(specification, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(specification, indent=1) + "\n"
 
 
 def save(specification: dict[str, Any]) -> str:
