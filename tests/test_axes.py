@@ -395,7 +395,7 @@ def test_drawn_tokens_are_checked_by_their_race(model, phases):
     built = build_stack(cfg, model, phases)
     verdict = verify(cfg, built, PROMPT, phases)
     assert verdict["passed"], verdict["failures"]
-    built.session._sample.start[0] += 1  # draws of another seed than the config's
+    cfg.sampler.seed += 1  # which drew none of them
     verdict = verify(cfg, built, PROMPT, phases)
     failed = [part["name"] for part in verdict["parts"] if not part["passed"]]
     assert failed == ["tokens"]

@@ -169,7 +169,7 @@ def test_a_config_that_no_longer_composes_is_shown_as_it_was_given():
     old = records()[0]
     old["config"]["quant"]["name"] = "int3"
     text = html_report.page([old], title="t")
-    assert "As it was given; the record&#39;s config no longer composes" in text
+    assert "no longer composes" in text
     assert "python -m moeexp -m quant=none export=eager" in text
 
 
