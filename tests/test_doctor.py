@@ -28,6 +28,7 @@ def test_a_compiler_that_links_dynamically_is_ok():
     assert finding.verdict == "ok", finding
 
 
+@pytest.mark.slow
 def test_a_compiler_that_links_libstdcxx_statically_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", script(tmp_path / "g++", '#!/bin/sh\nexec g++ -static-libstdc++ "$@"\n'))
     finding = probes.run("static libstdc++")

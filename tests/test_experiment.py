@@ -57,6 +57,7 @@ def test_bfloat16_run_passes_both_parts(run):
     assert {"float32", "timed", "tokens"} <= set(parts(record))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", [0, 2**40, None])
 def test_batch_of_two(run, monkeypatch, cache):
     monkeypatch.setattr(experiment, "cache_bytes", lambda device: cache)

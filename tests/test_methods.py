@@ -82,6 +82,7 @@ def test_methods_share_weights_and_state_with_the_model(model, compiled):
     assert torch.equal(compiled.session.decode(prompt[:, :1]), step_before)
 
 
+@pytest.mark.slow
 def test_unbound_method_refuses_to_run(compiled):
     from moeexp_runner.binding import CompiledMethod
 
@@ -114,6 +115,7 @@ def test_binding_refuses_everything_that_does_not_fit(compiled):
     method.bind(right)
 
 
+@pytest.mark.slow
 def test_second_build_compiles_nothing(cfg, model, phases, compiled, monkeypatch):
     assert all(not artifact.cached and artifact.compile_s > 0 for artifact in compiled.artifacts.values())
     folder = compiled.artifacts["decode"].package.parent.parent.parent

@@ -114,6 +114,7 @@ def test_the_lists_are_complete():
     assert names == PATHS | NO_PATHS
 
 
+@pytest.mark.slow
 def test_a_home_folder_in_what_is_written(tmp_path):
     assert run("tracker.path=~/t/runs.jsonl", "hydra.run.dir=~/run") == 0
     assert run("-m", HERE, "hydra.sweep.dir=~/sweep", "launcher.root=~/sweep", "tracker.path=~/t/runs.jsonl") == 0
