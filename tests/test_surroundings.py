@@ -209,7 +209,8 @@ def test_any_key_of_a_record_can_be_long(tmp_path):
     long = "x" * 500_000
     config = plain(compose.compose(["model=nano"])) | {"prompt": long, "tags": [long] * 9, long: 1}
     run = Record(tmp_path / "record.json", id="a", config=config, command=[long], overrides=[long] * 9)
-    run.set(design={"name": long}, prompt_text=[long] * 9, check={"passed": True, "failures": [long] * 9}, tracker={"name": "jsonl", "path": long})
+    run.set(design={"name": long}, prompt_text=[long] * 9, check={"passed": True, "failures": [long] * 9})
+    run.set(tracker={"name": "jsonl", "path": long})
     run.latencies_ms += [1.0] * 50
     for index in range(999):
         run.note(f"{index} {long[:1000]}")

@@ -179,7 +179,7 @@ def _one_line(text: str) -> str:
 
 def _tightness(gate: dict[str, Any]) -> float:
     value, limit = gate["value"], gate["limit"]
-    if not gate["passed"] or not isinstance(value, (int, float)) or not isinstance(limit, (int, float)):
+    if not gate["passed"] or not all(isinstance(one, (int, float)) for one in (value, limit)):
         return float("inf") if not gate["passed"] else 0.0
     return value / limit if limit else value
 

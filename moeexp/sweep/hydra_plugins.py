@@ -25,8 +25,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from moeexp.config.groups import LauncherConfig
 from moeexp.config.override_text import as_typed, quoted
-from moeexp.record.paths import expanded
 from moeexp.record.objective import objective_of
+from moeexp.record.paths import expanded
 from moeexp.run.job import FAILED, INVALID, say
 from moeexp.sweep.cells import Cell, Composer
 from moeexp.sweep.sweep import Sweep

@@ -106,13 +106,14 @@ def damages(record: dict[str, Any], generator: random.Random) -> Iterator[Damage
         yield f"byte {at} = {byte}", whole[:at] + bytes([byte]) + whole[at + 1 :]
 
 
-def every_damage(record: dict[str, Any]) -> Iterator[Damage]:
-    for path in nodes(record):
-        where = ".".join(map(str, path))
-        for value in VALUES:
-            yield f"{where} = {value!r:.60}", dumped(replaced(record, path, value))
-        if path:
-            yield f"{where} deleted", dumped(deleted(record, path))
+def texts(value: Any) -> Iterator[tuple]:
+    """Every place that holds a text, of long lists as `nodes`."""
+    for place in nodes(value):
+        inner = value
+        for key in place:
+            inner = inner[key]
+        if isinstance(inner, str):
+            yield place
 
 
 @contextlib.contextmanager
