@@ -8,7 +8,7 @@ import pytest
 import synthetic
 
 from moeexp import compare, sync
-from moeexp.record import json_file, shape
+from moeexp.record import conformance, json_file
 from moeexp.record.head import head
 from moeexp.record.objective import objective_of
 from moeexp.record.record import KEYS, Record, plain, read_record
@@ -102,14 +102,14 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
 
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_stored_records_are_of_the_shape(path):
-    shape.check(json.loads(path.read_text()))
+    conformance.check(json.loads(path.read_text()))
     assert set(read_record(path)) == {"schema", *KEYS}
 
 
 def test_what_runs_write_is_of_the_shape(tmp_path):
-    shape.check(synthetic.refused("batch=0", "quant=int4"))
+    conformance.check(synthetic.refused("batch=0", "quant=int4"))
     values = {"telemetry": synthetic.load(2.0), "stalls": synthetic.stalls(1, 2.0, 9.0), "time_split": synthetic.TIME_SPLIT}
-    shape.check(synthetic.record(**values))
+    conformance.check(synthetic.record(**values))
     # Whatever a user gave, cut to the last limit: the readers' keys stay.
     config = plain(synthetic.compose(["model=nano"])) | {"prompt": "x" * 300_000}
     config["tracker"]["tags"] = ["y" * 10_000] * 500

@@ -74,7 +74,8 @@ def _view(records: Sequence[dict[str, Any]]) -> Table:
     view = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for index, name in enumerate(header):
         width = max(len(one_line(row[index])) for row in rows)
-        view.add_column(Text(one_line(name)), justify="right" if index > status else "left", overflow="fold", min_width=min(width, 12))
+        side = "right" if index > status else "left"
+        view.add_column(Text(one_line(name)), justify=side, overflow="fold", min_width=min(width, 12))
     for row in rows:
         cells = [Text(one_line(cell)) for cell in row]
         cells[status].stylize(COLOURS.get(row[status], "red"))

@@ -178,8 +178,9 @@ class Readers:
     def _sweep(self, what: str, refused: str | None) -> None:
         with contextlib.redirect_stderr(io.StringIO()):
             assert objective_of(self.damaged) >= 0
-        records, left_out = read_whole([self.whole, self.damaged])
-        assert len(left_out) == (refused is not None), what
+        said: list[str] = []
+        records = read_whole([self.whole, self.damaged], said.append)
+        assert len(records) == 2 - (refused is not None) and len(said) == 2 * (refused is not None), what
         for is_terminal in (True, False):
             console = Console(file=io.StringIO(), force_terminal=is_terminal, color_system=None, width=100)
             terminal.print_sweep(records, path=self.whole, console=console)
