@@ -27,7 +27,7 @@ ROOMS = (
     "moeexp.sweep", "moeexp",
 )  # fmt: skip
 GROUND = "moeexp"
-APPLICATION = {"hydra", "omegaconf", "wandb", "transformers", "hqq", "rich"}
+APPLICATION = {"hydra", "omegaconf", "wandb", "transformers", "hqq", "rich", "pydantic", "jinja2"}
 
 
 def modules(packages=PACKAGES):

@@ -6,9 +6,10 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 # In a process without Triton's interpreter, through whose kernels no trace can pass.
 PROGRAM = """
-import pytest
 import torch
 from moeexp_kernels.ops.attention import sdpa_prefill
 from moeexp_kernels.ops.qk_norm_rope import qk_norm_rope

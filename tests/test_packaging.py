@@ -34,7 +34,8 @@ def test_wheel_holds_the_packages_the_configs_and_the_checkpoint(wheel):
     checkpoint = ROOT / "moeexp" / "checkpoints" / "tiny"
     files = [path for path in checkpoint.rglob("*") if path.suffix in (".safetensors", ".json", ".txt")]
     expected |= {str(path.relative_to(ROOT)) for path in files}
-    expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "moeexp" / "report" / "html" / "assets").iterdir()}
+    pages = ROOT / "moeexp" / "report" / "html"
+    expected |= {str(path.relative_to(ROOT)) for name in ("assets", "templates") for path in (pages / name).iterdir()}
     assert expected <= names
 
 

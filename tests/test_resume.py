@@ -106,7 +106,7 @@ def test_a_reused_run_is_linked_and_read_once(tmp_path):
     assert read_record(made)["id"] == "0"
     assert link(path, tmp_path / "new", "3", suffix="ab") == made
     assert link(path, tmp_path / "old", "7", suffix="ab") == path, "it lies in the sweep's own folder"
-    assert [len(found) for found in read_whole([path, made])] == [1, 0]
+    assert len(read_whole([path, made], print)) == 1
     taken = run(tmp_path / "new" / "4")
     assert link(path, tmp_path / "new", "4", suffix="ab").parent.name == "4-ab" and not taken.is_symlink()
     assert [found.path for found in History([tmp_path]).runs if found.id == "0"] == [path.resolve()]

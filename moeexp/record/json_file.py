@@ -20,10 +20,14 @@ def read_bytes(path: Path, most: int) -> bytes:
     """At most the first `most` bytes. `ValueError` for what is no regular file, which could keep a reader waiting, or cannot
     be read; `FileNotFoundError` where nothing is."""
     try:
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise ValueError(f"{path} is no regular file: remove it")
-            return file.read(most)
+            with open(descriptor, "rb", closefd=False) as file:
+                return file.read(most)
+        finally:
+            os.close(descriptor)
     except FileNotFoundError:
         raise
     except OSError as error:

@@ -285,7 +285,7 @@ def lost_error(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    from moeexp.record import shape  # here: most commands read none, and pydantic takes a while to import
+    from moeexp.record import conformance  # here: most commands read none, and pydantic takes a while to import
 
     data = read_json(path)
     found = data.get("schema") if isinstance(data, dict) else None
@@ -294,9 +294,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} has schema={brief(found)}; this version reads {known}: remove it, or run again")
     try:
         if found != SCHEMA:
-            shape.check(data)  # a step counts on it, too
+            conformance.check(data)  # a step counts on it, too
         data = {"schema": SCHEMA} | dict.fromkeys(KEYS) | migrate(data)  # a key that came later is not known
-        shape.check(data)
+        conformance.check(data)
     except ValueError as error:
         raise ValueError(f"{path} is no whole record: {error}; remove it, or run again") from error
     return data
@@ -304,7 +304,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def full_config(record: dict[str, Any], path: Path) -> dict[str, Any]:
     """The config of the record at `path`, whole where the record has it cut. `ValueError` where it is not to be had."""
-    from moeexp.record import shape
+    from moeexp.record import conformance
 
     if not record.get("full_config"):
         return record["config"]
@@ -315,7 +315,7 @@ def full_config(record: dict[str, Any], path: Path) -> dict[str, Any]:
     if hashlib.sha256(file.read_bytes()).hexdigest() != record["full_config"]["sha256"]:
         raise ValueError(f"{file} is not the config of {path}: its digest is another one")
     try:
-        shape.check_config(config)
+        conformance.check_config(config)
     except ValueError as error:
         raise ValueError(f"{file} is no config of a run: {error}") from error
     return config

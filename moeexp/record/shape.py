@@ -3,14 +3,13 @@ lengths that fit each other. Keys that are not named here are nobody's to rely o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from moeexp.record.names import DATE, ID, STATUSES
-from moeexp.record.text import brief, one_line
+from moeexp.record.text import brief
 
 LARGEST = 1e15  # bytes, tokens, seconds, watts
 SMALLEST = 1e-6  # tokens per second, milliseconds, GB: below it is nothing
@@ -337,39 +336,3 @@ class Whole(Shape):
         if self.decode_tok_s is not None and not 1 <= self.config.batch <= 1 << 24:
             raise ValueError(f"decode_tok_s={self.decode_tok_s:g} is of config.batch={brief(self.config.batch)} sequences")
         return self
-
-
-def check(record: Mapping[str, Any]) -> None:
-    """`ValueError` with the first key that is not as above, its value, and what is allowed."""
-    _check(Whole, record, "")
-
-
-def check_config(config: Any) -> None:
-    """The same for a record's config alone."""
-    _check(Config, config, "config.")
-
-
-def _check(shape: type[Shape], value: Any, prefix: str) -> None:
-    try:
-        shape.model_validate(value)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        where, found = _place(value, first["loc"])
-        said = one_line(first["msg"]).removeprefix("Value error, ").removeprefix("Input ").split(" or instance of")[0]
-        what = f"{prefix}{where}" if where else ""
-        shown = "" if found is _MISSING or not where else f"={brief(found)}"
-        raise ValueError(f"{what[:100]}{shown}: {said[:160]}".removeprefix(": ")) from None
-
-
-_MISSING = object()
-
-
-def _place(value: Any, location: tuple[int | str, ...]) -> tuple[str, Any]:
-    """Where in the data that is, without the tags of alternatives, and what stands there."""
-    where = ""
-    for key in location:
-        if isinstance(value, Mapping) and isinstance(key, str):
-            where, value = f"{where}.{one_line(key)}".removeprefix("."), value.get(key, _MISSING)
-        elif isinstance(value, list) and isinstance(key, int):
-            where, value = f"{where}[{key}]", value[key]
-    return where, value

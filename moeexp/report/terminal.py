@@ -74,8 +74,8 @@ def _view(records: Sequence[dict[str, Any]]) -> Table:
     view = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for index, name in enumerate(header):
         width = max(len(one_line(row[index])) for row in rows)
-        justify = "right" if index > status else "left"
-        view.add_column(Text(one_line(name)), justify=justify, overflow="fold", min_width=min(width, 12))
+        side = "right" if index > status else "left"
+        view.add_column(Text(one_line(name)), justify=side, overflow="fold", min_width=min(width, 12))
     for row in rows:
         cells = [Text(one_line(cell)) for cell in row]
         cells[status].stylize(COLOURS.get(row[status], "red"))
@@ -180,7 +180,7 @@ def _one_line(text: str) -> str:
 
 def _tightness(gate: dict[str, Any]) -> float:
     value, limit = gate["value"], gate["limit"]
-    if not gate["passed"] or not isinstance(value, (int, float)) or not isinstance(limit, (int, float)):
+    if not gate["passed"] or not all(isinstance(one, (int, float)) for one in (value, limit)):
         return float("inf") if not gate["passed"] else 0.0
     return value / limit if limit else value
 

@@ -152,10 +152,14 @@ def link(record: Path, sweep: Path, name: str, *, suffix: str) -> Path:
     raise RuntimeError(f"{target} exists and is another run's: choose another hydra.sweep.dir")
 
 
-def read_whole(paths: Iterable[Path]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The records, each once, and a line for each that is damaged."""
-    found, left_out = read_all(each_once(paths), read_record)
-    return list(found.values()), left_out
+def read_whole(paths: Iterable[Path], say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The records, each once; says a line for each that is damaged."""
+    found, damaged = read_all(each_once(paths), read_record)
+    for line in damaged:
+        say(f"left out: {line}")
+    if damaged:
+        say(f"{len(damaged)} of {len(found) + len(damaged)} records left out")
+    return list(found.values())
 
 
 def read_running(path: Path) -> dict[str, Any]:

@@ -133,12 +133,7 @@ class Sweep:
     def finish(self) -> None:
         """The combined table, on the terminal and in the sweep's folder."""
         done = [cell.record for cell in self.cells if cell.record is not None]
-        if self.dry_run or not done:
-            return
-        records, damaged = read_whole(done)
-        for line in damaged:
-            say(f"left out of the table: {line}")
-        if not records:
+        if self.dry_run or not (records := read_whole(done, say)):
             return
         path = self.directory / "table.md"
         notes = "".join(f"\n{line}\n" for line in self._notes())

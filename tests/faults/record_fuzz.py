@@ -106,13 +106,14 @@ def damages(record: dict[str, Any], generator: random.Random) -> Iterator[Damage
         yield f"byte {at} = {byte}", whole[:at] + bytes([byte]) + whole[at + 1 :]
 
 
-def every_damage(record: dict[str, Any]) -> Iterator[Damage]:
-    for path in nodes(record):
-        where = ".".join(map(str, path))
-        for value in VALUES:
-            yield f"{where} = {value!r:.60}", dumped(replaced(record, path, value))
-        if path:
-            yield f"{where} deleted", dumped(deleted(record, path))
+def texts(value: Any) -> Iterator[tuple]:
+    """Every place that holds a text, of long lists as `nodes`."""
+    for place in nodes(value):
+        inner = value
+        for key in place:
+            inner = inner[key]
+        if isinstance(inner, str):
+            yield place
 
 
 @contextlib.contextmanager
@@ -177,8 +178,9 @@ class Readers:
     def _sweep(self, what: str, refused: str | None) -> None:
         with contextlib.redirect_stderr(io.StringIO()):
             assert objective_of(self.damaged) >= 0
-        records, left_out = read_whole([self.whole, self.damaged])
-        assert len(left_out) == (refused is not None), what
+        said: list[str] = []
+        records = read_whole([self.whole, self.damaged], said.append)
+        assert len(records) == 2 - (refused is not None) and len(said) == 2 * (refused is not None), what
         for is_terminal in (True, False):
             console = Console(file=io.StringIO(), force_terminal=is_terminal, color_system=None, width=100)
             terminal.print_sweep(records, path=self.whole, console=console)
