@@ -60,13 +60,15 @@ CHAIN = replace(TINY, gdn_k_dim=32, gdn_v_dim=32, head_dim=32)
 
 
 @pytest.mark.slow
-def test_every_layer_of_the_chain_advances_its_state():
-    chain = Layers(CHAIN, common.DEVICE)
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_every_layer_of_the_chain_advances_its_state(sequences):
+    chain = Layers(CHAIN, common.DEVICE, sequences)
+    assert chain.x.shape[0] == sequences
     before = [{name: tensor.clone() for name, tensor in layer.state.items()} for layer in chain.layers]
     assert chain.call(chain.x).isfinite().all()
     for was, layer in zip(before, chain.layers, strict=True):
         assert all(not torch.equal(was[name], now) for name, now in layer.state.items()), layer.kind
-        assert layer.trace[0, 512].unique().numel() == CHAIN.top_k, "a choice is traced where the token stands"
+        assert layer.trace[-1, 512].unique().numel() == CHAIN.top_k, "a choice is traced where the token stands"
 
 
 @pytest.mark.slow
@@ -87,6 +89,16 @@ def test_every_case_agrees_with_its_reference_and_names_rows_of_the_table(spec):
     assert case.moved > 0 and len(case.copies) >= 2
     for op, key in case.tuned:
         assert op == "gemv" or tuning.lookup(op, key, "sm_90"), (op, key)
+
+
+@pytest.mark.parametrize(("tokens", "op"), [(1, "gemv"), (2, "linear_tile"), (9, "linear_tile"), (33, "gemm")])
+def test_a_linear_case_names_the_row_that_its_kernel_runs_with(tokens, op, monkeypatch):
+    asked, lookup = set(), tuning.lookup
+    monkeypatch.setattr(tuning, "lookup", lambda op, key, *a, **k: asked.add((op, key)) or lookup(op, key, *a, **k))
+    case = build(Spec("linear", "decode", tokens, "gdn in"), replace(TINY, hidden=128, group=64), common.DEVICE, 0)
+    case.gate = INTERPRETED_GATE
+    assert red(case.check()) is None
+    assert [name for name, _ in case.tuned] == [op] and set(case.tuned) <= asked
 
 
 @pytest.mark.slow

@@ -179,6 +179,7 @@ def test_not_applicable_on_cpu_only():
     assert axes.not_applicable(resolve(nano(), cuda_available=True)) == ["overlap"]  # edges of a graph
     for deaf in ("dispatch=single", "ops=reference", "ops.linear=reference"):
         assert axes.not_applicable(resolve(nano("cuda_graph=true", deaf), cuda_available=True)) == ["l2_prefetch"]
+    assert axes.not_applicable(resolve(nano("cuda_graph=true", "ops.linear=tile"), cuda_available=True)) == []
 
 
 @pytest.mark.parametrize(("capability", "idle"), [((8, 0), ["overlap", "l2_prefetch"]), ((9, 0), []), ((10, 0), [])])

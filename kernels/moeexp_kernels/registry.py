@@ -13,6 +13,7 @@ from moeexp_kernels.ops import (
     linear,
     moe,
     moe_prefill,
+    moe_reference,
     qk_norm_rope,
     router,
     sample,
@@ -20,7 +21,11 @@ from moeexp_kernels.ops import (
 from moeexp_kernels.removed import refuse_removed
 
 OPS: dict[str, dict[str, Callable]] = {
-    "linear": {"reference": linear.reference_linear, "triton": linear.linear},
+    "linear": {
+        "reference": linear.reference_linear,
+        "triton": linear.linear,
+        "tile": linear.linear_tile,  # as triton, and a row's result does not depend on how many rows there are, up to 32
+    },
     "gdn_prefill": {"reference": gated_delta.reference_gdn_prefill, "triton": gated_delta_prefill.gdn_prefill},
     "gdn_decode": {
         "reference": gated_delta.reference_gdn_decode,
@@ -39,13 +44,20 @@ OPS: dict[str, dict[str, Callable]] = {
         "tiled": attention.sdpa_decode_tiled,
     },
     "router": {"reference": router.reference_router, "triton": router.router},
-    "moe_prefill": {"reference": moe.reference_moe_prefill, "triton": moe_prefill.moe_prefill},
-    "moe_decode": {"reference": moe.reference_moe_decode, "triton": moe.moe_decode},
+    "moe_prefill": {"reference": moe_reference.reference_moe_prefill, "triton": moe_prefill.moe_prefill},
+    "moe_decode": {
+        "reference": moe_reference.reference_moe_decode,
+        "triton": moe.moe_decode,
+        "tile": moe.moe_decode_tile,  # as triton, and a row's result does not depend on how many rows there are, up to 32
+    },
     "sample": {"reference": sample.reference_greedy, "triton": sample.greedy},
 }
 
 # A draw from the softmax by the implementation of `sample` that is chosen; `OPS["sample"]` is the greedy choice.
 DRAWS: dict[str, Callable] = {"reference": sample.reference_sample, "triton": sample.sample}
+
+# Implementations of `linear` that bring the weights that they are told of into L2.
+PREFETCHING = ("triton", "tile")
 
 # What `auto` means.
 AUTO = {"cpu": "reference", "cuda": "triton"}

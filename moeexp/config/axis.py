@@ -35,11 +35,11 @@ class Case:
     holds: Callable[[Any, Capability], bool]
 
 
-def _linear_op(cfg: Any) -> str:
-    from moeexp_kernels.registry import AUTO  # imports torch; `--help` does not need it
+def _linear_prefetches(cfg: Any) -> bool:
+    from moeexp_kernels.registry import AUTO, PREFETCHING  # imports torch; `--help` does not need it
 
     name = cfg.ops.linear or cfg.ops.default
-    return AUTO[cfg.device] if name == "auto" else name
+    return (AUTO[cfg.device] if name == "auto" else name) in PREFETCHING
 
 
 ON_CPU = Case("on a CPU", lambda cfg, capability: cfg.device == "cpu")
@@ -51,7 +51,7 @@ NO_PREFILL = Case(
     "with `cuda_graph=all` and `dispatch=token_by_token`",
     lambda cfg, capability: cfg.cuda_graph == "all" and cfg.dispatch == "token_by_token",
 )
-OTHER_LINEAR = Case("with `ops.linear` other than `triton`", lambda cfg, capability: _linear_op(cfg) != "triton")
+OTHER_LINEAR = Case("with `ops.linear` other than `triton` and `tile`", lambda cfg, capability: not _linear_prefetches(cfg))
 
 
 @dataclass(frozen=True)

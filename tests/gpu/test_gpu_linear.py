@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from kernels_common import TOLERANCE, Guarded, assert_bitwise_equal, assert_close_ratio, poisoned_empty, randn
-from moeexp_kernels.ops.linear import GEMV_ROWS, launch_gemv, linear, reference_linear
+from moeexp_kernels.bench import candidates
+from moeexp_kernels.ops.linear import GEMV_ROWS, kernel_for, launch_gemv, linear, linear_tile, reference_linear
+from moeexp_kernels.ops.linear_tile import launch_tile
 from test_kernels_linear import quantised
 from tolerances import tolerance
 
@@ -36,7 +38,7 @@ def check(*, rows, out, features, bits, dtype, group=128, norm=True, residual=Tr
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize(("out", "features"), SHAPES)
 @pytest.mark.parametrize("rows", [1, 3, 8])
-def test_gemv(rows, out, features, bits, dtype):
+def test_few_rows(rows, out, features, bits, dtype):
     check(rows=rows, out=out, features=features, bits=bits, dtype=dtype)
 
 
@@ -44,19 +46,20 @@ def test_gemv(rows, out, features, bits, dtype):
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize(("out", "features"), SHAPES)
 @pytest.mark.parametrize("rows", [9, 64, 129, 512])
-def test_gemm(rows, out, features, bits, dtype):
+def test_more_rows(rows, out, features, bits, dtype):
     check(rows=rows, out=out, features=features, bits=bits, dtype=dtype)
 
 
 @pytest.mark.parametrize("group", [32, 48, 64, 96, 192])
-@pytest.mark.parametrize("rows", [1, 33])
+@pytest.mark.parametrize("rows", [1, 7, 33])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_other_groups(bits, rows, group):
     check(rows=rows, out=300, features=1152, bits=bits, group=group, dtype=torch.bfloat16)
 
 
-def test_head():
-    check(rows=1, out=248320, features=2048, bits=4, dtype=torch.bfloat16, residual=False)
+@pytest.mark.parametrize("rows", [1, 8, 32])
+def test_head(rows):
+    check(rows=rows, out=248320, features=2048, bits=4, dtype=torch.bfloat16, residual=False)
 
 
 @pytest.mark.parametrize("rows", [1, 16])
@@ -100,6 +103,88 @@ def test_fast_conversion_equals_the_interpreted_one_bitwise(bits, monkeypatch):
     assert_bitwise_equal(outputs[0], outputs[1])
 
 
+FULL_SHAPES = [*SHAPES[:4], (1024, 2048), (8192, 3072)]  # groups: 16, 32, 4; 24, which is no power of 2
+
+
+def one_by_one(x, extra, common):
+    return torch.cat([linear_tile(x=x[m : m + 1], residual=extra[m : m + 1], **common) for m in range(x.shape[0])])
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(4, torch.bfloat16), (4, torch.float32), (8, torch.bfloat16)])
+@pytest.mark.parametrize(("out", "features"), FULL_SHAPES)
+def test_a_row_is_the_same_to_the_bit_among_1_to_32_rows(out, features, bits, dtype):
+    x, extra = randn(32, features, seed=1, dtype=dtype), randn(32, out, seed=2, dtype=dtype)
+    x[5] *= 300.0
+    weight, scales = quantised(out, features, bits=bits, group=128, seed=3, dtype=dtype)
+    common = {"weight": weight, "scales": scales, "norm_weight": randn(features, seed=4, scale=0.2)}
+    alone = one_by_one(x, extra, common)
+    for count in range(1, 33):
+        for first in {0, 32 - count}:
+            rows = slice(first, first + count)
+            among = linear_tile(x=x[rows], residual=extra[rows], **common)
+            assert_bitwise_equal(among, alone[rows], f"rows {first} to {first + count}")
+            served = kernel_for(rows=count, bits=bits, group=128, out_features=out, features=features)
+            if served == "tile":
+                assert_bitwise_equal(linear(x=x[rows], residual=extra[rows], **common), among, f"linear, {count} rows")
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(0)).cuda()
+    assert_bitwise_equal(linear_tile(x=x[order], residual=extra[order], **common), alone[order], "in another order")
+
+
+def test_a_row_of_the_head_is_the_same_to_the_bit_among_1_to_32_rows():
+    weight, scales = quantised(248320, 2048, bits=4, group=128, seed=3, dtype=torch.bfloat16)
+    x, common = randn(32, 2048, seed=1, dtype=torch.bfloat16), {"weight": weight, "scales": scales}
+    alone = torch.cat([linear_tile(x=x[m : m + 1], **common) for m in range(32)])
+    for count in (2, 3, 7, 8, 9, 16, 17, 32):
+        assert_bitwise_equal(linear_tile(x=x[:count], **common), alone[:count], f"{count} rows")
+
+
+@pytest.mark.parametrize(("out", "features"), [(12352, 2048), (2048, 4096)])
+def test_launch_parameters_of_the_tile_change_no_bit(out, features):
+    """Above all the number of warps, over which the groups' sums are joined."""
+    x, extra = (randn(19, size, seed=size, dtype=torch.bfloat16) for size in (features, out))
+    weight, scales = quantised(out, features, bits=4, group=128, seed=3, dtype=torch.bfloat16)
+    outputs = []
+    for config in candidates.TILE:
+        y = Guarded(torch.full((19, out), float("nan"), dtype=torch.bfloat16, device="cuda"))
+        launch_tile(
+            x=x, weight=weight, scales=scales, norm_weight=None, eps=0.0, residual=extra, out=y.tensor, bits=4, group=128,
+            config=config,
+        )  # fmt: skip
+        y.check("y")
+        outputs.append(y.tensor)
+        assert_bitwise_equal(y.tensor, outputs[0], f"{config}")
+    wide = reference_linear(x=x.float(), weight=weight, scales=scales, residual=extra.float())
+    assert_close_ratio(outputs[0].float(), wide, TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_tile_computes_what_the_interpreted_one_does_bitwise(bits, monkeypatch):
+    """Without PTX and with the groups' sums in an order that is written out, instead of the one in which warps are joined."""
+    from moeexp_kernels.ops import linear_tile as module
+
+    x = randn(5, 2048, seed=1, dtype=torch.bfloat16)
+    weight, scales = quantised(512, 2048, bits=bits, group=128, seed=2, dtype=torch.bfloat16)
+    outputs, wrap = [], module.wrap_triton
+    for changes in ({}, {"FAST": False, "SPLIT": 1}):
+
+        class Launch:
+            def __init__(self, kernel):
+                self.kernel = wrap(kernel)
+
+            def __getitem__(self, grid, changes=changes):
+                return lambda *arguments, **constants: self.kernel[grid](
+                    *arguments, **{k: changes.get(k, v) for k, v in constants.items()}
+                )
+
+        monkeypatch.setattr(module, "wrap_triton", Launch)
+        y = torch.full((5, 512), float("nan"), dtype=torch.bfloat16, device="cuda")
+        launch_tile(
+            x=x, weight=weight, scales=scales, norm_weight=None, eps=1e-6, residual=None, out=y, bits=bits, group=128
+        )  # fmt: skip
+        outputs.append(y)
+    assert_bitwise_equal(outputs[0], outputs[1])
+
+
 @pytest.mark.parametrize("tiles", [2, 8])
 def test_tiles_do_not_change_the_result(tiles):
     x = randn(1, 2048, seed=1, dtype=torch.bfloat16)
@@ -115,7 +200,7 @@ def test_tiles_do_not_change_the_result(tiles):
     assert_close_ratio(out.tensor.float(), expected.float(), 3e-3)
 
 
-@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("rows", [1, 8, 40])
 def test_in_a_cuda_graph(rows):
     x = randn(rows, 2048, seed=1, dtype=torch.bfloat16)
     weight, scales = quantised(512, 2048, bits=4, group=128, seed=2, dtype=torch.bfloat16)
@@ -169,3 +254,13 @@ def test_weights_brought_ahead_change_no_bit(bits, tiles, ahead_shape):
     for _ in range(5):
         launch_gemv(out=told, ahead=ahead, ahead_scales=ahead_scales, **common)
         assert_bitwise_equal(told, plain, "ahead")
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_weights_brought_ahead_by_either_kernel_change_no_bit(rows):
+    weight, scales = quantised(2048, 4096, bits=4, group=128, seed=1, dtype=torch.bfloat16)
+    ahead, ahead_scales = quantised(12352, 2048, bits=4, group=128, seed=2, dtype=torch.bfloat16)
+    common = {"x": randn(rows, 4096, seed=3, dtype=torch.bfloat16), "weight": weight, "scales": scales}
+    plain = linear(**common)
+    for _ in range(5):
+        assert_bitwise_equal(linear(ahead=ahead, ahead_scales=ahead_scales, **common), plain, "ahead")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from kernels_common import TOLERANCE, assert_bitwise_equal, assert_close_ratio, poisoned_empty, randn
-from moeexp_kernels.ops.moe import moe_decode, reference_moe_decode
+from moeexp_kernels.bench import candidates
+from moeexp_kernels.ops.moe import moe_decode, moe_decode_tile
 from moeexp_kernels.ops.moe_prefill import moe_prefill, sort_by_expert
+from moeexp_kernels.ops.moe_reference import reference_moe_decode
 from moeexp_kernels.ops.router import reference_router, router
+from moeexp_kernels.parts import tuning
 from test_kernels_moe import choices, experts, route
 from tolerances import tolerance
 
@@ -50,6 +53,83 @@ def check(op, *, tokens, shapes, bits, dtype, k, routing=None, runs=20):
 @pytest.mark.parametrize("tokens", [1, 3, 8])
 def test_decode(tokens, bits, dtype):
     check(moe_decode, tokens=tokens, shapes=BIG, bits=bits, dtype=dtype, k=8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("tokens", [1, 9, 32])
+def test_the_tile(tokens, bits, dtype):
+    check(moe_decode_tile, tokens=tokens, shapes=BIG, bits=bits, dtype=dtype, k=8)
+
+
+def test_all_tokens_to_the_same_experts_on_the_tile():
+    ids = torch.tensor([255, 0, 7], dtype=torch.int32, device="cuda").expand(1, 29, 3).contiguous()
+    routing = {"ids": ids, "weights": torch.full((1, 29, 3), 0.3, device="cuda")}
+    check(moe_decode_tile, tokens=29, shapes=BIG, bits=4, dtype=torch.bfloat16, k=3, routing=routing)
+
+
+PER_TOKEN = ("x", "ids", "weights")
+
+
+def many_tokens(dtype, bits=4, tokens=32):
+    x = randn(1, tokens, BIG["D"], seed=1, dtype=dtype)
+    x[0, 5] *= 300.0
+    return {"x": x, **experts(**BIG, bits=bits, dtype=dtype), **choices(1, tokens, k=8, E=BIG["E"], seed=2)}
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(4, torch.bfloat16), (4, torch.float32), (8, torch.bfloat16)])
+def test_a_row_of_the_experts_is_the_same_to_the_bit_among_1_to_32_rows(bits, dtype):
+    arguments = many_tokens(dtype, bits)
+    arguments["ids"][0, 9:21] = arguments["ids"][0, 9]  # twelve tokens of the same experts: more than one program takes
+
+    def some(rows):
+        return moe_decode_tile(**(arguments | {name: arguments[name][:, rows].contiguous() for name in PER_TOKEN}))
+
+    whole = some(slice(0, 32))
+    for count in range(1, 33):
+        for first in {0, 32 - count}:
+            rows = slice(first, first + count)
+            assert_bitwise_equal(some(rows), whole[:, rows], f"rows {first} to {first + count}")
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(0)).cuda()
+    assert_bitwise_equal(some(order), whole[:, order], "in another order")
+
+
+def test_launch_parameters_of_the_experts_tile_change_no_bit():
+    arguments = many_tokens(torch.bfloat16, tokens=19)
+    row, expected = tuning.lookup("moe_tile", "int4/2048x512/24"), moe_decode_tile(**arguments)
+    for change in candidates.MOE_TILE:
+        with tuning.override("moe_tile", "int4", row | change), poisoned_empty():
+            assert_bitwise_equal(moe_decode_tile(**arguments), expected, f"{change}")
+
+
+def test_the_experts_tile_computes_what_the_interpreted_one_does_bitwise(monkeypatch):
+    """Without PTX and with the groups' sums in an order that is written out, instead of the one in which warps are joined."""
+    from moeexp_kernels.ops import moe_tile as module
+
+    arguments, outputs, wrap = many_tokens(torch.bfloat16, tokens=11), [], module.wrap_triton
+    for changes in ({}, {"FAST": False, "SPLIT": 1}):
+
+        class Launch:
+            def __init__(self, kernel):
+                self.kernel = wrap(kernel)
+
+            def __getitem__(self, grid, changes=changes):
+                return lambda *arguments, **constants: self.kernel[grid](
+                    *arguments, **{k: changes.get(k, v) for k, v in constants.items()}
+                )
+
+        monkeypatch.setattr(module, "wrap_triton", Launch)
+        outputs.append(moe_decode_tile(**arguments))
+    assert_bitwise_equal(outputs[0], outputs[1])
+
+
+def test_a_row_of_the_router_is_the_same_to_the_bit_among_1_to_32_rows():
+    x = randn(32, 1, 2048, seed=1, dtype=torch.bfloat16)
+    ids, weights, _ = route(router, x, E=256, k=8, S=512)
+    for count in (1, 2, 8, 9, 31):
+        some = route(router, x[:count], E=256, k=8, S=512)
+        assert_bitwise_equal(some[0], ids[:count], f"{count} rows")
+        assert_bitwise_equal(some[1], weights[:count], f"{count} rows")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -97,7 +177,7 @@ def test_expert_offsets_beyond_2_to_the_31():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("E", "k"), [(256, 8), (200, 10), (60, 1), (512, 16)])
-@pytest.mark.parametrize("tokens", [1, 8, 9, 300])
+@pytest.mark.parametrize("tokens", [1, 8, 9, 33, 300])
 def test_router(tokens, E, k, dtype):
     x = randn(1, tokens, 2048, seed=torch.randint(0, 2**31, ()).item(), dtype=dtype)
     with poisoned_empty():
@@ -140,9 +220,10 @@ def test_sort_at_size():
 
 
 def test_in_a_cuda_graph():
-    for op, tokens in ((moe_decode, 1), (moe_prefill, 33)):
+    for op, tokens in ((moe_decode, 1), (moe_decode_tile, 12), (moe_prefill, 33)):
         x = randn(1, tokens, 1152, seed=1, dtype=torch.bfloat16)
-        arguments = experts(**SMALL, bits=4, dtype=torch.bfloat16) | choices(1, tokens, k=3, E=12)
+        shapes = SMALL | ({"width": 384, "group": 128} if op is moe_decode_tile else {})
+        arguments = experts(**shapes, bits=4, dtype=torch.bfloat16) | choices(1, tokens, k=3, E=12)
         eager = op(x=x, **arguments)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

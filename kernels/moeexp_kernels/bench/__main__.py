@@ -116,12 +116,13 @@ def bench(options: argparse.Namespace, ops: list[str], command: str) -> int:
     return WRONG if any(row.problem for row in rows) else 0
 
 
-def time_layers() -> int:
-    """Prints the chain's time a layer, with the early start of all kernels and without."""
-    chain = Layers(FULL, "cuda")
+def time_layers(counts: list[int]) -> int:
+    """Prints the chain's time a layer by sequences, with the early start of all kernels and without."""
     print(f"{torch.cuda.get_device_name()}: microseconds of a layer, the mean of three delta nets and one attention")
-    early, plain = (chain.microseconds(early=early) for early in (True, False))
-    print(f"{early:6.2f} with early start, {plain:6.2f} without", flush=True)
+    for count in counts:
+        chain = Layers(FULL, "cuda", count)
+        early, plain = (chain.microseconds(early=early) for early in (True, False))
+        print(f"{count:3d} sequences {early:7.2f} with early start, {plain:7.2f} without", flush=True)
     return 0
 
 
@@ -150,7 +151,7 @@ def main(arguments: list[str]) -> int:
                 ops or list(BUILDERS), processes=options.jobs, budget=options.budget, command=command, layers=options.layers
             )
         if layers_run:
-            return time_layers()
+            return time_layers(token_counts(options.tokens))
         return bench(options, ops or list(BUILDERS), command)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from moeexp_kernels.bench.cases import Spec
 from moeexp_kernels.bench.shapes import FULL
+from moeexp_kernels.ops.linear_tile import tile_key
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,22 @@ HEAD = _gemv([(16, 1, 4), (32, 1, 4), (16, 4, 4), (16, 8, 4), (16, 16, 4), (32, 
 WIDE_GEMV = _gemv([(2, 1, 2), (4, 1, 2), (8, 1, 2), (2, 1, 4), (4, 1, 4), (8, 1, 4), (16, 1, 4), (8, 1, 8), (4, 1, 8), (16, 1, 8),
                    (2, 1, 1), (4, 1, 1), (4, 4, 4), (8, 4, 8)])  # fmt: skip
 ROUTER = _gemv([(1, 1, 2), (2, 1, 2), (1, 1, 4), (2, 1, 4), (4, 1, 4), (2, 1, 8)])
+TILE = tuple(  # every warp has groups of its own: with eight, half as many registers hold the same weights
+    {"BLOCK_N": block, "COLUMNS": columns, "PASSES": passes, "CACHE": ".cg", "num_warps": warps}
+    for block, columns, passes, warps in [
+        (16, 8, 1, 4), (16, 8, 2, 4), (16, 8, 1, 8), (16, 8, 2, 8), (32, 8, 1, 4), (32, 8, 2, 8), (16, 16, 1, 4),
+        (16, 16, 2, 4), (16, 16, 1, 8), (32, 16, 2, 8), (16, 32, 1, 8),
+    ]
+)  # fmt: skip
+MOE_TILE = tuple(
+    {kernel: {name: block, "PASSES": passes, "CACHE": ".cg", "num_warps": warps}}
+    for kernel, name, choices in [
+        ("gate_up", "BLOCK_I", [(8, 1, 4), (8, 1, 8), (8, 2, 8), (16, 2, 8)]),
+        ("down", "BLOCK_D", [(32, 1, 4), (64, 1, 4), (16, 1, 4), (32, 1, 2), (64, 1, 8), (128, 1, 8)]),
+    ]
+    for block, passes, warps in choices
+) + tuple({"combine": {"BLOCK_D": block, "num_warps": warps}} for block, warps in [(256, 4), (128, 4), (512, 4)])
+LIMBS = tuple({"START_NEXT": True, "num_warps": warps} for warps in (2, 4, 8, 16))
 GATE_UP = tuple(
     {"BLOCK_I": block, "num_warps": warps}
     for block, warps in [(2, 1), (4, 1), (2, 2), (4, 2), (8, 2), (2, 4), (4, 4), (8, 4), (16, 4), (16, 8)]
@@ -105,14 +122,27 @@ def targets(ops: list[str]) -> list[Target]:
         Target("gemv", f"int4/{out}x{features}", (Spec("linear", "decode", 1, name),), HEAD if name == "head" else GEMV)
         for name, (out, features, _) in linears.items()
     ]
+    found += [
+        Target(
+            "linear_tile", tile_key(bits=4, out_features=out, features=features, rows=rows),
+            (Spec("linear", "decode", rows, name),), tuple(row for row in TILE if row["COLUMNS"] <= rows),
+        )
+        for name, (out, features, _) in linears.items()
+        for rows in (8, 16, 32)
+    ]  # fmt: skip
     out, features, _ = linears["gdn in"]
     found += [
+        *(Target("limbs", f"half/{linears[name][1]}", (Spec("linear", "decode", 8, name),), LIMBS) for name in ("gdn in", "out")),
         Target("gemv", f"int8/{out}x{features}", (Spec("linear", "decode", 1, "gdn in", bits=8),), WIDE_GEMV),
         Target("gemv", f"plain16/{out}x{features}", (Spec("linear", "decode", 1, "gdn in", bits=16),), WIDE_GEMV),
         Target("gemm", "int4/half", (gemm,), GEMM),
         Target("router_gemv", f"plain16/{FULL.experts}x{FULL.hidden}", (Spec("router", "decode", 1),), ROUTER),
         Target("moe_gate_up", f"int4/{expert}", (moe,), GATE_UP),
         Target("moe_down", f"int4/{expert}", (moe,), DOWN),
+        *(
+            Target("moe_tile", f"int4/{expert}/{tokens}", (Spec("moe", "decode", tokens),), MOE_TILE)
+            for tokens in (8, 16, 24, 32)
+        ),
         Target("moe_prefill", f"half/int4/{expert}", (moe_prefill,), MOE_PREFILL),
         Target("gdn_decode", f"{dims}/few", (Spec("gdn", "decode", 1),), GDN_DECODE),
         Target("gdn_decode", f"{dims}/many", (Spec("gdn", "decode", 8),), GDN_DECODE),

@@ -20,10 +20,13 @@ from moeexp_kernels.ops import (
     linear,
     moe,
     moe_prefill,
+    moe_reference,
+    moe_tile,
     qk_norm_rope,
     router,
     sample,
 )
+from moeexp_kernels.ops.linear_tile import tile_key, tile_serves
 
 EPS = 1e-6
 
@@ -81,9 +84,11 @@ def build_linear(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
             {**shared, "weight": weight.clone(), "scales": None if scales is None else scales.clone()}
         )  # fmt: skip
     key = f"{'plain' if spec.bits == 16 else 'int'}{spec.bits}/"
-    table = ("gemv", f"{key}{out}x{features}")
-    if spec.phase == "prefill":
-        table = ("gemm", f"{key}half/{out}x{features}")
+    bits, group = linear.weight_format(weight=weight, scales=scales, in_features=features, name="weight")
+    table = {
+        "gemv": ("gemv", f"{key}{out}x{features}"), "gemm": ("gemm", f"{key}half/{out}x{features}"),
+        "tile": ("linear_tile", tile_key(bits=bits, out_features=out, features=features, rows=spec.tokens)),
+    }[linear.kernel_for(rows=spec.tokens, bits=bits, group=group, out_features=out, features=features)]  # fmt: skip
     return Case(
         op="linear", shape=f"{spec.variant} {out}x{features} {'bf16' if spec.bits == 16 else f'int{spec.bits}'}",
         phase=spec.phase, tokens=spec.tokens, call=linear.linear, reference=linear.reference_linear, copies=copies,
@@ -105,7 +110,8 @@ def build_router(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
     batch, tokens = (spec.tokens, 1) if decode else (1, spec.tokens)
     x = source.randn(batch, tokens, shapes.hidden)
     weight = source.randn(shapes.experts, shapes.hidden, scale=shapes.hidden**-0.5)
-    row = "router_gemv" if decode else "router_gemm"
+    key = f"plain16/{shapes.experts}x{shapes.hidden}"
+    row = "router_gemv" if router.gemv_serves(rows=spec.tokens, key=key) else "router_gemm"
     trace = torch.zeros(batch, tokens, shapes.top_k, dtype=torch.int32, device=source.device)
     shared = {
         "x": x, "norm_weight": source.randn(shapes.hidden, dtype=torch.float32, scale=0.2), "eps": EPS,
@@ -120,7 +126,7 @@ def build_router(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
         mutated=("expert_ids",),
         moved=size_of(x, weight) + 12 * spec.tokens * shapes.top_k, gate=gate_of(spec), compare=same_choice,
         flops=2 * spec.tokens * shapes.experts * shapes.hidden,
-        tuned=((row, f"plain16/{shapes.experts}x{shapes.hidden}"),),
+        tuned=((row, key),),
     )  # fmt: skip
 
 
@@ -158,11 +164,16 @@ def build_moe(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
         copies.append({**shared, **copy})
     shared_size = size_of(*(v for k, v in copies[0].items() if k.startswith(("shared_gate_up", "shared_down"))))
     shape, flops_width = f"{shapes.hidden}x{shapes.expert_width}", top_k * shapes.expert_width + shapes.shared_width
-    tuned = (("moe_gate_up", f"int{bits}/{shape}"), ("moe_down", f"int{bits}/{shape}"))
+    key = f"int{bits}/{shape}"
+    tuned = (("moe_gate_up", key), ("moe_down", key))
+    tile = {"bits": bits, "features": shapes.hidden, "width": shapes.expert_width, "rows": spec.tokens}
+    served = shapes.shared_width == shapes.expert_width and tile_serves(rows=spec.tokens, bits=bits, group=shapes.group)
+    if served and spec.tokens >= moe_tile.moe_tile_config(**tile)["FROM"]:
+        tuned = (("moe_tile", moe_tile.moe_tile_key(**tile)),)
     return Case(
         op="moe", shape=f"{top_k} of {count} + shared, {shape} int{bits}", phase=spec.phase, tokens=spec.tokens,
         call=moe.moe_decode if decode else moe_prefill.moe_prefill,
-        reference=moe.reference_moe_decode if decode else moe.reference_moe_prefill, copies=copies,
+        reference=moe_reference.reference_moe_decode if decode else moe_reference.reference_moe_prefill, copies=copies,
         moved=read * expert + shared_size + 2 * size_of(x), gate=gate_of(spec),
         flops=6 * spec.tokens * shapes.hidden * flops_width,
         tuned=tuned if decode else (("moe_prefill", f"half/int{bits}/{shape}"),), info={"group": shapes.group},

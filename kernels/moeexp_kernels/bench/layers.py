@@ -51,18 +51,18 @@ class Layer:
 
 
 class Layers:
-    """The chain at `shapes`, int4, one sequence. All layers share one set of experts, and choose other ones of it."""
+    """The chain at `shapes`, int4, a token of each sequence. All layers share one set of experts, and choose other ones of it."""
 
-    def __init__(self, shapes: Shapes, device: str):
-        self.shapes, self._source = shapes, Source(device)
-        self.x = self._source.randn(1, 1, shapes.hidden)
-        self._positions = torch.full((1,), min(POSITION, SLOTS - 1), dtype=torch.int64, device=device)
+    def __init__(self, shapes: Shapes, device: str, sequences: int = 1):
+        self.shapes, self.sequences, self._source = shapes, sequences, Source(device)
+        self.x = self._source.randn(sequences, 1, shapes.hidden)
+        self._positions = torch.full((sequences,), min(POSITION, SLOTS - 1), dtype=torch.int64, device=device)
         shared = self._weights("gate_up", shapes.experts, 2 * shapes.expert_width, shapes.hidden)
         shared |= self._weights("down", shapes.experts, shapes.hidden, shapes.expert_width)
         self.layers = [self._layer(kind, shared) for kind in LAYERS]
 
     def call(self, x: Tensor) -> Tensor:
-        """x [1, 1, D] after the four layers; states advance."""
+        """x [sequences, 1, D] after the four layers; states advance."""
         for layer in self.layers:
             x = self._mix(layer, x)
             common = {"x": x, "norm_weight": layer.moe_norm, "eps": EPS}
@@ -107,7 +107,7 @@ class Layers:
             project_in=self._weights("weight", *linears[f"{kind} in"][:2]),
             project_out=self._weights("weight", *linears["out"][:2]),
             router=source.randn(shapes.experts, shapes.hidden, scale=shapes.hidden**-0.5),
-            trace=torch.zeros(1, SLOTS, shapes.top_k, dtype=torch.int32, device=source.device),
+            trace=torch.zeros(self.sequences, SLOTS, shapes.top_k, dtype=torch.int32, device=source.device),
         )  # fmt: skip
 
     def _delta_net(self) -> tuple[dict, dict[str, Tensor]]:
@@ -120,9 +120,9 @@ class Layers:
             "num_k_heads": shapes.gdn_k_heads, "num_v_heads": shapes.gdn_v_heads,
             "head_k_dim": shapes.gdn_k_dim, "head_v_dim": shapes.gdn_v_dim,
         }  # fmt: skip
-        heads = (1, shapes.gdn_v_heads, shapes.gdn_k_dim, shapes.gdn_v_dim)
+        heads = (self.sequences, shapes.gdn_v_heads, shapes.gdn_k_dim, shapes.gdn_v_dim)
         return mixer, {
-            "conv_state": source.randn(1, shapes.channels, shapes.conv_width - 1),
+            "conv_state": source.randn(self.sequences, shapes.channels, shapes.conv_width - 1),
             "recurrent_state": source.randn(*heads, dtype=torch.float32, scale=0.3),
         }
 
@@ -134,5 +134,5 @@ class Layers:
             "k_norm": source.randn(shapes.head_dim, dtype=torch.float32, scale=0.2),
             "inv_freq": 1.0 / 10_000_000 ** (steps / shapes.rotary), "num_heads": shapes.heads,
         }  # fmt: skip
-        cache = (1, shapes.kv_heads, SLOTS, shapes.head_dim)
+        cache = (self.sequences, shapes.kv_heads, SLOTS, shapes.head_dim)
         return mixer, {"k_cache": source.randn(*cache), "v_cache": source.randn(*cache)}

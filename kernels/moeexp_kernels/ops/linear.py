@@ -12,7 +12,10 @@ brings two runs of 16 *consecutive* inputs, so that activations are read with ve
 `scales[..., 0]` is the scale s, `scales[..., 1]` the shift c; with the code q in 0..2^bits-1 and the middle code
 m = 2^(bits-1), the weight is (q - m) * s + c. Centring keeps c small, so float16 holds it without loss that matters.
 
-Two kernels serve the op. Up to GEMV_ROWS rows: a GEMV on int32 words of weights, see `words.py`. More rows: `gemm.py`.
+`kernel_for` chooses among three kernels. One row: a GEMV on int32 words of weights, see `words.py`. Up to 32 rows of quantised
+weights in groups of 64 or 128: `linear_tile.py`, which reads the weights once for all rows; from how many rows on, and up to
+how many, the tuning table says of each shape. More rows: `gemm.py`. Other weights stay with the GEMV up to GEMV_ROWS rows.
+The op `linear_tile` leaves 1 to 32 rows to the tile whatever the table says: then a row's result is the same to the bit.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from moeexp_kernels.ops.gemm import launch_gemm, launch_rms_norm
+from moeexp_kernels.ops.linear_tile import launch_tile, tile_serves
 from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.checks import FLOATS, check_argument
 from moeexp_kernels.parts.pdl import after_previous, can_overlap
@@ -158,7 +162,7 @@ def load_extra(res_ptr, row, rows_left, HAS_RESIDUAL: tl.constexpr, CACHE: tl.co
 
 # --- launch ---
 
-GEMV_ROWS = 8  # from here on a weight is used often enough for tensor cores
+GEMV_ROWS = 8  # beyond, a weight is used often enough for tensor cores
 
 
 def word_counts(*, bits: int, in_features: int, group: int, run: int = 4) -> tuple[int, int]:
@@ -223,6 +227,19 @@ def few_rows(rows: int | torch.SymInt) -> bool:
     return isinstance(rows, int) and rows <= GEMV_ROWS
 
 
+def kernel_for(
+    *, rows: int | torch.SymInt, bits: int, group: int, out_features: int, features: int, arch: str | None = None,
+    always: bool = False,
+) -> str:  # fmt: skip
+    """"gemv", "tile" or "gemm": what serves so many rows of such a weight; always: the tile wherever it can."""
+    if isinstance(rows, int) and tile_serves(rows=rows, bits=bits, group=group):
+        key = f"{tuning.weight_class(bits)}/{out_features}x{features}"
+        limits = tuning.lookup("linear_rows", key, arch)
+        if always or limits["TILE_FROM"] <= rows < limits["GEMM_FROM"]:
+            return "tile"
+    return "gemv" if few_rows(rows) else "gemm"
+
+
 def launch_gemv(
     *, x: Tensor, weight: Tensor, scales: Tensor | None, norm_weight: Tensor | None, eps: float,
     residual: Tensor | None, out: Tensor, bits: int, group: int, config: dict | None = None,
@@ -247,6 +264,40 @@ def launch_gemv(
     )  # fmt: skip
 
 
+def launch_linear(
+    *, x: Tensor, weight: Tensor, scales: Tensor | None, norm_weight: Tensor | None, eps: float, residual: Tensor | None,
+    ahead: Tensor | None, ahead_scales: Tensor | None, always: bool,
+) -> Tensor:  # fmt: skip
+    """Checks the arguments of `linear` and runs the kernel for its rows; `always` as in `kernel_for`."""
+    features, out_features = x.shape[-1], weight.shape[0]
+    bits, group = weight_format(weight=weight, scales=scales, in_features=features, name="weight")
+    flat = flat_rows(x, name="x", features=features)
+    extra = None if residual is None else flat_rows(residual, name="residual", features=out_features)
+    if norm_weight is not None:
+        check_argument(norm_weight, name="norm_weight", shape=(features,), dtypes=FLOATS)
+    for tensor, name in ((ahead, "ahead"), (ahead_scales, "ahead_scales")):
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}; supported: contiguous weights")
+    y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
+    common = {
+        "x": flat, "weight": weight, "scales": scales, "residual": extra, "out": y.view(-1, out_features), "bits": bits,
+        "group": group,
+    }  # fmt: skip
+    rows = flat.shape[0]
+    kernel = kernel_for(
+        rows=rows, bits=bits, group=group, out_features=out_features, features=features,
+        arch=tuning.architecture(x.device), always=always,
+    )  # fmt: skip
+    if kernel == "gemm":
+        if norm_weight is not None:
+            common["x"] = launch_rms_norm(x=flat, norm_weight=norm_weight, eps=eps, dtype=x.dtype)
+        launch_gemm(**common)
+    elif rows:
+        launch = launch_tile if kernel == "tile" else launch_gemv
+        launch(norm_weight=norm_weight, eps=eps, ahead=ahead, ahead_scales=ahead_scales, **common)
+    return y
+
+
 @triton_op("moeexp::linear", mutates_args=())
 def linear(
     x: Tensor,
@@ -259,30 +310,30 @@ def linear(
     ahead_scales: Tensor | None = None,
 ) -> Tensor:
     """`reference_linear` on the GPU; the same arguments, by keyword. x, weight, norm_weight and residual contiguous.
-    ahead, ahead_scales: weight and scales of a linear layer that comes soon. They have no part in the result: the GEMV
-    brings them into L2, on Hopper and later (prefetch.py).
+    ahead, ahead_scales: weight and scales of a linear layer that comes soon. They have no part in the result: the GEMV and the
+    tile bring them into L2, on Hopper and later (prefetch.py).
 
     `ValueError` for strides or dtypes that the kernels do not take."""
-    features, out_features = x.shape[-1], weight.shape[0]
-    bits, group = weight_format(weight=weight, scales=scales, in_features=features, name="weight")
-    flat = flat_rows(x, name="x", features=features)
-    extra = None if residual is None else flat_rows(residual, name="residual", features=out_features)
-    if norm_weight is not None:
-        check_argument(norm_weight, name="norm_weight", shape=(features,), dtypes=FLOATS)
-    for tensor, name in ((ahead, "ahead"), (ahead_scales, "ahead_scales")):
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"{name} has strides {tensor.stride()}; supported: contiguous weights")
-    y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
-    out = y.view(-1, out_features)
-    rows = flat.shape[0]
-    if few_rows(rows):
-        if rows:
-            launch_gemv(
-                x=flat, weight=weight, scales=scales, norm_weight=norm_weight, eps=eps, residual=extra, out=out,
-                bits=bits, group=group, ahead=ahead, ahead_scales=ahead_scales,
-            )  # fmt: skip
-        return y
-    if norm_weight is not None:
-        flat = launch_rms_norm(x=flat, norm_weight=norm_weight, eps=eps, dtype=x.dtype)
-    launch_gemm(x=flat, weight=weight, scales=scales, residual=extra, out=out, bits=bits, group=group)
-    return y
+    return launch_linear(
+        x=x, weight=weight, scales=scales, norm_weight=norm_weight, eps=eps, residual=residual, ahead=ahead,
+        ahead_scales=ahead_scales, always=False,
+    )  # fmt: skip
+
+
+@triton_op("moeexp::linear_tile", mutates_args=())
+def linear_tile(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
+    ahead: Tensor | None = None,
+    ahead_scales: Tensor | None = None,
+) -> Tensor:
+    """`linear`, with 1 to 32 rows always on the tile: for weights that the tile takes, int4 and int8 in groups of 64 or 128, a
+    row's result does not depend, to the bit, on how many rows there are, up to 32 of them."""
+    return launch_linear(
+        x=x, weight=weight, scales=scales, norm_weight=norm_weight, eps=eps, residual=residual, ahead=ahead,
+        ahead_scales=ahead_scales, always=True,
+    )  # fmt: skip

@@ -9,314 +9,21 @@ width.
                  rows of gate_up: I gate rows, then I up rows
     shared_gate_up [2*Is, D], shared_down [D, Is] likewise; shared_gate [1, D] plain
 
-Which experts a token takes: `router.py`. Experts for a few tokens are two kernels, each a GEMV per (token, expert) with the
-shared expert as one more. Many tokens: `moe_prefill.py`.
+Which experts a token takes: `router.py`; references: `moe_reference.py`. Experts of very few tokens: `moe_pairs.py`. Up to
+32 tokens, some of whose experts are the same: `moe_tile.py`. Many tokens: `moe_prefill.py`.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
-from moeexp_kernels.ops.linear import dequantise, flat_rows, planes, rms_norm, weight_format, word_counts
+from moeexp_kernels.ops.linear import flat_rows, weight_format
+from moeexp_kernels.ops.moe_pairs import launch_pairs
+from moeexp_kernels.ops.moe_tile import experts_served, launch_moe_tile, moe_tile_config
 from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.checks import FLOATS, check_argument
-from moeexp_kernels.parts.pdl import after_previous, can_overlap
-from moeexp_kernels.parts.words import (
-    dot_rows,
-    features_of_words,
-    load_norm,
-    load_row_features,
-    load_rows,
-    stored_features,
-    words_in_runs,
-)
-
-
-def _shared(h: Tensor, gate_up, gate_up_scales, down, down_scales, gate) -> Tensor:
-    """Shared expert on normed float32 h [..., D]."""
-    wide = dequantise(weight=gate_up, scales=gate_up_scales, in_features=h.shape[-1])
-    g, u = F.linear(h, wide).chunk(2, dim=-1)
-    act = F.silu(g) * u
-    out = F.linear(act, dequantise(weight=down, scales=down_scales, in_features=act.shape[-1]))
-    return F.linear(h, gate.float()).sigmoid() * out
-
-
-def reference_moe_decode(
-    *,
-    x: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    ids: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    gate_up_scales: Tensor | None,
-    down: Tensor,
-    down_scales: Tensor | None,
-    shared_gate_up: Tensor,
-    shared_gate_up_scales: Tensor | None,
-    shared_down: Tensor,
-    shared_down_scales: Tensor | None,
-    shared_gate: Tensor,
-) -> Tensor:
-    """x + experts + shared expert for a few tokens: gathers each token's k experts. Returns [B, T, D], x's dtype."""
-    h = rms_norm(x=x, weight=norm_weight, eps=eps)
-    picked = dequantise(
-        weight=gate_up[ids], scales=None if gate_up_scales is None else gate_up_scales[ids], in_features=x.shape[-1]
-    )
-    g, u = torch.einsum("btd,btknd->btkn", h, picked).chunk(2, dim=-1)
-    act = F.silu(g) * u
-    picked = dequantise(
-        weight=down[ids], scales=None if down_scales is None else down_scales[ids], in_features=act.shape[-1]
-    )
-    y = torch.einsum("btki,btkdi,btk->btd", act, picked, weights)
-    y = y + _shared(h, shared_gate_up, shared_gate_up_scales, shared_down, shared_down_scales, shared_gate)
-    return (x.float() + y).to(x.dtype)
-
-
-@torch.library.custom_op("moeexp::reference_moe_prefill", mutates_args=())
-def reference_moe_prefill(
-    x: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    ids: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    gate_up_scales: Tensor | None,
-    down: Tensor,
-    down_scales: Tensor | None,
-    shared_gate_up: Tensor,
-    shared_gate_up_scales: Tensor | None,
-    shared_down: Tensor,
-    shared_down_scales: Tensor | None,
-    shared_gate: Tensor,
-) -> Tensor:
-    """The same for many tokens: every expert in turn runs on all of them, weighted by 0 where it was not chosen.
-
-    E/k times the needed work, but no data-dependent shape and one expert's weights in float32 at a time. Opaque to
-    export, which would unroll E experts into the graph."""
-    h = rms_norm(x=x, weight=norm_weight, eps=eps)
-    share = torch.zeros(*x.shape[:2], gate_up.shape[0], device=x.device)
-    share.scatter_(-1, ids.long(), weights)
-    y = _shared(h, shared_gate_up, shared_gate_up_scales, shared_down, shared_down_scales, shared_gate)
-    for e in range(gate_up.shape[0]):
-        scales = None if gate_up_scales is None else gate_up_scales[e]
-        g, u = F.linear(h, dequantise(weight=gate_up[e], scales=scales, in_features=x.shape[-1])).chunk(2, dim=-1)
-        act = F.silu(g) * u
-        scales = None if down_scales is None else down_scales[e]
-        out = F.linear(act, dequantise(weight=down[e], scales=scales, in_features=act.shape[-1]))
-        # An expert that overflows on tokens it was not chosen for must not spread NaN through 0 * inf.
-        chosen = share[..., e, None]
-        y = y + torch.where(chosen > 0, chosen * out, 0.0)
-    return (x.float() + y).to(x.dtype)
-
-
-@reference_moe_prefill.register_fake
-def _(
-    x, norm_weight, eps, ids, weights, gate_up, gate_up_scales, down, down_scales,
-    shared_gate_up, shared_gate_up_scales, shared_down, shared_down_scales, shared_gate,
-):  # fmt: skip
-    return torch.empty_like(x)
-
-
-@triton.jit
-def swiglu_rows(
-    x_ptr, norm_ptr, w_ptr, s_ptr, act_ptr, factor, first,
-    EPS: tl.constexpr, ROW: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
-    HALF: tl.constexpr, WORDS: tl.constexpr, CHUNK: tl.constexpr, PLANES: tl.constexpr, FAST: tl.constexpr,
-    BLOCK_I: tl.constexpr, CACHE: tl.constexpr,
-):  # fmt: skip
-    """act[first : first + BLOCK_I] = factor * silu(gate) * up of one expert, whose matrix [2*I, K] starts at w_ptr."""
-    row = first + tl.arange(0, BLOCK_I)
-    mask = row < WIDTH
-    gate_words, gate_pair = load_rows(w_ptr, s_ptr, row, mask, K, GROUP, BITS, WORDS, CHUNK, CACHE)
-    up_words, up_pair = load_rows(w_ptr, s_ptr, row + WIDTH, mask, K, GROUP, BITS, WORDS, CHUNK, CACHE)
-    norm_low, norm_high = load_norm(norm_ptr, True, K, GROUP, BITS, WORDS)
-    x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit, r = load_row_features(
-        x_ptr, norm_low, norm_high, EPS, True, K, GROUP, BITS, WORDS, CHUNK, PLANES
-    )
-    gate = r * dot_rows(
-        gate_words, gate_pair, x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit,
-        BITS, HALF, FAST, BLOCK_I, WORDS, CHUNK, PLANES,
-    )  # fmt: skip
-    up = r * dot_rows(
-        up_words, up_pair, x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit,
-        BITS, HALF, FAST, BLOCK_I, WORDS, CHUNK, PLANES,
-    )  # fmt: skip
-    store_act(act_ptr, row, factor * gate * tl.sigmoid(gate) * up, mask, ROW, PLANES)
-
-
-@triton.jit
-def gate_up_kernel(
-    x_ptr, norm_ptr, ids_ptr, weights_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, shared_gate_ptr, act_ptr,
-    x_stride,
-    EPS: tl.constexpr, TOP_K: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr, PLANES: tl.constexpr,
-    FAST: tl.constexpr, OVERLAP: tl.constexpr,
-    WIDTH: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, WORDS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    SWIDTH: tl.constexpr, SGROUP: tl.constexpr, SBITS: tl.constexpr, SHALF: tl.constexpr, SWORDS: tl.constexpr,
-    SCHUNK: tl.constexpr,
-    BLOCK_I: tl.constexpr, CACHE: tl.constexpr,
-):  # fmt: skip
-    """act, rows of TOP_K * I + SI as `store_act` keeps them: each chosen expert's activations times its share, then the
-    shared expert's times its gate. ids and weights [M, TOP_K]; grid (blocks of rows, TOP_K + 1, M).
-
-    All waits, although x and the shared expert's weights need not: before the wait they won nothing (docs/log.md)."""
-    ready = after_previous(OVERLAP)  # which experts to read is the previous kernel's result
-    x_ptr += ready
-    ids_ptr += ready
-    weights_ptr += ready
-    act_ptr += ready
-    first = tl.program_id(0) * BLOCK_I
-    slot = tl.program_id(1)
-    m = tl.program_id(2).to(tl.int64)
-    x_ptr += m * x_stride
-    row: tl.constexpr = TOP_K * WIDTH + SWIDTH
-    act_ptr += m * (row * (2 if PLANES == 1 else 1)) + slot * WIDTH
-    if slot < TOP_K:
-        if first < WIDTH:
-            expert = tl.load(ids_ptr + m * TOP_K + slot).to(tl.int64)
-            share = tl.load(weights_ptr + m * TOP_K + slot)
-            w_ptr += expert * (2 * WIDTH * (K // 2 if BITS == 4 else K))
-            if BITS <= 8:
-                s_ptr += expert * (2 * WIDTH * 2 * (K // GROUP))
-            swiglu_rows(
-                x_ptr, norm_ptr, w_ptr, s_ptr, act_ptr, share, first,
-                EPS, row, WIDTH, K, GROUP, BITS, HALF, WORDS, CHUNK, PLANES, FAST, BLOCK_I, CACHE,
-            )  # fmt: skip
-    elif first < SWIDTH:
-        k = tl.arange(0, K_PADDED)
-        mask = k < K
-        x = tl.load(x_ptr + k, mask=mask, other=0.0).to(tl.float32)
-        r = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / K + EPS)
-        x *= 1.0 + tl.load(norm_ptr + k, mask=mask, other=0.0).to(tl.float32)
-        gate = r * tl.sum(x * tl.load(shared_gate_ptr + k, mask=mask, other=0.0).to(tl.float32), axis=0)
-        swiglu_rows(
-            x_ptr, norm_ptr, shared_w_ptr, shared_s_ptr, act_ptr, tl.sigmoid(gate), first,
-            EPS, row, SWIDTH, K, SGROUP, SBITS, SHALF, SWORDS, SCHUNK, PLANES, FAST, BLOCK_I, CACHE,
-        )  # fmt: skip
-
-
-@triton.jit
-def down_kernel(
-    x_ptr, ids_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, act_ptr, y_ptr, x_stride,
-    D: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, PLANES: tl.constexpr, FAST: tl.constexpr,
-    OVERLAP: tl.constexpr,
-    WIDTH: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, WORDS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    SWIDTH: tl.constexpr, SGROUP: tl.constexpr, SBITS: tl.constexpr, SHALF: tl.constexpr, SWORDS: tl.constexpr,
-    SCHUNK: tl.constexpr, FOLD: tl.constexpr,
-    BLOCK_D: tl.constexpr, CACHE: tl.constexpr,
-):  # fmt: skip
-    """y[m, d] = x[m, d] + sum over experts and i of down[expert, d, i] * act[m, expert's slot, i], shared one last.
-
-    The chosen experts' rows for one d, side by side, are one row of SLOTS * WORDS words, SLOTS = TOP_K rounded up to a
-    power of 2. FOLD rows of the shared expert are one row likewise, and its activations repeat. Grid (blocks of rows, M)."""
-    m = tl.program_id(1).to(tl.int64)
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    slot = tl.arange(0, SLOTS)
-    # Not the previous kernel's result but that of one before; past L1, which may hold an older token's.
-    expert = tl.load(ids_ptr + m * TOP_K + slot, mask=slot < TOP_K, other=0, cache_modifier=".cg").to(tl.int64)
-    width: tl.constexpr = WIDTH * BITS // 32
-    column = words_in_runs(WORDS, CHUNK)
-    # Loaded slots first: of the dimensions without contiguous addresses, the first is spread over lanes and warps.
-    mask = (slot < TOP_K)[:, None, None] & (d < D)[None, :, None] & (column < width)[None, None, :]
-    words = tl.load(
-        w_ptr.to(tl.pointer_type(tl.int32)) + (expert * (D * width))[:, None, None] + (d * width)[None, :, None]
-        + column[None, None, :],
-        mask=mask, other=0, cache_modifier=CACHE,
-    )  # fmt: skip
-    words = tl.reshape(tl.permute(words, [1, 0, 2]), [BLOCK_D, SLOTS * WORDS])
-    pair = d
-    if BITS <= 8:
-        chunks: tl.constexpr = WORDS // CHUNK
-        group = (tl.arange(0, chunks) * CHUNK) // (GROUP * BITS // 32)
-        mask = (group < WIDTH // GROUP)[:, None, None] & (slot < TOP_K)[None, :, None] & (d < D)[None, None, :]
-        offsets = (
-            (expert * (D * (WIDTH // GROUP)))[None, :, None]
-            + (d * (WIDTH // GROUP))[None, None, :]
-            + group[:, None, None]
-        )
-        pair = tl.load(s_ptr.to(tl.pointer_type(tl.int32)) + offsets, mask=mask, other=0)
-        pair = tl.reshape(tl.permute(pair, [2, 1, 0]), [BLOCK_D, SLOTS * chunks])
-    folded = tl.program_id(0) * (BLOCK_D // FOLD) + tl.arange(0, BLOCK_D // FOLD)
-    shared_words, shared_pair = load_rows(
-        shared_w_ptr, shared_s_ptr, folded, folded * FOLD < D, FOLD * SWIDTH, SGROUP, SBITS, FOLD * SWORDS, SCHUNK, CACHE
-    )
-    # Older still. Had it been loaded after the sums, all programs would end by waiting for it.
-    extra = tl.load(x_ptr + m * x_stride + d, mask=d < D, other=0.0, cache_modifier=".cg").to(tl.float32)
-    ready = after_previous(OVERLAP)
-    y_ptr += ready
-    row: tl.constexpr = TOP_K * WIDTH + SWIDTH
-    act_ptr += m * (row * (2 if PLANES == 1 else 1)) + ready
-
-    # The activations in the order of the words, as in `load_row_features`.
-    stored: tl.constexpr = WORDS * (4 if BITS <= 8 else 32 // BITS)
-    i = tl.arange(0, SLOTS * stored)
-    half: tl.constexpr = GROUP // 2
-    features: tl.constexpr = stored * (2 if BITS == 4 else 1)
-    k = i % stored
-    if BITS == 4:
-        k = (k // half) * GROUP + k % half
-    offsets = (i // stored) * WIDTH + k
-    mask = i < TOP_K * stored
-    if features == WIDTH:  # the same, in a form that shows the compiler that neighbours are contiguous
-        offsets = (i // half) * GROUP + i % half if BITS == 4 else i
-    else:
-        mask = mask & (k < WIDTH)
-    low = load_act(act_ptr, offsets, mask, row, PLANES)
-    high = low
-    if BITS == 4:
-        high = load_act(act_ptr, offsets + half, mask, row, PLANES)
-    k = stored_features(SWIDTH, SGROUP, SBITS, FOLD * SWORDS, SWORDS)
-    mask = k < SWIDTH
-    shared_low = load_act(act_ptr + TOP_K * WIDTH, k, mask, row, PLANES)
-    shared_high = shared_low
-    if SBITS == 4:
-        shared_high = load_act(act_ptr + TOP_K * WIDTH, k + SGROUP // 2, mask, row, PLANES)
-    x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit = features_of_words(low, high, BITS, SLOTS * WORDS, CHUNK, PLANES)
-    y = extra + dot_rows(
-        words, pair, x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit,
-        BITS, HALF, FAST, BLOCK_D, SLOTS * WORDS, CHUNK, PLANES,
-    )  # fmt: skip
-    x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit = features_of_words(
-        shared_low, shared_high, SBITS, FOLD * SWORDS, SCHUNK, PLANES
-    )
-    y += dot_rows(
-        shared_words, shared_pair, x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit,
-        SBITS, SHALF, FAST, BLOCK_D // FOLD, FOLD * SWORDS, SCHUNK, PLANES, FOLD,
-    )  # fmt: skip
-    tl.store(y_ptr + m * D + d, y.to(y_ptr.dtype.element_ty), mask=d < D)
-
-
-# Words that a thread of `down_kernel` loads at once. As many it has of the activations, loaded by the 16 bytes: the two meet
-# in its registers, where runs of 4 words would send the activations through shared memory, with two barriers a tensor.
-DOWN_RUN = 2
-
-
-@triton.jit
-def store_act(act_ptr, offsets, values, mask, ROW: tl.constexpr, PLANES: tl.constexpr):
-    """Activations between the two kernels: float32, or for 2-byte dtypes (PLANES 1) as two bfloat16, the second ROW further
-    on, what the first leaves over: to 2^-17 of each value, finer than the integers that `down_kernel` makes of it. Loads of
-    2-byte elements give a thread the runs of words that it multiplies."""
-    if PLANES == 1:
-        first = values.to(tl.bfloat16)
-        tl.store(act_ptr + offsets, first, mask=mask)
-        tl.store(act_ptr + ROW + offsets, (values - first.to(tl.float32)).to(tl.bfloat16), mask=mask)
-    else:
-        tl.store(act_ptr + offsets, values, mask=mask)
-
-
-@triton.jit
-def load_act(act_ptr, offsets, mask, ROW: tl.constexpr, PLANES: tl.constexpr):
-    values = tl.load(act_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    if PLANES == 1:
-        values += tl.load(act_ptr + ROW + offsets, mask=mask, other=0.0).to(tl.float32)
-    return values
 
 
 def expert_formats(
@@ -347,21 +54,32 @@ def check_vectors(
     check_argument(weights, name="weights", shape=chosen, dtypes=(torch.float32,))
 
 
-def format_constants(
-    *, weight: Tensor, width: int, features: int, bits: int, group: int, run: int = 4, prefix: str = ""
-) -> dict:  # fmt: skip
-    """The constants of `swiglu_rows` and `down_kernel` that describe one matrix with rows of `features`."""
-    words, chunk = word_counts(bits=bits, in_features=features, group=group, run=run)
-    half = weight.dtype == torch.float16
-    values = {"WIDTH": width, "GROUP": group, "BITS": bits, "HALF": half, "WORDS": words, "CHUNK": chunk}
-    return {prefix + key: value for key, value in values.items()}
-
-
-def folded_rows(*, block: int, slots: int, features: int, bits: int) -> int:
-    """FOLD of `down_kernel`: as many of the shared expert's rows, of `bits` each, side by side as there are slots; 1 where
-    rows have words of padding between them or the last block is not whole."""
-    fold = min(slots, block)
-    return fold if features % block == 0 and bits & (bits - 1) == 0 else 1
+def launch_decode(*, x: Tensor, ids: Tensor, tile_from: int | None, **arguments: Tensor | float | None) -> Tensor:
+    """Checks the arguments of `moe_decode` and runs the kernels for its tokens. tile_from: the least number of tokens that go to
+    `moe_tile.py`; None: the tuning table's."""
+    features = x.shape[-1]
+    formats = {}
+    for prefix in ("", "shared_"):
+        stored = {
+            f"{kind}{scales}": arguments[f"{prefix}{kind}{scales}"] for kind in ("gate_up", "down") for scales in ("", "_scales")
+        }
+        width, up, back = expert_formats(**stored, features=features, name=prefix)
+        formats |= {f"{prefix}gate_up": (width, *up), f"{prefix}down": (width, *back)}
+    flat = flat_rows(x, name="x", features=features)
+    check_vectors(
+        x=x, ids=ids, **{name: arguments[name] for name in ("norm_weight", "weights", "shared_gate")}
+    )
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    common = {"x": flat, "ids": ids, "out": y.view(-1, features), **arguments}
+    rows = flat.shape[0]
+    if experts_served(rows=rows, formats=formats):
+        width, *up = formats["gate_up"]
+        config = moe_tile_config(bits=up[0], features=features, width=width, rows=rows, arch=tuning.architecture(x.device))
+        if rows >= (config["FROM"] if tile_from is None else tile_from):
+            launch_moe_tile(**common, width=width, up=tuple(up), back=formats["down"][1:], config=config)
+            return y
+    launch_pairs(**common, formats=formats)
+    return y
 
 
 @triton_op("moeexp::moe_decode", mutates_args=())
@@ -381,54 +99,36 @@ def moe_decode(
     shared_down_scales: Tensor | None,
     shared_gate: Tensor,
 ) -> Tensor:
-    """`reference_moe_decode` on the GPU; the same arguments, by keyword. Any number of tokens, made for up to 8: an
-    expert's weights are read once for every token that chose it. `ValueError` for strides or dtypes not taken."""
-    features, top_k = x.shape[-1], ids.shape[-1]
-    width, up, back = expert_formats(
-        gate_up=gate_up, gate_up_scales=gate_up_scales, down=down, down_scales=down_scales, features=features, name=""
-    )
-    shared_width, shared_up, shared_back = expert_formats(
-        gate_up=shared_gate_up, gate_up_scales=shared_gate_up_scales, down=shared_down,
-        down_scales=shared_down_scales, features=features, name="shared_",
+    """`reference_moe_decode` on the GPU; the same arguments, by keyword. Any number of tokens, made for up to 32; a token's ids
+    differ. `ValueError` for strides or dtypes not taken."""
+    return launch_decode(
+        x=x, norm_weight=norm_weight, eps=eps, ids=ids, weights=weights, gate_up=gate_up, gate_up_scales=gate_up_scales,
+        down=down, down_scales=down_scales, shared_gate_up=shared_gate_up, shared_gate_up_scales=shared_gate_up_scales,
+        shared_down=shared_down, shared_down_scales=shared_down_scales, shared_gate=shared_gate, tile_from=None,
     )  # fmt: skip
-    flat = flat_rows(x, name="x", features=features)
-    check_vectors(x=x, norm_weight=norm_weight, ids=ids, weights=weights, shared_gate=shared_gate)
-    rows = flat.shape[0]
-    arch, shape = tuning.architecture(x.device), f"{features}x{width}"
-    first = tuning.lookup("moe_gate_up", f"{tuning.weight_class(up[0])}/{shape}", arch)
-    second = tuning.lookup("moe_down", f"{tuning.weight_class(back[0])}/{shape}", arch)
-    act_row = top_k * width + shared_width
-    shape, dtype = ((rows, act_row), torch.float32) if planes(x.dtype) == 2 else ((rows, 2, act_row), torch.bfloat16)
-    act = torch.empty(shape, dtype=dtype, device=x.device)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
-    def stored(scales: Tensor | None, weight: Tensor) -> Tensor:
-        return weight if scales is None else scales
 
-    slots = triton.next_power_of_2(top_k)
-    grid = (triton.cdiv(max(width, shared_width), first["BLOCK_I"]), top_k + 1, rows)
-    wrap_triton(gate_up_kernel)[grid](
-        flat, norm_weight, ids, weights, gate_up, stored(gate_up_scales, gate_up),
-        shared_gate_up, stored(shared_gate_up_scales, shared_gate_up), shared_gate, act, flat.stride(0),
-        EPS=eps, TOP_K=top_k, K=features, K_PADDED=triton.next_power_of_2(features), FAST=x.is_cuda,
-        PLANES=planes(x.dtype), OVERLAP=can_overlap(x),
-        **format_constants(weight=gate_up, width=width, features=features, bits=up[0], group=up[1]),
-        **format_constants(
-            weight=shared_gate_up, width=shared_width, features=features, bits=shared_up[0], group=shared_up[1],
-            prefix="S",
-        ),
-        **first,
+@triton_op("moeexp::moe_decode_tile", mutates_args=())
+def moe_decode_tile(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    gate_up_scales: Tensor | None,
+    down: Tensor,
+    down_scales: Tensor | None,
+    shared_gate_up: Tensor,
+    shared_gate_up_scales: Tensor | None,
+    shared_down: Tensor,
+    shared_down_scales: Tensor | None,
+    shared_gate: Tensor,
+) -> Tensor:
+    """`moe_decode`, on the kernels of `moe_tile.py` from one token on where they take the weights (int4 and int8 in groups of 64
+    or 128, the shared expert as wide as the others): a row is the same to the bit for 1 to 32 tokens."""
+    return launch_decode(
+        x=x, norm_weight=norm_weight, eps=eps, ids=ids, weights=weights, gate_up=gate_up, gate_up_scales=gate_up_scales,
+        down=down, down_scales=down_scales, shared_gate_up=shared_gate_up, shared_gate_up_scales=shared_gate_up_scales,
+        shared_down=shared_down, shared_down_scales=shared_down_scales, shared_gate=shared_gate, tile_from=1,
     )  # fmt: skip
-    wrap_triton(down_kernel)[(triton.cdiv(features, second["BLOCK_D"]), rows)](
-        flat, ids, down, stored(down_scales, down), shared_down, stored(shared_down_scales, shared_down), act, y,
-        flat.stride(0), D=features, TOP_K=top_k, SLOTS=slots, FAST=x.is_cuda, PLANES=planes(x.dtype),
-        OVERLAP=can_overlap(x),
-        **format_constants(weight=down, width=width, features=width, bits=back[0], group=back[1], run=DOWN_RUN),
-        **format_constants(
-            weight=shared_down, width=shared_width, features=shared_width, bits=shared_back[0], group=shared_back[1],
-            run=DOWN_RUN, prefix="S",
-        ),
-        FOLD=folded_rows(block=second["BLOCK_D"], slots=slots, features=features, bits=shared_width * shared_back[0]),
-        **second,
-    )  # fmt: skip
-    return y

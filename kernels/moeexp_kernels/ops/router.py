@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from moeexp_kernels.ops.gemm import launch_gemm, launch_rms_norm
-from moeexp_kernels.ops.linear import few_rows, flat_rows, launch_gemv, rms_norm, weight_format
+from moeexp_kernels.ops.linear import flat_rows, launch_gemv, rms_norm, weight_format
 from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.checks import FLOATS, check_argument
 from moeexp_kernels.parts.pdl import after_previous, can_overlap
@@ -135,6 +135,11 @@ def check_router(
     return flat_rows(x, name="x", features=features), bits
 
 
+def gemv_serves(*, rows: int | torch.SymInt, key: str, arch: str | None = None) -> bool:
+    """Whether the logits of so many rows are a GEMV each: a symbolic number of rows never is, nor is it guarded on."""
+    return isinstance(rows, int) and rows < tuning.lookup("router_rows", key, arch)["GEMM_FROM"]
+
+
 @triton_op("moeexp::router", mutates_args={"expert_ids"})
 def router(
     x: Tensor,
@@ -159,7 +164,7 @@ def router(
     weights = torch.empty((batch, tokens, top_k), **wide)
     common = {"weight": weight, "scales": None, "residual": None, "out": logits, "bits": bits, "group": features}
     arch, key = tuning.architecture(x.device), f"{tuning.weight_class(bits)}/{experts}x{features}"
-    if few_rows(flat.shape[0]):
+    if gemv_serves(rows=flat.shape[0], key=key, arch=arch):
         # The router's matrix is small: its row splits it so that every SM reads.
         config = tuning.lookup("router_gemv", key, arch)
         launch_gemv(x=flat, norm_weight=norm_weight, eps=eps, config=config, **common)

@@ -6,7 +6,8 @@ alone writes, positions, and results of the kernel before the previous. As much 
 whole GPU waits for each load and each reduction. The last kind is safe because the call waits *first* and lets the
 next kernel start *then*: when a kernel starts early, all programs of the previous one are past their own wait, so that
 everything before that one is complete and visible. A kernel that reads its own state early must not directly follow
-another call on the same state; in a model its layer's other kernels stand between.
+another call on the same state; in a model its layer's other kernels stand between. A program that has nothing to do may leave
+without a wait, as long as others of its kernel wait.
 
 The order is kept by the pointers and not by a side effect: torch takes a kernel with an assembly instruction that has side
 effects for one that writes all its arguments.
@@ -27,9 +28,14 @@ from moeexp_kernels.parts.tuning import architecture
 # Kernels that call `after_previous` on every path; a test compares the list with the sources.
 OVERLAPPING = (
     "gemv_kernel",
+    "limbs_kernel",
+    "linear_tile_kernel",
     "choose_experts_kernel",
     "gate_up_kernel",
     "down_kernel",
+    "gate_up_tile_kernel",
+    "down_tile_kernel",
+    "combine_tile_kernel",
     "_decode_kernel",
     "_finish_kernel",
     "_qk_norm_rope_kernel",
@@ -39,11 +45,34 @@ OVERLAPPING = (
 
 # Of these, the kernels (earlier, later) of one op: what may start early where an op is timed by itself.
 WITHIN_AN_OP = (
+    ("limbs_kernel", "linear_tile_kernel"),
     ("gemv_kernel", "choose_experts_kernel"),
     ("gate_up_kernel", "down_kernel"),
+    ("limbs_kernel", "gate_up_tile_kernel"),
+    ("gate_up_tile_kernel", "limbs_kernel"),
+    ("limbs_kernel", "down_tile_kernel"),
+    ("down_tile_kernel", "combine_tile_kernel"),
     ("_decode_kernel", "_finish_kernel"),
     ("_attend_kernel", "_merge_kernel"),
 )
+
+
+@triton.jit
+def start_next(OVERLAP: tl.constexpr):
+    """0; lets the next kernel start before this one waits. Only for a kernel that is followed, in its own op, by one that before
+    its wait reads nothing but what is older than the kernel before this one, which may still run: weights, say."""
+    zero = 0
+    if OVERLAP:
+        known = tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; mov.b32 $0, $1;",
+            "=r,r",
+            args=[tl.program_id(0) * 0],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+        zero = known * 16
+    return zero
 
 
 @triton.jit

@@ -1,0 +1,248 @@
+"""A tile of stored int4 or int8 weights times up to 32 rows of activations on int8 tensor cores.
+
+The weights are read once for all rows. Weights are the product's M side, rows of activations (in limbs, see `limbs.py`) its N
+side, padded to COLUMNS = 8, 16 or 32. Within a quantisation group all sums are of integers, hence exact in any order; per
+group one float32 formula follows, and then a sum over the groups in one fixed order. So a row's result is the same to the
+bit for every number of rows, every COLUMNS and every BLOCK.
+
+    y[n, m] = sum_g  scale[n, g] * unit[m, g] * sum_i code[n, g, i] * X[m, g, i]  +  shift'[n, g] * total[m, g]
+
+with code 0 .. 15 (int4: shift' = shift - 8 * scale) or -128 .. 127 (int8: the stored code - 128, shift' = shift).
+
+How the work lies: a product is three-dimensional, [groups, BLOCK, GROUP / 2] x [groups, GROUP / 2, COLUMNS], so that each warp
+has groups of its own and needs no loop. A group is two products, its first and its second half (int4: low and high
+nibbles; so that nothing is repacked).
+
+    one row of a half, 64 bytes:   thread 0  0 .. 15 | thread 1  16 .. 31 | thread 2  32 .. 47 | thread 3  48 .. 63
+
+Each of four neighbouring threads loads 16 consecutive bytes, while an instruction (mma.m16n8k32) wants 4 + 4 bytes of each
+thread. Which features meet in an instruction does not matter as long as weights and activations agree: `fragment` takes the
+4-byte words of all threads in turn. So a thread multiplies what its loads bring into its registers, of weights and of limbs,
+and neither goes through shared memory.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moeexp_kernels.parts.limbs import FINER, ROUND, ROUND_BITS
+from moeexp_kernels.parts.words import unpack_scales
+
+GROUPS_SERVED = (64, 128)  # the instruction takes 32 bytes of a half at a time; sums of larger groups are not tested
+
+
+@triton.jit
+def fragment(x, ROWS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr):
+    """[8, GROUPS, ROWS / 8, HALF] as loaded -> [GROUPS, ROWS, HALF], features in the order in which threads hold them."""
+    x = tl.reshape(x, [8, GROUPS, ROWS // 8, 4, HALF // 16, 4])
+    return tl.reshape(tl.permute(x, [1, 2, 0, 4, 3, 5]), [GROUPS, ROWS, HALF])
+
+
+@triton.jit
+def low_nibbles(q, FAST: tl.constexpr):
+    """Low nibbles of packed bytes, int8 0 .. 15: one instruction for four."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "and.b32 $0, $1, 0x0F0F0F0F;", "=r,r", args=[q], dtype=tl.int8, is_pure=True, pack=4
+        )
+    return (q & 0xF).to(tl.int8)
+
+
+@triton.jit
+def high_nibbles(q, FAST: tl.constexpr):
+    """High nibbles of packed bytes, int8 0 .. 15: two instructions for four."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 w; shr.u32 w, $1, 4; and.b32 $0, w, 0x0F0F0F0F; }",
+            "=r,r",
+            args=[q],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    return (q >> 4).to(tl.int8)
+
+
+@triton.jit
+def centred_bytes(q, FAST: tl.constexpr):
+    """Bytes -> code - 128, int8."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "xor.b32 $0, $1, 0x80808080;", "=r,r", args=[q], dtype=tl.int8, is_pure=True, pack=4
+        )
+    return (q ^ 0x80).to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def stored_row(row, BLOCK: tl.constexpr, APART: tl.constexpr):
+    """Where row 0 .. BLOCK - 1 of a tile stands in the matrix, and which it is of its half of the tile (without APART: of it)."""
+    if APART:
+        of_half = row % (BLOCK // 2)
+        return of_half + row // (BLOCK // 2) * APART, of_half
+    else:
+        return row, row
+
+
+@triton.jit
+def load_groups(
+    w_ptr, s_ptr, rows_left, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BEGIN: tl.constexpr,
+    BITS: tl.constexpr, BLOCK: tl.constexpr, CACHE: tl.constexpr, APART: tl.constexpr,
+):  # fmt: skip
+    """Of GROUPS groups from BEGIN on: stored bytes (int8: of the groups' first halves, and of their second ones; int4: the same
+    twice) [8, GROUPS, BLOCK / 8, GROUP / 2], and scale pairs int32 [GROUPS, BLOCK].
+
+    Rows of eight stand in the last but one dimension and groups before it, so that the compiler gives eight rows to a warp, and
+    to each warp groups of its own."""
+    half: tl.constexpr = GROUP // 2
+    bytes_of_group: tl.constexpr = half if BITS == 4 else GROUP
+    row = tl.arange(0, 8)[:, None, None, None] + tl.arange(0, BLOCK // 8)[None, None, :, None] * 8
+    group, byte = BEGIN + tl.arange(0, GROUPS)[None, :, None, None], tl.arange(0, half)[None, None, None, :]
+    stored, of_half = stored_row(row, BLOCK, APART)
+    offsets = stored * (K // GROUP * bytes_of_group) + group * bytes_of_group + byte
+    mask = (of_half < rows_left) & (group < K // GROUP)
+    first = tl.load(w_ptr + offsets, mask=mask, other=0, cache_modifier=CACHE)
+    second = first
+    if BITS == 8:
+        second = tl.load(w_ptr + half + offsets, mask=mask, other=0, cache_modifier=CACHE)
+    group = BEGIN + tl.arange(0, GROUPS)[:, None]
+    stored, of_half = stored_row(tl.arange(0, BLOCK)[None, :], BLOCK, APART)
+    mask = (of_half < rows_left) & (group < K // GROUP)
+    pair = tl.load(s_ptr.to(tl.pointer_type(tl.int32)) + stored * (K // GROUP) + group, mask=mask, other=0)
+    return first, second, pair
+
+
+@triton.jit
+def load_tile(
+    w_ptr, s_ptr, rows_left, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
+    BLOCK: tl.constexpr, PASSES: tl.constexpr, CACHE: tl.constexpr, APART: tl.constexpr = 0,
+):  # fmt: skip
+    """BLOCK rows of the matrix at w_ptr, of which rows_left exist, as `multiply_tile` takes them: a tuple of what `load_groups`
+    finds in each pass. GROUPS is K / GROUP, rounded up to a power of 2.
+
+    With APART the second half of the rows stands APART rows below the first (up rows below gate rows), and rows_left counts
+    those of a half."""
+    each: tl.constexpr = GROUPS // PASSES
+    first, second, pair = load_groups(w_ptr, s_ptr, rows_left, K, GROUP, each, 0, BITS, BLOCK, CACHE, APART)
+    if PASSES == 1:
+        return first, second, pair
+    else:
+        more, further, pairs = load_groups(w_ptr, s_ptr, rows_left, K, GROUP, each, each, BITS, BLOCK, CACHE, APART)
+        return first, second, pair, more, further, pairs
+
+
+@triton.jit
+def row_of(column, chosen, CHOSEN: tl.constexpr):
+    """The row of activations in a column: the same, or with CHOSEN that of the column-th lowest bit set in `chosen` (up to 8
+    columns, 32 rows): each thread finds it by itself, without a load. A column without a bit gives row 0."""
+    if CHOSEN:
+        bits = column * 0 + chosen
+        for i in tl.static_range(7):
+            bits = tl.where(column > i, bits & (bits - 1), bits)
+        lowest = (bits & (0 - bits)).to(tl.uint32).to(tl.float32)  # a power of 2: its exponent is the bit's place
+        return tl.where(bits != 0, (lowest.to(tl.int32, bitcast=True) >> 23) - 127, 0)
+    else:
+        return column
+
+
+@triton.jit
+def add_products(
+    codes, limb_ptr, sums, M, chosen, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, LEFT: tl.constexpr,
+    LIMBS: tl.constexpr, COLUMNS: tl.constexpr, CHOSEN: tl.constexpr,
+):  # fmt: skip
+    """sums + codes [GROUPS, BLOCK, GROUP / 2] times one limb of the half groups that begin at limb_ptr; zeros beyond M
+    columns and LEFT groups."""
+    half: tl.constexpr = GROUP // 2
+    column = tl.arange(0, 8)[:, None, None, None] + tl.arange(0, COLUMNS // 8)[None, None, :, None] * 8
+    group, byte = tl.arange(0, GROUPS)[None, :, None, None], tl.arange(0, half)[None, None, None, :]
+    mask = (column < M) & (group < LEFT)
+    m = row_of(column, chosen, CHOSEN)
+    x = tl.load(limb_ptr + m * (LIMBS * K) + group * GROUP + byte, mask=mask, other=0)
+    x = tl.permute(fragment(x, COLUMNS, GROUPS, half), [0, 2, 1])
+    return tl.dot(codes, x, sums, out_dtype=tl.int32)
+
+
+@triton.jit
+def value_of(total):
+    """The sum that was begun at ROUND_BITS, float32 and exact: below 2^22 its bits are those of the float ROUND + sum."""
+    return total.to(tl.float32, bitcast=True) - ROUND
+
+
+@triton.jit
+def sum_groups(x, GROUPS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr):
+    """[GROUPS, BLOCK, COLUMNS] -> [BLOCK, COLUMNS]: groups g and g + GROUPS / 2 first, then the sums g and g + GROUPS / 4, ...
+
+    The last SPLIT, one a warp, are left to `tl.sum`, which joins warps in that same order (a GPU test compares)."""
+    if GROUPS > SPLIT:
+        pairs = tl.sum(tl.reshape(x, [2, GROUPS // 2, BLOCK, COLUMNS]), axis=0)
+        return sum_groups(pairs, GROUPS // 2, BLOCK, COLUMNS, SPLIT)
+    else:
+        return tl.sum(x, axis=0)
+
+
+@triton.jit
+def products_of_groups(
+    first, second, pair, limbs_ptr, units_ptr, M, chosen, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    BEGIN: tl.constexpr, BITS: tl.constexpr, LIMBS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    FAST: tl.constexpr, CHOSEN: tl.constexpr,
+):  # fmt: skip
+    """Each of GROUPS groups from BEGIN on by itself: float32 [GROUPS, BLOCK, COLUMNS]. first, second, pair: of these groups."""
+    half: tl.constexpr = GROUP // 2
+    left: tl.constexpr = K // GROUP - BEGIN
+    limbs_ptr += BEGIN * GROUP
+    start = tl.full([GROUPS, BLOCK, COLUMNS], ROUND_BITS, tl.int32)
+    rest = start
+    # The first halves with all limbs, then the second ones: so that both need not be in registers at once.
+    codes = low_nibbles(first, FAST) if BITS == 4 else centred_bytes(first, FAST)
+    codes = fragment(codes, BLOCK, GROUPS, half)
+    high = add_products(codes, limbs_ptr, start, M, chosen, K, GROUP, GROUPS, left, LIMBS, COLUMNS, CHOSEN)
+    low = add_products(codes, limbs_ptr + K, start, M, chosen, K, GROUP, GROUPS, left, LIMBS, COLUMNS, CHOSEN)
+    if LIMBS == 3:
+        rest = add_products(codes, limbs_ptr + 2 * K, start, M, chosen, K, GROUP, GROUPS, left, LIMBS, COLUMNS, CHOSEN)
+    codes = high_nibbles(second, FAST) if BITS == 4 else centred_bytes(second, FAST)
+    codes = fragment(codes, BLOCK, GROUPS, half)
+    limbs_ptr += half
+    high = add_products(codes, limbs_ptr, high, M, chosen, K, GROUP, GROUPS, left, LIMBS, COLUMNS, CHOSEN)
+    low = add_products(codes, limbs_ptr + K, low, M, chosen, K, GROUP, GROUPS, left, LIMBS, COLUMNS, CHOSEN)
+    # Every rounding is written out: if the compiler were to choose what it fuses, it might choose another way for another shape.
+    value = tl.fma(value_of(high), 256.0, value_of(low))
+    if LIMBS == 3:
+        rest = add_products(codes, limbs_ptr + 2 * K, rest, M, chosen, K, GROUP, GROUPS, left, LIMBS, COLUMNS, CHOSEN)
+        value = tl.fma(value_of(rest), 1.0 / FINER, value)
+    # Per group and output, and per group and row: widened before they are taken apart, so that one conversion each brings them
+    # to where the products are. The compiler takes equal values apart once.
+    shape: tl.constexpr = [GROUPS, BLOCK, COLUMNS]
+    scale, shift = unpack_scales(tl.broadcast_to(pair[:, :, None], shape))
+    if BITS == 4:
+        shift = tl.fma(scale, -8.0, shift)
+    column, group = tl.arange(0, COLUMNS)[None, :], tl.arange(0, GROUPS)[:, None]
+    m = row_of(column, chosen, CHOSEN)
+    mask = (column < M) & (group < left)
+    both = tl.load(units_ptr.to(tl.pointer_type(tl.int64)) + m * (K // GROUP) + BEGIN + group, mask=mask, other=0)
+    both = tl.broadcast_to(both[:, None, :], shape)
+    unit, total = both.to(tl.int32).to(tl.float32, bitcast=True), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return tl.fma(value, scale * unit, shift * total)
+
+
+@triton.jit
+def multiply_tile(
+    tile, limbs_ptr, units_ptr, M, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
+    LIMBS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr, PASSES: tl.constexpr,
+    FAST: tl.constexpr, chosen=0, CHOSEN: tl.constexpr = False,
+):  # fmt: skip
+    """What `load_tile` found times M rows in limbs: float32 [BLOCK, COLUMNS]; columns from M on are zero. The rows are the first
+    ones from limbs_ptr and units_ptr on, or with CHOSEN those of the bits in `chosen`, of which M are set.
+
+    PASSES 2: the first half of the groups, then the second, which needs fewer registers. The sums' order is the same."""
+    each: tl.constexpr = GROUPS // PASSES
+    first, second, pair = tile[0], tile[1], tile[2]
+    values = products_of_groups(
+        first, second, pair, limbs_ptr, units_ptr, M, chosen, K, GROUP, each, 0, BITS, LIMBS, BLOCK, COLUMNS, FAST, CHOSEN
+    )
+    if PASSES == 2:
+        first, second, pair = tile[3], tile[4], tile[5]
+        values += products_of_groups(
+            first, second, pair, limbs_ptr, units_ptr, M, chosen, K, GROUP, each, each, BITS, LIMBS, BLOCK, COLUMNS, FAST,
+            CHOSEN,
+        )  # fmt: skip
+    return sum_groups(values, each, BLOCK, COLUMNS, SPLIT)
