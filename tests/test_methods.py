@@ -195,3 +195,25 @@ def test_dynamo_makes_symbols_of_the_marked_lengths_alone(cfg, model, phases, mo
         symbolic = [(shape, dtype) for shape, dtype in shapes if any(isinstance(size, torch.SymInt) for size in shape)]
         assert all(dtype == torch.int64 for _, dtype in symbolic), symbolic  # tokens, and the rows of logits that are wanted
     stack.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides", ["dispatch=dual", "dispatch=single", "dispatch=cond state=explicit", "dispatch=token_by_token"]
+)
+def test_what_torch_compile_makes_of_the_methods_is_made_in_their_phase(model, phases, monkeypatch, overrides):
+    """A prompt and its decode steps compile nothing more: a check or a benchmark would be charged with it."""
+    graphs, torch_compile = [], torch.compile
+
+    def keep(graph, inputs, options=None):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", lambda module, **options: torch_compile(module, backend=keep, **options))
+    base = ["model=nano", "quant=int4", "max_seq_len=160", "export=compile"]
+    stack = build_stack(resolve(compose([*base, *overrides.split()]), cuda_available=False), model, phases)
+    built = len(graphs)
+    assert built > 0
+    stack.session.generate(tokens(21), 3)
+    assert len(graphs) == built

@@ -32,6 +32,7 @@ from moeexp.stack.inductor import loading
 from moeexp.stack.methods import (
     MODULES,
     OF_DISPATCH,
+    AtOne,
     Method,
     example_inputs,
     export_method,
@@ -255,7 +256,8 @@ def _eager_methods(recipe: Recipe, phases: Phases):
 
 
 def _torch_compiled_methods(recipe: Recipe, phases: Phases):
-    """Compiled here, for one token and for several, so that no later phase pays for it."""
+    """Compiled here, for one token and for several, so that no later phase pays for it. Of a slice dynamo would expect the
+    next time that it is a slice, and compile anew for what is none."""
     cfg, methods = recipe.cfg, {}
     for name in recipe.methods:
         methods[name] = torch_compiled(recipe.module(name))
@@ -266,7 +268,10 @@ def _torch_compiled_methods(recipe: Recipe, phases: Phases):
         with phases(f"compile {name}"), torch.no_grad():
             methods[name](*inputs)
             if name != "decode":
-                methods[name](*inputs[:2], inputs[2][:1], *inputs[3:])
+                methods[name](*inputs[:2], inputs[2][:1].clone(), *inputs[3:])
+            if name in ("forward", "cond"):
+                state = tuple(recipe.state.values())
+                AtOne(methods[name], takes_live=recipe.takes_live)(inputs[0].new_zeros(cfg.batch, 1), inputs[1], *state)
     return methods, {}
 
 

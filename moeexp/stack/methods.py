@@ -64,14 +64,17 @@ class Method(nn.Module):
             return self._run({"forward": "single"}.get(self.name, self.name), tokens, positions, *more)
         inputs = (tokens, positions, *more)
         if not torch.compiler.is_compiling():
-            return self._one(*inputs) if tokens.shape[1] == 1 else self._many(*inputs)
-        return torch.cond(tokens.shape[1] == 1, self._one, self._many, inputs)
+            return self._one([], *inputs) if tokens.shape[1] == 1 else self._many([], *inputs)
+        sizes = [tuple(tensor.shape) for tensor in more[len(more) - len(self.state_names) :]]
+        return torch.cond(tokens.shape[1] == 1, partial(self._one, sizes), partial(self._many, sizes), inputs)
 
-    def _one(self, tokens: Tensor, positions: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+    def _one(self, sizes: list[tuple[int, ...]], tokens: Tensor, positions: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
         # Both branches are traced with T a symbol; here it is one token, and an op may say so.
+        _check_sizes(sizes, more)
         return self._run("decode", tokens[:, :1], positions, *more, cut=True)
 
-    def _many(self, tokens: Tensor, positions: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+    def _many(self, sizes: list[tuple[int, ...]], tokens: Tensor, positions: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+        _check_sizes(sizes, more)
         return self._run("prefill", tokens, positions, *more)
 
     def _run(self, phase: str, tokens: Tensor, positions: Tensor, *more: Tensor, cut: bool = False):
@@ -85,6 +88,13 @@ class Method(nn.Module):
             live=None if cut else live, l2_prefetch=self.l2_prefetch and phase == "decode",
         )  # fmt: skip
         return (logits, *new.values()) if new else logits
+
+
+def _check_sizes(sizes: list[tuple[int, ...]], inputs: tuple[Tensor, ...]) -> None:
+    """Of the state, the last of `inputs`: torch 2.11 makes symbols of all that a branch is given."""
+    for size, tensor in zip(sizes, inputs[len(inputs) - len(sizes) :], strict=True):
+        for wanted, found in zip(size, tensor.shape, strict=True):
+            torch._check(found == wanted)
 
 
 # As in the module's docstring: (model, ops, *, state_names=(), attached_state=None, takes_live=False, l2_prefetch=False).
