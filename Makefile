@@ -1,7 +1,7 @@
 # `make run` and `make test` set up everything that they need in .venv. With PYTHON=… the given interpreter is used as
 # it is and nothing is installed.
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all test-gpu lint
+.PHONY: help run test test-all test-gpu test-torch lint
 
 BASE_PYTHON ?= python3
 ARGS ?=
@@ -21,7 +21,7 @@ export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(CURDIR)/runner$(if $(PYTHONPA
 help:  ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
 	@echo 'variables:  ARGS="model=small"  what `make run` passes on;  PYTHON=python3  use this one, install nothing'
-	@echo '           WORKERS=4  tests beside each other; auto: one for each core'
+	@echo '           WORKERS=4  tests beside each other; auto: one for each core;  TORCH=2.14.0  which torch `make test-torch` takes'
 
 run: $(SETUP)  ## decode the shipped model on this machine, check and measure it
 	$(PYTHON) -m moeexp $(ARGS)
@@ -35,6 +35,11 @@ test-all: $(SETUP)  ## every test that needs no GPU
 test-gpu: $(SETUP)  ## the tests that need a GPU
 	$(PYTEST) $(BESIDE) -m "gpu and not alone"; beside=$$?; $(PYTEST) -m "gpu and alone" && exit $$beside
 
+# In an environment of its own, with the other packages as they are pinned: torch brings the triton that belongs to it.
+test-torch: $(if $(TORCH),.venv-torch-$(TORCH)/installed)  ## nano through every export and dispatch on the torch of TORCH=…
+	@test -n "$(TORCH)" || { echo "make test-torch needs a version: make test-torch TORCH=2.14.0"; exit 2; }
+	.venv-torch-$(TORCH)/bin/python -m pytest -q $(BESIDE) tests/test_exports.py
+
 lint: $(SETUP)  ## static checks
 	$(PYTHON) -m ruff check .
 
@@ -42,4 +47,10 @@ lint: $(SETUP)  ## static checks
 .venv/installed: pyproject.toml constraints.txt
 	test -x .venv/bin/python || $(BASE_PYTHON) -m venv .venv
 	DISABLE_CUDA=1 .venv/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv-torch-%/installed: pyproject.toml constraints.txt
+	test -x $(@D)/bin/python || $(BASE_PYTHON) -m venv $(@D)
+	grep -vE '^(torch|triton)==' constraints.txt > $(@D)/constraints.txt
+	DISABLE_CUDA=1 $(@D)/bin/python -m pip install -q -c $(@D)/constraints.txt -e '.[dev]' torch==$*
 	touch $@

@@ -27,9 +27,8 @@ from moeexp.config.axes_text import help_text
 from moeexp.config.errors import HELP, explain
 from moeexp.config.override_text import as_typed
 from moeexp.record import streams
-from moeexp.record.objective import objective
+from moeexp.record.objective import objective_of
 from moeexp.record.paths import expanded
-from moeexp.record.record import read_record
 from moeexp.run import signals
 from moeexp.run.job import FAILED, INTERRUPTED, INVALID, OK, Experiment, Job, default_experiment, run_job, say
 from moeexp.sweep import hydra_plugins
@@ -186,7 +185,7 @@ def _task(cfg: DictConfig, session: Session) -> float:
     session.running = False
     if session.exit_code == INTERRUPTED:
         raise KeyboardInterrupt
-    return objective(read_record(run_dir / "record.json"))
+    return objective_of(run_dir / "record.json")
 
 
 def _say(line: str, code: int) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from moeexp.config.axes import KEPT_APART
 from moeexp.config.errors import Parser, answered
+from moeexp.record.text import one_line
 from moeexp.report.conditions import conditions, differing
 from moeexp.report.format import MEDIAN, MEDIAN_NOTE, number, percent
 from moeexp.report.intervals import speed_of
@@ -66,7 +67,7 @@ def verdict(a: dict[str, Any], b: dict[str, Any]) -> str:
     unlike = differing(a, b)
     if unlike:
         lines.append(f"unlike conditions ({', '.join(unlike)}): the ratio is not the settings' alone")
-    return "\n".join(lines)
+    return "\n".join(map(one_line, lines))
 
 
 def _conditions(a: dict[str, Any], b: dict[str, Any]) -> list[Line]:
@@ -77,7 +78,7 @@ def _conditions(a: dict[str, Any], b: dict[str, Any]) -> list[Line]:
 
 def _name(record: dict[str, Any]) -> str:
     reason = f": {why(record)}" if record["status"] != "ok" else ""
-    return f"{record['id']}, {record['status']}{reason}, started {record['started']}"
+    return one_line(f"{record['id']}, {record['status']}{reason}, started {record['started']}")
 
 
 def _nested(a: dict[str, Any], b: dict[str, Any], skip: Sequence[str] = ()) -> list[Line]:
@@ -173,6 +174,7 @@ def _measured(a: dict[str, Any], b: dict[str, Any]) -> list[Line]:
 
 
 def _columns(lines: Sequence[Line]) -> str:
+    lines = [(one_line(key), one_line(x), one_line(y)) for key, x, y in lines]
     first = max(len(line[0]) for line in lines)
     second = max(len(line[1]) for line in lines)
     return "".join(f"  {key:<{first}}  {x:<{second}}  {y}".rstrip() + "\n" for key, x, y in lines)

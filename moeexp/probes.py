@@ -31,7 +31,9 @@ class Finding:
 
 def torch_version() -> Finding:
     """torch is one of those that this version was tried with, and sees the GPU that the machine has."""
+    import pynvml
     import torch
+    from moeexp_runner import nvml
 
     at_least, below = (".".join(map(str, version)) for version in TORCH)
     found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
@@ -39,13 +41,18 @@ def torch_version() -> Finding:
         return Finding("broken", f"torch {torch.__version__}", f"pip install 'torch>={at_least},<{below}'")
     if torch.cuda.is_available():
         return Finding("ok", f"torch {torch.__version__}, CUDA {torch.version.cuda}, {torch.cuda.get_device_name(0)}")
-    if shutil.which("nvidia-smi") is None:
+    why = ""
+    try:
+        count = nvml.ask(pynvml.nvmlDeviceGetCount)
+    except RuntimeError as error:
+        why, count = f" ({error})", not isinstance(error.__cause__, pynvml.NVMLError_LibraryNotFound)
+    if not count:
         return Finding("ok", f"torch {torch.__version__}, no NVIDIA GPU here: runs are on the CPU")
     if torch.version.cuda is None:
         return Finding("warning", f"torch {torch.__version__} is a CPU build", "install torch's wheel for CUDA")
     return Finding(
         "warning",
-        f"torch is built for CUDA {torch.version.cuda} and finds no GPU",
+        f"torch is built for CUDA {torch.version.cuda} and finds no GPU{why}",
         "look at CUDA_VISIBLE_DEVICES and at the driver's version in nvidia-smi",
     )
 
@@ -95,8 +102,7 @@ def package_names() -> Finding:
 
 def cache_folder() -> Finding:
     """The compile cache can be written, renamed in and locked, and has room."""
-    import fcntl
-
+    from moeexp.record.locks import lock
     from moeexp.stack.caches import cache_dir
 
     remedy = "set MOEEXP_CACHE_DIR to a folder of yours on a local disk"
@@ -107,8 +113,8 @@ def cache_folder() -> Finding:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".doctor-") as scratch:
-            with open(Path(scratch) / "lock", "w") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with lock(Path(scratch) / "lock"):
+                pass
             os.replace(Path(scratch) / "lock", Path(scratch) / "renamed")
     except OSError as error:
         return Finding("broken", f"{folder}: {error.strerror}", remedy)

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moeexp.config.errors import Parser, answered
+from moeexp.record import streams
 from moeexp.record.record import read_record
+from moeexp.record.text import visible
 from moeexp.record.tracker import ended_within, wandb_mode
 from moeexp.run import signals
 
@@ -35,9 +37,12 @@ class OfflineRun:
     def what(self) -> str:
         """The id and status in the run's record, where there is one."""
         path = self.folder.parent.parent / "record.json"
-        if not path.is_file():
+        try:
+            record = read_record(path)
+        except FileNotFoundError:
             return "no record"
-        record = read_record(path)
+        except ValueError as error:  # W&B's files are whole in themselves
+            return f"its record is damaged: {error}"
         return f"{record['id']} {record['status']}"
 
 
@@ -82,7 +87,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     waiting = [run for run in runs if not run.synced]
     for run in runs:
         state = "synced already" if run.synced else "would be uploaded" if options.dry_run else "to upload"
-        print(f"{state:<18} {run.folder}  ({run.what})", flush=True)
+        print(f"{state:<18} {visible(str(run.folder))}  ({streams.fitted(run.what)})", flush=True)
     print(f"{len(runs)} offline runs, {len(runs) - len(waiting)} of them synced already", flush=True)
     if options.dry_run or not waiting:
         return 0

@@ -164,16 +164,15 @@ def build_session(
     device: str = "cpu",
     **options,
 ) -> Session:
-    """An eager session of reference ops. A model may serve one session at a time: its state is attached to it."""
+    """An eager session of reference ops. Several may share a model."""
     if isinstance(model, Architecture):
         model = load_model(Random(model, seed), device=device)
     dtype, where = model.embed_tokens.weight.dtype, model.norm.device
     arena = Arena(state_shapes(model.arch, batch=batch, max_seq_len=max_seq_len, dtype=dtype), device=where)
-    model.attach_state(arena.tensors)
-    ops = reference_ops()
+    ops, own = reference_ops(), {"attached_state": arena.tensors}
     return Session(
-        prefill=MODULES["prefill"](model, ops),
-        decode=MODULES["decode"](model, ops),
+        prefill=MODULES["prefill"](model, ops, **own),
+        decode=MODULES["decode"](model, ops, **own),
         sample=ops["sample"],
         arena=arena,
         batch=batch,

@@ -32,6 +32,16 @@ def compose_each_once():
 
 
 compose_each_once()
+
+
+@pytest.fixture
+def exact_reference(monkeypatch):
+    """Float32 products are float32 on a GPU, too: of a test's reference on the device."""
+    import torch
+
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
 SKIPS = Path(__file__).with_name("skips.txt")
 NO_GPU = "no CUDA device"
 

@@ -65,6 +65,13 @@ def fill_poison(tensor: Tensor) -> Tensor:
     return tensor.fill_(SENTINEL.get(tensor.dtype, 1))
 
 
+def poison_state(tensors: dict[str, Tensor], kinds: tuple[str, ...] = ("_cache", "expert_ids")) -> None:
+    """Poison in the state tensors whose names end so: unless told, in those of which a session reads only what it wrote."""
+    for name, tensor in tensors.items():
+        if name.endswith(kinds):
+            fill_poison(tensor)
+
+
 def poison(*shape: int, dtype: torch.dtype = torch.float32, device: str = DEVICE) -> Tensor:
     """A tensor as hostile as uninitialised memory can be: NaN, or a sentinel for integers."""
     return fill_poison(torch.empty(*shape, dtype=dtype, device=device))

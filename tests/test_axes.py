@@ -4,14 +4,17 @@ Graphs need a GPU; here the same calls are made eagerly, so that what stands aro
 ahead, padding to captured lengths, alternating state.
 """
 
+import gc
 import itertools
 import json
+import weakref
 from pathlib import Path
 
 import common
 import pytest
 import torch
 from common import random_tokens, same_state
+from kernels_common import poison_state
 from moeexp_kernels import registry
 from moeexp_runner.arena import Arena
 from moeexp_runner.explicit import ExplicitState
@@ -189,24 +192,16 @@ def test_padding_leaves_no_trace(stack, state):
     assert [session.prefill_graphs.fitting(n) for n in (1, 8, 9, 24, 25, 40, 41)] == [8, 8, 24, 24, 40, 40, None]
     for count in (1, 8, 9, 21, 40, 50):
         prompt = random_tokens(1, count, vocab=256, seed=count)
-        poison(session)
+        session.reset()
+        poison_state(session.arena.tensors)
         padded = session.prefill(prompt).clone()
         found = session.arena.snapshot()
         plain = stack(f"state={state}").session
-        poison(plain)
+        plain.reset()
+        poison_state(plain.arena.tensors)
         torch.testing.assert_close(padded, plain.prefill(prompt), rtol=0, atol=1e-5)
         for name, tensor in plain.arena.snapshot().items():
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5, equal_nan=True, msg=name)
-
-
-def poison(session):
-    """Slots that nobody wrote hold NaN, and a trace that no router makes."""
-    session.reset()
-    for name, tensor in session.arena.tensors.items():
-        if name.endswith("_cache"):
-            tensor.fill_(float("nan"))
-        elif name.endswith("expert_ids"):
-            tensor.fill_(-7)
 
 
 @pytest.mark.parametrize(("length", "said"), [(16, []), (17, ["prefill_graph_lengths"])])
@@ -240,7 +235,6 @@ def test_a_prompt_continues_another_under_padding(stack):
 def test_a_method_leaves_the_state_that_it_is_given(model, name):
     arena = Arena(state_shapes(model.arch, batch=1, max_seq_len=32, dtype=torch.float32), device="cpu")
     arena.reset()
-    model.detach_state(arena.tensors)
     names = registry.resolve(default="reference", chosen={}, device="cpu")
     from moeexp_kernels import dispatch
 
@@ -254,6 +248,34 @@ def test_a_method_leaves_the_state_that_it_is_given(model, name):
     assert not same_state(dict(zip(arena.tensors, new, strict=True)), before)
     addresses = {tensor.data_ptr() for tensor in arena.tensors.values()}
     assert not addresses & {tensor.data_ptr() for tensor in new}
+
+
+@pytest.mark.parametrize("state", STATE)
+@pytest.mark.parametrize("dispatch", ["dual", "single"])
+def test_a_stack_leaves_no_state_on_a_model_that_others_share(stack, model, dispatch, state):
+    names = [name for name, _ in model.named_buffers()]
+    first = stack(f"dispatch={dispatch}", f"state={state}")
+    kept = weakref.ref(next(iter(first.arena.tensors.values())))
+    first.session.prefill(PROMPT)
+    other = stack().session
+    continued = first.session.decode(PROMPT[:, :1]).clone()
+    other.prefill(PROMPT)
+    torch.testing.assert_close(continued, other.decode(PROMPT[:, :1]), rtol=0, atol=1e-5)
+    assert [name for name, _ in model.named_buffers()] == names
+    first.close()
+    del first
+    gc.collect()
+    assert kept() is None, "the model keeps the state of a stack that is gone"
+
+
+def test_a_state_that_is_attached_is_not_taken_away(model, phases, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEEXP_CACHE_DIR", str(tmp_path))
+    arena = Arena(state_shapes(model.arch, batch=1, max_seq_len=32, dtype=torch.float32), device="cpu")
+    with model.attached(arena.tensors):
+        with pytest.raises(AssertionError, match="another state attached"):
+            build_stack(configured("export=aoti"), model, phases)
+        assert all(model.get_buffer(name) is tensor for name, tensor in arena.tensors.items())
+    assert not {name for name, _ in model.named_buffers()} & arena.tensors.keys()
 
 
 def test_explicit_state_comes_home():
@@ -295,8 +317,7 @@ def test_cond_with_shared_state_cannot_be_compiled(model, tmp_path):
     """Why that combination is refused: export overlooks what a branch mutates, and AOTInductor stumbles over it."""
     arena = Arena(state_shapes(model.arch, batch=1, max_seq_len=32, dtype=torch.float32), device="cpu")
     arena.reset()
-    model.attach_state(arena.tensors)
-    with pytest.raises(Exception, match="(?i)mutat|alias"):
+    with pytest.raises(Exception, match="(?i)mutat|alias"), model.attached(arena.tensors):
         program = export_method("cond", model, common.reference_ops(), batch=1, max_seq_len=32)
         assert not program.graph_signature.buffers_to_mutate
         compile_method(program, tmp_path / "cond.pt2", inductor_config(method="cond", device="cpu"))
@@ -374,7 +395,7 @@ def test_drawn_tokens_are_checked_by_their_race(model, phases):
     built = build_stack(cfg, model, phases)
     verdict = verify(cfg, built, PROMPT, phases)
     assert verdict["passed"], verdict["failures"]
-    built.session._sample.start[0] += 1  # draws of another seed than the config's
+    cfg.sampler.seed += 1  # which drew none of them
     verdict = verify(cfg, built, PROMPT, phases)
     failed = [part["name"] for part in verdict["parts"] if not part["passed"]]
     assert failed == ["tokens"]
@@ -408,7 +429,8 @@ def test_padding_is_bitwise_nothing_with_the_kernels(model, phases):
     for cuda_graph in (False, "all"):
         cfg = configured("ops=triton", "prefill_graph_lengths=[24]", cuda_graph=cuda_graph)
         session = build_stack(cfg, model, phases).session
-        poison(session)
+        session.reset()
+        poison_state(session.arena.tensors)
         logits = session.prefill(PROMPT[:, :11].contiguous()).clone()
         results.append({"logits": logits, **session.arena.snapshot()})
     assert same_state(*results)

@@ -146,6 +146,7 @@ def test_judged_cells_have_a_hash_or_a_reason(composer):
     assert found[1].config_hash is None and "needs CUDA" in str(found[1].refusal)
 
 
+@pytest.mark.slow
 def test_a_thousand_cells_are_listed_in_seconds(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     import moeexp_kernels.registry  # noqa: F401  imports torch and Triton: no part of the listing

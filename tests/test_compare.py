@@ -60,7 +60,7 @@ def test_what_took_turns_has_no_run_to_run_noise():
     a, b = (synthetic.record(id=id, ms=ms, group={"id": "g"}) for id, ms in (("a", 1.0), ("b", 0.9)))
     assert compare.verdict(a, b).endswith("of A's speed: faster")
     apart = compare.verdict(a | {"group": None}, b)
-    assert "not timed in turns: the interval allows for run-to-run noise of 5 %" in apart and "†" not in apart
+    assert "not timed in turns" in apart and "†" not in apart
 
 
 def test_equal_runs_are_no_difference():

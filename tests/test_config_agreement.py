@@ -28,14 +28,18 @@ def folder_model(folder, config) -> ModelConfig:
 
 @pytest.mark.parametrize("name", ["tiny", "nano", "small", "qwen3_5_35b_a3b"])
 def test_models_that_ship_are_read_alike(name):
-    check_agreement(compose.compose([f"model={name}"]).model)
+    model = compose.compose([f"model={name}"]).model
+    check_agreement(model)
+    assert list(differences(load_architecture(model), text_config(model))) == []
 
 
 @pytest.mark.parametrize("arch", [EVEN, ODD], ids=["even", "odd"])
 @pytest.mark.parametrize("nested", [False, True])
 def test_snapshots_are_read_alike(tmp_path, arch, nested):
     write_snapshot(tmp_path, arch, {}, nested=nested)
-    check_agreement(ModelConfig("test", str(tmp_path), None, 0, None, "none"))
+    model = ModelConfig("test", str(tmp_path), None, 0, None, "none")
+    check_agreement(model)
+    assert load_architecture(model) == arch and list(differences(arch, text_config(model))) == []
 
 
 OTHER = {

@@ -65,13 +65,11 @@ def test_a_twin_has_the_same_values(bits, tied):
         assert twin.head.weight.data_ptr() == twin.embed_tokens.weight.data_ptr()
 
 
-def test_a_twin_has_no_state_and_runs_beside_its_model():
+def test_a_twin_runs_beside_its_model():
     model = load_model(Random(EVEN, 0))
     first = build_session(model, max_seq_len=16)
     twin = as_dtype(model, torch.float32)
-    assert not [name for name, _ in twin.named_buffers() if name in first.arena.tensors]
     tokens = random_tokens(1, 6)
     expected = first.prefill(tokens).clone()
     second = build_session(twin, max_seq_len=16)
     assert torch.equal(second.prefill(tokens), expected)
-    assert model.layers[0].conv_state.data_ptr() != twin.layers[0].conv_state.data_ptr()

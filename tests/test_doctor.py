@@ -1,12 +1,13 @@
 """The doctor finds what is set up wrong: each trap that can be set here is set, and must be seen."""
 
 import json
-import os
 import stat
 import sys
 import tomllib
 from pathlib import Path
 
+import fake_nvml
+import pynvml
 import pytest
 import torch
 
@@ -27,6 +28,7 @@ def test_a_compiler_that_links_dynamically_is_ok():
     assert finding.verdict == "ok", finding
 
 
+@pytest.mark.slow
 def test_a_compiler_that_links_libstdcxx_statically_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", script(tmp_path / "g++", '#!/bin/sh\nexec g++ -static-libstdc++ "$@"\n'))
     finding = probes.run("static libstdc++")
@@ -111,11 +113,19 @@ def test_torch_out_of_range(monkeypatch, version, broken):
     assert (probes.run("torch").verdict == "broken") == broken
 
 
-def test_a_gpu_that_torch_does_not_see(tmp_path, monkeypatch):
-    script(tmp_path / "nvidia-smi", "#!/bin/sh\n")
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+@pytest.mark.parametrize("cuda, remedy", [(None, "wheel for CUDA"), ("13.0", "CUDA_VISIBLE_DEVICES")])
+def test_a_gpu_that_torch_does_not_see(monkeypatch, cuda, remedy):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert probes.run("torch").verdict == "warning"
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    fake_nvml.install(monkeypatch, fake_nvml.FakeGpu("GPU-ab"))
+    finding = probes.run("torch")
+    assert finding.verdict == "warning" and remedy in finding.remedy
+    fake_nvml.install(monkeypatch, error=pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH)
+    finding = probes.run("torch")
+    assert finding.verdict == "warning" and ("RM has detected an NVML/RM version mismatch" in finding.detail) == bool(cuda)
+    for nothing in ({}, {"error": pynvml.NVML_ERROR_LIBRARY_NOT_FOUND}):
+        fake_nvml.install(monkeypatch, **nothing)
+        assert probes.run("torch").verdict == "ok"
 
 
 def answers(monkeypatch, **verdicts):

@@ -187,6 +187,7 @@ def test_without_an_end_to_stop_at_it_is_refused(run):
     assert code == 2 and f"{GENERATION} names no eos_token_id" in message
 
 
+@pytest.mark.slow
 def test_transformers_stops_at_the_same_tokens(run, tmp_path):
     from transformers import AutoModelForCausalLM
 

@@ -1,7 +1,7 @@
 """Energy of decoding, with a GPU that is made up: its power, its counter that moves now and then, its clock."""
 
-from types import SimpleNamespace
-
+import fake_nvml
+import pynvml
 import pytest
 import torch
 from moeexp_runner import energy
@@ -85,22 +85,16 @@ def test_nothing_is_decoded_or_nothing_is_left(monkeypatch):
     assert of_decoding(lambda n: 0 * stopped.generate(n), 32, read=stopped.read) is None, "each ended at once"
 
 
-def test_without_a_gpu_there_is_no_counter(monkeypatch):
+def test_without_a_gpu_there_is_no_counter():
     assert energy.counter(torch.device("cpu")) is None
 
-    class NVMLError(Exception):
-        pass
 
-    def fails(*_):
-        raise NVMLError
-
-    nvml = SimpleNamespace(
-        NVMLError=NVMLError, nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
-        nvmlDeviceGetTotalEnergyConsumption=lambda handle: {"GPU-ab": 2500}[handle],
-    )  # fmt: skip
-    monkeypatch.setitem(__import__("sys").modules, "pynvml", nvml)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="ab"))
+def test_the_counter_is_that_of_torch_s_gpu_in_joules(monkeypatch):
+    gpu = fake_nvml.FakeGpu("GPU-ab")
+    fake_nvml.install(monkeypatch, gpu, fake_nvml.FakeGpu("GPU-cd"))
     read = energy.counter(torch.device("cuda"))
-    assert read is not None and read() == 2.5, "millijoules"
-    nvml.nvmlDeviceGetTotalEnergyConsumption = fails
+    assert read is not None and read() == 2.5
+    gpu.fails["nvmlDeviceGetTotalEnergyConsumption"] = pynvml.NVML_ERROR_NOT_SUPPORTED
+    assert energy.counter(torch.device("cuda")) is None
+    fake_nvml.install(monkeypatch, error=pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
     assert energy.counter(torch.device("cuda")) is None

@@ -57,6 +57,7 @@ def test_bfloat16_run_passes_both_parts(run):
     assert {"float32", "timed", "tokens"} <= set(parts(record))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", [0, 2**40, None])
 def test_batch_of_two(run, monkeypatch, cache):
     monkeypatch.setattr(experiment, "cache_bytes", lambda device: cache)
@@ -138,7 +139,7 @@ def test_prompt_beyond_max_seq_len_is_refused_before_work(run, capsys):
 
 def test_cuda_graph_without_cuda_is_refused(capsys, tmp_path, monkeypatch):
     if torch.cuda.is_available():
-        return
+        pytest.skip("a CUDA device is here")
     monkeypatch.chdir(tmp_path)
     assert cli.main([*NANO, "cuda_graph=true"]) == 2
     err = capsys.readouterr().err

@@ -77,15 +77,6 @@ def test_state_is_read_and_written_the_cache_read_and_appended():
     assert found["weights"] == by_hand(EVEN, used=[EVEN.num_experts_per_tok] * 3, item=2, batch=2)
 
 
-def test_attached_state_is_not_taken_for_weights():
-    from common import build_session
-
-    model = load_model(Random(EVEN, 0))
-    before = bytes_per_step(model, batch=1, length=3)
-    build_session(model, max_seq_len=40)
-    assert bytes_per_step(model, batch=1, length=3) == before
-
-
 LARGE = dataclasses.replace(EVEN, num_experts=256, num_experts_per_tok=8)
 
 

@@ -1,6 +1,8 @@
 """The state machine of a captured method. torch.cuda is a fake here: `replay` runs the method into the same output."""
 
 import contextlib
+import gc
+import weakref
 
 import pytest
 import torch
@@ -13,12 +15,21 @@ class FakeCuda:
 
     def __init__(self):
         self.log, self.capturing, self.method, self.fail = [], False, None, None
+        self.output = None  # what the capture returned, which a replay writes into
+        self.graphs = weakref.WeakSet()
+
+    def alive(self):
+        gc.collect()
+        return len(self.graphs)
 
     def install(self, patch):
         class Graph:
+            def __init__(graph, **options):
+                self.graphs.add(graph)
+
             def replay(graph):
                 self.log.append("replay")
-                graph.output.copy_(self.method())
+                self.output.copy_(self.method())
 
         class Stream:
             def wait_stream(self, other):
@@ -56,17 +67,13 @@ def graphed(cuda):
         cuda.log.append("capture" if cuda.capturing else "eager")
         if cuda.fail is not None and cuda.capturing:
             raise cuda.fail
-        return (10 * token + positions).float()
+        output = (10 * token + positions).float()
+        if cuda.capturing:
+            cuda.output = output
+        return output
 
     cuda.method = lambda: (10 * token + positions).float()
-    graphed = GraphedMethod(method, (token, positions))
-
-    def replay(*inputs):
-        graphed._graph.output = graphed._output
-        return graphed.replay(*inputs)
-
-    graphed.fake_replay = replay
-    return graphed
+    return GraphedMethod(method, (token, positions))
 
 
 def warm_and_capture(graphed):
@@ -82,10 +89,10 @@ def test_eager_warm_captured_closed(graphed, cuda):
     assert graphed.state == "captured" and cuda.log[-1] == "capture"
     graphed.inputs[0].fill_(4)
     graphed.inputs[1].fill_(2)
-    first = graphed.fake_replay(*graphed.inputs)
+    first = graphed.replay(*graphed.inputs)
     assert first.tolist() == [[42.0]] and cuda.log[-1] == "replay"
     graphed.inputs[1].fill_(3)
-    assert graphed.fake_replay(*graphed.inputs) is first, "the output of a replay aliases the graph's memory"
+    assert graphed.replay(*graphed.inputs) is first, "the output of a replay aliases the graph's memory"
     graphed.close()
     assert graphed.state == "closed"
 
@@ -137,22 +144,25 @@ def test_a_failed_capture_is_eager_again_and_can_be_tried_anew(graphed, cuda, fa
     with pytest.raises(RuntimeError, match=f"capture failed, the method is eager again: {fault}") as caught:
         graphed.capture()
     assert caught.value.__cause__ is fault
-    assert graphed.state == "eager" and graphed._graph is None and graphed._output is None
+    assert graphed.state == "eager" and graphed.output is None
+    del caught  # its frames
+    assert cuda.alive() == 0
     assert graphed.method(*graphed.inputs).tolist() == [[0.0]]
     with pytest.raises(RuntimeError, match="the method is eager"):
         graphed.capture()
     cuda.fail = None
     warm_and_capture(graphed)
-    assert graphed.fake_replay(*graphed.inputs).tolist() == [[0.0]]
+    assert graphed.replay(*graphed.inputs).tolist() == [[0.0]]
 
 
-def test_invalidate_drops_the_graph_and_close_is_final(graphed):
+def test_invalidate_drops_the_graph_and_close_is_final(graphed, cuda):
     warm_and_capture(graphed)
+    assert cuda.alive() == 1 and graphed.output is cuda.output
     graphed.invalidate()
-    assert graphed.state == "eager" and graphed._graph is None and graphed._output is None
+    assert graphed.state == "eager" and cuda.alive() == 0 and graphed.output is None
     warm_and_capture(graphed)
     graphed.close()
-    assert graphed._graph is None and graphed._output is None
+    assert cuda.alive() == 0 and graphed.output is None
     graphed.invalidate()
     graphed.close()
     assert graphed.state == "closed"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from moeexp.check import verify
 from moeexp.cli import main
 from moeexp.config.axes import shares_weights
 from moeexp.config.compose import compose
@@ -134,6 +135,19 @@ def test_a_bfloat16_run_shares_its_references_and_not_what_its_ops_compute():
     reused = [set(record["check"]["reused"]) for record in found]
     assert {"reference", "bf16 baseline", "bf16 reference"} <= reused[1]
     assert ["float32" in names for names in reused] == [False, False, False, True]
+
+
+def test_the_same_tokens_in_another_shape_are_another_prompt():
+    cells = [["prompt_ids=[5,6,5,6]", "prompt_len=null"], ["prompt_ids=[5,6]", "prompt_len=null", "batch=2"]]
+    assert group.run_group(jobs(*cells)) == 0
+    assert [record["status"] for record in records(2)] == ["ok"] * 2
+
+
+def test_references_that_are_not_kept_are_made_again(monkeypatch):
+    monkeypatch.setattr(verify, "KEPT_BYTES", 0)
+    assert group.run_group(jobs([], [])) == 0
+    found = records(2)
+    assert [(record["status"], record["check"]["reused"]) for record in found] == [("ok", [])] * 2
 
 
 def test_a_run_whose_tracking_is_interrupted_stays_complete(monkeypatch):

@@ -15,7 +15,7 @@ from test_digests import opened
 from moeexp import cli
 from moeexp.config import compose, resolve, sources
 from moeexp.config.architecture import Architecture
-from moeexp.record import environment
+from moeexp.record import cpus, environment
 from moeexp.record.record import plain, read_record
 from moeexp.run import identity
 from moeexp.run.digests import Digests
@@ -275,8 +275,8 @@ SOFTWARE = {
     "transformers": lambda patch: version(patch, "transformers"),
     "cuda": lambda patch: patch.setattr(torch.version, "cuda", "99.9"),
     "python": lambda patch: patch.setattr(identity.platform, "python_version", lambda: "3.99.0"),
-    "CPU": lambda patch: patch.setattr(environment, "cpu_name", lambda: "another CPU"),
-    "cores": lambda patch: patch.setattr(environment, "cores", lambda: 1000),
+    "CPU": lambda patch: patch.setattr(cpus, "name", lambda: "another CPU"),
+    "cores": lambda patch: patch.setattr(cpus, "usable", lambda: list(range(1000))),
     "Inductor's settings": lambda patch: patch.setenv("TORCHINDUCTOR_MAX_AUTOTUNE", "1"),
 }
 

@@ -150,14 +150,15 @@ arch = load_architecture(resolve(compose(["model=nano"]), cuda_available=False).
 model = load(
     arch, Random(arch, 0), dtype=torch.bfloat16, device=torch.device("cpu"), bits=4, group_size=32, skip=NEVER_QUANTISED
 )
-model.attach_state(Arena(state_shapes(arch, batch=1, max_seq_len=64, dtype=torch.bfloat16), device="cpu").tensors)
+state = Arena(state_shapes(arch, batch=1, max_seq_len=64, dtype=torch.bfloat16), device="cpu").tensors
 linear.can_overlap = lambda tensor: True  # as on Hopper, where a GEMV has instructions of its own for that and for prefetching
 written = {}
 for method in ("prefill", "decode"):
     names = registry.resolve(default="triton", chosen={}, device="cuda")
     ops = {op: registry.implementation(op, name) for op, name in names.items()}
     known.clear()
-    program = export_method(method, model, ops, batch=1, max_seq_len=64, l2_prefetch=True)
+    with model.attached(state):
+        program = export_method(method, model, ops, batch=1, max_seq_len=64, l2_prefetch=True)
     with torch.no_grad():
         graph, _ = aot_export_module(Traceable(program.module()), program.example_inputs[0], trace_joint=False)
     calls = sum("triton_kernel_wrapper" in str(node.target) for node in graph.graph.nodes)

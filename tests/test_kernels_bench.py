@@ -59,6 +59,7 @@ def test_the_shapes_are_those_of_the_model():
 CHAIN = replace(TINY, gdn_k_dim=32, gdn_v_dim=32, head_dim=32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sequences", [1, 3])
 def test_every_layer_of_the_chain_advances_its_state(sequences):
     chain = Layers(CHAIN, common.DEVICE, sequences)
@@ -80,6 +81,7 @@ def test_the_chain_s_rows_are_those_it_runs_with(monkeypatch):
     assert chain_rows(FULL) <= {(target.op, target.key) for target in targets(list(BUILDERS))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", specs(TINY, list(BUILDERS), [2], quick=False), ids=str)
 def test_every_case_agrees_with_its_reference_and_names_rows_of_the_table(spec):
     case = case_of(spec)

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 # In a process without Triton's interpreter, through whose kernels no trace can pass.
 PROGRAM = """
 import torch
@@ -56,6 +58,7 @@ assert ranges == [(1, SLOTS)], ranges
 """
 
 
+@pytest.mark.slow
 def test_a_prefill_exports_with_any_number_of_tokens():
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True, timeout=300)

@@ -59,6 +59,7 @@ def test_dispatch_over_t(tokens):
     check(dispatched, case, PREFILL_TOL[F32], splits=[tokens, 1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("splits", [(1, 1, 30), (15, 17), (31, 1), (16, 16)])
 def test_dispatch_pieces_equal_the_unsplit_run(splits):
     case = make_case(1, 32, (1, 2), (16, 16))

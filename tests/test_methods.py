@@ -46,7 +46,6 @@ def tokens(n, seed=0):
 
 def traces_of_both(cfg, model, phases, compiled, prompt, new_tokens):
     fast = record_trace(compiled, prompt, new_tokens)
-    # An eager stack attaches its own state to the model; the compiled methods stay bound to theirs.
     eager = build_stack(cfg, model, phases, export="eager")
     forced = torch.cat([fast.token_ids[:, prompt.shape[1] :], fast.next_token[:, None]], 1)
     slow = record_trace(eager, prompt, new_tokens, forced=forced)
@@ -83,6 +82,7 @@ def test_methods_share_weights_and_state_with_the_model(model, compiled):
     assert torch.equal(compiled.session.decode(prompt[:, :1]), step_before)
 
 
+@pytest.mark.slow
 def test_unbound_method_refuses_to_run(compiled):
     from moeexp_runner.binding import CompiledMethod
 
@@ -97,7 +97,8 @@ def test_binding_refuses_everything_that_does_not_fit(compiled):
 
     artifact = compiled.artifacts["decode"]
     method = CompiledMethod(artifact.package, artifact.constants, device=torch.device("cpu"))
-    right = {name: compiled.model.get_buffer(name.removeprefix("model.")) for name in artifact.constants}
+    with compiled.model.attached(compiled.arena.tensors):
+        right = {name: compiled.model.get_buffer(name.removeprefix("model.")) for name in artifact.constants}
     head, norm = "model.head.weight", "model.norm"
     wrong = {
         "shape": right | {norm: right[norm][:-1]},
@@ -114,6 +115,7 @@ def test_binding_refuses_everything_that_does_not_fit(compiled):
     method.bind(right)
 
 
+@pytest.mark.slow
 def test_second_build_compiles_nothing(cfg, model, phases, compiled, monkeypatch):
     assert all(not artifact.cached and artifact.compile_s > 0 for artifact in compiled.artifacts.values())
     folder = compiled.artifacts["decode"].package.parent.parent.parent
@@ -193,3 +195,25 @@ def test_dynamo_makes_symbols_of_the_marked_lengths_alone(cfg, model, phases, mo
         symbolic = [(shape, dtype) for shape, dtype in shapes if any(isinstance(size, torch.SymInt) for size in shape)]
         assert all(dtype == torch.int64 for _, dtype in symbolic), symbolic  # tokens, and the rows of logits that are wanted
     stack.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides", ["dispatch=dual", "dispatch=single", "dispatch=cond state=explicit", "dispatch=token_by_token"]
+)
+def test_what_torch_compile_makes_of_the_methods_is_made_in_their_phase(model, phases, monkeypatch, overrides):
+    """A prompt and its decode steps compile nothing more: a check or a benchmark would be charged with it."""
+    graphs, torch_compile = [], torch.compile
+
+    def keep(graph, inputs, options=None):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", lambda module, **options: torch_compile(module, backend=keep, **options))
+    base = ["model=nano", "quant=int4", "max_seq_len=160", "export=compile"]
+    stack = build_stack(resolve(compose([*base, *overrides.split()]), cuda_available=False), model, phases)
+    built = len(graphs)
+    assert built > 0
+    stack.session.generate(tokens(21), 3)
+    assert len(graphs) == built

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+from moeexp_kernels.removed import REMOVED
 from rich.console import Console
 
 from moeexp import compare
 from moeexp.config.compose import compose
 from moeexp.record import migration, record
+from moeexp.record.head import head
 from moeexp.record.record import read_record
 from moeexp.report import format, markdown, terminal
 from moeexp.report import records as report_records
@@ -36,7 +38,7 @@ def test_the_schemas_names_are_those_of_stored_files():
     assert first["migrated"]["from"] == json.loads(OLD.read_text())["schema"] and second["migrated"] is None
     for path in (OLD, NOW):
         assert set(read_record(path)) == {"schema", *record.KEYS}
-        assert record.head(path)["status"] == "ok" and record.head(path)["config_hash"]
+        assert head(path)["status"] == "ok" and head(path)["config_hash"]
     assert compare.main([str(OLD), str(NOW)]) == 0
 
 
@@ -107,7 +109,7 @@ def test_later_schemas_go_on_where_the_last_step_ended(monkeypatch):
 def test_what_is_no_record_of_its_schema_is_refused_in_a_line(tmp_path, values):
     path = tmp_path / "record.json"
     path.write_text(json.dumps(old(**values)))
-    with pytest.raises(ValueError, match="record.json: it is no record of schema='moeexp.record/1'") as refused:
+    with pytest.raises(ValueError, match="record.json is no whole record: ") as refused:
         read_record(path)
     assert "\n" not in str(refused.value)
 
@@ -117,6 +119,10 @@ def test_every_stored_result_is_read_and_repeated(path):
     data = read_record(path)
     assert set(data) == {"schema", *record.KEYS} and data["status"] == "ok"
     assert data["decode_tok_s"] == pytest.approx(1e3 * data["config"]["batch"] / data["token_latencies_ms"]["mean"], rel=1e-4)
+    if any((op, name) in REMOVED for op, name in data["config"]["ops"].items()):
+        with pytest.raises(ValueError, match="was removed"):
+            arguments_of(data)
+        return
     arguments = [one for one in arguments_of(data) if not one.startswith("--")]
     again = record.plain(compose(arguments))
     assert html_report.command_of(data).startswith("python -m moeexp")

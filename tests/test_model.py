@@ -27,9 +27,9 @@ def build(arch, *, bits=16, batch=1, max_seq_len=128, dtype=torch.float32, seed=
     )
     arena = Arena(state_shapes(arch, batch=batch, max_seq_len=max_seq_len, dtype=dtype), device="cpu")
     arena.reset()
-    model.attach_state(arena.tensors)
     names = registry.resolve(default="reference", chosen={}, device="cpu")
-    return model, arena, {op: registry.OPS[op][name] for op, name in names.items()}
+    ops = {op: registry.OPS[op][name] for op, name in names.items()}
+    return model, arena, {"ops": ops, "state": arena.tensors}
 
 
 def transformers_logits(model, tokens):
@@ -61,43 +61,43 @@ ODD = Architecture.from_hf({
 @pytest.mark.parametrize("arch", [NANO, ODD], ids=["nano", "odd"])
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_prefill_equals_transformers(arch, bits):
-    model, _, ops = build(arch, bits=bits, batch=2)
+    model, _, how = build(arch, bits=bits, batch=2)
     tokens = torch.randint(0, arch.vocab_size, (2, 70))
-    ours = model(tokens, torch.zeros(2, dtype=torch.int64), None, ops=ops, phase="prefill")
+    ours = model(tokens, torch.zeros(2, dtype=torch.int64), None, phase="prefill", **how)
     torch.testing.assert_close(ours, transformers_logits(model, tokens), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("split", [1, 2, 63, 64, 65])
 def test_decode_continues_prefill(split):
-    model, arena, ops = build(NANO)
+    model, arena, how = build(NANO)
     tokens = torch.randint(0, NANO.vocab_size, (1, 70))
-    whole = model(tokens, torch.zeros(1, dtype=torch.int64), None, ops=ops, phase="prefill")
+    whole = model(tokens, torch.zeros(1, dtype=torch.int64), None, phase="prefill", **how)
     state = arena.snapshot()
     arena.reset()
-    parts = [model(tokens[:, :split], torch.zeros(1, dtype=torch.int64), None, ops=ops, phase="prefill")]
+    parts = [model(tokens[:, :split], torch.zeros(1, dtype=torch.int64), None, phase="prefill", **how)]
     for t in range(split, 70):
-        parts.append(model(tokens[:, t : t + 1], torch.tensor([t]), None, ops=ops, phase="decode"))
+        parts.append(model(tokens[:, t : t + 1], torch.tensor([t]), None, phase="decode", **how))
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=3e-5)
     for name, tensor in arena.tensors.items():
         torch.testing.assert_close(tensor, state[name], rtol=0, atol=3e-5, msg=name)
 
 
 def test_logit_positions_select_rows():
-    model, arena, ops = build(NANO)
+    model, arena, how = build(NANO)
     tokens = torch.randint(0, NANO.vocab_size, (1, 9))
     zero = torch.zeros(1, dtype=torch.int64)
-    whole = model(tokens, zero, None, ops=ops, phase="prefill")
+    whole = model(tokens, zero, None, phase="prefill", **how)
     arena.reset()
-    some = model(tokens, zero, torch.tensor([8, 2]), ops=ops, phase="prefill")
+    some = model(tokens, zero, torch.tensor([8, 2]), phase="prefill", **how)
     # A product with another number of rows may sum in another order; a wrong row would be off by about 1.
     torch.testing.assert_close(some, whole[:, [8, 2]], rtol=0, atol=1e-5)
 
 
 def test_expert_ids_are_traced_by_position():
-    model, arena, ops = build(NANO)
+    model, arena, how = build(NANO)
     arena.tensors["layers.0.expert_ids"][:, :-1].fill_(-7)
     tokens = torch.randint(0, NANO.vocab_size, (1, 5))
-    model(tokens, torch.tensor([10]), None, ops=ops, phase="prefill")
+    model(tokens, torch.tensor([10]), None, phase="prefill", **how)
     trace = arena.tensors["layers.0.expert_ids"]
     assert (trace[:, :10] == -7).all() and (trace[:, 15:-1] == -7).all() and (trace[:, -1] == 0).all()
     chosen = trace[:, 10:15]
@@ -108,7 +108,7 @@ def test_expert_ids_are_traced_by_position():
 @pytest.mark.parametrize("on", [False, True])
 def test_a_projection_is_told_the_weights_that_come_next(on):
     """In the order of their reading: a mixer's input projection, its output projection, the next layer's, at last the head."""
-    model, arena, ops = build(NANO, bits=4)
+    model, arena, how = build(NANO, bits=4)
     read, told = [], []
 
     def linear(*, ahead=None, ahead_scales=None, **arguments):
@@ -116,9 +116,9 @@ def test_a_projection_is_told_the_weights_that_come_next(on):
         told.append((ahead, ahead_scales))
         return reference(**arguments)
 
-    reference, ops["linear"] = ops["linear"], linear
+    reference, how["ops"]["linear"] = how["ops"]["linear"], linear
     tokens, positions = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    model(tokens, positions, None, ops=ops, phase="decode", l2_prefetch=on)
+    model(tokens, positions, None, phase="decode", l2_prefetch=on, **how)
     assert len(read) == 2 * NANO.num_hidden_layers + 1
     wanted = [*read[1:], (None, None)] if on else [(None, None)] * len(read)
     assert all(a is b and c is d for (a, c), (b, d) in zip(told, wanted, strict=True))

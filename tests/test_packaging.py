@@ -1,9 +1,12 @@
 """The wheel: what is in it, and that it works away from the checkout."""
 
+import ast
+import re
 import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -31,7 +34,8 @@ def test_wheel_holds_the_packages_the_configs_and_the_checkpoint(wheel):
     checkpoint = ROOT / "moeexp" / "checkpoints" / "tiny"
     files = [path for path in checkpoint.rglob("*") if path.suffix in (".safetensors", ".json", ".txt")]
     expected |= {str(path.relative_to(ROOT)) for path in files}
-    expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "moeexp" / "report" / "html" / "assets").iterdir()}
+    pages = ROOT / "moeexp" / "report" / "html"
+    expected |= {str(path.relative_to(ROOT)) for name in ("assets", "templates") for path in (pages / name).iterdir()}
     assert expected <= names
 
 
@@ -52,14 +56,45 @@ def test_unpacked_wheel_finds_its_configs(wheel, tmp_path):
     assert done.stdout.splitlines() == [str(tmp_path / "site" / "moeexp" / "conf"), "nano"]
 
 
+def name_of(requirement):
+    return re.match(r"[\w-]+", requirement)[0].lower()
+
+
 def test_constraints_pin_every_dependency():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
-    names = {requirement.split(";")[0].split("=")[0].split(">")[0].strip().lower() for requirement in wanted}
+    names = set(map(name_of, wanted))
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = {line.split("==")[0].lower() for line in lines if "==" in line}
     assert names <= pinned
     assert not [line for line in lines if "+" in line], "a local version exists on one index only"
+
+
+# Peers that the benchmarks time where they are installed, what draws the checkpoint's card, and what Hydra's grammar and
+# torch's shapes are made of.
+OPTIONAL = {"fla", "gemlite", "matplotlib"}
+PARTS = {"antlr4", "sympy"}
+
+
+def test_every_library_that_is_imported_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {name_of(one) for one in [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]}
+    known = metadata.packages_distributions()
+    lacking = {}
+    for folder in ("moeexp", "kernels", "runner"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for module in imported(path) - set(sys.stdlib_module_names) - OPTIONAL - PARTS:
+                names = {name.lower() for name in known.get(module, [module.replace("_", "-")])}
+                if not module.startswith("moeexp") and not names & declared:
+                    lacking.setdefault(module, str(path.relative_to(ROOT)))
+    assert lacking == {}
+
+
+def imported(path):
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level]
+    return {name.split(".")[0] for name in names}
 
 
 def test_license_is_apache_2():

@@ -320,7 +320,7 @@ def test_a_report_shows_no_command_that_could_name_code():
         assert 'class="command"' not in page
         assert "is not shown" in page or "holds the character" in page
     page = html_report.page([record | {"overrides": ["batch=2"]}], title="t")
-    assert "As it was given; the record&#x27;s config has" in page and page.count('class="command"') == 1
+    assert "As it was given; the record&#39;s config has" in page and page.count('class="command"') == 1
 
 
 BROKEN = {

@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pytest
 
+from moeexp.config.compose import compose
 from moeexp.record import record
-from moeexp.record.record import Record, head, read_record
+from moeexp.record.head import HEAD, head
+from moeexp.record.record import Record, plain, read_record
 from moeexp.sweep.history import Folder, History, link, read_whole, runs_again
 
 
 def run(folder: Path, *, config_hash="c", fingerprint="f", status="ok", started="2026-01-01T00:00:00+00:00", id=None):
     folder.mkdir(parents=True, exist_ok=True)
-    result = Record(folder / "record.json", id=id or folder.name, config={"x": 1}, command=["python"])
+    result = Record(folder / "record.json", id=id or folder.name, config=plain(compose(["model=nano"])), command=["python"])
     result.set(config_hash=config_hash, code_fingerprint=fingerprint, started=started, check={"passed": True})
     if status == "running":
         result.write()
@@ -24,14 +26,16 @@ def run(folder: Path, *, config_hash="c", fingerprint="f", status="ok", started=
 def test_head_reads_the_first_lines_alone(tmp_path):
     path = run(tmp_path / "a", status="failed")
     whole = read_record(path)
-    assert head(path) == {key: whole[key] for key in record.HEAD}
+    assert head(path) == {key: whole[key] for key in HEAD}
     assert head(run(tmp_path / "b", status="running"))["finished"] is None
     path.write_text(path.read_text()[:1024])
     assert head(path)["status"] == "failed"
     for text in ("", "{}", path.read_text().replace(record.SCHEMA, "other/1")):
         path.write_text(text)
-        assert head(path) == {}
-    assert head(tmp_path / "nowhere" / "record.json") == {}
+        with pytest.raises(ValueError, match="does not begin as a record"):
+            head(path)
+    with pytest.raises(FileNotFoundError):
+        head(tmp_path / "nowhere" / "record.json")
 
 
 def test_a_result_counts_before_a_later_failure(tmp_path):
@@ -102,7 +106,7 @@ def test_a_reused_run_is_linked_and_read_once(tmp_path):
     assert read_record(made)["id"] == "0"
     assert link(path, tmp_path / "new", "3", suffix="ab") == made
     assert link(path, tmp_path / "old", "7", suffix="ab") == path, "it lies in the sweep's own folder"
-    assert len(read_whole([path, made])) == 1
+    assert len(read_whole([path, made], print)) == 1
     taken = run(tmp_path / "new" / "4")
     assert link(path, tmp_path / "new", "4", suffix="ab").parent.name == "4-ab" and not taken.is_symlink()
     assert [found.path for found in History([tmp_path]).runs if found.id == "0"] == [path.resolve()]

@@ -9,6 +9,7 @@ from moeexp.config.architecture import Architecture
 from moeexp.config.compose import compose
 from moeexp.config.resolve import resolve
 from moeexp.config.schema import Config, conf_dir
+from moeexp.config.sources import load_architecture
 from moeexp.config.validate import validate
 
 MODELS = ("nano", "small", "qwen3_5_35b_a3b")
@@ -116,7 +117,10 @@ def test_prompt_and_new_tokens_fit_exactly(prompt, length):
 
 
 def test_an_end_that_the_model_names_is_taken():
-    validate(nano("eos=true", "+model.architecture.eos_token_id=7"), cuda_available=False)
+    config = nano("eos=true", "+model.architecture.eos_token_id=7")
+    validate(config, cuda_available=False)
+    assert load_architecture(config.model).eos_token_ids == (7,)
+    assert "eos" in refusal("eos=true")
 
 
 @pytest.mark.parametrize("prompt", ["prompt='äb'", "prompt_ids=[1,2,3]", "prompt_len=3"])
@@ -164,7 +168,8 @@ def test_default_group_size(model, size):
 
 def test_skipped_kinds_do_not_bound_the_group_size():
     skip = "quant.skip=[embedding,router,shared_expert_gate,experts,shared_expert]"
-    validate(nano(skip, "quant.group_size=64"), cuda_available=False)
+    assert "group_size" in refusal("quant=int4", "quant.group_size=64")
+    validate(nano(skip, "quant=int4", "quant.group_size=64"), cuda_available=False)
 
 
 def test_not_applicable_on_cpu_only():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from common import build_session, random_tokens, same_state
+from kernels_common import poison_state
 
 
 @pytest.fixture
@@ -73,9 +74,7 @@ def test_interleaved_sessions_do_not_bleed():
 def test_nan_left_in_the_state_is_gone_after_reset(session):
     tokens = random_tokens(1, 20)
     clean = run(session, tokens)
-    for tensor in session.arena.tensors.values():
-        if tensor.is_floating_point():
-            tensor.fill_(float("nan"))
+    poison_state(session.arena.tensors, kinds=("",))
     assert torch.equal(run(session, tokens), clean)
 
 
@@ -83,9 +82,7 @@ def test_nan_beyond_the_position_has_no_effect(session):
     tokens = random_tokens(1, 20)
     clean = run(session, tokens)
     session.reset()
-    for name, tensor in session.arena.tensors.items():
-        if name.endswith("_cache"):
-            tensor.fill_(float("nan"))
+    poison_state(session.arena.tensors)
     logits = [session.prefill(tokens, torch.arange(20))]
     for step in range(3):
         logits.append(session.decode(tokens[:, step][:, None].contiguous()).clone())

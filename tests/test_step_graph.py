@@ -24,8 +24,10 @@ class FakeGraphed:
     """`GraphedMethod` in which a capture runs the method once and keeps what it returns, as graph memory."""
 
     fail = None
+    made: list["FakeGraphed"] = []
 
     def __init__(self, method, inputs, **options):
+        self.made.append(self)
         self.pool = None
         self.method, self.inputs, self.state, self.output, self.replays = method, inputs, "eager", None, 0
 
@@ -66,12 +68,18 @@ def captured(monkeypatch):
     monkeypatch.setattr(step_graph, "GraphedMethod", FakeGraphed)
     monkeypatch.setattr(step_graph, "can_capture", lambda tensor: True)
     monkeypatch.setattr(FakeGraphed, "fail", None)
+    monkeypatch.setattr(FakeGraphed, "made", [])
+
+
+def graphs_of(step):
+    """The graphs that a step was captured in."""
+    return [graph for graph in FakeGraphed.made if graph.method.__self__ is step]
 
 
 def build(*, explicit=False, wrap=lambda method: method, **options):
     model, ops = load_model(Random(EVEN, 0)), reference_ops()
     arena = Arena(state_shapes(EVEN, batch=1, max_seq_len=96, dtype=torch.float32), device="cpu")
-    how = {"state_names": tuple(arena.tensors)} if explicit else {"held": arena.tensors}
+    how = {"state_names": tuple(arena.tensors)} if explicit else {"attached_state": arena.tensors}
     live = options.get("cuda_graph") == "all"
     return Session(
         prefill=wrap(MODULES["prefill"](model, ops, takes_live=live, **how)),
@@ -96,13 +104,13 @@ def test_replays_decode_what_the_methods_do(captured, explicit, cuda_graph):
     expected = build_session(seed=0).generate(PROMPT, 9)
     session = build(explicit=explicit, cuda_graph=cuda_graph, prefill_graph_lengths=[4, 16])
     step = session.graph or session.loop.graph
-    assert [graph.state for graph in step._graphs] == ["captured"] * (2 if explicit else 1)
+    assert [graph.state for graph in graphs_of(step)] == ["captured"] * (2 if explicit else 1)
     for count in (9, 4, 9):  # an odd and an even number of steps before the next prompt
         assert session.generate(PROMPT, count)[0] == expected[0][:count]
     if session.prefill_graphs is not None:
-        assert [sum(g.replays for g in each._graphs) for each in session.prefill_graphs.graphs.values()] == [0, 3]
+        assert [sum(g.replays for g in graphs_of(each)) for each in session.prefill_graphs.graphs.values()] == [0, 3]
     if explicit:
-        away, home = (graph.replays for graph in step._graphs)
+        away, home = (graph.replays for graph in graphs_of(step))
         assert away + home == 8 + 3 + 8 and away - home == 1, "steps alternate between the two sets"
 
 
@@ -131,7 +139,8 @@ def test_explicit_state_outlives_the_graph_that_holds_it(captured, stop):
         each.prefill(PROMPT)
         for _ in range(stop):
             each.decode(PROMPT[:, :1].contiguous())
-    assert (session.arena.tensors is session.graph._away) == (stop == 1)
+    at_home = [tensor is session.arena.home[name] for name, tensor in session.arena.tensors.items()]
+    assert at_home == [stop == 2] * len(at_home), "one step leaves home, the next comes back"
     session.graph.invalidate()
     for name, tensor in plain.arena.tensors.items():
         torch.testing.assert_close(session.arena.tensors[name], tensor, rtol=0, atol=1e-6)
@@ -139,7 +148,7 @@ def test_explicit_state_outlives_the_graph_that_holds_it(captured, stop):
 
 
 def replays(session):
-    return sum(graph.replays for graph in session.graph._graphs)
+    return sum(graph.replays for graph in graphs_of(session.graph))
 
 
 def test_eager_calls_between_replays_continue_the_same_state(captured):
@@ -179,7 +188,7 @@ def test_a_failed_capture_leaves_everything_eager_and_the_session_refuses(captur
     for call in (session.capture, session.reset, lambda: session.generate(PROMPT, 5)):
         with pytest.raises(RuntimeError, match="no memory"):
             call()
-    assert [graph.state for graph in step._graphs] == ["eager"] * (1 + explicit)
+    assert [graph.state for graph in graphs_of(step)] == ["eager"] * (1 + explicit)
     assert session.length == 0 and not any(tensor.any() for tensor in session.arena.tensors.values()), "warm-ups ran"
     session.prefill(PROMPT)  # which no graph does
     before = session.arena.snapshot()
@@ -220,7 +229,7 @@ def test_a_method_that_is_bound_anew_is_captured_anew(captured, cuda_graph, expl
     steps = [session.graph or session.loop.graph]
     if session.prefill_graphs is not None:
         steps += session.prefill_graphs.graphs.values()
-    old = [graph.output for step in steps for graph in step._graphs]
+    old = [graph.output for step in steps for graph in graphs_of(step)]
     session.reset()
     session.prefill(PROMPT)
     for package in packages:
@@ -233,10 +242,10 @@ def test_a_method_that_is_bound_anew_is_captured_anew(captured, cuda_graph, expl
     assert session.length == PROMPT.shape[1] and same_state(before, session.arena.snapshot())
     for _ in range(2):
         assert session.generate(PROMPT, 5) == expected and [step.state for step in steps] == ["captured"] * len(steps)
-    new = [graph.output for step in steps for graph in step._graphs]
+    new = [graph.output for step in steps for graph in graphs_of(step)]
     assert not any(map(is_, old, new)), "no graph of before"
     session.reset()
-    assert all(map(is_, new, [graph.output for step in steps for graph in step._graphs])), "and none is captured twice"
+    assert all(map(is_, new, [graph.output for step in steps for graph in graphs_of(step)])), "and none is captured twice"
 
 
 class Adapter:

@@ -7,7 +7,8 @@ import pytest
 import wandb
 
 from moeexp import sync
-from moeexp.record.record import Record
+from moeexp.config.compose import compose
+from moeexp.record.record import Record, plain
 
 # Uploads as far as the test is concerned: leaves W&B's marker, except for runs named `refused`.
 WANDB = """
@@ -39,7 +40,7 @@ def offline_run(run: str, name: str, *, synced=False) -> Path:
     (folder / f"run-{name}.wandb").touch()
     if synced:
         (folder / f"run-{name}.wandb.synced").touch()
-    record = Record(Path(run) / "record.json", id=f"id-{name}", config={}, command=[])
+    record = Record(Path(run) / "record.json", id=f"id-{name}", config=plain(compose(["model=nano"])), command=[])
     record.finish("failed")
     return folder
 

@@ -6,23 +6,19 @@ import threading
 import time
 from types import SimpleNamespace
 
+import fake_nvml
+import psutil
+import pynvml
 import pytest
 
 from moeexp.record import telemetry
-from moeexp.record.telemetry import CpuTime, Telemetry, gpu_reader, read_cpu, read_gpu, throttled, watch, work_on
-
-NVML = SimpleNamespace(
-    NVML_CLOCK_SM=1, NVML_CLOCK_MEM=2, NVML_TEMPERATURE_GPU=0,
-    nvmlDeviceGetClockInfo=lambda handle, kind: {1: 1980, 2: 2619}[kind],
-    nvmlDeviceGetPowerUsage=lambda handle: 350_500,
-    nvmlDeviceGetTemperature=lambda handle, kind: 61,
-    nvmlDeviceGetCurrentClocksThrottleReasons=lambda handle: 0x4 | 0x1,
-)  # fmt: skip
+from moeexp.record.telemetry import CpuTime, Telemetry, gpu_reader, read_cpu, throttled, watch, work_on
 
 
-def test_a_gpu_s_state_is_read_in_our_units():
+def test_a_gpu_s_state_is_read_in_our_units(monkeypatch):
+    fake_nvml.install(monkeypatch, fake_nvml.FakeGpu("GPU-ab"))
     expected = {"sm_mhz": 1980, "memory_mhz": 2619, "power_w": 350.5, "temperature_c": 61, "reasons": 5}
-    assert read_gpu(NVML, None) == expected
+    assert gpu_reader()() == expected
 
 
 def test_reasons_are_shares_of_the_samples():
@@ -62,11 +58,12 @@ def test_what_cannot_be_read_is_said_and_stops_nothing():
     assert with_error.summary() == {"kind": "cuda", "n": 0, "error": "OSError: no driver"}
 
 
-def test_without_nvidia_ml_py_there_is_nothing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pynvml", None)
+def test_without_a_driver_the_summary_says_so(monkeypatch):
+    fake_nvml.install(monkeypatch, error=pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
     found = Telemetry("cuda", gpu_reader())
     found.sample()
-    assert found.summary() is None
+    error = "NVMLError_LibraryNotFound: NVML Shared Library Not Found"
+    assert found.summary() == {"kind": "cuda", "n": 0, "error": error}
 
 
 def test_a_cpu_s_load_and_frequency(tmp_path):
@@ -75,6 +72,12 @@ def test_a_cpu_s_load_and_frequency(tmp_path):
     found = read_cpu(file)
     assert found["mhz"] == 2600 and found["load"] >= 0
     assert read_cpu(tmp_path / "missing")["load"] >= 0
+
+
+@pytest.mark.parametrize("listed, mhz", [([2600.5, 800.0], 2600.5), ([], None)])
+def test_the_frequency_where_there_is_no_file_of_the_first_cpu(monkeypatch, tmp_path, listed, mhz):
+    monkeypatch.setattr(psutil, "cpu_freq", lambda percpu: [SimpleNamespace(current=one) for one in listed if percpu])
+    assert read_cpu(tmp_path / "missing").get("mhz") == mhz
 
 
 def test_it_samples_while_the_block_runs_and_not_after(monkeypatch):
@@ -94,19 +97,29 @@ def test_it_samples_while_the_block_runs_and_not_after(monkeypatch):
     assert len(found.samples) == count
 
 
-STAT = """cpu  900 0 100 9000 50 0 0 20 0 0
-cpu0 400 0 50 4500 25 1 2 10 7 0
-cpu1 500 0 50 4500 25 0 0 10 0 0
-intr 5 0
-"""
+TWO = [
+    SimpleNamespace(user=4.0, nice=0.0, system=0.5, idle=45.0, iowait=0.25, irq=0.01, softirq=0.02, steal=0.1, guest=0.07),
+    SimpleNamespace(user=5.0, nice=0.0, system=0.5, idle=45.0, iowait=0.25, irq=0.00, softirq=0.00, steal=0.1, guest=0.00),
+]
 
 
-def test_work_is_all_but_idling_on_the_cores_that_are_ours(tmp_path):
-    stat = tmp_path / "stat"
-    stat.write_text(STAT)
-    tick = 1 / telemetry.os.sysconf("SC_CLK_TCK")
-    assert work_on([0], stat) == pytest.approx(463 * tick) and work_on([0, 1], stat) == pytest.approx(1023 * tick)
-    assert work_on([2], stat) is None and work_on([], stat) is None and work_on([0], tmp_path / "missing") is None
+def test_work_is_all_but_idling_on_the_cores_that_are_ours(monkeypatch, tmp_path):
+    online = tmp_path / "online"
+    monkeypatch.setattr(telemetry, "ONLINE", online)
+    monkeypatch.setattr(psutil, "cpu_times", lambda percpu: TWO)
+    for listed in (None, "0-1\n"):
+        if listed:
+            online.write_text(listed)
+        assert work_on([0]) == pytest.approx(4.63) and work_on([0, 1]) == pytest.approx(10.23)
+        assert work_on([2]) is None and work_on([]) is None
+    online.write_text("0,2\n")
+    assert work_on([0]) is None, "the second that is listed is CPU 2"
+
+    def hidden(percpu):
+        raise FileNotFoundError("/proc/stat")
+
+    monkeypatch.setattr(psutil, "cpu_times", hidden)
+    assert work_on([0]) is None
 
 
 def test_the_load_of_others_is_what_is_not_our_own():
@@ -117,7 +130,6 @@ def test_the_load_of_others_is_what_is_not_our_own():
         assert start.others_until(unknown) is None
 
 
-@pytest.mark.skipif(not telemetry.Path("/proc/stat").is_file(), reason="Linux tells it")
 def test_another_process_is_seen_and_our_own_work_is_not():
     def burn(seconds):
         start = time.process_time()
@@ -130,14 +142,14 @@ def test_another_process_is_seen_and_our_own_work_is_not():
     try:
         time.sleep(0.2)
         # The child's own count is taken within the machine's: what it works in between is in both.
-        start, before = CpuTime.now(), telemetry.Path(f"/proc/{child.pid}/stat").read_text().split()
+        start, before = CpuTime.now(), psutil.Process(child.pid).cpu_times().user
         time.sleep(1)
-        after, end = telemetry.Path(f"/proc/{child.pid}/stat").read_text().split(), CpuTime.now()
+        after, end = psutil.Process(child.pid).cpu_times().user, CpuTime.now()
     finally:
         child.kill()
         child.wait()
     if quiet.other_load is None or (busy := start.others_until(end)) is None:
         pytest.skip("the counters of this machine do not hold our own work")
     assert quiet.summary()["other_load"]["cores"] < len(telemetry.os.sched_getaffinity(0))
-    used = (int(after[13]) - int(before[13])) / telemetry.os.sysconf("SC_CLK_TCK") / (end.clock - start.clock)
+    used = (after - before) / (end.clock - start.clock)
     assert busy["cores"] > used - 0.1

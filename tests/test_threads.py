@@ -265,11 +265,14 @@ def test_threads_sleep_soon_at_a_barrier_unless_the_user_says_how(first, given, 
     assert done.stdout.split() == [str(bool(first)), str(set_)], done.stderr
 
 
-def test_runs_beside_each_other_share_the_cores(machine, monkeypatch):
+def test_runs_beside_each_other_share_the_cores(machine, tmp_path, monkeypatch):
     machine.mounts(V2, "0::/\n")
     machine.group(max="800000 100000")
+    started = []
+    monkeypatch.setattr(process.subprocess, "Popen", lambda command, env, **options: started.append(env))
     for at_once, share in ((1, 8), (2, 4), (3, 2), (16, 1)):
-        given = process._environment(None, "/private", at_once).get(threads.OWN)
+        process.Process(tmp_path / "jobs", tmp_path / "output", gpu=None, timeout_s=None, at_once=at_once)
+        given = started[-1].get(threads.OWN)
         foreseen = resolve(compose(["model=small", "device=cpu"]), cuda_available=True, at_once=at_once).threads
         with monkeypatch.context() as patch:
             patch.setenv(threads.OWN, given or "128")

@@ -11,6 +11,8 @@ from moeexp.config.resolve import resolve
 from moeexp.record import tracker
 from moeexp.record.record import Record, plain, read_record
 
+STALLS = {"count": 1, "total_ms": 2.0, "longest_ms": 2.0, "decode_tok_s": 6.0}
+
 
 def make(folder, *overrides):
     folder.mkdir(parents=True, exist_ok=True)
@@ -19,7 +21,7 @@ def make(folder, *overrides):
     run.set(check={"passed": True, "parts": [], "failures": []}, decode_tok_s=5.0, environment={"gpu": None})
     run.latencies_ms += [1.0, 2.0, 4.0]
     run.prefill_ms += [7.0, 9.0]
-    run.set(stalls={"count": 1, "decode_tok_s": 6.0})
+    run.set(stalls=STALLS)
     run.finish("ok")
     return run
 
@@ -41,7 +43,7 @@ def test_jsonl_appends_a_line_for_each_run(tmp_path):
 
 def test_the_summary_has_the_speed_its_stalls_and_the_latencies(tmp_path):
     summary = tracker._summary(make(tmp_path).data)
-    assert summary["decode_tok_s"] == 5.0 and summary["stalls"] == {"count": 1, "decode_tok_s": 6.0}
+    assert summary["decode_tok_s"] == 5.0 and summary["stalls"] == STALLS
     assert summary["latency_ms"]["p50"] == 2.0 and summary["prefill_latency_ms"]["p50"] == 7.0
     assert "samples" not in str(summary) and "ttft_latency_ms" not in summary
 

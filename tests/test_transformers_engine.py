@@ -143,6 +143,7 @@ def test_a_wrong_token_fails_its_check(tmp_path, monkeypatch):
     assert record["status"] == "incorrect" and record["decode_tok_s"] is None
 
 
+@pytest.mark.slow
 def test_the_reference_takes_the_experts_that_were_chosen(tmp_path, monkeypatch):
     """Not those that it would choose itself: in bfloat16 a near-tie of two experts is no error of the token after it."""
     monkeypatch.chdir(tmp_path)
@@ -171,6 +172,7 @@ def test_the_reference_takes_the_experts_that_were_chosen(tmp_path, monkeypatch)
     assert ids.shape[1:3] == (2, 9 + 5 - 1) and record["check"]["passed"]
 
 
+@pytest.mark.slow
 def test_tokens_that_do_not_repeat_fail_the_check(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     real = transformers_baseline.choices

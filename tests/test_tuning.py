@@ -12,7 +12,7 @@ from moeexp_kernels.ops.linear import gemv_config
 from moeexp_kernels.parts import tuning
 
 from moeexp.run.identity import code_fingerprint
-from moeexp.stack.compile_cache import _source_digest
+from moeexp.stack.compile_cache import MethodSpec, key_of
 
 
 def test_a_row_serves_what_its_key_begins_and_the_longest_wins():
@@ -110,7 +110,7 @@ def test_a_written_table_reads_back_and_replaces_what_was_cached(monkeypatch, tm
         tuning._find.cache_clear()
 
 
-@pytest.mark.parametrize("digest", [_source_digest, code_fingerprint])
+@pytest.mark.parametrize("digest", [lambda: key_of(MethodSpec("decode", {"device": "cpu"})), code_fingerprint])
 def test_the_caches_keys_cover_the_tables(digest, monkeypatch):
     """A launch parameter is compiled into a package and changes what a run measures."""
     read, names = Path.read_bytes, []

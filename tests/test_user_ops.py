@@ -56,6 +56,7 @@ def last_record():
     return json.loads(records[-1].read_text())
 
 
+@pytest.mark.slow
 def test_a_right_one_runs_and_is_recorded(module):
     assert cli.main([*NANO, f"ops.sdpa_decode={module}:right"]) == 0
     record = last_record()

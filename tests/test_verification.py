@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from moeexp.check import verify
 from moeexp.check.check import Trace
-from moeexp.check.verify import References, parting
+from moeexp.check.reference import ReferenceRun
+from moeexp.check.verify import References, digest, parting
 from moeexp.run.experiment import _apart
 
 PROMPT = 3
@@ -42,3 +44,54 @@ def test_only_runs_on_the_same_prompt_and_sampler_are_compared():
     assert references.apart("b", trace([7, 9]), "gumbel") is None
     assert references.apart("c", trace([7, 9]), "greedy")["from"] == "a"
     assert references.apart("d", trace([7, 8]), "greedy") is None
+
+
+def reference(size: int) -> ReferenceRun:
+    """Of `size` bytes beside four of a router's logit."""
+    empty = torch.empty(0)
+    return ReferenceRun(
+        None, None, empty, 1, torch.float32, torch.zeros(size // 4), torch.zeros(1), empty, {}
+    )  # fmt: skip
+
+
+def test_of_references_only_so_much_is_kept_and_what_was_used_last(monkeypatch):
+    monkeypatch.setattr(verify, "KEPT_BYTES", 2 * 104)
+    references, made = References(), []
+
+    def get(name):
+        def make():
+            made.append(name)
+            return reference(100)
+
+        found = references.get(name, (), make)
+        references.put_away()
+        return found
+
+    part = references.get("part", (), object)
+    first = get("a")
+    get("b"), get("a"), get("c")
+    assert made == ["a", "b", "c"] and references.reused == ["a"]
+    assert get("a") is first, "used after b, which had to go"
+    get("b")
+    assert made == ["a", "b", "c", "b"]
+    assert references.get("part", (), object) is not part, "older than all that"
+    monkeypatch.setattr(verify, "KEPT_BYTES", 103)
+    get("d"), get("d")
+    assert made[4:] == ["d", "d"], "one that is too large is not kept at all"
+
+
+def test_references_lie_on_the_host_between_two_checks(monkeypatch):
+    moved = []
+    monkeypatch.setattr(ReferenceRun, "to", lambda self, device: (moved.append(device), self)[1])
+    references = References()
+    for name in ("a", "b"):
+        references.get(name, (), lambda: reference(100))
+    references.put_away()
+    assert moved == ["cpu", "cpu"]
+
+
+def test_the_same_bytes_in_another_shape_are_other_tokens():
+    """A prompt of four tokens and two prompts of two are not compared, and share no reference."""
+    ids = torch.tensor([[5, 6, 5, 6]])
+    assert digest(ids) == digest(ids.clone()) and digest(ids) != digest(ids.view(2, 2))
+    assert digest(ids) != digest(ids.to(torch.int32)) and digest(ids) != digest(ids + 1)

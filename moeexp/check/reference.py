@@ -8,7 +8,7 @@ Shape letters: B batch, S sequence, L layers, D hidden, V vocabulary, E experts,
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,6 +47,23 @@ class ReferenceRun:
     router_logits: Tensor = field(repr=False)  # [L, B, S, E] float32, what the router computed itself
     expert_ids: Tensor = field(repr=False)  # [L, B, S, k] int64
     states: dict[str, Tensor] = field(repr=False)  # after the last token; caches are [B, Hkv, S, Dh]
+
+    def tensors(self) -> list[Tensor]:
+        return [self.token_ids, self.hidden, self.router_logits, self.expert_ids, *self.states.values()]
+
+    def nbytes(self) -> int:
+        """Without the weights, which are the model's."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def to(self, device: torch.device | str) -> ReferenceRun:
+        """The same, bit for bit, on another device; itself where it is there."""
+        if self.hidden.device == torch.device(device):
+            return self
+        token_ids, hidden, router_logits, expert_ids, *states = (tensor.to(device) for tensor in self.tensors())
+        return replace(
+            self, token_ids=token_ids, hidden=hidden, router_logits=router_logits, expert_ids=expert_ids,
+            states=dict(zip(self.states, states, strict=True)),
+        )  # fmt: skip
 
     @torch.no_grad()
     def logits(self, start: int, stop: int) -> Tensor:

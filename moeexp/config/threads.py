@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moeexp.config.architecture import Architecture
+from moeexp.record import cpus
 
 # Weights that a token multiplies, per thread: docs/log.md has the measurements.
 WEIGHTS_PER_THREAD = 8_000_000
@@ -61,11 +62,8 @@ class Choice:
 
 def granted() -> Grant:
     """`ValueError` for a MOEEXP_CORES that is no number."""
-    if hasattr(os, "sched_getaffinity"):
-        cpus = sorted(os.sched_getaffinity(0))
-    else:
-        cpus = list(range(os.cpu_count() or 1))
-    return Grant(len(cpus), physical_cores(cpus), cpu_quota(), _number(OWN))
+    found = cpus.usable()
+    return Grant(len(found), physical_cores(found), cpu_quota(), _number(OWN))
 
 
 def choose(wanted: Any, arch: Architecture, *, at_once: int = 1) -> Choice:
@@ -104,9 +102,9 @@ def describe(choice: Choice) -> dict[str, Any]:
     return {"granted_cores": grant.cores, "quota": grant.quota, "threads_from": choice.why, "waiting": waiting}
 
 
-def physical_cores(cpus: list[int], folder: Path = CPUS) -> int:
-    """Cores that hold these CPUs; all are cores of their own where Linux does not tell."""
-    siblings = [_text(folder / f"cpu{cpu}" / "topology" / "thread_siblings_list") or f"cpu{cpu}" for cpu in cpus]
+def physical_cores(numbers: list[int], folder: Path = CPUS) -> int:
+    """Cores that hold these CPUs (psutil counts those of the machine); all are cores of their own where Linux does not tell."""
+    siblings = [_text(folder / f"cpu{cpu}" / "topology" / "thread_siblings_list") or f"cpu{cpu}" for cpu in numbers]
     return len(set(siblings))
 
 

@@ -10,7 +10,8 @@ compiled method would keep the weights of whatever model it was compiled with. H
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ class SparseMoe(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """State tensors (conv_state, … expert_ids) are registered by `Qwen35MoE.attach_state`."""
+    """State tensors (conv_state, … expert_ids) are no part of it, but for as long as `Qwen35MoE.attached` says."""
 
     def __init__(self, arch: Architecture, index: int, *, dtype, device):
         super().__init__()
@@ -121,22 +122,25 @@ class Qwen35MoE(nn.Module):
         )
         self.register_buffer("inv_freq", inverse_frequencies(arch).to(device))
 
-    def attach_state(self, state: dict[str, Tensor]) -> None:
-        """Registers the arena's tensors, named `layers.{i}.{kind}`, as buffers that the methods mutate."""
+    @contextmanager
+    def attached(self, state: dict[str, Tensor]) -> Iterator[None]:
+        """Inside, the tensors of `state`, named `layers.{i}.{kind}`, are buffers, as methods are exported with and bound by.
+        For no longer: several stacks may share the model, each with a state of its own."""
+        taken = dict(self.named_buffers()).keys() & state.keys()
+        assert not taken, f"the model has another state attached: {min(taken)}"
         for name, tensor in state.items():
             self.assign(name, tensor)
+        try:
+            yield
+        finally:
+            for name in state:
+                owner, _, leaf = name.rpartition(".")
+                delattr(self.get_submodule(owner), leaf)
 
     def assign(self, name: str, tensor: Tensor) -> None:
         """A tensor in the place of the buffer of that name."""
         owner, _, leaf = name.rpartition(".")
         self.get_submodule(owner).register_buffer(leaf, tensor)
-
-    def detach_state(self, names: Iterable[str]) -> None:
-        """Takes attached state off again: explicit state is no buffer of the model."""
-        for name in names:
-            owner, _, leaf = name.rpartition(".")
-            if hasattr(self.get_submodule(owner), leaf):
-                delattr(self.get_submodule(owner), leaf)
 
     def forward(
         self,
@@ -158,7 +162,7 @@ class Qwen35MoE(nn.Module):
         counts = {} if live is None else {"live": live}
         ahead = [*(layer.first for layer in list(self.layers)[1:]), self.head] if l2_prefetch else None
         for i, layer in enumerate(self.layers):
-            mixer, held = layer.mixer, _held_state(layer, i, state)
+            mixer, own = layer.mixer, _state_of(layer, i, state)
             proj = _linear(
                 ops, x, layer.first, norm=layer.input_norm, eps=self.arch.rms_norm_eps,
                 ahead=mixer.out_proj if ahead else None,
@@ -167,20 +171,20 @@ class Qwen35MoE(nn.Module):
             if layer.layer_type == "linear_attention":
                 out = ops[f"gdn_{phase}"](
                     proj=proj, conv_weight=mixer.conv_weight, a_log=mixer.a_log[0], dt_bias=mixer.dt_bias[0],
-                    norm_weight=mixer.norm, conv_state=held["conv_state"], recurrent_state=held["recurrent_state"],
+                    norm_weight=mixer.norm, conv_state=own["conv_state"], recurrent_state=own["recurrent_state"],
                     **mixer.heads, **counts,
                 )  # fmt: skip
             else:
                 q = ops["qk_norm_rope"](
                     qkv=proj, q_norm=mixer.q_norm, k_norm=mixer.k_norm, inv_freq=self.inv_freq[0], positions=positions,
-                    k_cache=held["k_cache"], v_cache=held["v_cache"], num_heads=mixer.num_heads, eps=mixer.eps,
+                    k_cache=own["k_cache"], v_cache=own["v_cache"], num_heads=mixer.num_heads, eps=mixer.eps,
                     **mixer.rotary, **counts,
                 )  # fmt: skip
                 out = ops[f"sdpa_{phase}"](
-                    q=q, qkv=proj, k_cache=held["k_cache"], v_cache=held["v_cache"], positions=positions, **counts
+                    q=q, qkv=proj, k_cache=own["k_cache"], v_cache=own["v_cache"], positions=positions, **counts
                 )
             x = _linear(ops, out, mixer.out_proj, residual=x, ahead=then)
-            x = self._moe(layer, x, ops, phase, positions=positions, expert_ids=held["expert_ids"], **counts)
+            x = self._moe(layer, x, ops, phase, positions=positions, expert_ids=own["expert_ids"], **counts)
         if logit_positions is not None:
             x = x.index_select(1, logit_positions)
         return _linear(ops, x, self.head, norm=self.norm, eps=self.arch.rms_norm_eps)
@@ -205,7 +209,7 @@ STATE = {
 }
 
 
-def _held_state(layer: DecoderLayer, index: int, state: dict[str, Tensor] | None) -> dict[str, Tensor]:
+def _state_of(layer: DecoderLayer, index: int, state: dict[str, Tensor] | None) -> dict[str, Tensor]:
     """The layer's state tensors by kind: its own buffers, or those in `state`."""
     kinds = STATE[layer.layer_type]
     if state is None:

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import pynvml
+from moeexp_runner import nvml
+
 from moeexp import __version__
-from moeexp.record.gpus import nvidia_smi
+from moeexp.record import cpus
 
 DISTRIBUTIONS = ("torch", "triton", "transformers", "hqq", "safetensors", "hydra-core", "wandb", "numpy")
 
-# nvidia-smi's field -> our key; all but the uuid are numbers.
-GPU_STATE = {
-    "uuid": "uuid",
-    "clocks.sm": "sm_mhz",
-    "clocks.mem": "memory_mhz",
-    "power.draw": "power_w",
-    "power.limit": "power_limit_w",
-    "temperature.gpu": "temperature_c",
-    "memory.used": "memory_used_mib",
+GPU_STATE = nvml.READINGS | {
+    "power_limit_w": lambda gpu: pynvml.nvmlDeviceGetPowerManagementLimit(gpu) / 1e3,
+    # Of version 2, which does not count what the driver keeps for itself.
+    "memory_used_mib": lambda gpu: pynvml.nvmlDeviceGetMemoryInfo(gpu, pynvml.nvmlMemory_v2).used >> 20,
 }
 
 
@@ -31,7 +28,7 @@ def collect(device: str, threads: dict[str, Any] | None = None) -> dict[str, Any
     is filled in when the run has ended."""
     import torch
 
-    cpu = {"name": cpu_name(), "cores": cores(), "torch_threads": torch.get_num_threads()}
+    cpu = {"name": cpus.name(), "cores": len(cpus.usable()), "torch_threads": torch.get_num_threads()}
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -46,18 +43,17 @@ def collect(device: str, threads: dict[str, Any] | None = None) -> dict[str, Any
 
 
 def gpu_state() -> dict[str, Any]:
-    """Clocks, power and temperature of the GPU that torch calls 0; {"error": why} where nvidia-smi does not tell."""
-    import torch
+    """Clocks, power and temperature of the GPU that torch calls 0, each None where that GPU does not tell; {"error": why}
+    where the driver does not."""
+
+    def read() -> dict[str, float | None]:
+        gpu = nvml.handle_of(0)
+        return {key: _reading(gpu, key) for key in GPU_STATE}
 
     try:
-        rows = nvidia_smi(*GPU_STATE)
-    except (OSError, subprocess.SubprocessError) as error:
-        return {"error": f"nvidia-smi: {error}"}
-    wanted = str(torch.cuda.get_device_properties(0).uuid)
-    for row in rows:
-        if row["uuid"].removeprefix("GPU-") == wanted:
-            return {key: _number(row[field]) for field, key in GPU_STATE.items() if key != "uuid"}
-    return {"error": f"nvidia-smi lists no GPU {wanted}"}
+        return nvml.ask(read)
+    except RuntimeError as error:
+        return {"error": str(error)}
 
 
 def git_state(package: Path) -> dict[str, Any] | None:
@@ -87,9 +83,9 @@ def compute_capability(device: str) -> tuple[int, int] | None:
 def driver() -> str:
     """NVIDIA's, or why it is not known. Asks no CUDA."""
     try:
-        return nvidia_smi("driver_version")[0]["driver_version"]
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"unknown (nvidia-smi: {error})"
+        return nvml.ask(pynvml.nvmlSystemGetDriverVersion)
+    except RuntimeError as error:
+        return f"unknown ({error})"
 
 
 def _gpu() -> dict[str, Any]:
@@ -105,11 +101,10 @@ def _gpu() -> dict[str, Any]:
     }
 
 
-def _number(text: str) -> float | None:
-    """None for nvidia-smi's `[N/A]` and the like."""
+def _reading(gpu: Any, key: str) -> float | None:
     try:
-        return float(text)
-    except ValueError:
+        return GPU_STATE[key](gpu)
+    except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_NoPermission, pynvml.NVMLError_FunctionNotFound):
         return None
 
 
@@ -126,15 +121,3 @@ def version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
-
-
-def cores() -> int | None:
-    """Those this process may use, where the system tells (Linux)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

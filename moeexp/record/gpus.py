@@ -1,6 +1,6 @@
 """The GPUs of this machine, seen without CUDA: a sweep's parent must not hold a context on them.
 
-Names and ids come from nvidia-smi, which reads them from the driver, as torch does.
+Names and ids come from the driver, as torch's do.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import pynvml
+from moeexp_runner import nvml
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,18 @@ def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[Gpu]:
     if torch.version.cuda is None:
         return []
     try:
-        gpus = [Gpu(int(row["index"]), row["uuid"], row["name"]) for row in nvidia_smi("index", "uuid", "name")]
-    except (OSError, subprocess.SubprocessError):
+        gpus = nvml.ask(_of_the_machine)
+    except RuntimeError:
         return _ask_torch()
     shown = environment.get("CUDA_VISIBLE_DEVICES")
     if shown is None:
         return gpus
-    return _ask_torch() if "MIG-" in shown else _selected(gpus, shown)  # nvidia-smi's list has no parts of GPUs
+    return _ask_torch() if "MIG-" in shown else _selected(gpus, shown)  # that list has no parts of GPUs
+
+
+def _of_the_machine() -> list[Gpu]:
+    handles = enumerate(map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount())))
+    return [Gpu(index, pynvml.nvmlDeviceGetUUID(gpu), pynvml.nvmlDeviceGetName(gpu)) for index, gpu in handles]
 
 
 def _selected(gpus: list[Gpu], shown: str) -> list[Gpu]:
@@ -51,7 +59,7 @@ def _selected(gpus: list[Gpu], shown: str) -> list[Gpu]:
 
 
 def _ask_torch() -> list[Gpu]:
-    """In a process of its own, where there is no nvidia-smi."""
+    """In a process of its own, where NVML does not tell."""
     code = (
         "import torch\n"
         "if torch.cuda.is_available():\n"
@@ -86,19 +94,14 @@ def others_on(gpu_id: str, *, own: int) -> int | None:
     """Compute processes on a GPU beyond the `own` of the caller; None where the driver does not tell (it lists none
     while the caller has a context there). They are counted, since in a container their ids say nothing."""
     try:
-        rows = nvidia_smi("gpu_uuid", "pid", query="compute-apps")
-    except (OSError, subprocess.SubprocessError):
+        found = nvml.ask(lambda: len(_contexts(gpu_id)))
+    except RuntimeError:
         return None
-    found = sum(row["gpu_uuid"] == gpu_id for row in rows)
     return None if found < own else found - own
 
 
-def nvidia_smi(*fields: str, query: str = "gpu") -> list[dict[str, str]]:
-    command = ["nvidia-smi", f"--query-{query}={','.join(fields)}", "--format=csv,noheader,nounits"]
-    # Bounded: nvidia-smi hangs for minutes where a driver is in trouble.
-    output = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
-    lines = [line for line in output.splitlines() if line.strip()]
-    return [dict(zip(fields, (cell.strip() for cell in line.split(",")), strict=True)) for line in lines]
+def _contexts(gpu_id: str) -> list[Any]:
+    return pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByUUID(gpu_id))
 
 
 def _is_count(wanted: Any) -> bool:

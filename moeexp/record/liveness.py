@@ -7,13 +7,16 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 PROC = Path("/proc")
+TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
 def this_process() -> dict[str, Any]:
-    """What a record says of the process that writes it. A pid alone comes again; with the ticks at which it started, in one
+    """What a record says of the process that writes it. A pid alone comes again; with the time at which it started, in one
     boot and one namespace of pids, it does not."""
-    return {"pid": os.getpid(), "started_ticks": _started(os.getpid()), **_machine()}
+    return {"pid": os.getpid(), "started_s": _started(os.getpid()), **_machine()}
 
 
 def is_gone(process: dict[str, Any] | None) -> bool:
@@ -30,12 +33,18 @@ def is_gone(process: dict[str, Any] | None) -> bool:
     if process.get("pid_namespace") != here["pid_namespace"]:
         return False
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # somebody's: it is there
-        pass
-    return process.get("started_ticks") is not None and _started(pid) != process["started_ticks"]
+        started, now = _recorded(process), _started(pid)
+    except psutil.AccessDenied:  # somebody's: it is there
+        return False
+    return now is None or (started is not None and abs(now - started) > TICK_S / 2)
+
+
+def _recorded(process: dict[str, Any]) -> float | None:
+    """Earlier records count clock ticks."""
+    seconds, ticks = process.get("started_s"), process.get("started_ticks")
+    if isinstance(seconds, int | float):
+        return seconds
+    return ticks * TICK_S if isinstance(ticks, int) else None
 
 
 def _machine() -> dict[str, Any]:
@@ -48,11 +57,13 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _started(pid: int) -> int | None:
-    """Clock ticks after boot; None where there is no /proc, or no such process, or one that has ended and waits for its
-    parent to notice."""
+def _started(pid: int) -> float | None:
+    """Seconds after boot, which setting the clock does not move; None for one that is not there, or has ended and waits for
+    its parent to notice."""
     try:
-        fields = (PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
+        process = psutil.Process(pid)
+        if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            return None
+        return round(process.create_time() - psutil.boot_time(), 3)
+    except psutil.NoSuchProcess:
         return None
-    return None if fields[0] in ("Z", "X") else int(fields[19])

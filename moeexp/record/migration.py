@@ -15,6 +15,7 @@ from moeexp_runner import stalls
 
 # No last-level cache is larger: the streaming read that a bandwidth was measured with is beyond any cache at this size.
 BEYOND_CACHES = 256 * 2**20
+MOST_AHEAD = 64  # steps of a loop, in the versions that wrote schema 1
 
 
 def migrate(data: dict[str, Any]) -> dict[str, Any]:
@@ -26,7 +27,7 @@ def migrate(data: dict[str, Any]) -> dict[str, Any]:
             data = step(data)
         except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
             what = f"{type(error).__name__}: {error}"
-            raise ValueError(f"it is no record of schema={data['schema']!r} ({what}): remove it, or run again") from error
+            raise ValueError(f"it is no record of schema={data['schema']!r} ({what})") from error
     return data
 
 
@@ -56,9 +57,11 @@ def from_1_to_2(old: dict[str, Any]) -> dict[str, Any]:
 def _stalls(config: dict[str, Any], latencies: dict[str, Any]) -> dict[str, Any] | None:
     """Where the samples are whole and the generations' lengths are known: without an end-of-text all are equal."""
     samples, length = latencies["samples"], config["new_tokens"] - 1
-    if config["eos"] is not False or len(samples) != latencies["n"] or len(samples) % length:
+    if config["eos"] is not False or length < 1 or len(samples) != latencies["n"] or len(samples) % length:
         return None
     ahead = config["loop_ahead"] if config["cuda_graph"] in ("loop", "all") else 1
+    if not 1 <= ahead <= MOST_AHEAD:  # of no run
+        return None
     return stalls.find(samples, [length] * (len(samples) // length), ahead, config["batch"])
 
 

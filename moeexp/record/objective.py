@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
+
+from moeexp.record import streams
+from moeexp.record.record import read_record
 
 
 def objective(record: dict[str, Any]) -> float:
@@ -13,3 +18,12 @@ def objective(record: dict[str, Any]) -> float:
     passed = bool((record["check"] or {}).get("passed"))
     speed = record["decode_tok_s"]
     return float(speed) if record["status"] == "ok" and passed and speed is not None else 0.0
+
+
+def objective_of(path: Path) -> float:
+    """Of the record at `path`. One that cannot be read says so, and is 0.0: the search goes on."""
+    try:
+        return objective(read_record(path))
+    except (ValueError, OSError) as error:
+        print(streams.fitted(f"{error}; it counts as 0 tok/s"), file=sys.stderr)
+        return 0.0

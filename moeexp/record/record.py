@@ -18,13 +18,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from moeexp.record.json_file import read_json
 from moeexp.record.liveness import is_gone, this_process
 from moeexp.record.migration import STEPS, migrate
+from moeexp.record.names import STATUSES
+from moeexp.record.text import brief
 
 SCHEMA = "moeexp.record/2"
 SCHEMAS = (*STEPS, SCHEMA)  # those that are read
-# lost: it said `running`, and its process is gone; see `moeexp.record.liveness`.
-STATUSES = ("running", "ok", "incorrect", "failed", "timeout", "interrupted", "lost", "unsupported")
 
 # Published only for a run that is ok and whose check passed.
 SPEEDS = (
@@ -45,10 +46,6 @@ MAX_TRACEBACK = 20_000
 
 # Raw newlines are layout only, never inside a JSON string.
 NUMBER_LIST = re.compile(r"\[\n\s*((?:-?[\d.e+-]+,\n\s*)*-?[\d.e+-]+)\n\s*\]")
-
-# What `head` reads. These stand first in the file.
-HEAD = ("id", "config_hash", "code_fingerprint", "status", "started", "finished")
-HEAD_LINE = re.compile(r'^ "(\w+)": (null|"[^"]*"),$', re.MULTILINE)
 
 # In the order in which the file shows them; None until known.
 KEYS = (
@@ -270,11 +267,12 @@ def plain(value: Any) -> Any:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """As the present schema has it; an earlier one is migrated, and its file left as it is. `ValueError` names a file that
-    is no record, or one of a schema that this version does not know. A record that says `running` while its process is gone
-    reads as `lost`."""
+    """As the present schema has it; an earlier one is migrated, and its file left as it is. `ValueError` (one line, with the
+    path) for a file that is no record, one of a schema that this version does not know, or one that is not of its schema's
+    shape (`moeexp.record.shape`); `FileNotFoundError`. A record that says `running` while its process is gone reads as
+    `lost`."""
     data = _read(path)
-    if data.get("status") == "running" and is_gone(data.get("process")):
+    if data["status"] == "running" and is_gone(data.get("process")):
         data |= {"status": "lost", "error": lost_error(data)}
     return data
 
@@ -287,55 +285,46 @@ def lost_error(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    from moeexp.record import conformance  # here: most commands read none, and pydantic takes a while to import
+
+    data = read_json(path)
+    found = data.get("schema") if isinstance(data, dict) else None
+    if not isinstance(found, str) or found not in SCHEMAS:
+        known = " and ".join(map(repr, SCHEMAS))
+        raise ValueError(f"{path} has schema={brief(found)}; this version reads {known}: remove it, or run again")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}): remove it, or run again") from error
-    if not isinstance(data, dict) or data.get("schema") not in SCHEMAS:
-        found = data.get("schema") if isinstance(data, dict) else None
-        raise ValueError(f"{path} has schema={found!r}; this version reads {' and '.join(map(repr, SCHEMAS))}")
-    try:
-        return migrate(data)
+        if found != SCHEMA:
+            conformance.check(data)  # a step counts on it, too
+        data = {"schema": SCHEMA} | dict.fromkeys(KEYS) | migrate(data)  # a key that came later is not known
+        conformance.check(data)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path} is no whole record: {error}; remove it, or run again") from error
+    return data
 
 
 def full_config(record: dict[str, Any], path: Path) -> dict[str, Any]:
     """The config of the record at `path`, whole where the record has it cut. `ValueError` where it is not to be had."""
+    from moeexp.record import conformance
+
     if not record.get("full_config"):
         return record["config"]
     file = path.with_name(FULL_CONFIG)
     if not file.is_file():
         raise ValueError(f"the config of {path} is cut, and {FULL_CONFIG} beside it, which has it whole, is missing")
-    text = file.read_text(encoding="utf-8")
-    if hashlib.sha256(text.encode()).hexdigest() != record["full_config"].get("sha256"):
+    config = read_json(file)
+    if hashlib.sha256(file.read_bytes()).hexdigest() != record["full_config"]["sha256"]:
         raise ValueError(f"{file} is not the config of {path}: its digest is another one")
-    return json.loads(text)
+    try:
+        conformance.check_config(config)
+    except ValueError as error:
+        raise ValueError(f"{file} is no config of a run: {error}") from error
+    return config
 
 
 def is_prepared(record: dict[str, Any]) -> bool:
     """Whether the run began: its config is then the resolved one. A cell that was refused, or killed before, has the
     config as it was composed, with every `auto` and null still in it, and says nothing of a machine."""
     return record["environment"] is not None
-
-
-def head(path: Path) -> dict[str, Any]:
-    """{id, config_hash, code_fingerprint, status, started, finished} from a record's first lines; {} where the file is
-    no record, or one of a schema that is not read. A sweep looks at thousands, and a record has up to 200 KB."""
-    try:
-        with open(path, "rb") as file:
-            text = file.read(1024).decode("utf-8", errors="ignore")
-    except FileNotFoundError:  # a link to a run that has been removed
-        return {}
-    pairs = {key: None if value == "null" else value.strip('"') for key, value in HEAD_LINE.findall(text)}
-    if pairs.pop("schema", None) not in SCHEMAS or not set(HEAD) <= set(pairs):
-        return {}
-    if pairs["status"] == "running":  # few do: whether it still runs is said further down
-        try:
-            pairs["status"] = read_record(path)["status"]
-        except ValueError:  # broken further down
-            return {}
-    return {key: pairs[key] for key in HEAD}
 
 
 def _dump(data: dict) -> str:

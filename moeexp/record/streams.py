@@ -8,6 +8,8 @@ import os
 import select
 import sys
 
+from moeexp.record.text import one_line
+
 MAX_LINE = 400
 # In the place of what an ASCII or Latin-1 stream cannot show.
 PLAIN = str.maketrans({
@@ -48,8 +50,9 @@ def _spelled(error: UnicodeError) -> tuple[str, int]:
 
 
 def fitted(text: str, limit: int = MAX_LINE) -> str:
-    """One line of at most `limit` characters. What is cut is cut from the middle: the end says what to do."""
-    line = " ".join(text.split())
+    """One line of at most `limit` characters, with nothing in it that a terminal would act on. What is cut is cut from the
+    middle: the end says what to do."""
+    line = one_line(text)
     if len(line) <= limit:
         return line
     mark = f" … [{len(line)} characters] … "

@@ -12,8 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
+
+import psutil
+import pynvml
+from moeexp_runner import nvml
+
+from moeexp.record import cpus
 
 INTERVAL_S = 0.1
 MAX_SAMPLES = 200  # kept in the record, evenly chosen; statistics are over all
@@ -27,6 +32,10 @@ REASONS = {
     0x040: "hardware thermal slowdown",
     0x080: "hardware power brake",
 }
+
+# Times of a CPU in which it worked or, in a virtual machine, was given to another one. What guests use is part of user's.
+WORK = ("user", "nice", "system", "irq", "softirq", "steal")
+ONLINE = Path("/sys/devices/system/cpu/online")
 
 Reader = Callable[[], dict[str, float]]
 
@@ -46,7 +55,7 @@ class Telemetry:
             found = self._read()
             if found:
                 self.samples.append({"t_s": round(time.monotonic() - self._start, 3)} | found)
-        except Exception as error:  # NVML's, whose module may be absent; the timing goes on, and the record says why
+        except Exception as error:  # the timing goes on, and the record says why
             self.error = f"{type(error).__name__}: {error}"
 
     def summary(self) -> dict[str, Any] | None:
@@ -107,9 +116,9 @@ class CpuTime:
     cores: int
 
     @classmethod
-    def now(cls, stat: Path = Path("/proc/stat")) -> CpuTime:
-        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-        return cls(time.monotonic(), work_on(cores, stat), time.process_time(), len(cores))
+    def now(cls) -> CpuTime:
+        cores = cpus.usable()
+        return cls(time.monotonic(), work_on(cores), time.process_time(), len(cores))
 
     def others_until(self, end: CpuTime) -> dict[str, float] | None:
         """{cores, of}: how many cores' worth of work other processes did, of how many cores; None where it is not known."""
@@ -122,55 +131,42 @@ class CpuTime:
         return {"cores": round(max(work - own, 0.0) / seconds, 3), "of": self.cores}
 
 
-def work_on(cores: Sequence[int], stat: Path = Path("/proc/stat")) -> float | None:
-    """Seconds since the machine started in which one of these cores worked or, in a virtual machine, was given to another
-    one (`steal`). None where Linux does not tell. A container's quota is not seen."""
-    if not stat.is_file():
+def work_on(cores: Sequence[int]) -> float | None:
+    """Seconds since the machine started in which one of these cores worked. None where the system does not tell. A
+    container's quota is not seen."""
+    try:
+        times = psutil.cpu_times(percpu=True)
+    except OSError:  # a container hides it
         return None
-    rows = (line.split() for line in stat.read_text().splitlines())
-    ticks = {row[0]: list(map(int, row[1:9])) for row in rows if row and row[0].startswith("cpu")}
-    if not cores or any(f"cpu{core}" not in ticks for core in cores):
+    # A CPU that is switched off is not listed, and moves those behind it.
+    moved = ONLINE.is_file() and ONLINE.read_text().strip() not in ("0", f"0-{len(times) - 1}")
+    if not cores or max(cores) >= len(times) or moved:
         return None
-    # user nice system idle iowait irq softirq steal; what guests use is part of user.
-    work = (sum(of) - of[3] - of[4] for of in (ticks[f"cpu{core}"] for core in cores))
-    return sum(work) / os.sysconf("SC_CLK_TCK")
+    return sum(getattr(times[core], name, 0.0) for core in cores for name in WORK)
 
 
 def gpu_reader() -> Reader:
-    """Of the GPU that torch calls 0. Reads nothing where nvidia-ml-py is not installed."""
-    try:
-        import pynvml
-    except ImportError:
-        return dict
-    import torch
-
-    uuid = "GPU-" + str(torch.cuda.get_device_properties(0).uuid)
+    """Of the GPU that torch calls 0."""
     handles: list[Any] = []
 
     def read() -> dict[str, float]:
         if not handles:
-            pynvml.nvmlInit()
-            handles.append(pynvml.nvmlDeviceGetHandleByUUID(uuid))
-        return read_gpu(pynvml, handles[0])
+            handles.append(nvml.handle_of(0))
+        return read_gpu(handles[0])
 
     return read
 
 
-def read_gpu(nvml: ModuleType, handle: Any) -> dict[str, float]:
-    return {
-        "sm_mhz": nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
-        "memory_mhz": nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
-        "power_w": nvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
-        "temperature_c": nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
-        "reasons": nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle),
-    }
+def read_gpu(gpu: Any) -> dict[str, float]:
+    found = {name: read(gpu) for name, read in nvml.READINGS.items()}
+    return found | {"reasons": pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(gpu)}
 
 
 def read_cpu(frequency: Path = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq")) -> dict[str, float]:
-    """Load average over a minute; MHz where Linux tells."""
+    """Load average over a minute; MHz of the first CPU where Linux tells. psutil asks every CPU, which disturbs them: only
+    where there is no such file, and it reads the kernel's list."""
     found = {"load": os.getloadavg()[0]}
     if frequency.is_file():
         return found | {"mhz": int(frequency.read_text()) / 1e3}
-    info = Path("/proc/cpuinfo")
-    lines = [line for line in info.read_text().splitlines() if line.startswith("cpu MHz")] if info.is_file() else []
-    return found | ({"mhz": float(lines[0].split(":")[1])} if lines else {})
+    listed = psutil.cpu_freq(percpu=True)
+    return found | ({"mhz": listed[0].current} if listed else {})

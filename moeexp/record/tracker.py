@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import netrc
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from moeexp.record.paths import expanded
+from moeexp.record.process_group import kill_group
 from moeexp.record.record import SAMPLES, read_record, shorten
 from moeexp.record.wandb_place import settled
 
@@ -83,7 +83,7 @@ def ended_within(process: subprocess.Popen, seconds: float) -> bool:
     try:
         process.wait(seconds)
     except BaseException as error:  # also Ctrl-C, which does not reach a session of its own
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_group(process)
         process.wait()
         if not isinstance(error, subprocess.TimeoutExpired):
             raise

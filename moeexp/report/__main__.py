@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moeexp.config.errors import Parser, answered
+from moeexp.record import streams
 from moeexp.record.record import write_atomically
 from moeexp.report.records import load_records
 
@@ -31,7 +32,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _write(options: argparse.Namespace) -> int:
-    records = load_records(options.folders)
+    left_out: list[str] = []
+    records = load_records(options.folders, left_out=left_out)
+    for line in left_out:
+        print(streams.fitted(f"left out: {line}"), file=sys.stderr)
+    if left_out:
+        print(f"{len(left_out)} of {len(records) + len(left_out)} records left out", file=sys.stderr)
+    if not records:
+        return 2
     # Imported here: the end of a sweep needs the table alone.
     if options.to == "wandb":
         from moeexp.report import wandb

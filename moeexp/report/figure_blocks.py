@@ -14,8 +14,9 @@ from typing import Any
 from moeexp.record.record import read_record
 from moeexp.report import axes_table, processes
 from moeexp.report.effects import main_effects
-from moeexp.report.format import markdown_table, number, percent
+from moeexp.report.format import number, percent
 from moeexp.report.intervals import tokens_per_step
+from moeexp.report.markup import Markdown, code, escaped, markdown_table
 from moeexp.report.ratios import by_medians, times, without_stalls
 from moeexp.report.records import load_records
 from moeexp.report.runs import Run, as_text, gain, runs_of
@@ -46,7 +47,7 @@ def headline(results: Path) -> str:
     record = found.runs[0].record
     config, gpu = record["config"], record["environment"]["gpu"]["name"]
     rows = [
-        ["decode, tok/s", f"**{processes.spread(found.figure(lambda one: one['decode_tok_s']))}**"],
+        ["decode, tok/s", Markdown(f"**{processes.spread(found.figure(lambda one: one['decode_tok_s']))}**")],
         ["prefill, tok/s", processes.spread(found.figure(lambda one: one["prefill_tok_s"]))],
         ["time to first token, ms", processes.spread(found.figure(lambda one: one["ttft_s"]), 1e3)],
         ["latency of a token, p50, ms", processes.spread(found.figure(lambda one: one["token_latencies_ms"]["p50"]))],
@@ -55,8 +56,8 @@ def headline(results: Path) -> str:
         ["device memory in use, GiB", processes.spread(found.figure(_device_memory))],
     ]
     rows = [row for row in rows if "–" not in row[1]]
-    point = f"`model={config['model']['name']} quant={config['quant']['name']} cuda_graph={as_text(config['cuda_graph'])}`"
-    header = [f"{point}, one {gpu}", f"median of {found.count} processes [least, most]"]
+    point = f"model={config['model']['name']} quant={config['quant']['name']} cuda_graph={as_text(config['cuda_graph'])}"
+    header = [Markdown(f"{code(point)}, one {escaped(gpu)}"), f"median of {found.count} processes [least, most]"]
     weights = "random weights, " if record["random_weights"] else ""
     work = f"batch {config['batch']}, {config['prompt_len']} prompt and {config['new_tokens']} new tokens"
     line = f"{weights}{work}, every run's check passed; [records](results/{HEADLINE}). {_stalled(found.runs)}"
@@ -123,8 +124,8 @@ def tiny(results: Path) -> str:
         base = next(one for one in runs if one.settings | {"cuda_graph": run.settings["cuda_graph"]} == run.settings)
         found = gain(run, base) if run is not base else None
         settings = " ".join(f"{axis}={value}" for axis, value in run.point)
-        rows.append([f"`{settings}`", _tok_s(run), _ms(run), _kernels(run), times(found) if found else "", _medians(found)])
-    header = ["`tiny`", "decode tok/s", "ms per token", "kernels per token", "gain from the graph", "by medians"]
+        rows.append([code(settings), _tok_s(run), _ms(run), _kernels(run), times(found) if found else "", _medians(found)])
+    header = [code("tiny"), "decode tok/s", "ms per token", "kernels per token", "gain from the graph", "by medians"]
     return f"{markdown_table(header, rows)}\nOne process each: two of a quantisation took turns in it, and none was repeated."
 
 
@@ -148,7 +149,7 @@ def kernels(results: Path) -> str:
     shown = [measure.Row(**row | {"peers": [measure.PeerRow(**peer) for peer in row["peers"]]}) for row in shown]
     header, rows = _cells(table.HEADER), [_cells(table.line(row)) for row in shown]
     kept = [header.index(name) for name in ("op", "shape", "tokens", "µs", "share of read bandwidth", "peers, µs")]
-    text = markdown_table([header[column] for column in kept], [[row[column] for column in kept] for row in rows])
+    text = markdown_table([header[column] for column in kept], [[Markdown(row[column]) for column in kept] for row in rows])
     read = document["environment"]["read_tb_s"]
     return f"{text}\nOn one {document['environment']['gpu']}, where a large read runs at {read:.2f} TB/s."
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 STALLS = "stalls: how many, ms, tok/s without"
@@ -10,6 +9,7 @@ NONE = "none"  # of stalls: they were looked for
 MEDIAN = "¶"  # marks a figure that an older definition made a median of
 APART = "†"  # marks what was not timed in turns with what it is held against
 WEIGHTS = "§"  # marks what has weights of another quantisation, where the engine is another too
+RANDOM = "*"  # marks what was measured on random weights
 MEDIAN_NOTE = "by the median prefill, as older records have it: no tokens over time"
 RANDOM_WEIGHTS = "random weights: routing is near uniform there and prefill touches every expert"
 
@@ -37,9 +37,3 @@ def percent(part: float) -> str:
 
 def is_marked(record: dict[str, Any]) -> bool:
     return bool(record["random_weights"] and record["decode_tok_s"] is not None)
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], figures: int = 0) -> str:
-    """`figures`: how many of the last columns are numbers."""
-    rule = [":--"] * (len(header) - figures) + ["--:"] * figures
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in (header, rule, *rows))

@@ -46,6 +46,7 @@ SAME_SPEED = 0.01
 # repeats of `tiny` (half to three quarters host) on three hosts of H100s differed by 1.02 to 1.42.
 RUN_TO_RUN = {"cuda": 0.05, "cpu": 0.4}
 NOTHING = 1e-9  # powers that cancel
+FURTHEST = 500.0  # of a logarithm
 
 # Student's t, two-sided 95 %, for 1 to 30 degrees of freedom; beyond that the normal one.
 T_95 = (
@@ -240,12 +241,17 @@ def _product(terms: Sequence[tuple[Speed, float]], noise: float) -> Interval | N
     if any(speed.tok_s is None for speed, _ in terms):
         return None
     log = sum(power * math.log(speed.tok_s) for speed, power in terms)
-    found = Interval(math.exp(log), run_to_run=math.expm1(noise))
+    found = Interval(_exp(log), run_to_run=math.expm1(min(noise, FURTHEST)))
     if any(speed.log_replicates is None for speed, _ in terms):
         return found
     spread = float(np.std(sum(power * speed.log_replicates for speed, power in terms), ddof=1))
     margin = math.hypot(student(min(speed.freedom for speed, _ in terms)) * spread, noise)
-    return replace(found, low=math.exp(log - margin), high=math.exp(log + margin))
+    return replace(found, low=_exp(log - margin), high=_exp(log + margin))
+
+
+def _exp(log: float) -> float:
+    """Within what a float holds: damaged records may say anything."""
+    return math.exp(min(max(log, -FURTHEST), FURTHEST))
 
 
 def _run_to_run(terms: Sequence[tuple[Speed, float]]) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,46 @@ from moeexp.record.record import SPEEDS, is_prepared, read_record
 ESCAPED = re.compile(r"\\([\\()\[\]{}:=, \t])")
 
 
-def load_records(folders: Sequence[Path]) -> list[dict[str, Any]]:
+def load_records(folders: Sequence[Path], *, left_out: list[str] | None = None) -> list[dict[str, Any]]:
     """Every `record.json` under the folders, in the order in which the runs started; what was refused comes last.
-    `ValueError` if there is none."""
-    paths: dict[Path, None] = {}
+    `left_out` gets a line for each damaged one. `ValueError` if there is none, and without `left_out` for a damaged one."""
+    paths: list[Path] = []
     for folder in folders:
         found = [folder] if folder.is_file() else sorted(folder.rglob("record.json"))
         if not found:
             raise ValueError(f"{folder} holds no record.json: give a run's or a sweep's folder")
-        paths |= dict.fromkeys(path.resolve() for path in found)
+        paths += found
 
     def order(record: dict[str, Any]) -> tuple:
         # A sweep refuses its cells before it runs the first.
         return is_refused(record), in_time(record)
 
-    return sorted(map(read_published, paths), key=order)
+    records, damaged = read_all(each_once(paths), read_published)
+    if damaged and left_out is None:
+        raise ValueError(damaged[0])
+    if left_out is not None:
+        left_out += damaged
+    return sorted(records.values(), key=order)
+
+
+def each_once(paths: Iterable[Path]) -> list[Path]:
+    """Links resolved, also those that lead nowhere or to themselves."""
+    return list(dict.fromkeys(Path(os.path.realpath(path)) for path in paths))
+
+
+def read_all(
+    paths: Iterable[Path], read: Callable[[Path], dict[str, Any]]
+) -> tuple[dict[Path, dict[str, Any]], list[str]]:
+    """The records that can be read, and a line for each of the others."""
+    found, damaged = {}, []
+    for path in paths:
+        try:
+            found[path] = read(path)
+        except FileNotFoundError:
+            damaged.append(f"{path} is a link to a record that is not there: remove it, or run again")
+        except ValueError as error:
+            damaged.append(str(error))
+    return found, damaged
 
 
 def read_published(path: Path) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def unlike_weights(a: dict[str, Any], b: dict[str, Any]) -> str:
     other is of a quantised model; an empty text for any others."""
     configs = {record["config"].get("engine", "moeexp"): record["config"] for record in (a, b)}
     bits = {engine: config["quant"]["bits"] for engine, config in configs.items()}
-    if len(set(bits.values())) < 2:
+    if set(configs) != {"moeexp", "transformers"} or len(set(bits.values())) < 2:
         return ""
     theirs, ours = configs["transformers"]["dtype"], configs["moeexp"]["quant"]["name"]
     return f"transformers' are unquantised {theirs}, the others {ours}"

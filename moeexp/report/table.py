@@ -11,14 +11,15 @@ from moeexp.report.format import (
     MEDIAN,
     MEDIAN_NOTE,
     NONE,
+    RANDOM,
     RANDOM_WEIGHTS,
     STALLS,
     WEIGHTS,
     is_marked,
-    markdown_table,
     number,
     stalls_text,
 )
+from moeexp.report.markup import listed, markdown_table
 from moeexp.report.records import cell_of, is_median, setting, varying, why
 
 MEASURED = ("decode tok/s", "prefill tok/s", "TTFT ms", "bits/byte", "peak GiB")
@@ -48,12 +49,12 @@ def table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]
 def markdown(records: Sequence[dict[str, Any]]) -> str:
     header, rows = table(records)
     text, notes = markdown_table(header, rows, len(header) - header.index(MEASURED[0])), footnotes(records)
-    return text + ("\n" + "\n".join(f"- {note}" for note in notes) + "\n" if notes else "")
+    return text + ("\n" + listed(notes) if notes else "")
 
 
 def footnotes(records: Sequence[dict[str, Any]]) -> list[str]:
     """What the table's marks mean, and why each run that is not ok is not."""
-    notes = [f"\\* {RANDOM_WEIGHTS}"] if any(is_marked(record) for record in records) else []
+    notes = [f"{RANDOM} {RANDOM_WEIGHTS}"] if any(is_marked(record) for record in records) else []
     if any(is_median(record, "prefill_tok_s") for record in records):
         notes.append(f"{MEDIAN} {MEDIAN_NOTE}")
     against = _against_first(records)
@@ -91,7 +92,7 @@ def _against_first(records: Sequence[dict[str, Any]]) -> list[tuple[bool, str]]:
 
 def _results(record: dict[str, Any], marks: str) -> list[str]:
     memory, ttft = record["memory_gib"] or {}, record["ttft_s"]
-    mark = r"\*" if is_marked(record) else ""
+    mark = RANDOM if is_marked(record) else ""
     return [
         record["status"],
         number(record["decode_tok_s"]) + mark + marks,

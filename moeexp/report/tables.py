@@ -106,7 +106,7 @@ def effect_tables(runs: Sequence[Run]) -> list[Table]:
     header = ["setting", "change", "decode speed", "by medians", "verdict", "matched pairs", "their range"]
     rows = [
         [
-            f"`{effect.axis}`", f"{effect.base} → {effect.level}", times(effect.ratio), by_medians(effect.ratio),
+            effect.axis, f"{effect.base} → {effect.level}", times(effect.ratio), by_medians(effect.ratio),
             effect.ratio.phrase, f"{effect.pairs}", f"{three(effect.least)} … {three(effect.most)}",
         ]
         for effect in effects

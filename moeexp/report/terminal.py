@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moeexp.config.schema import model_label
+from moeexp.record.text import one_line, visible
 from moeexp.report.format import number
 from moeexp.report.records import is_median, why
 from moeexp.report.table import footnotes, markdown, table
@@ -26,13 +27,14 @@ Row = tuple[str, str | Text]
 def print_run(record: dict[str, Any], *, path: Path, console: Console) -> None:
     """The summary of one run; plain text where the console is no terminal."""
     console.print()
-    findings, places = _findings(record), _places(record, path)
+    findings, places = ([(one_line(label), _shown(value)) for label, value in rows]
+                        for rows in (_findings(record), _places(record, path)))  # fmt: skip
     if console.is_terminal:
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="dim", no_wrap=True, width=LABEL)
         grid.add_column(overflow="fold")
         for label, value in findings:
-            grid.add_row(label, value if isinstance(value, Text) else Text(value))
+            grid.add_row(Text(label), value)
         console.print(grid)
         findings = []
     # One line each, whatever the width: a path broken over two lines cannot be copied or searched for.
@@ -48,8 +50,8 @@ def print_sweep(records: Sequence[dict[str, Any]], *, path: Path, console: Conso
     else:
         console.print(_view(records))
         for note in footnotes(records):
-            console.print(Text(note.replace("\\*", "*"), style="dim"))
-    console.print(f"table  {short_path(path)}", markup=False, highlight=False, soft_wrap=True)
+            console.print(Text(one_line(note), style="dim"))
+    console.print(f"table  {visible(short_path(path))}", markup=False, highlight=False, soft_wrap=True)
 
 
 def outcome(record: dict[str, Any]) -> str:
@@ -60,15 +62,22 @@ def outcome(record: dict[str, Any]) -> str:
     return f"{record['status']}: {why(record) or 'no reason recorded'}"
 
 
+def _shown(value: str | Text) -> Text:
+    """With nothing in it that would act on the terminal."""
+    plain = visible(str(value))
+    return value if isinstance(value, Text) and plain == value.plain else Text(plain)
+
+
 def _view(records: Sequence[dict[str, Any]]) -> Table:
     header, rows = table(records)
     status = header.index("status")
     view = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for index, name in enumerate(header):
-        width = max(len(row[index]) for row in rows)
-        view.add_column(name, justify="right" if index > status else "left", overflow="fold", min_width=min(width, 12))
+        width = max(len(one_line(row[index])) for row in rows)
+        side = "right" if index > status else "left"
+        view.add_column(Text(one_line(name)), justify=side, overflow="fold", min_width=min(width, 12))
     for row in rows:
-        cells = [Text(cell.replace("\\*", "*")) for cell in row]
+        cells = [Text(one_line(cell)) for cell in row]
         cells[status].stylize(COLOURS.get(row[status], "red"))
         view.add_row(*cells)
     return view
@@ -144,7 +153,8 @@ def _speed_rows(record: dict[str, Any]) -> list[Row]:
     if record["bandwidth_share"] is not None:
         rows.append(("bandwidth", f"{record['bandwidth_share']:.1%} of the measured read bandwidth"))
     if record["bits_per_byte"] is not None:
-        rows.append(("bits/byte", f"{record['bits_per_byte']:.3f} on the held-out text"))
+        bits = record["bits_per_byte"]  # text where it is not finite
+        rows.append(("bits/byte", f"{bits if isinstance(bits, str) else f'{bits:.3f}'} on the held-out text"))
     if record["memory_gib"]:
         memory = ", ".join(f"{key.replace('_', ' ')} {number(value)}" for key, value in record["memory_gib"].items())
         rows.append(("memory GiB", memory))
@@ -170,7 +180,7 @@ def _one_line(text: str) -> str:
 
 def _tightness(gate: dict[str, Any]) -> float:
     value, limit = gate["value"], gate["limit"]
-    if not gate["passed"] or not isinstance(value, (int, float)):
+    if not gate["passed"] or not all(isinstance(one, (int, float)) for one in (value, limit)):
         return float("inf") if not gate["passed"] else 0.0
     return value / limit if limit else value
 

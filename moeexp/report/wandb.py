@@ -59,7 +59,7 @@ def specification(
 
 
 def dump(specification: dict[str, Any]) -> str:
-    return json.dumps(specification, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(specification, indent=1) + "\n"
 
 
 def save(specification: dict[str, Any]) -> str:
@@ -171,7 +171,7 @@ def _text(records: Sequence[dict[str, Any]]) -> str:
 
 
 def _the_one(what: str, records: Sequence[dict[str, Any]]) -> str | None:
-    found = dict.fromkeys(record["config"]["tracker"][what] for record in records)
+    found = dict.fromkeys(record["config"]["tracker"].get(what) for record in records)
     if len(found) > 1:
         raise ValueError(
             f"the runs are in {len(found)} different W&B {what} settings ({', '.join(map(str, found))}): name one with --{what}"

@@ -33,7 +33,8 @@ def waterfalls(runs: Sequence[Run]) -> list[list[Step]]:
 
 def is_ladder(runs: Sequence[Run]) -> bool:
     """Whether the runs are rungs that a design put in order."""
-    return all("ladder" in ((run.record.get("design") or {}).get("name") or "") for run in runs)
+    designs = [run.record.get("design") or {} for run in runs]
+    return all("ladder" in (one.get("name") or "") and one.get("index") is not None for one in designs)
 
 
 def _rungs(ladder: Sequence[Run]) -> list[Run]:

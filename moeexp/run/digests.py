@@ -6,7 +6,6 @@ the kernel whenever contents or mtime are: a replacement of equal size with a re
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from moeexp.record.locks import lock
 from moeexp.record.record import write_atomically
 
 VERSION = 1
@@ -73,8 +73,7 @@ class Digests:
         """Beside what other processes have added meanwhile. Without it all is as right, and slower."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path.with_name(".digests.lock"), "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with lock(self.path.with_name(".digests.lock")):
                 write_atomically(self.path, _dump(_read(self.path) | new))
         except OSError as error:
             print(f"warning: digests of weights are not kept, and made again each time: {error}", file=sys.stderr)

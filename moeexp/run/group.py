@@ -95,7 +95,7 @@ def _run(members: list[Member]) -> None:
     for member in ready:
         member.step(lambda member: member.run.build(model))
         if member.alive and member.config.check == "inline":
-            member.step(lambda member: _run_of(member).check(references))
+            member.step(lambda member: _check(member, references))
     _take_turns([member for member in ready if member.alive])
     for member in ready:
         member.step(lambda member: _finish(member, references))
@@ -105,6 +105,13 @@ def _run(members: list[Member]) -> None:
 def _prepare(member: Member) -> None:
     member.config = prepare(member.job.composed(), member.record, member.phases)
     member.run = Run(member.config, Path(member.job.run_dir), member.record, member.phases)
+
+
+def _check(member: Member, references: References) -> None:
+    try:
+        _run_of(member).check(references)
+    finally:
+        references.put_away()  # what one run leaves on the device is memory of the others
 
 
 def _take_turns(members: list[Member]) -> None:
@@ -152,7 +159,7 @@ def _finish(member: Member, references: References) -> None:
     member.record.note("memory_gib: peaks and device memory in use are those of the whole group's process")
     member.record.note("first_token_s: from the start of the group's process, in which other runs may have been built before")
     if member.config.check == "separate":
-        run.check(references)
+        _check(member, references)
     run.finish()
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from moeexp.config import axes
 from moeexp.config.schema import Config
-from moeexp.record import environment
+from moeexp.record import cpus, environment
 from moeexp.record.record import plain
 from moeexp.run.digests import Digests, Progress, unseen
 from moeexp.stack.source_files import PACKAGES, files_of
@@ -121,7 +121,7 @@ def software(cfg: Config, gpu: str | None) -> dict[str, Any]:
         "gpu": gpu,
         "driver": environment.driver() if cuda else None,
         "allocator": allocator.described(cfg.allocator) if cuda else None,
-        "cpu": None if cuda else {"name": environment.cpu_name(), "cores": environment.cores()},
+        "cpu": None if cuda else {"name": cpus.name(), "cores": len(cpus.usable())},
         "compiling": compiling(),
     }
 

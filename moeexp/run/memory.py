@@ -15,9 +15,8 @@ GIB = 2.0**30
 def memory(stack: Stack) -> dict[str, float]:
     """The record's `memory_gib`."""
     seen: dict[int, int] = {}
-    for name, buffer in stack.model.named_buffers():
-        if name not in stack.arena.tensors:  # by name: another stack over this model may have attached its own
-            seen[buffer.data_ptr()] = buffer.nbytes
+    for buffer in stack.model.buffers():
+        seen[buffer.data_ptr()] = buffer.nbytes
     known = {"weights": sum(seen.values()) / GIB, "state": stack.arena.nbytes() / GIB}
     return {name: round(value, 5) for name, value in known.items()} | peaks(stack.device)
 

@@ -45,10 +45,9 @@ def bytes_per_step(model: Qwen35MoE, *, batch: int, length: int, ids: Tensor | N
         if isinstance(module, Linear) and name != "embed_tokens":
             size = module.weight.nbytes + (0 if module.scales is None else module.scales.nbytes)
             weights += round(size * experts[_layer(name)] / arch.num_experts) if len(module.shape) == 3 else size
-    state_names = set(state_shapes(arch, batch=batch, max_seq_len=1, dtype=model.norm.dtype))
     linears = {name for name, module in model.named_modules() if isinstance(module, Linear)}
     for name, buffer in model.named_buffers():
-        if name not in state_names and name.rpartition(".")[0] not in linears:
+        if name.rpartition(".")[0] not in linears:
             weights += buffer.nbytes
     row = model.embed_tokens.weight[0].nbytes
     dtype = model.embed_tokens.weight.dtype

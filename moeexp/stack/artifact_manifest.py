@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moeexp.record import cpus
 from moeexp.stack.source_files import file_digest
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ def here(device: str) -> dict[str, Any]:
     """What compiled code asks of the machine that runs it; `device` is `cpu` or `cuda`."""
     import torch
 
-    found: dict[str, Any] = {"torch": torch.__version__, "machine": platform.machine(), "cpu_flags": _cpu_flags()}
+    flags = sorted(filter(CPU_FLAGS.match, cpus.flags()))
+    found: dict[str, Any] = {"torch": torch.__version__, "machine": platform.machine(), "cpu_flags": flags}
     if device == "cuda":
         capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
         found |= {"cuda": torch.version.cuda, "gpu_arch": "sm_{}{}".format(*capability) if capability else None}
@@ -87,11 +89,3 @@ def verify(folder: Path, manifest: dict[str, Any], phases: Phases) -> None:
 
 def seal(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _cpu_flags() -> list[str]:
-    """The instruction sets of this CPU where Linux tells, else none."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features"))), [])
-    return sorted(flag for flag in flags if CPU_FLAGS.match(flag))

@@ -7,23 +7,48 @@ import os
 import shlex
 import tempfile
 from pathlib import Path
+from uuid import uuid4
 
+import platformdirs
+from filelock import FileLock
+
+from moeexp.record.locks import lock, try_lock
 from moeexp.record.paths import expanded
 
-VARIABLE = "MOEEXP_CACHE_DIR"
+VARIABLE, LIMIT = "MOEEXP_CACHE_DIR", "MOEEXP_CACHE_GIB"
+DEFAULT_GIB = 20.0
+# Folders of ours that are torch's and Triton's caches where those cannot have their own.
+OTHERS = ("inductor", "tmp", "triton")
+_held: dict[Path, FileLock] = {}  # until this process ends
 
 
 def cache_dir() -> Path:
-    """`$MOEEXP_CACHE_DIR`, else `$XDG_CACHE_HOME/moeexp`, else `~/.cache/moeexp`. `ValueError` without a home folder."""
+    """`$MOEEXP_CACHE_DIR`, else `$XDG_CACHE_HOME/moeexp`, else the user's, on Linux `~/.cache/moeexp`. `ValueError` without a
+    home folder."""
     own, base = os.environ.get(VARIABLE), os.environ.get("XDG_CACHE_HOME")
     try:
-        return expanded(own).absolute() if own else expanded(base or "~/.cache").absolute() / "moeexp"
-    except ValueError as error:
+        if own or base:  # platformdirs would pass over a base that is relative, or begins with ~
+            return expanded(own).absolute() if own else expanded(base or "").absolute() / "moeexp"
+        return platformdirs.user_cache_path("moeexp")
+    except (ValueError, RuntimeError) as error:
         raise ValueError(f"there is no folder for compiled code: {error}, or set {VARIABLE}") from error
 
 
+def limit_bytes(text: str | None = None, given_by: str = LIMIT) -> float:
+    """That the folder is kept within, see `moeexp.stack.cache_entries`. `ValueError` for GiB that are no number."""
+    text = text or os.environ.get(LIMIT) or str(DEFAULT_GIB)
+    try:
+        gib = float(text)
+    except ValueError:
+        gib = -1.0
+    if not gib >= 0:
+        raise ValueError(f"{given_by}={text} is not a number of GiB of 0 or more (inf: no limit): give one, or leave it out")
+    return gib * 2**30
+
+
 def check() -> None:
-    """`ValueError` where the folder cannot be written."""
+    """`ValueError` where the folder cannot be written, or where its limit is none."""
+    limit_bytes()
     folder = cache_dir()
     if (refusal := _refusal(folder)) is not None:
         raise ValueError(f"compiled code cannot be kept in {folder} ({refusal}): set {VARIABLE} to a folder that can be written")
@@ -33,17 +58,36 @@ def prepare() -> None:
     """Moves the folders of torch and Triton into ours where they could not work in their own places; before torch is
     imported. Inductor splits its compiler's command into words, which a blank or a quote in a path breaks."""
     if "TRITON_CACHE_DIR" not in os.environ and _refusal(Path(os.path.expanduser("~/.triton/cache"))) is not None:
-        os.environ["TRITON_CACHE_DIR"] = str(cache_dir() / "triton")
+        os.environ["TRITON_CACHE_DIR"] = str(_own("triton"))
     if not _is_word(tempfile.gettempdir()):
         folder = cache_dir() / "tmp"
         if not _is_word(folder) or _refusal(folder) is not None:
             raise ValueError(f"torch cannot compile in TMPDIR={tempfile.gettempdir()!r}: set TMPDIR to a folder without blanks")
-        os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+        os.environ["TMPDIR"] = tempfile.tempdir = str(_own("tmp"))
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ and not _has_name():
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir() / "inductor")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_own("inductor"))
     own = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
     if not _is_word(own):
         raise ValueError(f"torch cannot compile in TORCHINDUCTOR_CACHE_DIR={own!r}: set it to a folder without blanks")
+
+
+def _own(name: str) -> Path:
+    """One of `OTHERS`, which is in use while this process is there."""
+    folder = cache_dir()
+    check()
+    if folder not in _held:
+        for left in users(folder):
+            if (ended := try_lock(left)) is not None:
+                left.unlink()
+                ended.release()
+        _held[folder] = lock(folder / f".{uuid4().hex}.user")
+        _held[folder].acquire()
+    return folder / name
+
+
+def users(folder: Path) -> tuple[Path, ...]:
+    """The locks of processes that use `OTHERS`, and of some that have ended."""
+    return tuple(folder.glob(".*.user"))
 
 
 def _is_word(folder: str | os.PathLike[str]) -> bool:

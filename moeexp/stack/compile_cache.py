@@ -7,15 +7,13 @@ are never part of it: a method is bound to them after loading.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,8 @@ import torch
 from moeexp_runner.binding import TensorSpec
 from torch.export import ExportedProgram
 
+from moeexp.record.locks import lock
+from moeexp.stack.cache_entries import lock_of, trim_or_say
 from moeexp.stack.caches import cache_dir
 from moeexp.stack.inductor import compiling, inductor_config
 from moeexp.stack.methods import compile_method
@@ -97,14 +97,15 @@ def get_or_compile(spec: MethodSpec, export: Callable[[], ExportedProgram]) -> A
     import time
 
     folder = cache_dir() / "compiled" / key_of(spec)
-    with _lock(folder):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with lock(lock_of(folder)) as held:
+        os.utime(held.lock_file)  # its last use
         found = _read(folder, spec)
         if found is not None:
             return found
         shutil.rmtree(folder, ignore_errors=True)
         start = time.perf_counter()
         program = export()
-        folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = folder.with_name(f".{folder.name}.partial")  # the lock is held: nobody else's
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
@@ -126,7 +127,8 @@ def get_or_compile(spec: MethodSpec, export: Callable[[], ExportedProgram]) -> A
             os.replace(scratch, folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-    made = _read(folder, spec)
+        made = _read(folder, spec)
+    trim_or_say()
     assert made is not None, f"the artifact just written to {folder} does not fit its manifest"
     return Artifact(made.key, made.package, made.constants, cached=False, compile_s=made.compile_s)
 
@@ -164,14 +166,6 @@ def _constants(program: ExportedProgram) -> dict[str, TensorSpec]:
     return {
         target: TensorSpec.of(buffers[target]) for name, target in signature.inputs_to_buffers.items() if name in used
     }
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.parent / f".{folder.name}.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def sources() -> dict[str, Path]:

@@ -32,6 +32,7 @@ from moeexp.stack.inductor import loading
 from moeexp.stack.methods import (
     MODULES,
     OF_DISPATCH,
+    AtOne,
     Method,
     example_inputs,
     export_method,
@@ -140,8 +141,9 @@ def python_callbacks(stack: Stack, dispatch: str) -> dict[str, list[str]]:
 def build_stack(
     cfg: Config, model: Qwen35MoE, phases: Phases, *, export: str | None = None, cuda_graph: bool | str | None = None
 ) -> Stack:
-    """State, methods and session over `model`, whose state buffers are (re)attached or, under explicit state, taken off.
-    `export` and `cuda_graph` override the config's, for the check's float32 twin."""
+    """State, methods and session over `model`, which other stacks may share: state is this one's own, and attached to the
+    model only while methods are exported and bound. `export` and `cuda_graph` override the config's, for the check's float32
+    twin."""
     if export is not None or cuda_graph is not None:
         cfg = replace(
             cfg,
@@ -155,10 +157,6 @@ def build_stack(
         names["sample"] = "reference"  # logits are on the host, where no Triton kernel runs; validate refuses other wishes
     arena = Arena(state_shapes(model.arch, batch=cfg.batch, max_seq_len=cfg.max_seq_len, dtype=dtype), device=device)
     explicit = cfg.state == "explicit"
-    if explicit:
-        model.detach_state(arena.tensors)
-    else:
-        model.attach_state(arena.tensors)
     recipe = Recipe(cfg, model, names, *((arena.tensors, None) if explicit else ({}, arena.tensors)))
     methods, artifacts = MAKERS[cfg.export](recipe, phases)
     prefill, decode = session_methods(cfg.dispatch, methods, takes_live=recipe.takes_live)
@@ -214,14 +212,14 @@ def sampler_of(cfg: SamplerConfig, implementation: str, *, device: torch.device 
 
 @dataclass
 class Recipe:
-    """What the methods of one stack are made from. State tensors by name are `state` where they are explicit, else `held`,
-    and attached to the model for export."""
+    """What the methods of one stack are made from. State tensors by name are `state` where they are explicit, else
+    `attached_state`."""
 
     cfg: Config
     model: Qwen35MoE
     names: dict[str, str]
     state: dict[str, Tensor]
-    held: dict[str, Tensor] | None
+    attached_state: dict[str, Tensor] | None
 
     @property
     def takes_live(self) -> bool:
@@ -248,8 +246,8 @@ class Recipe:
     def module(self, name: str) -> Method:
         """Runs as it is, on this stack's own state: several stacks may share the model."""
         return MODULES[name](
-            self.model, self.ops(), state_names=tuple(self.state), held=self.held, takes_live=self.takes_live,
-            l2_prefetch=self.l2_prefetch,
+            self.model, self.ops(), state_names=tuple(self.state), attached_state=self.attached_state,
+            takes_live=self.takes_live, l2_prefetch=self.l2_prefetch,
         ).eval()  # fmt: skip
 
 
@@ -258,7 +256,8 @@ def _eager_methods(recipe: Recipe, phases: Phases):
 
 
 def _torch_compiled_methods(recipe: Recipe, phases: Phases):
-    """Compiled here, for one token and for several, so that no later phase pays for it."""
+    """Compiled here, for one token and for several, so that no later phase pays for it. Of a slice dynamo would expect the
+    next time that it is a slice, and compile anew for what is none."""
     cfg, methods = recipe.cfg, {}
     for name in recipe.methods:
         methods[name] = torch_compiled(recipe.module(name))
@@ -269,14 +268,17 @@ def _torch_compiled_methods(recipe: Recipe, phases: Phases):
         with phases(f"compile {name}"), torch.no_grad():
             methods[name](*inputs)
             if name != "decode":
-                methods[name](*inputs[:2], inputs[2][:1], *inputs[3:])
+                methods[name](*inputs[:2], inputs[2][:1].clone(), *inputs[3:])
+            if name in ("forward", "cond"):
+                state = tuple(recipe.state.values())
+                AtOne(methods[name], takes_live=recipe.takes_live)(inputs[0].new_zeros(cfg.batch, 1), inputs[1], *state)
     return methods, {}
 
 
 def _packaged_methods(recipe: Recipe, phases: Phases):
     """Exports and compiles each method (or finds it compiled), loads it and binds all of them to the same tensors."""
     cfg, model, device = recipe.cfg, recipe.model, recipe.model.norm.device
-    methods, artifacts = {}, {}
+    methods, artifacts, state = {}, {}, recipe.attached_state or {}
     for name in recipe.methods:
         spec = MethodSpec(
             name,
@@ -290,7 +292,7 @@ def _packaged_methods(recipe: Recipe, phases: Phases):
         )
 
         def export(name=name, takes_live=spec.takes_live):
-            with phases(f"export {name}"):
+            with phases(f"export {name}"), model.attached(state):
                 return export_method(
                     name, model, recipe.ops(), batch=cfg.batch, max_seq_len=cfg.max_seq_len, takes_live=takes_live,
                     l2_prefetch=recipe.l2_prefetch, state=recipe.state,
@@ -298,7 +300,7 @@ def _packaged_methods(recipe: Recipe, phases: Phases):
 
         with phases(f"compile {name}"):
             artifacts[name] = artifact.method(cfg, name) if cfg.artifact else get_or_compile(spec, export)
-    with phases("bind"), loading(device.type):
+    with phases("bind"), loading(device.type), model.attached(state):
         for name, made in artifacts.items():
             methods[name] = CompiledMethod(made.package, made.constants, device=device)
             methods[name].bind({fqn: model.get_buffer(fqn.removeprefix("model.")) for fqn in made.constants})

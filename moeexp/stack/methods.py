@@ -40,7 +40,7 @@ DYNAMO_RECOMPILE_LIMIT = 256
 
 class Method(nn.Module):
     """One method; inputs and outputs as in the module's docstring. `state_names` empty: state is mutated in place, that in
-    `held`, or where there is none, that which is attached to the model (for export, to which it must be buffers)."""
+    `attached_state`, or where there is none, the model's buffers (for export, which must see it as those)."""
 
     def __init__(
         self,
@@ -49,13 +49,14 @@ class Method(nn.Module):
         *,
         name: str,
         state_names: tuple[str, ...] = (),
-        held: dict[str, Tensor] | None = None,
+        attached_state: dict[str, Tensor] | None = None,
         takes_live: bool = False,
         l2_prefetch: bool = False,
     ):
         super().__init__()
-        assert not (state_names and held), "state is explicit or held, not both"
-        self.model, self.ops, self.name, self.state_names, self.held = model, ops, name, state_names, held
+        assert not (state_names and attached_state), "state is explicit or attached, not both"
+        self.model, self.ops, self.name = model, ops, name
+        self.state_names, self.attached_state = state_names, attached_state
         self.takes_live, self.l2_prefetch = takes_live and name != "decode", l2_prefetch
 
     def forward(self, tokens: Tensor, positions: Tensor, *more: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -63,14 +64,17 @@ class Method(nn.Module):
             return self._run({"forward": "single"}.get(self.name, self.name), tokens, positions, *more)
         inputs = (tokens, positions, *more)
         if not torch.compiler.is_compiling():
-            return self._one(*inputs) if tokens.shape[1] == 1 else self._many(*inputs)
-        return torch.cond(tokens.shape[1] == 1, self._one, self._many, inputs)
+            return self._one([], *inputs) if tokens.shape[1] == 1 else self._many([], *inputs)
+        sizes = [tuple(tensor.shape) for tensor in more[len(more) - len(self.state_names) :]]
+        return torch.cond(tokens.shape[1] == 1, partial(self._one, sizes), partial(self._many, sizes), inputs)
 
-    def _one(self, tokens: Tensor, positions: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+    def _one(self, sizes: list[tuple[int, ...]], tokens: Tensor, positions: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
         # Both branches are traced with T a symbol; here it is one token, and an op may say so.
+        _check_sizes(sizes, more)
         return self._run("decode", tokens[:, :1], positions, *more, cut=True)
 
-    def _many(self, tokens: Tensor, positions: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+    def _many(self, sizes: list[tuple[int, ...]], tokens: Tensor, positions: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+        _check_sizes(sizes, more)
         return self._run("prefill", tokens, positions, *more)
 
     def _run(self, phase: str, tokens: Tensor, positions: Tensor, *more: Tensor, cut: bool = False):
@@ -80,13 +84,20 @@ class Method(nn.Module):
         # Clones: what a method is given stays as it is. In a compiled method they are the buffers that it returns.
         new = {name: tensor.clone() for name, tensor in zip(self.state_names, rest, strict=True)}
         logits = self.model(
-            tokens, positions, logit_positions, ops=self.ops, phase=phase, state=new or self.held,
+            tokens, positions, logit_positions, ops=self.ops, phase=phase, state=new or self.attached_state,
             live=None if cut else live, l2_prefetch=self.l2_prefetch and phase == "decode",
         )  # fmt: skip
         return (logits, *new.values()) if new else logits
 
 
-# As in the module's docstring: (model, ops, *, state_names=(), held=None, takes_live=False, l2_prefetch=False).
+def _check_sizes(sizes: list[tuple[int, ...]], inputs: tuple[Tensor, ...]) -> None:
+    """Of the state, the last of `inputs`: torch 2.11 makes symbols of all that a branch is given."""
+    for size, tensor in zip(sizes, inputs[len(inputs) - len(sizes) :], strict=True):
+        for wanted, found in zip(size, tensor.shape, strict=True):
+            torch._check(found == wanted)
+
+
+# As in the module's docstring: (model, ops, *, state_names=(), attached_state=None, takes_live=False, l2_prefetch=False).
 MODULES = {name: partial(Method, name=name) for name in ("prefill", "decode", "forward", "cond")}
 
 
@@ -151,8 +162,8 @@ def export_method(
     l2_prefetch: bool = False,
     state: dict[str, Tensor] | None = None,
 ) -> ExportedProgram:
-    """`model` has its state attached, or `state` (an example of each tensor) is explicit. Buffers keep their names
-    (`model.layers.0.…`) in every method."""
+    """`model` has its state attached (`Qwen35MoE.attached`), or `state` (an example of each tensor) is explicit. Buffers keep
+    their names (`model.layers.0.…`) in every method."""
     remember_kernel_analyses()
     state = state or {}
     module = MODULES[method](

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from moeexp.record.record import Record, head, lost_error, read_record
+from moeexp.record.head import head
+from moeexp.record.locks import try_lock
+from moeexp.record.record import Record, lost_error, read_record
+from moeexp.report.records import each_once, read_all
 
 # A result; repeating it would measure the same again. The rest was not completed.
 RESULTS = ("ok", "incorrect")
@@ -28,18 +30,35 @@ class Earlier:
 
 
 class History:
-    """The runs under some folders, the latest last."""
+    """The runs under some folders, the latest last. `left_out`: a line for each record that is damaged."""
 
     def __init__(self, folders: Iterable[Path]):
-        paths = {path.resolve() for folder in folders if folder.is_dir() for path in folder.rglob("record.json")}
-        heads = [(path, head(path)) for path in paths]
-        ordered = sorted(((path, known) for path, known in heads if known), key=lambda pair: pair[1]["started"])
+        self.left_out: list[str] = []
+        paths = each_once(path for folder in folders if folder.is_dir() for path in folder.rglob("record.json"))
+        heads = [(path, self._known(path, head)) for path in paths]
+        ordered = sorted(((path, known) for path, known in heads if known), key=lambda pair: _began(pair[1]))
         self.runs = [_earlier(path, known) for path, known in ordered]
 
     def latest(self, config_hash: str, code_fingerprint: str) -> Earlier | None:
-        """A result before anything later that has none, as a failed repetition takes no result away."""
+        """A result before anything later that has none, as a failed repetition takes no result away. A record that is
+        damaged beyond its first lines is none."""
         same = [r for r in self.runs if (r.config_hash, r.code_fingerprint) == (config_hash, code_fingerprint)]
-        return next((run for run in reversed(same) if run.status in RESULTS), same[-1] if same else None)
+        results = [run for run in same if run.status in RESULTS]
+        for run in [*reversed(results), *reversed(same)]:
+            if run in self.runs:
+                if self._known(run.path, read_record) is not None:
+                    return run
+                self.runs.remove(run)
+        return None
+
+    def _known(self, path: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any] | None:
+        try:
+            return read(path)
+        except FileNotFoundError:  # a link to a run that has been removed
+            return None
+        except ValueError as error:
+            self.left_out.append(str(error))
+            return None
 
     def seconds(self, config_hash: str) -> tuple[float | None, str]:
         """What a run will take, and how that is known: from runs of the same config, else from any."""
@@ -64,7 +83,7 @@ def close_lost(path: Path) -> None:
     """Finishes the record of a run whose process is gone, in the file as it reads already. One whose folder a sweep holds
     is that sweep's to finish."""
     held = path.with_name(".lock")
-    lock = _try_lock(held) if held.exists() else None
+    lock = try_lock(held) if held.exists() else None
     if held.exists() and lock is None:
         return
     try:
@@ -73,7 +92,7 @@ def close_lost(path: Path) -> None:
             record.finish("lost", error=lost_error(record.data))
     finally:
         if lock is not None:
-            lock.close()
+            lock.release()
 
 
 class Folder:
@@ -87,7 +106,7 @@ class Folder:
         for candidate in (name, f"{name}-{suffix}"):
             self.path = sweep / candidate
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _try_lock(self.path / ".lock")
+            self._lock = try_lock(self.path / ".lock")
             if self._lock is None:
                 continue
             if self._free(config_hash):
@@ -97,17 +116,20 @@ class Folder:
 
     def release(self) -> None:
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
             self._lock = None
 
     def _free(self, config_hash: str | None) -> bool:
         record = self.path / "record.json"
         if not record.exists() and not record.is_symlink():
             return True
-        known = head(record)
+        try:
+            known = {} if record.is_symlink() else head(record)
+        except ValueError:  # damaged: it stays where it is
+            return False
         refused = config_hash is None and known.get("status") == "unsupported"  # neither has a hash
         same = bool(known) and config_hash is not None and known["config_hash"] == config_hash
-        if record.is_symlink() or not (same or refused):
+        if not (same or refused):
             return False
         os.replace(record, self.path / f"record.{known['id']}.json")
         return True
@@ -130,33 +152,31 @@ def link(record: Path, sweep: Path, name: str, *, suffix: str) -> Path:
     raise RuntimeError(f"{target} exists and is another run's: choose another hydra.sweep.dir")
 
 
-def read_whole(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """The records, each once."""
-    return [read_record(path) for path in dict.fromkeys(path.resolve() for path in paths)]
+def read_whole(paths: Iterable[Path], say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The records, each once; says a line for each that is damaged."""
+    found, damaged = read_all(each_once(paths), read_record)
+    for line in damaged:
+        say(f"left out: {line}")
+    if damaged:
+        say(f"{len(damaged)} of {len(found) + len(damaged)} records left out")
+    return list(found.values())
 
 
 def read_running(path: Path) -> dict[str, Any]:
-    """A record that another process may be about to write for the first time, or have removed."""
+    """A record that another process may be about to write for the first time, or have removed or damaged."""
     try:
         return read_record(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return {}
+
+
+def _began(known: dict[str, Any]) -> datetime:
+    return datetime.fromisoformat(known["started"])
 
 
 def _earlier(path: Path, known: dict[str, Any]) -> Earlier:
     seconds = None
     if known["finished"] is not None:
-        began, ended = map(datetime.fromisoformat, (known["started"], known["finished"]))
-        seconds = (ended - began).total_seconds()
+        seconds = (datetime.fromisoformat(known["finished"]) - _began(known)).total_seconds()
     values = (known[key] or "" for key in ("id", "config_hash", "code_fingerprint", "status"))
     return Earlier(path, *values, seconds)
-
-
-def _try_lock(path: Path) -> TextIO | None:
-    file = open(path, "w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file

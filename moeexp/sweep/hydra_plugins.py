@@ -25,8 +25,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from moeexp.config.groups import LauncherConfig
 from moeexp.config.override_text import as_typed, quoted
+from moeexp.record.objective import objective_of
 from moeexp.record.paths import expanded
-from moeexp.record.record import read_record
 from moeexp.run.job import FAILED, INVALID, say
 from moeexp.sweep.cells import Cell, Composer
 from moeexp.sweep.sweep import Sweep
@@ -63,8 +63,7 @@ class ProcessLauncher(Launcher):
     def _returned(self, cell: Cell) -> JobReturn:
         """With what a sweeper that searches maximises."""
         result = JobReturn(overrides=list(cell.overrides), status=JobStatus.COMPLETED)
-        speed = None if cell.record is None else read_record(cell.record)["decode_tok_s"]
-        result.return_value = 0.0 if speed is None else float(speed)
+        result.return_value = 0.0 if cell.record is None else objective_of(cell.record)
         return result
 
 

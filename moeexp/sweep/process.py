@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moeexp.config.threads import OWN, granted
+from moeexp.record.process_group import has_ended, kill_group, send
 
 # What a run gets to write its record and to hand it to the tracker, once it has been told to stop.
 GRACE_S = 15.0
@@ -44,8 +45,12 @@ class Process:
 
     def ended(self) -> bool:
         """Whether it has ended; stops it first where its time is over, and for good where it does not stop."""
-        if self._process.poll() is not None:
-            self._clean_up()
+        if self._process.returncode is not None:
+            return True
+        if has_ended(self._process):
+            kill_group(self._process)  # what it may have left running in its session
+            self._process.wait()
+            shutil.rmtree(self._private, ignore_errors=True)
             return True
         now = time.monotonic()
         if self._signalled is not None:
@@ -63,10 +68,7 @@ class Process:
 
     def kill(self) -> None:
         """With what it has started: compilers, for example."""
-        try:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        kill_group(self._process)
 
     def seconds(self) -> float:
         return time.monotonic() - self.started
@@ -103,11 +105,7 @@ class Process:
 
     def _signal(self, number: int) -> None:
         self._signalled = time.monotonic()
-        self._process.send_signal(number)
-
-    def _clean_up(self) -> None:
-        self.kill()  # what it may have left running in its session
-        shutil.rmtree(self._private, ignore_errors=True)
+        send(self._process, number)
 
 
 def _environment(gpu: str | None, private: str, at_once: int) -> dict[str, str]:

@@ -24,6 +24,7 @@ from moeexp.record.paths import expanded
 from moeexp.record.phases import bar
 from moeexp.record.record import Record, write_atomically
 from moeexp.report import table, terminal
+from moeexp.report.markup import code
 from moeexp.run import signals
 from moeexp.run.identity import code_fingerprint
 from moeexp.run.job import (
@@ -94,6 +95,8 @@ class Sweep:
                 check_surroundings(cell.given)  # a fault of the whole sweep, not of a cell
         if self._whole_groups():
             self._repeat_broken_groups(cells)
+        if damaged := self.history.left_out:
+            say(f"{len(damaged)} damaged records of earlier runs are left out, the first: {damaged[0]}")
         self.cells += cells
         return cells
 
@@ -130,12 +133,11 @@ class Sweep:
     def finish(self) -> None:
         """The combined table, on the terminal and in the sweep's folder."""
         done = [cell.record for cell in self.cells if cell.record is not None]
-        if self.dry_run or not done:
+        if self.dry_run or not (records := read_whole(done, say)):
             return
-        records = read_whole(done)
         path = self.directory / "table.md"
         notes = "".join(f"\n{line}\n" for line in self._notes())
-        write_atomically(path, f"`{shlex.join(self.command)}`\n\n" + table.markdown(records) + notes)
+        write_atomically(path, f"{code(shlex.join(self.command))}\n\n" + table.markdown(records) + notes)
         terminal.print_sweep(records, path=path, console=Console())
         for line in self._notes():
             print(line)

@@ -12,7 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pynvml
 import torch
+
+from moeexp_runner import nvml
 
 SECONDS = 1.5  # a window's least length
 IDLE_S = 0.15
@@ -35,12 +38,7 @@ def counter(device: torch.device) -> Read | None:
     if device.type != "cuda":
         return None
     try:
-        import pynvml
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID("GPU-" + str(torch.cuda.get_device_properties(device).uuid))
+        handle = nvml.handle_of(device)
         pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
     except pynvml.NVMLError:
         return None

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from sabotage import experiment, ran
 
@@ -158,9 +159,14 @@ def test_a_process_that_is_there_is_not_lost(tmp_path):
 
 
 GONE = {"pid": 2**22 + 1}
+# Of this process, as the kernel counts.
+TICKS = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
 OTHER = [
     (GONE, "lost"),
-    ({"started_ticks": 1}, "lost"),  # the pid came again
+    ({"started_s": 0.5}, "lost"),  # the pid came again
+    ({"started_s": None, "started_ticks": 1}, "lost"),  # as records had it
+    ({"started_s": None, "started_ticks": TICKS}, "running"),
+    ({"started_s": "x", "started_ticks": []}, "running"),  # not written here
     ({"boot": "another"}, "lost"),
     (GONE | {"host": "elsewhere"}, "running"),
     (GONE | {"pid_namespace": "pid:[1]"}, "running"),
@@ -176,6 +182,35 @@ def test_whose_process_is_gone(tmp_path, changed, status):
     run.write()
     assert read_record(run.path)["status"] == head(run.path)["status"] == History([tmp_path]).runs[0].status == status
     assert Record.load(run.path).data["status"] == "running", "only reading says so"
+
+
+def test_setting_the_clock_does_not_end_a_process(monkeypatch):
+    process, created, booted = liveness.this_process(), psutil.Process.create_time, psutil.boot_time
+    monkeypatch.setattr(psutil, "boot_time", lambda: booted() + 3600)
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: created(self) + 3600)
+    assert not liveness.is_gone(process)
+
+
+def test_one_that_waits_for_its_parent_to_notice_its_end_is_gone():
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        started = psutil.Process(child.pid).create_time() - psutil.boot_time()
+        process = liveness.this_process() | {"pid": child.pid, "started_s": started}
+        assert not liveness.is_gone(process)
+        child.stdin.close()
+        deadline = time.monotonic() + 60
+        while not liveness.is_gone(process):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert child.returncode is None and psutil.pid_exists(child.pid)
+
+
+def test_a_process_that_nobody_may_look_at_is_there(monkeypatch):
+    def hidden(self):
+        raise psutil.AccessDenied(self.pid)
+
+    process = liveness.this_process()
+    monkeypatch.setattr(psutil.Process, "status", hidden)
+    assert not liveness.is_gone(process)
 
 
 def start_sweep():

@@ -10,18 +10,11 @@ from moeexp_kernels.ops import attention as ops
 from moeexp_kernels.ops import qk_norm_rope as rope
 from moeexp_kernels.ops import sample as sampler
 
+pytestmark = pytest.mark.usefixtures("exact_reference")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 HEADS, KV_HEADS, HEAD_DIM, ROTARY = 16, 2, 256, 64
 VOCABULARY = 248_320
 DECODE = {"splitk": ops.sdpa_decode_splitk, "tiled": ops.sdpa_decode_tiled}
-
-
-@pytest.fixture(autouse=True)
-def exact_reference():
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from covering import AXES, BASE, COMPILED, PAIRWISE, legal_points
+from kernels_common import poison_state
 from moeexp_kernels.parts import graph_edges
 from moeexp_runner.profiler import kernels_per_token, token_split
 from rich.console import Console
@@ -26,7 +27,6 @@ from moeexp.config.compose import compose
 from moeexp.config.resolve import resolve
 from moeexp.config.validate import validate
 from moeexp.model.quantise import quantise
-from moeexp.model.qwen3_5_moe import state_shapes
 from moeexp.record.phases import Phases
 from moeexp.record.record import Record
 from moeexp.run.benchmark import Benchmark
@@ -205,11 +205,7 @@ def test_padding_leaves_every_state_bitwise_unchanged(stack, dtype, state, count
     results = []
     for session in (graphed, plain):
         session.reset()
-        for name, tensor in session.arena.tensors.items():
-            if name.endswith("_cache"):
-                tensor.fill_(float("nan"))
-            elif name.endswith("expert_ids"):
-                tensor.fill_(-7)
+        poison_state(session.arena.tensors)
         logits = session.prefill(tokens(count, seed=count)).clone()
         results.append({"logits": logits, **session.arena.snapshot()})
     assert graphed.prefill_graphs.fitting(count) is not None
@@ -352,9 +348,7 @@ def test_a_prompt_after_another_and_nan_in_the_state(stack, overrides):
     run(tokens(30, seed=3))
     second = run(tokens(21))
     assert second[0] == first[0] and same(second[1].values(), first[1].values())
-    for tensor in session.arena.tensors.values():
-        if tensor.is_floating_point():
-            tensor.fill_(float("nan"))
+    poison_state(session.arena.tensors, kinds=("",))
     third = run(tokens(21))
     assert third[0] == first[0] and same(third[1].values(), first[1].values())
 
@@ -381,10 +375,8 @@ def test_the_context_is_filled_to_the_last_slot(stack):
 # --- memory, time, allocator ---
 
 
-def held_memory(model):
-    """Allocated and reserved, apart from the state that is attached to the model and from workspaces of cuBLAS, of which
-    every stream gets one for good."""
-    model.detach_state(state_shapes(model.arch, batch=1, max_seq_len=1, dtype=torch.float32))
+def held_memory():
+    """Allocated and reserved, apart from workspaces of cuBLAS, of which every stream gets one for good."""
     gc.collect()
     torch.cuda.synchronize()
     torch._C._cuda_clearCublasWorkspaces()
@@ -402,18 +394,18 @@ def test_closing_gives_back_all_memory(models, phases, expected, overrides):
     def build_use_close():
         built = build_stack(configured(*overrides.split(), "dtype=float32"), model, phases)
         assert built.session.generate(tokens(21), 12) == expected
-        in_use = held_memory(model)
+        in_use = held_memory()
         built.close()
         prefill = built.session.prefill_graphs
         assert prefill is None or all(graph.state == "closed" for graph in prefill.graphs.values())
         return in_use
 
     build_use_close()  # what is made once in a process, such as kernels, is no leak
-    before = held_memory(model)
+    before = held_memory()
     for _ in range(3):
         allocated, reserved = build_use_close()
         assert allocated > before[0] and reserved > before[1], "a graph has a pool of its own"
-        assert held_memory(model) == before
+        assert held_memory() == before
 
 
 def test_quantising_needs_little_beside_the_weights():

@@ -19,16 +19,9 @@ from test_kernels_linear import quantised
 from test_kernels_moe import choices, experts, route
 from tolerances import tolerance
 
+pytestmark = pytest.mark.usefixtures("exact_reference")
 BIG = {"D": 2048, "E": 256, "width": 512, "shared": 512, "group": 128}
 RUNS = 20
-
-
-@pytest.fixture(autouse=True)
-def exact_reference():
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 # --- the ladder's two tests

@@ -24,16 +24,9 @@ from test_kernels_gated_delta import (
     set_tuned,
 )  # fmt: skip
 
+pytestmark = pytest.mark.usefixtures("exact_reference")
 REAL = ((16, 32), (128, 128))  # heads and dims of Qwen3.5-35B-A3B
 RUNS = 20
-
-
-@pytest.fixture(autouse=True)
-def exact_reference():
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def fresh(batch, tokens, heads, dims, dtype, **options):

@@ -11,15 +11,8 @@ from moeexp_kernels.ops.linear_tile import launch_tile
 from test_kernels_linear import quantised
 from tolerances import tolerance
 
+pytestmark = pytest.mark.usefixtures("exact_reference")
 SHAPES = [(12352, 2048), (9216, 2048), (2048, 4096), (2048, 512), (1000, 1536)]
-
-
-@pytest.fixture(autouse=True)
-def exact_reference():
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 GEMM_TOLERANCE = tolerance("gemm")

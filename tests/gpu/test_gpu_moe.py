@@ -14,18 +14,9 @@ from moeexp_kernels.parts import tuning
 from test_kernels_moe import choices, experts, route
 from tolerances import tolerance
 
+pytestmark = pytest.mark.usefixtures("exact_reference")
 BIG = {"D": 2048, "E": 256, "width": 512, "shared": 512, "group": 128}
 SMALL = {"D": 1152, "E": 12, "width": 192, "shared": 384, "group": 96}
-
-
-@pytest.fixture(autouse=True)
-def exact_reference():
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
-
-
 PREFILL_TOLERANCE = tolerance("moe prefill")
 
 

@@ -162,10 +162,14 @@ def combine_tile_kernel(
     ready = after_previous(OVERLAP)
     out_ptr += ready
     y_ptr += ready
-    mask = (slot < TOP_K)[:, None] & (d < D)[None, :]
-    routed = tl.load(out_ptr + row[:, None] * D + d[None, :], mask=mask, other=0.0)
     shared = tl.load(out_ptr + (M * TOP_K + m) * D + d, mask=d < D, other=0.0)
-    y = x + tl.fma(tl.broadcast_to(gate, [BLOCK_D]), shared, tl.sum(share[:, None] * routed, axis=0))
+    # Slot by slot: in which order a sum over an axis goes depends on the launch parameters.
+    routed = tl.zeros([BLOCK_D], tl.float32)
+    for k in tl.static_range(TOP_K):
+        one = tl.sum(tl.where(slot == k, row, 0), axis=0)
+        part = tl.broadcast_to(tl.sum(tl.where(slot == k, share, 0.0), axis=0), [BLOCK_D])
+        routed = tl.fma(part, tl.load(out_ptr + one * D + d, mask=d < D, other=0.0), routed)
+    y = x + tl.fma(tl.broadcast_to(gate, [BLOCK_D]), shared, routed)
     tl.store(y_ptr + m * D + d, y.to(y_ptr.dtype.element_ty), mask=d < D)
 
 

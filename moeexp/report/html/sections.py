@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from html import escape
 from typing import Any
+
+from markupsafe import Markup
 
 from moeexp.report.conditions import CONDITIONS, LOAD, conditions
 from moeexp.report.effects import main_effects
@@ -13,6 +14,7 @@ from moeexp.report.format import number
 from moeexp.report.html import svg
 from moeexp.report.html import table as html_table
 from moeexp.report.html.svg import Bar, Point, Row, Scale
+from moeexp.report.html.template import heading, joined, paragraph, render
 from moeexp.report.intervals import tokens_per_step
 from moeexp.report.ratios import by_medians, legend, three, times
 from moeexp.report.records import cell_of
@@ -31,13 +33,13 @@ def label_of(run: Run) -> str:
     return cell_of(run.record) or settings_text(settings) or run.id
 
 
-def _tables(name: str) -> Callable[[Sequence[Run], Sequence[Run]], str]:
+def _tables(name: str) -> Callable[[Sequence[Run], Sequence[Run]], Markup]:
     """A section of tables alone."""
-    return lambda runs, ranked: "".join(map(html_table.render, TABLES[name](runs)))
+    return lambda runs, ranked: joined(map(html_table.table, TABLES[name](runs)))
 
 
-def _waterfall(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
-    text = ""
+def _waterfall(runs: Sequence[Run], ranked: Sequence[Run]) -> Markup:
+    text = Markup("")
     for steps in waterfalls(runs):
         table = steps_table(steps)
         most = max(step.run.speed.tok_s for step in steps if step.run.speed)
@@ -45,10 +47,10 @@ def _waterfall(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
         for step in (step for step in steps if step.run.prepared):  # the table lists the others
             drawn.append(_step(step, before))
             before = step.run.speed.tok_s if step.run.speed else before
-        text += (f"<h3>{escape(table.of)}</h3>" if table.of else "") + svg.rows(drawn, Scale(0, most), "tok/s")
-        text += html_table.render(replace(table, of=""))
-    head = "<p>Decode speed, and what each step gained over the one before, with its 95 % interval.</p>"
-    return head + text if text else ""
+        text += heading(table.of) + svg.rows(drawn, Scale(0, most), "tok/s")
+        text += html_table.table(replace(table, of=""))
+    head = paragraph("Decode speed, and what each step gained over the one before, with its 95 % interval.")
+    return head + text if text else text
 
 
 def _step(step: Step, before: float | None) -> Row:
@@ -67,14 +69,14 @@ def _step(step: Step, before: float | None) -> Row:
     return Row(step.label, f"{number(speed)} tok/s", bars, note, run=step.run.id)
 
 
-def _latencies(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
-    having = [run for run in ranked if (run.record["token_latencies_ms"] or {}).get("samples")][:MOST]
+def _latencies(runs: Sequence[Run], ranked: Sequence[Run]) -> Markup:
+    having = [run for run in ranked if any((run.record["token_latencies_ms"] or {}).get("samples", ()))][:MOST]
     if not having:
-        return ""
+        return Markup("")
     latencies = [run.record["token_latencies_ms"] for run in having]
     low = min(min(sample for sample in one["samples"] if sample > 0) for one in latencies)
     # The slowest single tokens would press all the rest together: the axis ends beyond the worst p99.
-    high = max(one["p99"] for one in latencies) * 1.25
+    high = max(low, *(one["p99"] for one in latencies)) * 1.25
     drawn = []
     for run, one in zip(having, latencies, strict=True):
         marks = [(one[p], f"{p} {number(one[p])} ms") for p in ("p50", "p90", "p99")]
@@ -84,14 +86,17 @@ def _latencies(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
         if stalls and stalls["count"]:
             note += f"; {stalls['count']} stalls, {number(stalls['total_ms'])} ms"
         drawn.append(Row(label_of(run), value, note=note, run=run.id, samples=one["samples"], marks=marks))
-    head = "<p>Time from one token to the next, logarithmic. Lines are p50, p90 and p99; what is slower than the axis "
-    return head + "counts in its last bin.</p>" + svg.rows(drawn, Scale(low, high, log=True), "ms") + _cut(ranked)
+    head = paragraph(
+        "Time from one token to the next, logarithmic. Lines are p50, p90 and p99; what is slower than the axis counts in "
+        "its last bin."
+    )
+    return head + svg.rows(drawn, Scale(low, high, log=True), "ms") + _cut(ranked)
 
 
-def _memory(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
+def _memory(runs: Sequence[Run], ranked: Sequence[Run]) -> Markup:
     having = [run for run in ranked if html_table.peak_gib(run.record)][:MOST]
     if not having:
-        return ""
+        return Markup("")
     drawn = []
     for run in having:
         memory, peak = run.record["memory_gib"], html_table.peak_gib(run.record)
@@ -105,12 +110,12 @@ def _memory(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
         drawn.append(Row(label_of(run), f"{number(peak)} GiB", bars, note, run=run.id))
     on_gpu = any("device_in_use" in run.record["memory_gib"] for run in having)
     what = "device memory in use" if on_gpu else "peak memory of the process, check and reference included"
-    legend = _legend({"weights": "--part-1", "state": "--part-2", f"the rest of {what}": "--part-4"})
+    legend = _legend({"weights": "part-1", "state": "part-2", f"the rest of {what}": "part-4"})
     scale = Scale(0, max(html_table.peak_gib(run.record) for run in having))
     return legend + svg.rows(drawn, scale, "GiB") + _cut(ranked)
 
 
-def _roofline(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
+def _roofline(runs: Sequence[Run], ranked: Sequence[Run]) -> Markup:
     points: list[Point] = []
     bandwidths: dict[str, float] = {}
     for rank, run in enumerate(ranked[:MOST], 1):
@@ -127,23 +132,23 @@ def _roofline(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
         hint = f"#{rank} {label_of(run)}: {number(gb)} GB per step, {number(steps)} steps/s, {share:.1%} of bandwidth"
         points.append(Point(gb, steps, f"#{rank} {number(100 * share)} %", hint, run.id))
     if not points:
-        return ""
+        return Markup("")
     roofs = [(c, f"{machine}: {number(c)} GB/s") for machine, c in bandwidths.items()]
     least = min(point.x for point in points)
     high = 1.3 * max(c / least for c in bandwidths.values())
-    head = (
-        "<p>A decode step must read its weights and state once; the line is what the measured read bandwidth "
-        f"({escape('; '.join(name for _, name in roofs))}) allows. A label is the run's rank and its share of that. "
-        "A run whose bytes fit a cache of the device has no place here.</p>"
+    head = paragraph(
+        "A decode step must read its weights and state once; the line is what the measured read bandwidth "
+        f"({'; '.join(name for _, name in roofs)}) allows. A label is the run's rank and its share of that. "
+        "A run whose bytes fit a cache of the device has no place here."
     )
     plot = svg.scatter(points, roofs, x_unit="GB read per step", y_unit="decode steps/s", roof_y=high)
     return head + plot
 
 
-def _effects(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
+def _effects(runs: Sequence[Run], ranked: Sequence[Run]) -> Markup:
     effects = main_effects(runs)
     if not effects:
-        return ""
+        return Markup("")
     drawn = []
     for effect in effects:
         found = effect.ratio
@@ -156,11 +161,11 @@ def _effects(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
         drawn.append(Row(label, times(found), bars, f"by medians {by_medians(found)}; {found.phrase}; {pairs}{spread}"))
     values = [v for effect in effects for v in (effect.ratio.value, effect.ratio.low, effect.ratio.high) if v]
     scale = Scale(min(*values, 1.0) / 1.05, max(*values, 1.0) * 1.05, log=True)
-    head = (
-        "<p>What each setting does to decode speed: geometric mean over pairs of runs that differ in it alone, with "
-        "the 95 % interval of each by itself; where that spans 1 there is no difference to speak of.</p>"
+    head = paragraph(
+        "What each setting does to decode speed: geometric mean over pairs of runs that differ in it alone, with "
+        "the 95 % interval of each by itself; where that spans 1 there is no difference to speak of."
     )
-    marks = html_table.below(legend(effect.ratio for effect in effects))
+    marks = paragraph(legend(effect.ratio for effect in effects), "soft")
     return head + svg.rows(drawn, scale, "× speed", zero=1.0) + marks
 
 
@@ -168,10 +173,10 @@ def _effects(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
 PARTS = ("kernels", "copies", "gaps", "host")
 
 
-def _time_split(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
+def _time_split(runs: Sequence[Run], ranked: Sequence[Run]) -> Markup:
     having = [run for run in ranked if run.record.get("time_split")][:MOST]
     if not having:
-        return ""
+        return Markup("")
     drawn, longest = [], 0.0
     for run in having:
         split, at, bars = run.record["time_split"], 0.0, []
@@ -183,15 +188,15 @@ def _time_split(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
         note = ", ".join(f"{part} {number(split.get(f'{part}_us'))}" for part in PARTS)
         drawn.append(Row(label_of(run), f"{number(split.get('wall_us'))} µs", bars, note, run=run.id))
     names = ("GPU kernels", "copies", "gaps between them", "waiting for the host")
-    legend = _legend(dict(zip(names, ("--part-1", "--part-2", "--part-4", "--part-3"), strict=True)))
-    head = (
-        "<p>Where a token's time goes, from a profiled pass of its own that is no part of the timing. Gaps are the GPU's "
-        "own between two kernels; while it waits for the host it has nothing to do.</p>"
+    legend = _legend(dict(zip(names, ("part-1", "part-2", "part-4", "part-3"), strict=True)))
+    head = paragraph(
+        "Where a token's time goes, from a profiled pass of its own that is no part of the timing. Gaps are the GPU's "
+        "own between two kernels; while it waits for the host it has nothing to do."
     )
     return head + legend + svg.rows(drawn, Scale(0, longest or 1.0), "µs") + _cut(ranked)
 
 
-def _environment(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
+def _environment(runs: Sequence[Run], ranked: Sequence[Run]) -> Markup:
     rows = []
     # A cell that never ran knows no machine.
     ran = [run for run in runs if run.prepared] or runs
@@ -206,7 +211,7 @@ def _environment(runs: Sequence[Run], ranked: Sequence[Run]) -> str:
             rows.append([name, "; ".join(parts)])
     versions = (ran[0].record["environment"] or {}).get("versions") or {}
     rows.append(["versions of the first run", ", ".join(f"{k} {v}" for k, v in versions.items() if v)])
-    return html_table.render(Table(["condition", "value"], rows, css=["", "wrap"])) + (_telemetry(ranked) or _gpu_states(ranked))
+    return html_table.table(Table(["condition", "value"], rows, css=["", "wrap"])) + (_telemetry(ranked) or _gpu_states(ranked))
 
 
 TELEMETRY = {
@@ -215,7 +220,7 @@ TELEMETRY = {
 }  # fmt: skip
 
 
-def _telemetry(ranked: Sequence[Run]) -> str:
+def _telemetry(ranked: Sequence[Run]) -> Markup:
     """The machine while each run was timed: least, median and most of each quantity, and what slowed it down."""
     having = [run for run in ranked[:MOST] if run.record.get("telemetry")]
     having = [run for run in having if run.record["telemetry"].get("n") or run.record["telemetry"].get("other_load")]
@@ -234,12 +239,12 @@ def _telemetry(ranked: Sequence[Run]) -> str:
         others = seen.get("other_load")
         rows.append([label_of(run), *ranges, f"{number(others['cores'])} of {others['of']}" if others else "–", slowed])
     if not rows:
-        return ""
+        return Markup("")
     header = ["run", *(f"{TELEMETRY[name]}, least – median – most" for name in names), "cores other processes used", "throttled"]
-    return html_table.render(Table(header, rows, of="While timed", css=["wrap"]))
+    return html_table.table(Table(header, rows, of="While timed", css=["wrap"]))
 
 
-def _gpu_states(ranked: Sequence[Run]) -> str:
+def _gpu_states(ranked: Sequence[Run]) -> Markup:
     """Clocks, power and temperature before and after each run."""
     names = {"sm_mhz": "SM MHz", "memory_mhz": "memory MHz", "power_w": "power W", "temperature_c": "°C"}
     rows = []
@@ -249,23 +254,21 @@ def _gpu_states(ranked: Sequence[Run]) -> str:
             states = [f"{number(before.get(key))} → {number(after.get(key))}" for key in names]
             rows.append([label_of(run), *states])
     if not rows:
-        return ""
-    return html_table.render(Table(["run", *names.values()], rows, of="GPU before and after", css=["wrap"]))
+        return Markup("")
+    return html_table.table(Table(["run", *names.values()], rows, of="GPU before and after", css=["wrap"]))
 
 
-def _legend(parts: dict[str, str]) -> str:
-    items = "".join(
-        f'<span><i style="background: var({colour})"></i>{escape(name)}</span>' for name, colour in parts.items()
-    )
-    return f'<div class="legend">{items}</div>'
+def _legend(parts: dict[str, str]) -> Markup:
+    """{name: CSS class}."""
+    return render("legend", parts=parts)
 
 
-def _cut(ranked: Sequence[Any]) -> str:
-    return f'<p class="soft">The {MOST} fastest of {len(ranked)} runs.</p>' if len(ranked) > MOST else ""
+def _cut(ranked: Sequence[Any]) -> Markup:
+    return paragraph(f"The {MOST} fastest of {len(ranked)} runs." if len(ranked) > MOST else "", "soft")
 
 
 # In the order of the page.
-SECTIONS: dict[str, Callable[[Sequence[Run], Sequence[Run]], str]] = {
+SECTIONS: dict[str, Callable[[Sequence[Run], Sequence[Run]], Markup]] = {
     "Processes": _tables("Processes"),
     "Speed-up": _waterfall,
     "Effects": _effects,

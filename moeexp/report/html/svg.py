@@ -1,5 +1,5 @@
 """Charts as HTML rows of inline SVG. Geometry is in percent of the width, text is HTML beside it, so that a chart is as
-readable on a phone as on a desk. Every function takes plain numbers and returns markup; texts are escaped here.
+readable on a phone as on a desk. Geometry is computed here; templates/rows.html and scatter.html write it.
 
 A row or point carries `data-run`, by which the page's filter shows and hides it.
 """
@@ -9,9 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape
+from typing import Any
 
 import numpy as np
+from markupsafe import Markup
+
+from moeexp.report.html.template import render
 
 BINS = 72
 LABEL = 5  # percent of a plot's height that a line of text takes
@@ -74,71 +77,66 @@ class Scale:
         return [self.low, self.high]
 
 
-def rows(items: Sequence[Row], scale: Scale, unit: str, *, zero: float | None = None) -> str:
+@dataclass(frozen=True)
+class Shape:
+    """An element of SVG with its text, and what shows on hover."""
+
+    tag: str
+    attributes: dict[str, Any]
+    text: str = ""
+    hint: str = ""
+
+
+def rows(items: Sequence[Row], scale: Scale, unit: str, *, zero: float | None = None) -> Markup:
     """Horizontal bars, intervals or histograms, one row each, over a common axis."""
-    return (
-        '<div class="chart">' + "".join(_row(item, scale, zero) for item in items) + _axis(scale, unit) + "</div>"
-    )
+    drawn = [(item, _row(item, scale, zero)) for item in items]
+    return render("rows", rows=drawn, axis=[_tick(scale(tick), tick) for tick in scale.ticks()], unit=unit)
 
 
-def _row(item: Row, scale: Scale, zero: float | None) -> str:
+def _row(item: Row, scale: Scale, zero: float | None) -> list[Shape]:
     drawn = [_line(scale(tick), "grid") for tick in scale.ticks()]
     if zero is not None:
         drawn.append(_line(scale(zero), "zero"))
     drawn += _histogram(item.samples, scale) + [_bar(bar, scale) for bar in item.bars]
-    drawn += [_line(scale(place), "mark", hint) for place, hint in item.marks]
-    run = f' data-run="{escape(item.run)}"' if item.run is not None else ""
-    note = f'<span class="note">{escape(item.note)}</span>' if item.note else ""
-    title = escape(f"{item.label}: {item.value} {item.note}".strip())
-    return (
-        f'<div class="row"{run}><div class="label">{escape(item.label)}</div>'
-        f'<svg class="track" role="img" aria-label="{title}">{"".join(drawn)}</svg>'
-        f'<div class="value">{escape(item.value)}{note}</div></div>'
-    )
+    return drawn + [_line(scale(place), "mark", hint) for place, hint in item.marks]
 
 
-def _bar(bar: Bar, scale: Scale) -> str:
+def _bar(bar: Bar, scale: Scale) -> Shape:
     left, right = sorted((scale(bar.start), scale(bar.end)))
-    hint = f"<title>{escape(bar.hint)}</title>" if bar.hint else ""
     if bar.kind == "dot":
-        return f'<circle class="dot" cx="{left}%" cy="50%" r="5">{hint}</circle>'
+        return Shape("circle", {"class": "dot", "cx": f"{left}%", "cy": "50%", "r": 5}, hint=bar.hint)
     if bar.kind == "range":
-        return f'<line class="range" x1="{left}%" x2="{right}%" y1="50%" y2="50%">{hint}</line>'
+        place = {"x1": f"{left}%", "x2": f"{right}%", "y1": "50%", "y2": "50%"}
+        return Shape("line", {"class": "range"} | place, hint=bar.hint)
     # A bar that is there is seen: at least a hair's width.
     width = max(round(right - left, 3), 0.3)
-    return f'<rect class="{escape(bar.kind)}" x="{left}%" y="18%" width="{width}%" height="64%" rx="2">{hint}</rect>'
+    place = {"x": f"{left}%", "y": "18%", "width": f"{width}%", "height": "64%", "rx": 2}
+    return Shape("rect", {"class": bar.kind} | place, hint=bar.hint)
 
 
-def _histogram(samples: Sequence[float], scale: Scale) -> list[str]:
+def _histogram(samples: Sequence[float], scale: Scale) -> list[Shape]:
     if not len(samples):
         return []
     places = [scale(sample) for sample in samples]
     counts, edges = np.histogram(places, bins=BINS, range=(0, 100))
     most, width = counts.max(), 100 / BINS
     return [
-        f'<rect class="bin" x="{left:.2f}%" y="{100 - 92 * count / most:.1f}%" width="{width:.2f}%" '
-        f'height="{92 * count / most:.1f}%"/>'
+        Shape("rect", {
+            "class": "bin", "x": f"{left:.2f}%", "y": f"{100 - 92 * count / most:.1f}%", "width": f"{width:.2f}%",
+            "height": f"{92 * count / most:.1f}%",
+        })  # fmt: skip
         for count, left in zip(counts, edges, strict=False)
         if count
     ]
 
 
-def _line(at: float, kind: str, hint: str = "") -> str:
-    title = f"<title>{escape(hint)}</title>" if hint else ""
-    return f'<line class="{kind}" x1="{at}%" x2="{at}%" y1="0" y2="100%">{title}</line>'
+def _line(at: float, kind: str, hint: str = "") -> Shape:
+    return Shape("line", {"class": kind, "x1": f"{at}%", "x2": f"{at}%", "y1": 0, "y2": "100%"}, hint=hint)
 
 
-def _axis(scale: Scale, unit: str) -> str:
-    texts = "".join(_tick(scale(tick), tick) for tick in scale.ticks())
-    return (
-        f'<div class="row axis"><div class="label"></div><svg class="track" aria-hidden="true">{texts}</svg>'
-        f'<div class="value">{escape(unit)}</div></div>'
-    )
-
-
-def _tick(at: float, value: float) -> str:
+def _tick(at: float, value: float) -> Shape:
     anchor = "start" if at < 4 else "end" if at > 96 else "middle"
-    return f'<text x="{at}%" y="14" text-anchor="{anchor}">{short(value)}</text>'
+    return Shape("text", {"x": f"{at}%", "y": 14, "text-anchor": anchor}, short(value))
 
 
 def short(value: float) -> str:
@@ -160,32 +158,26 @@ class Point:
 
 def scatter(
     points: Sequence[Point], roofs: Sequence[tuple[float, str]], *, x_unit: str, y_unit: str, roof_y: float
-) -> str:
+) -> Markup:
     """Points on log-log axes under roofs y = c / x; `roofs`: (c, name). `roof_y`: the highest y that the plot needs."""
     x = Scale(min(p.x for p in points) / 2, max(p.x for p in points) * 2, log=True)
     y = Scale(min(p.y for p in points) / 2, max(roof_y, max(p.y for p in points) * 2), log=True)
-    parts = [_line(x(tick), "grid") for tick in x.ticks()]
-    parts += [f'<line class="grid" x1="0" x2="100%" y1="{100 - y(t)}%" y2="{100 - y(t)}%"/>' for t in y.ticks()]
-    parts += [f'<text x="6" y="{100 - y(t):.2f}%" dy="-4">{short(t)}</text>' for t in y.ticks()]
+    shapes = [_line(x(tick), "grid") for tick in x.ticks()]
+    levels = [(100 - y(tick), short(tick)) for tick in y.ticks()]
+    shapes += [Shape("line", {"class": "grid", "x1": 0, "x2": "100%", "y1": f"{at}%", "y2": f"{at}%"}) for at, _ in levels]
+    shapes += [Shape("text", {"x": 6, "y": f"{at:.2f}%", "dy": -4}, text) for at, text in levels]
     for c, name in roofs:
         # Both ends within the plot: the roof leaves it at the top or at a side.
         left, right = max(x.low, c / y.high), min(x.high, c / y.low)
         if left < right:
-            parts.append(
-                f'<line class="roof" x1="{x(left)}%" y1="{100 - y(c / left)}%" x2="{x(right)}%" '
-                f'y2="{100 - y(c / right)}%"><title>{escape(name)}</title></line>'
-            )
-    parts += _named(points, x, y)
-    ticks = "".join(_tick(x(tick), tick) for tick in x.ticks())
-    return (
-        f'<div class="plot"><div class="y-unit">{escape(y_unit)}</div><svg class="area" role="img" '
-        f'aria-label="{escape(y_unit)} over {escape(x_unit)}">{"".join(parts)}</svg>'
-        f'<svg class="x-axis" aria-hidden="true">{ticks}</svg><div class="x-unit">{escape(x_unit)}</div></div>'
-    )
+            place = {"x1": f"{x(left)}%", "y1": f"{100 - y(c / left)}%", "x2": f"{x(right)}%", "y2": f"{100 - y(c / right)}%"}
+            shapes.append(Shape("line", {"class": "roof"} | place, hint=name))
+    axis = [_tick(x(tick), tick) for tick in x.ticks()]
+    return render("scatter", shapes=shapes, points=_named(points, x, y), axis=axis, x_unit=x_unit, y_unit=y_unit)
 
 
-def _named(points: Sequence[Point], x: Scale, y: Scale) -> list[str]:
-    """Dots with their texts beside them; a text that would lie on an earlier one goes below it."""
+def _named(points: Sequence[Point], x: Scale, y: Scale) -> list[tuple[str, list[Shape]]]:
+    """Of each run a dot with its text beside it; a text that would lie on an earlier one goes below it."""
     parts, taken = [], []
     for p in points:
         cx, cy = x(p.x), 100 - y(p.y)
@@ -194,10 +186,7 @@ def _named(points: Sequence[Point], x: Scale, y: Scale) -> list[str]:
             below += 1
         taken.append((cx, cy + below * LABEL))
         side, anchor = (8, "start") if cx < 80 else (-8, "end")
-        parts.append(
-            f'<g data-run="{escape(p.run)}"><circle class="dot" cx="{cx}%" cy="{cy:.3f}%" r="5">'
-            f"<title>{escape(p.hint)}</title></circle>"
-            f'<text class="name" x="{cx}%" y="{cy + below * LABEL:.3f}%" dx="{side}" dy="4" '
-            f'text-anchor="{anchor}">{escape(p.text)}</text></g>'
-        )
+        dot = Shape("circle", {"class": "dot", "cx": f"{cx}%", "cy": f"{cy:.3f}%", "r": 5}, hint=p.hint)
+        place = {"x": f"{cx}%", "y": f"{cy + below * LABEL:.3f}%", "dx": side, "dy": 4, "text-anchor": anchor}
+        parts.append((p.run, [dot, Shape("text", {"class": "name"} | place, p.text)]))
     return parts

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from html import escape
+from dataclasses import dataclass, replace
 from typing import Any
 
+from markupsafe import Markup
+
 from moeexp.report.format import MEDIAN, MEDIAN_NOTE, NONE, number
+from moeexp.report.html.template import render
 from moeexp.report.ratios import by_medians, legend, three, times
 from moeexp.report.records import cell_of, in_time, is_median, why
 from moeexp.report.runs import Run, gain
@@ -27,9 +28,15 @@ class Cell:
     text: str
     value: Any = None  # what the column is sorted by; None is last
     css: str = ""
+    axis: str | None = None  # by which the page filters
+
+    @property
+    def parts(self) -> list[str]:
+        """Which may stand below each other (a value, its interval); none breaks in itself."""
+        return self.text.replace(" [", "\n[").split("\n")
 
 
-def ranking(ranked: Sequence[Run]) -> str:
+def ranking(ranked: Sequence[Run]) -> Markup:
     """Every run, fastest first, a column for each setting that differs and each figure that some run has. In place of
     figures, a run that has none says why."""
     settings = [run.settings | run.asked for run in ranked]
@@ -57,100 +64,62 @@ def ranking(ranked: Sequence[Run]) -> str:
     header += [_header(name, True, name in hidden) for name, _ in rest]
     rows = []
     for index, run in enumerate(ranked):
-        cells = [_cell(Cell(str(index + 1), index + 1), "number")]
-        cells += [_cell(of_runs[index], "cell" if name == "cell" else "number") for name, of_runs in speed]
+        cells = [Cell(str(index + 1), index + 1, "number")]
+        cells += [_styled(of_runs[index], "cell" if name == "cell" else "number") for name, of_runs in speed]
         cells += [_axis_cell(axis, settings[index][axis], "rare" * (axis in hidden)) for axis in axes]
         status = run.record["status"]
         cells.append(_axis_cell("status", status, f"status {status}"))
         reason = why(run.record) if status != "ok" else None
-        if rest and reason and all(of_runs[index].value is None for _, of_runs in rest):
-            cells.append(f'<td class="why" colspan="{len(rest)}"><div>{escape(reason)}</div></td>')
-        else:
-            cells += [_cell(of_runs[index], "number rare" if name in hidden else "number") for name, of_runs in rest]
-        rows.append(f'<tr data-run="{escape(run.id)}">{"".join(cells)}</tr>')
-    table = f'<table id="ranked"><thead><tr>{"".join(header)}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+        if not (rest and reason and all(of_runs[index].value is None for _, of_runs in rest)):
+            reason = None
+            cells += [_styled(of_runs[index], "number rare" if name in hidden else "number") for name, of_runs in rest]
+        rows.append((run.id, cells, reason, len(rest)))
     more = [name for name in (*axes, *(name for name, _ in rest)) if name in hidden]
     gains = [gain(run, first[run.workload]) for run in ranked if run.speed]
     said = legend(gains)
     if any(is_median(run.record, "prefill_tok_s") for run in ranked):
         said = f"{said} {MEDIAN} Prefill {MEDIAN_NOTE}.".strip()
-    return _filters(settings, ranked, axes, more) + f'<div class="scroll">{table}</div>' + below(said)
+    choices = _choices(settings, ranked, axes)
+    return render("ranking", choices=choices, more=more, header=header, rows=rows, legend=said)
 
 
-def below(line: str) -> str:
-    """A line under a table or a chart; nothing for an empty one."""
-    return f'<p class="soft">{escape(line)}</p>' if line else ""
+def table(of: Table) -> Markup:
+    """A table of a report, under what it is of and above its notes."""
 
-
-def render(table: Table) -> str:
-    """A table of a report, its texts escaped, under what it is of and above its notes."""
-
-    def cells(tag: str, texts: Sequence[str], last: str = "") -> str:
-        names = [*table.css, *[""] * (len(texts) - len(table.css))]
+    def cells(texts: Sequence[str], last: str = "") -> list[tuple[str, str]]:
+        names = [*of.css, *[""] * (len(texts) - len(of.css))]
         names[-1] = f"{names[-1]} {last}".strip()
-        return "".join(
-            f"<{tag}{f' class={chr(34)}{escape(css)}{chr(34)}' if css else ''}>{escape(text)}</{tag}>"
-            for text, css in zip(texts, names, strict=True)
-        )
+        return list(zip(texts, names, strict=True))
 
-    kinds = table.kinds or [""] * len(table.rows)
-    body = "".join(f"<tr>{cells('td', row, kind)}</tr>" for row, kind in zip(table.rows, kinds, strict=True))
-    head = f"<h3>{escape(table.of)}</h3>" if table.of else ""
-    return (
-        f'{head}<div class="scroll"><table><thead><tr>{cells("th", table.header)}</tr></thead><tbody>{body}</tbody></table></div>'
-        + "".join(map(below, table.notes))
-    )
+    kinds = of.kinds or [""] * len(of.rows)
+    rows = [cells(row, kind) for row, kind in zip(of.rows, kinds, strict=True)]
+    return render("table", table=of, header=cells(of.header), rows=rows)
 
 
-def _filters(
-    settings: Sequence[dict[str, str]], ranked: Sequence[Run], axes: Sequence[str], more: Sequence[str]
-) -> str:
-    """A choice for each axis, the search, and the box that shows the columns `more`."""
-    choices = {axis: list(dict.fromkeys(one[axis] for one in settings)) for axis in axes}
-    choices["status"] = list(dict.fromkeys(run.record["status"] for run in ranked))
-    boxes = ""
-    for axis, values in choices.items():
-        if 1 < len(values) <= FEW:
-            options = "".join(f'<option value="={escape(v)}">{escape(v[:60])}</option>' for v in sorted(values))
-            boxes += (
-                f'<label>{escape(axis)}<select data-axis="{escape(axis)}"><option value="">all</option>'
-                f"{options}</select></label>"
-            )
-    search = '<label>search<input id="search" type="search" placeholder="any text"></label>'
-    box = ""
-    if more:
-        said = escape(f"also {', '.join(more)}")
-        box = f'<label class="box" title="{said}"><input id="all-columns" type="checkbox">all columns</label>'
-    return f'<div class="filters">{boxes}{search}{box}<span id="count"></span></div>'
+def _choices(settings: Sequence[dict[str, str]], ranked: Sequence[Run], axes: Sequence[str]) -> dict[str, list[str]]:
+    """What a filter lists for each axis."""
+    found = {axis: sorted({one[axis] for one in settings}) for axis in axes}
+    found["status"] = sorted({run.record["status"] for run in ranked})
+    return {axis: values for axis, values in found.items() if 1 < len(values) <= FEW}
 
 
-def _header(name: str, is_number: bool, rare: bool = False) -> str:
-    names = " ".join(["number"] * is_number + ["rare"] * rare)
-    css = f' class="{names}"' if names else ""
-    return f'<th{css} scope="col"><button type="button">{_breakable(name)}</button></th>'
+def _header(name: str, is_number: bool, rare: bool = False) -> tuple[str, str]:
+    return name, " ".join(["number"] * is_number + ["rare"] * rare)
 
 
-def _breakable(text: str) -> str:
-    """Escaped, and with places where a narrow column may break it: a setting's name is one long word."""
-    return re.sub(r"([_.:])(?=\w)", r"\1<wbr>", escape(text))
+def _axis_cell(axis: str, text: str, css: str = "") -> Cell:
+    return Cell(text, text, f"{css}{' wrap' * (len(text) > 40)}", axis)
 
 
-def _axis_cell(axis: str, text: str, css: str = "") -> str:
-    wide = " wrap" if len(text) > 40 else ""
-    return f'<td class="{css}{wide}" data-axis="{escape(axis)}" data-value="{escape(text)}">{_breakable(text)}</td>'
-
-
-def _cell(cell: Cell, css: str) -> str:
-    value = "" if cell.value is None else escape(str(cell.value))
-    # Parts may stand below each other (a value, its interval), and none breaks in itself.
-    parts = escape(cell.text).replace(" [", "\n[").split("\n")
-    text = " ".join(f"<span>{part}</span>" for part in parts) if len(parts) > 1 else parts[0]
-    return f'<td class="{css} {cell.css}" data-value="{value}">{text}</td>'
+def _styled(cell: Cell, css: str) -> Cell:
+    return replace(cell, css=f"{css} {cell.css}")
 
 
 def _figure(get: Callable[[dict[str, Any]], Any], scale: float = 1.0) -> Callable[[Run, dict], Cell]:
     def figure(run: Run, first: dict[tuple, Run]) -> Cell:
         value = get(run.record)
+        if isinstance(value, str):  # not finite
+            return Cell(value)
         return Cell("–") if value is None else Cell(number(scale * value), scale * value)
 
     return figure

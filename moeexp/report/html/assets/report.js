@@ -8,6 +8,10 @@
   const filters = [...document.querySelectorAll(".filters [data-axis]")];
   const search = document.getElementById("search");
 
+  // What would turn the direction of writing or act otherwise is spelled, as in the rest of the page.
+  const acting = /[\u007f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g;
+  const spelled = (text) => text.replace(acting, (one) => "\\u" + one.charCodeAt(0).toString(16).padStart(4, "0"));
+
   function apply() {
     const shown = new Set();
     for (const row of body.rows) {
@@ -59,7 +63,7 @@
   for (const details of document.querySelectorAll("details[data-record]")) {
     details.addEventListener("toggle", () => {
       const target = details.querySelector("pre");
-      if (!target.textContent) target.textContent = JSON.stringify(records[Number(details.dataset.record)], null, 1);
+      if (!target.textContent) target.textContent = spelled(JSON.stringify(records[Number(details.dataset.record)], null, 1));
     });
   }
   apply();

@@ -1,0 +1,30 @@
+"""A process that leads a group of its own: seen to end, and killed with what it has started.
+
+Its number, which is also the group's, is its own until somebody has waited for it. From then on the system may give it to
+any other process: a signal that is sent late reaches a stranger.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+
+
+def has_ended(process: subprocess.Popen) -> bool:
+    """Whether it has ended, without waiting for it: its group can still be killed."""
+    if process.returncode is not None:
+        return True
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def send(process: subprocess.Popen, number: int) -> None:
+    """A signal to it alone; nothing where it has been waited for. (`Popen.send_signal` waits for one that has ended.)"""
+    if process.returncode is None:
+        os.kill(process.pid, number)
+
+
+def kill_group(process: subprocess.Popen) -> None:
+    """SIGKILL to it and all of its group that is left; nothing where it has been waited for."""
+    if process.returncode is None:
+        os.killpg(process.pid, signal.SIGKILL)
