@@ -125,7 +125,7 @@ def _check_rows(record: dict[str, Any]) -> list[Row]:
             text.append(measured, style="not bold default")
         rows.append((f"check {part['name']}", text))
     if not rows:
-        rows.append(("check", "passed" if check["passed"] else "FAILED"))
+        rows.append(("check", "passed" if check.get("passed") else "FAILED"))
     return rows
 
 

@@ -97,6 +97,9 @@ def damages(record: dict[str, Any], generator: random.Random) -> Iterator[Damage
         where = ".".join(map(str, path))
         value = generator.choice(VALUES)
         yield f"{where} = {value!r:.60}", dumped(replaced(record, path, value))
+        other = generator.choice([place for place in places if place[0] != path[0]])
+        both = replaced(replaced(record, path, value), other, again := generator.choice(VALUES))
+        yield f"{where} = {value!r:.60}, {'.'.join(map(str, other))} = {again!r:.60}", dumped(both)
         raw = generator.choice(RAW)
         yield f"{where} = {raw[:20]!r}", dumped(replaced(record, path, "\0here")).replace(b'"\\u0000here"', raw)
         yield f"{where} deleted", dumped(deleted(record, path))
@@ -161,6 +164,7 @@ class Readers:
         pair, alone = [str(self.folder)], [str(self.damaged.parent)]
         for to in ("md", "html", "wandb"):
             out = ["--to", to, "--out", str(self.out / f"report.{to}")]
+            out += ["--project", "p", "--entity", "e"] * (to == "wandb")  # of two it asks for one
             said = run(report.main, [*pair, *out], 0, what)
             assert ("1 of 2 records left out" in said) == (refused is not None), (what, to, said)
             run(report.main, [*alone, *out], 2 if refused else (0, 2) if to == "wandb" else 0, what)
