@@ -476,13 +476,13 @@ def test_energy_is_of_decoding_and_experts_are_counted(stack, graph):
     if energy.counter(torch.device("cuda")) is None:
         pytest.skip("no CUDA device whose energy is told")
     session, found = stack(f"cuda_graph={graph}").session, []
-    for new_tokens in (24, 72):
+    for new_tokens in (24, 24, 72):  # the first for clocks and temperature: where the host is what a step waits for, they rise
         cfg = configured(f"cuda_graph={graph}", f"new_tokens={new_tokens}")
         record = SimpleNamespace(latencies_ms=[], prefill_ms=[], ttft_ms=[])
         found.append(Benchmark(cfg, session, tokens(21), None, record).energy())
-    short, long = (each["joules_per_token"] for each in found)
-    assert 0 < short and long == pytest.approx(short, rel=0.3)
-    assert found[1]["energy"]["joules_per_prefill"] == pytest.approx(found[0]["energy"]["joules_per_prefill"], rel=0.2)
+    short, long = (each["joules_per_token"] for each in found[1:])
+    assert 0 < short and long == pytest.approx(short, rel=0.3), found
+    assert found[2]["energy"]["joules_per_prefill"] == pytest.approx(found[1]["energy"]["joules_per_prefill"], rel=0.3), found
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,7 @@ def test_rows_of_a_batch_end_each_at_its_own_end(tmp_path, monkeypatch, mode):
             "model=nano",
             "model.weights=weights",
             "model.heldout=null",
+            "model.tokenizer=none",
             "quant=none",
             "export=eager",
             "tracker=jsonl",
