@@ -17,7 +17,8 @@ from test_kernels_moe import check_experts, choices, experts
 TILE_SHAPE = {"D": 128, "E": 7, "width": 128, "shared": 128, "group": 64}
 TILE_ROW = {
     "FROM": 1, "gate_up": {"BLOCK_I": 64, "PASSES": 1, "WEIGHTS_FIRST": False, "CACHE": "", "num_warps": 4},
-    "down": {"BLOCK_D": 128, "PASSES": 1, "WEIGHTS_FIRST": False, "CACHE": "", "num_warps": 4}, "combine": {"BLOCK_D": 256, "num_warps": 4},
+    "down": {"BLOCK_D": 128, "PASSES": 1, "WEIGHTS_FIRST": False, "CACHE": "", "num_warps": 4},
+    "combine": {"BLOCK_D": 256, "num_warps": 4},
 }  # fmt: skip
 
 
