@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import os
 import subprocess
 import sys
@@ -65,6 +66,55 @@ def test_a_result_handed_out_can_be_changed(analysis):
     analyse, _ = analysis
     analyse("kernel", {"x": torch.zeros(2)}, {}).append("y")
     assert analyse("kernel", {"x": torch.zeros(2)}, {}) == ["x"]
+
+
+class Wrapper:
+    """Names arrays as torch 2.11 does: by `id()` of a method that is bound anew each time it is asked for."""
+
+    def __init__(self):
+        self.cache, self.lines = {}, []
+
+    def declare(self, int_array, writeline, known_statically=False, graph=None):
+        key = int_array, id(writeline), known_statically, id(graph) if graph else None
+        if key not in self.cache:
+            self.cache[key] = f"int_array_{len(self.cache)}"
+            writeline(f"{self.cache[key]} = {int_array}")
+        return self.cache[key]
+
+
+class Scope:
+    def __init__(self):
+        self.lines = []
+
+    def writeline(self, line):
+        self.lines.append(line)
+
+
+def undeclared(declare):
+    """How often one of 200 scopes, each of which is gone before the next, names an array that it does not declare."""
+    wrapper, missing, declared = Wrapper(), 0, 0
+    for _ in range(200):
+        scope = Scope()
+        names = [declare(wrapper, "{1}", scope.writeline) for _ in range(3)]
+        missing += sum(not any(line.startswith(f"{name} =") for line in scope.lines) for name in names)
+        declared += len(scope.lines)
+        del scope
+    return missing, declared
+
+
+def test_a_scope_names_only_arrays_that_it_declares():
+    assert undeclared(Wrapper.declare)[0] > 0, "the slip that is mended"
+    assert undeclared(inductor.by_writer(Wrapper.declare)) == (0, 200)
+
+
+def test_the_wrapper_goes_by_the_writer():
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+
+    inductor.declare_arrays_once_per_writer(), inductor.declare_arrays_once_per_writer()
+    declare = CppWrapperCpu.codegen_int_array_var
+    wrapped = getattr(declare, "__wrapped__", None)
+    assert ("__self__" in inspect.unwrap(declare).__code__.co_consts) == (wrapped is None)
+    assert not hasattr(wrapped, "__wrapped__")
 
 
 def test_torch_has_the_functions_that_are_replaced():

@@ -23,7 +23,11 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from moeexp.model.qwen3_5_moe import Ops, Qwen35MoE
-from moeexp.stack.inductor import remember_kernel_analyses, without_copies_of_constants
+from moeexp.stack.inductor import (
+    declare_arrays_once_per_writer,
+    remember_kernel_analyses,
+    without_copies_of_constants,
+)
 
 METHODS = ("prefill", "decode")
 # dispatch -> the methods that it is made of.
@@ -187,6 +191,7 @@ def compile_method(program: ExportedProgram, path: Path, config: dict[str, Any])
     from torch._inductor import aoti_compile_and_package
 
     remember_kernel_analyses()
+    declare_arrays_once_per_writer()
     with torch.no_grad(), _sizes_may_be_one(), without_copies_of_constants(), warnings.catch_warnings():
         # torch's own, about its own pytrees; nothing that a user could act on.
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
