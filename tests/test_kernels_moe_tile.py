@@ -16,8 +16,8 @@ from test_kernels_moe import check_experts, choices, experts
 
 TILE_SHAPE = {"D": 128, "E": 7, "width": 128, "shared": 128, "group": 64}
 TILE_ROW = {
-    "FROM": 1, "gate_up": {"BLOCK_I": 64, "PASSES": 1, "WEIGHTS_FIRST": False, "CACHE": "", "num_warps": 4},
-    "down": {"BLOCK_D": 128, "PASSES": 1, "WEIGHTS_FIRST": False, "CACHE": "", "num_warps": 4},
+    "FROM": 1, "gate_up": {"BLOCK_I": 64, "PASSES": 1, "CACHE": "", "num_warps": 4},
+    "down": {"BLOCK_D": 128, "PASSES": 1, "CACHE": "", "num_warps": 4},
     "combine": {"BLOCK_D": 256, "num_warps": 4},
 }  # fmt: skip
 
@@ -80,8 +80,8 @@ def test_a_row_of_the_experts_is_the_same_to_the_bit_among_any_others(dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
-    [("gate_up", {"BLOCK_I": 8}), ("gate_up", {"PASSES": 2}), ("gate_up", {"WEIGHTS_FIRST": True}), ("down", {"BLOCK_D": 32}),
-     ("down", {"PASSES": 2}), ("down", {"WEIGHTS_FIRST": True}), ("combine", {"BLOCK_D": 64})],
+    [("gate_up", {"BLOCK_I": 8}), ("gate_up", {"PASSES": 2}), ("down", {"BLOCK_D": 32}),
+     ("down", {"PASSES": 2}), ("combine", {"BLOCK_D": 64})],
 )  # fmt: skip
 def test_launch_parameters_of_the_experts_tile_change_no_bit(change):
     arguments, (kernel, values) = tile_arguments(11), change

@@ -46,12 +46,12 @@ TILE = tuple(  # every warp has groups of its own: with eight, half as many regi
     ]
 )  # fmt: skip
 MOE_TILE = tuple(
-    {kernel: {name: block, "PASSES": passes, "WEIGHTS_FIRST": first, "CACHE": ".cg", "num_warps": warps}}
+    {kernel: {name: block, "PASSES": passes, "CACHE": ".cg", "num_warps": warps}}
     for kernel, name, choices in [  # few warps win: eight lost everywhere
-        ("gate_up", "BLOCK_I", [(8, 1, False, 4), (8, 1, True, 4), (8, 2, True, 4), (8, 2, True, 2)]),
-        ("down", "BLOCK_D", [(32, 1, False, 2), (32, 1, True, 2), (16, 1, True, 2), (16, 1, True, 1), (64, 1, True, 4)]),
+        ("gate_up", "BLOCK_I", [(8, 1, 4), (8, 2, 4), (8, 2, 2)]),
+        ("down", "BLOCK_D", [(32, 1, 2), (16, 1, 2), (16, 1, 1), (64, 1, 4)]),
     ]
-    for block, passes, first, warps in choices
+    for block, passes, warps in choices
 ) + tuple({"combine": {"BLOCK_D": block, "num_warps": warps}} for block, warps in [(256, 4), (128, 4), (512, 4)])
 LIMBS = tuple({"START_NEXT": True, "num_warps": warps} for warps in (2, 4, 8, 16))
 GATE_UP = tuple(

@@ -14,9 +14,6 @@ act and out have a row for each pair, by expert and then by token, and M more ro
     pair   (0, e5) (0, e2) (1, e7) (1, e5)   token 0 chose experts 5 and 2, token 1 experts 7 and 5
     row       1       0       3       2      pairs of lower experts + earlier tokens of the same expert
 
-WEIGHTS_FIRST: the programs ask for their weights before they know whether they are to leave; those that leave have then read
-for nothing, mostly from L2, but the counting costs the others no time.
-
 No kernel sorts: a program counts its row in the ids, of which there are a few hundred. There are programs for each pair; those
 of an expert's first pair serve the first 8 tokens, those of its ninth the next 8, and all others leave at once. Every sum
 has a fixed order, and a row's sums do not depend on the rows beside it: it is the same to the bit for every M.
@@ -86,8 +83,7 @@ def gate_up_tile_kernel(
     limbs_ptr, units_ptr, ids_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, act_ptr, M,
     TOP_K: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
     GROUPS: tl.constexpr, BITS: tl.constexpr, LIMBS: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr,
-    COLUMNS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_I: tl.constexpr, PASSES: tl.constexpr, WEIGHTS_FIRST: tl.constexpr,
-    CACHE: tl.constexpr,
+    COLUMNS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_I: tl.constexpr, PASSES: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """act [A + M, I] float32, without the pairs' shares. Grid (blocks of I, pairs + blocks of tokens). Before the wait it reads
     weights and ids; the previous kernel, which writes the limbs, must wait before it lets this one start."""
@@ -97,13 +93,10 @@ def gate_up_tile_kernel(
     expert = tl.load(ids_ptr + tl.maximum(pair, 0), cache_modifier=".cg")
     start = tl.program_id(0) * BLOCK_I
     w_ptr, s_ptr = weights_of(w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, pair, expert, start, 2 * WIDTH, K, GROUP, BITS)
-    if WEIGHTS_FIRST:
-        tile = load_tile(w_ptr, s_ptr, WIDTH - start, K, GROUP, GROUPS, BITS, 2 * BLOCK_I, PASSES, CACHE, APART=WIDTH)
     place, count, tokens = place_of(pair, p, ids, expert, M, TOP_K, PAIRS, COLUMNS)
     if count == 0:  # without a wait: the shared expert's programs wait for all
         return
-    if not WEIGHTS_FIRST:
-        tile = load_tile(w_ptr, s_ptr, WIDTH - start, K, GROUP, GROUPS, BITS, 2 * BLOCK_I, PASSES, CACHE, APART=WIDTH)
+    tile = load_tile(w_ptr, s_ptr, WIDTH - start, K, GROUP, GROUPS, BITS, 2 * BLOCK_I, PASSES, CACHE, APART=WIDTH)
     ready = after_previous(OVERLAP)
     limbs_ptr += ready
     units_ptr += ready
@@ -124,8 +117,7 @@ def down_tile_kernel(
     limbs_ptr, units_ptr, ids_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, out_ptr, M,
     TOP_K: tl.constexpr, PAIRS: tl.constexpr, D: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
     BITS: tl.constexpr, LIMBS: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr, COLUMNS: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_D: tl.constexpr, PASSES: tl.constexpr, WEIGHTS_FIRST: tl.constexpr,
-    CACHE: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_D: tl.constexpr, PASSES: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """out [A + M, D] float32 of act in limbs [A + M, LIMBS, K]; K is the experts' width. Grid (blocks of D, pairs + blocks of
     tokens). Before the wait it reads weights, and ids, which are older than the kernel before the previous one."""
@@ -135,13 +127,10 @@ def down_tile_kernel(
     expert = tl.load(ids_ptr + tl.maximum(pair, 0), cache_modifier=".cg")
     start = tl.program_id(0) * BLOCK_D
     w_ptr, s_ptr = weights_of(w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, pair, expert, start, D, K, GROUP, BITS)
-    if WEIGHTS_FIRST:
-        tile = load_tile(w_ptr, s_ptr, D - start, K, GROUP, GROUPS, BITS, BLOCK_D, PASSES, CACHE)
     place, count, _ = place_of(pair, p, ids, expert, M, TOP_K, PAIRS, COLUMNS)
     if count == 0:
         return
-    if not WEIGHTS_FIRST:
-        tile = load_tile(w_ptr, s_ptr, D - start, K, GROUP, GROUPS, BITS, BLOCK_D, PASSES, CACHE)
+    tile = load_tile(w_ptr, s_ptr, D - start, K, GROUP, GROUPS, BITS, BLOCK_D, PASSES, CACHE)
     ready = after_previous(OVERLAP)
     limbs_ptr += place * (LIMBS * K) + ready
     units_ptr += place * (2 * (K // GROUP)) + ready
