@@ -139,8 +139,7 @@ def _time_split(a: dict[str, Any], b: dict[str, Any]) -> list[Line]:
 def _kernels(a: dict[str, Any], b: dict[str, Any]) -> list[Line]:
     """The kernels whose time changed most."""
     left, right = (
-        {kernel["name"]: kernel["us"] for kernel in (record.get("time_split") or {}).get("by_kernel") or []}
-        for record in (a, b)
+        {kernel["name"]: kernel["us"] for kernel in (record.get("time_split") or {}).get("by_kernel") or []} for record in (a, b)
     )
     lines = _changed(left, right)
     lines.sort(key=lambda line: -abs((left.get(line[0]) or 0.0) - (right.get(line[0]) or 0.0)))

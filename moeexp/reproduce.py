@@ -122,9 +122,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     parser = Parser(prog="python -m moeexp.reproduce", description="Run a record again and say whether it agrees.")
     parser.add_argument("record", metavar="RECORD", type=Path, help="a record.json, or the folder of one run")
     parser.add_argument("--out", metavar="DIR", type=Path, help="the new run's folder; default: outputs/reproduce/…")
-    parser.add_argument(
-        "--trust", action="store_true", help="run code that the record names: ops, config files, an artifact"
-    )
+    parser.add_argument("--trust", action="store_true", help="run code that the record names: ops, config files, an artifact")
     default = f"{RUN_TO_RUN['cpu']} on a CPU, {RUN_TO_RUN['cuda']} on a GPU and more as far as it waits for the host"
     parser.add_argument("--tolerance", type=float, help=f"run-to-run noise in the speed ratio; default {default}")
     options = parser.parse_args(arguments)

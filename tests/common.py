@@ -86,9 +86,7 @@ def transformers_tensors(model, *, layout: str = "fused", prefix: str = "model."
     return tensors
 
 
-def write_snapshot(
-    folder: Path, arch: Architecture, tensors: dict[str, Tensor], *, shards: int = 0, nested: bool = False
-):
+def write_snapshot(folder: Path, arch: Architecture, tensors: dict[str, Tensor], *, shards: int = 0, nested: bool = False):
     """`config.json` and weights; shards 0 is a single file without an index. nested: a multimodal config."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {"model_type": "qwen3_5_moe_text", **arch.to_hf()}

@@ -35,9 +35,7 @@ def generator(seed: int, device: str = DEVICE) -> torch.Generator:
     return torch.Generator(device=device).manual_seed(seed)
 
 
-def randn(
-    *shape: int, seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, device: str = DEVICE
-) -> Tensor:
+def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, device: str = DEVICE) -> Tensor:
     """Normal values, drawn on the CPU so that every device sees the same ones."""
     return (torch.randn(*shape, generator=generator(seed, "cpu")) * scale).to(device=device, dtype=dtype)
 

@@ -110,8 +110,7 @@ def load(cores: float, of: int = 16) -> dict[str, Any]:
 def grid(speeds: dict[tuple[str, ...], float], **values: Any) -> list[dict[str, Any]]:
     """{overrides: ms per token} -> records in that order."""
     return [
-        record(*overrides, id=f"ab.{index}", ms=ms, seed=index, **values)
-        for index, (overrides, ms) in enumerate(speeds.items())
+        record(*overrides, id=f"ab.{index}", ms=ms, seed=index, **values) for index, (overrides, ms) in enumerate(speeds.items())
     ]
 
 

@@ -228,9 +228,7 @@ def test_damage_is_found_before_anything_is_loaded(folder, capsys, damage, part)
         (lambda f: (f / "manifest.json").write_text("{"), "cannot be read"),
         (lambda f: (f / "manifest.json").write_text("[]"), "cannot be read"),
         (
-            lambda f: (f / "manifest.json").write_text(
-                (f / "manifest.json").read_text().replace('"batch": 2', '"batch": 1')
-            ),
+            lambda f: (f / "manifest.json").write_text((f / "manifest.json").read_text().replace('"batch": 2', '"batch": 1')),
             "does not fit its own digest",
         ),
         (lambda f: reseal(f, lambda manifest: manifest.update(version=99)), "version 99"),

@@ -11,20 +11,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # Before `dtype` in the schema: an axis that is part of all there is, and a field of housekeeping.
-FIELDS = '''
+FIELDS = """
     cooling: str = axis(
         "what happens before a round of timing", default="none", role=AXIS, values={"none": "", "pause": "a note of 1 ms"},
         part_of=[WEIGHTS, ARTIFACT, COMPILE_KEY], no_effect=(TRANSFORMERS,), only={TRANSFORMERS: "none"},
     )
     errand: str = axis("what the run is for", default="nothing", role=HOUSEKEEPING)
-'''
+"""
 # First in a round of the benchmark.
-ACTS = '''
+ACTS = """
         if self.cfg.cooling == "pause":
             time.sleep(0.001)
             self.record.note("it paused")
-'''
-LOOK = '''
+"""
+LOOK = """
 import contextlib, io, json, sys
 from pathlib import Path
 from moeexp import cli, figures
@@ -78,7 +78,7 @@ found["notes"] = {record["config"]["cooling"]: "it paused" in record["notes"] fo
 found["axes"] = list(runs_of(records)[0].settings)
 found["command"] = next(command_of(one) for one in records if one["config"]["cooling"] == "pause")
 print(json.dumps(found))
-'''
+"""
 
 
 @pytest.fixture(scope="module")

@@ -106,9 +106,7 @@ def test_what_fits_is_shared_and_callable(method):
 def test_device_index_matters_where_one_is_wanted():
     def lines(where, wanted):
         tensor = torch.zeros(2, device="meta")
-        fake = type(
-            "OnDevice", (), {"device": where, "shape": tensor.shape, "dtype": tensor.dtype, "stride": tensor.stride}
-        )
+        fake = type("OnDevice", (), {"device": where, "shape": tensor.shape, "dtype": tensor.dtype, "stride": tensor.stride})
         return list(mismatches({"w": TensorSpec.of(tensor)}, {"w": fake}, device=wanted))
 
     cuda = torch.device

@@ -150,6 +150,7 @@ def test_judged_cells_have_a_hash_or_a_reason(composer):
 def test_a_thousand_cells_are_listed_in_seconds(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     import moeexp_kernels.registry  # noqa: F401  imports torch and Triton: no part of the listing
+
     arguments = ["-m", "model=nano", "dry_run=true", "quant=none,int4", "export=eager,aoti", "seed=range(250)"]
     start = time.process_time()
     assert main(arguments) == 0

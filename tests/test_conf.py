@@ -14,9 +14,7 @@ CONF = schema.conf_dir()
 GROUPS = ("model", "quant", "ops", "sampler", "tracker")
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 # One that brings a sweeper of its own needs that installed.
-EXPERIMENTS = sorted(
-    path.stem for path in (CONF / "experiment").glob("*.yaml") if "/hydra/sweeper" not in path.read_text()
-)
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml") if "/hydra/sweeper" not in path.read_text())
 
 
 def cell_count(name):

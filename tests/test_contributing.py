@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("kernels/moeexp_kernels", "runner/moeexp_runner", *(f"moeexp/{room}" for room in (
-    "record", "config", "model", "report", "stack", "check", "run", "sweep")))
+ROOMS = (
+    "kernels/moeexp_kernels",
+    "runner/moeexp_runner",
+    *(f"moeexp/{room}" for room in ("record", "config", "model", "report", "stack", "check", "run", "sweep")),
+)
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 

@@ -6,9 +6,7 @@ from covering import AXES, BASE, COMPILED, COMPILED_AXES, PAIRWISE, missing_pair
 from moeexp.config.compose import compose
 from moeexp.config.validate import validate
 
-LISTS = pytest.mark.parametrize(
-    "cells, axes", [(PAIRWISE, AXES), (COMPILED, COMPILED_AXES)], ids=["eager", "compiled"]
-)
+LISTS = pytest.mark.parametrize("cells, axes", [(PAIRWISE, AXES), (COMPILED, COMPILED_AXES)], ids=["eager", "compiled"])
 
 
 @LISTS

@@ -31,9 +31,7 @@ def test_a_main_effect_is_the_factor_that_was_put_in():
     assert effects["export"].ratio.value == pytest.approx(4.0, rel=0.01)
 
 
-@pytest.mark.parametrize(
-    ("together", "verdict"), [(1.0, "independent"), (0.5, "combine"), (1.5, "overlap"), (3.0, "cancel")]
-)
+@pytest.mark.parametrize(("together", "verdict"), [(1.0, "independent"), (0.5, "combine"), (1.5, "overlap"), (3.0, "cancel")])
 def test_an_interaction_says_how_two_settings_go_together(together, verdict):
     (found,) = interactions(factorial(together))
     assert found.verdict == verdict and found.squares == 1

@@ -154,9 +154,7 @@ def test_rows_end_each_at_its_own_end(run):
     assert record["decode_tok_s"] == pytest.approx(1e3 * tokens / steps / latencies["mean"], rel=1e-4)
     if steps >= 8:
         speed = speed_of(record)
-        assert speed.interval.low is not None and speed.median_tok_s == pytest.approx(
-            1e3 * tokens / steps / latencies["p50"]
-        )
+        assert speed.interval.low is not None and speed.median_tok_s == pytest.approx(1e3 * tokens / steps / latencies["p50"])
 
 
 def test_the_timed_rows_are_those_that_were_checked(tmp_path):

@@ -12,9 +12,7 @@ class Gpu:
     """Watts of a prefill and of a decode step, their seconds, and what a generation takes besides. The counter shows what was
     taken until its last movement, every `period` seconds."""
 
-    def __init__(
-        self, monkeypatch, *, prefill=(400.0, 0.05), step=(250.0, 0.002), idle=(90.0, 0.001), period=0.1, start=7.03
-    ):
+    def __init__(self, monkeypatch, *, prefill=(400.0, 0.05), step=(250.0, 0.002), idle=(90.0, 0.001), period=0.1, start=7.03):
         self.now, self.joules, self.shown, self.period = start, 5000.0, 5000.0, period
         self.prefill, self.step, self.idle = prefill, step, idle
         self.generations = []

@@ -94,9 +94,7 @@ def test_slices_of_positions_change_nothing(monkeypatch, limit):
     session.calls.clear()
     assert torch.equal(window_losses(session, window), whole) and whole.shape == (2, 7)
     step = max(1, limit // (2 * VOCAB))
-    assert [positions for _, positions in session.calls] == [
-        list(range(i, min(7, i + step))) for i in range(0, 7, step)
-    ]
+    assert [positions for _, positions in session.calls] == [list(range(i, min(7, i + step))) for i in range(0, 7, step)]
     assert torch.equal(torch.cat(position_slices(session, 7)), torch.arange(7))
 
 

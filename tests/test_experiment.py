@@ -79,9 +79,7 @@ def test_what_follows_the_timing_comes_before_what_disturbs_it(run, monkeypatch)
     order = []
     for name in ("chosen_experts", "token_split", "memory"):
         real = getattr(experiment, name)
-        monkeypatch.setattr(
-            experiment, name, lambda *a, real=real, name=name, **k: (order.append(name), real(*a, **k))[1]
-        )
+        monkeypatch.setattr(experiment, name, lambda *a, real=real, name=name, **k: (order.append(name), real(*a, **k))[1])
     real = experiment.Benchmark.energy
     monkeypatch.setattr(experiment.Benchmark, "energy", lambda self: (order.append("energy"), real(self))[1])
     assert run()[0] == 0
@@ -96,8 +94,7 @@ def test_one_token_prompt_and_one_new_token(run):
 
 OFF = [("linear", "float32"), ("gdn_decode", "float32"), ("sdpa_decode", "float32"), ("gdn_decode", "bfloat16")]
 OFF += [
-    pytest.param(op, "float32", marks=pytest.mark.slow)
-    for op in ("gdn_prefill", "sdpa_prefill", "moe_prefill", "moe_decode")
+    pytest.param(op, "float32", marks=pytest.mark.slow) for op in ("gdn_prefill", "sdpa_prefill", "moe_prefill", "moe_decode")
 ]
 
 
@@ -164,10 +161,7 @@ def test_an_overlap_that_no_kernel_can_make_is_not_applicable(run, monkeypatch, 
 def test_what_the_timing_was_is_in_the_record(run):
     code, record = run("repeats=2", "min_time_s=0.4", "min_samples=12")
     assert (code, record["status"]) == (0, "ok")
-    assert (
-        len(record["rounds"]) >= 2
-        and sum(entry["n"] for entry in record["rounds"]) == record["token_latencies_ms"]["n"]
-    )
+    assert len(record["rounds"]) >= 2 and sum(entry["n"] for entry in record["rounds"]) == record["token_latencies_ms"]["n"]
     assert record["token_latencies_ms"]["n"] >= 12 and sum(entry["seconds"] for entry in record["rounds"]) >= 0.4
     assert record["telemetry"]["kind"] in ("cpu", "cuda") and record["telemetry"]["n"] >= 3
     assert record["group"] is None and record["design"] is None and record["phase"] is None

@@ -11,8 +11,10 @@ from moeexp import figures
 from moeexp.report.figure_blocks import BLOCKS, HEADLINE
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = tuple(ROOT / "README.md" if name == "README" else ROOT / "docs" / f"{name}.md" for name in (
-    "README", "results", "usage", "axes", "correctness", "kernels"))
+PAGES = tuple(
+    ROOT / "README.md" if name == "README" else ROOT / "docs" / f"{name}.md"
+    for name in ("README", "results", "usage", "axes", "correctness", "kernels")
+)
 # A number with a unit of what runs measure, or a ratio.
 UNIT = r"(?:tok/s|[µun]s|ms|s|[GMk]i?B|J|[TG]B/s|joules|seconds|minutes)(?![\w/])"
 FIGURE = re.compile(rf"(?<![\w.])\d[\d,.]*(?:[ \n]{UNIT}|[ \n]?[%×])|×[ \n]?\d[\d.]*")

@@ -94,9 +94,7 @@ def room(module: str) -> str:
 
 def edges(packages=PACKAGES) -> dict[str, set[str]]:
     known = modules(packages)
-    return {
-        name: imported(path.read_text(), name, path.name == "__init__.py", set(known)) for name, path in known.items()
-    }
+    return {name: imported(path.read_text(), name, path.name == "__init__.py", set(known)) for name, path in known.items()}
 
 
 def climbing(graph: dict[str, set[str]]) -> list[str]:

@@ -72,9 +72,7 @@ def check_rope(batch, tokens, heads, kv_heads, head_dim, rotary, dtype, position
         cache.check()
 
 
-def make_attention_case(
-    batch, tokens, heads, kv_heads, head_dim, dtype, positions, slots, scale=1.0
-) -> dict[str, Tensor]:
+def make_attention_case(batch, tokens, heads, kv_heads, head_dim, dtype, positions, slots, scale=1.0) -> dict[str, Tensor]:
     live = [min(max(position + tokens, 0), slots) for position in positions]
     k_cache, v_cache = make_cache(batch, kv_heads, slots, head_dim, dtype, live=live)
     return {
@@ -255,9 +253,7 @@ def test_number_of_splits():
     ],
 )
 def test_prefill(tokens, heads, kv_heads, head_dim, dtype, positions, slots):
-    check_attention(
-        ops.sdpa_prefill, make_attention_case(2, tokens, heads, kv_heads, head_dim, dtype, positions, slots)
-    )
+    check_attention(ops.sdpa_prefill, make_attention_case(2, tokens, heads, kv_heads, head_dim, dtype, positions, slots))
 
 
 def test_prefill_rows_that_see_nothing_are_zero():

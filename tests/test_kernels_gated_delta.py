@@ -157,9 +157,7 @@ def test_decode_alternatives_agree():
         check(op, case, DECODE_TOL[F32])
 
 
-@pytest.mark.parametrize(
-    "chunk, tokens", [(16, 2), (16, 9), (16, 15), (16, 16), (16, 17), (64, 63), (64, 65), (64, 129)]
-)
+@pytest.mark.parametrize("chunk, tokens", [(16, 2), (16, 9), (16, 15), (16, 16), (16, 17), (64, 63), (64, 65), (64, 129)])
 def test_prefill_equals_definition(monkeypatch, chunk, tokens):
     set_chunk(monkeypatch, chunk)
     check(gdn_prefill, make_case(1, tokens, (1, 1), (16, 16), seed=tokens), PREFILL_TOL[F32])
@@ -195,9 +193,7 @@ def test_prefill_ragged_splits_slow(monkeypatch, splits):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "heads, dims", [((1, 1), (128, 128)), ((2, 4), (64, 128)), ((1, 4), (96, 80)), ((1, 3), (8, 24))]
-)
+@pytest.mark.parametrize("heads, dims", [((1, 1), (128, 128)), ((2, 4), (64, 128)), ((1, 4), (96, 80)), ((1, 3), (8, 24))])
 def test_prefill_shapes_slow(heads, dims):
     check(gdn_prefill, make_case(1, 70, heads, dims), PREFILL_TOL[F32])
 

@@ -148,9 +148,7 @@ TILE = {"BLOCK_N": 16, "COLUMNS": 8, "PASSES": 1, "CACHE": "", "num_warps": 4}
 
 
 def served_by(rows, *, bits, group, shape=(27, 384), arch="cpu", **always):
-    return kernel_for(
-        rows=rows, bits=bits, group=group, out_features=shape[0], features=shape[1], arch=arch, **always
-    )
+    return kernel_for(rows=rows, bits=bits, group=group, out_features=shape[0], features=shape[1], arch=arch, **always)
 
 
 @pytest.mark.parametrize(

@@ -57,10 +57,7 @@ def test_keys_and_values_beyond_live_are_not_written(op, count, total, start):
     """The last case has padding beyond the cache's last slot."""
     slots = 10
     qkv = make_qkv(2, total, 2, 1, 16)
-    caches = {
-        name: common.Guarded(torch.full((2, 1, slots, 16), NAN, device=common.DEVICE))
-        for name in ("k_cache", "v_cache")
-    }
+    caches = {name: common.Guarded(torch.full((2, 1, slots, 16), NAN, device=common.DEVICE)) for name in ("k_cache", "v_cache")}
     shared = {**make_weights(16, 8), "positions": positions_of(start, start), "num_heads": 2, "eps": 1e-6}
     tensors = {name: guard.tensor for name, guard in caches.items()}
     q = op(qkv=padded(qkv, count), **shared, **tensors, live=live(2, count))

@@ -54,9 +54,7 @@ def choices(*shape: int, k: int, E: int, seed: int = 0):
     }
 
 
-def check_experts(
-    op, *, rows, D=64, E=4, k=2, width=32, shared=32, bits=4, group=32, dtype=torch.float32, routing=None
-):
+def check_experts(op, *, rows, D=64, E=4, k=2, width=32, shared=32, bits=4, group=32, dtype=torch.float32, routing=None):
     x = Guarded(randn(*rows, D, seed=1, dtype=dtype))
     arguments = experts(D=D, E=E, width=width, shared=shared, bits=bits, group=group, dtype=dtype)
     arguments |= choices(*rows, k=k, E=E) if routing is None else routing
@@ -81,9 +79,7 @@ def route(op, x, *, E, k, S=12, positions=None, weight=None, calls=1):
     trace = Guarded(poison(x.shape[0], S, k, dtype=torch.int32))
     norm = randn(D, seed=6, scale=0.2)
     for _ in range(calls):
-        ids, weights = op(
-            x=x, norm_weight=norm, weight=weight, eps=1e-6, top_k=k, positions=positions, expert_ids=trace.tensor
-        )
+        ids, weights = op(x=x, norm_weight=norm, weight=weight, eps=1e-6, top_k=k, positions=positions, expert_ids=trace.tensor)
     trace.check("expert_ids")
     return ids, weights, trace.tensor
 
@@ -92,7 +88,13 @@ def route(op, x, *, E, k, S=12, positions=None, weight=None, calls=1):
 @pytest.mark.parametrize(
     ("shape", "E", "k"),
     [
-        ((1, 1), 16, 4), ((2, 3), 5, 3), ((1, 9), 6, 1), ((2, 5), 8, 8), ((8, 1), 11, 2), ((1, 8), 1, 1), ((3, 1), 40, 16),
+        ((1, 1), 16, 4),
+        ((2, 3), 5, 3),
+        ((1, 9), 6, 1),
+        ((2, 5), 8, 8),
+        ((8, 1), 11, 2),
+        ((1, 8), 1, 1),
+        ((3, 1), 40, 16),
         ((1, 33), 6, 2),
     ],
 )
@@ -234,9 +236,7 @@ def test_an_overflowing_expert_that_nobody_chose_has_no_effect():
 
 
 def test_experts_refusals():
-    arguments = experts(D=32, E=3, width=16, shared=16, bits=16, group=16, dtype=torch.float32) | choices(
-        1, 1, k=2, E=3
-    )
+    arguments = experts(D=32, E=3, width=16, shared=16, bits=16, group=16, dtype=torch.float32) | choices(1, 1, k=2, E=3)
     x = randn(1, 1, 32, seed=1)
     narrow = arguments | {"down": arguments["down"][:, :16].contiguous()}
     strided = arguments | {"down": arguments["down"].transpose(0, 1).contiguous().transpose(0, 1)}

@@ -134,9 +134,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(
-    "dtype", [pytest.param(F32, marks=pytest.mark.slow), BF16, pytest.param(F16, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("dtype", [pytest.param(F32, marks=pytest.mark.slow), BF16, pytest.param(F16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("temperature, top_k, top_p", CASES)
 def test_kernels_draw_the_reference_tokens(small_blocks, dtype, temperature, top_k, top_p):
     x = common.Guarded(logits_of(2, 75, seed=7, dtype=dtype))

@@ -50,9 +50,7 @@ def test_unpacked_wheel_finds_its_configs(wheel, tmp_path):
     imports = "from moeexp.config.compose import compose; from moeexp.config.schema import conf_dir; "
     code = f"{imports}print(conf_dir()); print(compose(['model=nano']).model.name)"
     environment = {"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [str(tmp_path / "site" / "moeexp" / "conf"), "nano"]
 
 

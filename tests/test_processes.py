@@ -10,9 +10,7 @@ from moeexp.report.runs import runs_of
 
 
 def repeats(*ms, **values):
-    return [
-        synthetic.record("quant=int4", f"seed={i}", id=f"r{i}", samples=[one] * 40, **values) for i, one in enumerate(ms)
-    ]
+    return [synthetic.record("quant=int4", f"seed={i}", id=f"r{i}", samples=[one] * 40, **values) for i, one in enumerate(ms)]
 
 
 def test_the_median_of_the_processes_stands_with_its_least_and_most():

@@ -280,9 +280,7 @@ def plain_copy(folder: Path, to: Path) -> Path:
     return to
 
 
-@pytest.mark.parametrize(
-    ("op", "length", "new"), [("reference", 40, 24), pytest.param("triton", 18, 3, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("op", "length", "new"), [("reference", 40, 24), pytest.param("triton", 18, 3, marks=pytest.mark.slow)])
 def test_a_run_beyond_the_original_context_is_what_transformers_generates(snapshot, tmp_path, op, length, new):
     prompt = torch.tensor([PROMPT[:length]])
     given = [f"prompt_ids={prompt[0].tolist()}".replace(" ", ""), f"new_tokens={new}", f"ops.qk_norm_rope={op}"]

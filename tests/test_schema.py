@@ -107,9 +107,7 @@ def test_one_prompt_at_most(pair):
     assert "at most one" in refusal(*pair.split())
 
 
-@pytest.mark.parametrize(
-    "prompt, length", [("prompt='äb'", 3), ("prompt_ids=[1,2]", 2), ("prompt_len=9", 9), ("seed=0", 16)]
-)
+@pytest.mark.parametrize("prompt, length", [("prompt='äb'", 3), ("prompt_ids=[1,2]", 2), ("prompt_len=9", 9), ("seed=0", 16)])
 def test_prompt_and_new_tokens_fit_exactly(prompt, length):
     validate(nano(prompt, f"max_seq_len={length + 64}"), cuda_available=False)
     message = refusal(prompt, f"max_seq_len={length + 63}")

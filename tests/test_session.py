@@ -107,9 +107,7 @@ def test_rows_of_a_batch_are_independent():
     tokens = random_tokens(2, 20)
     together = run(both, tokens)
     for row in range(2):
-        torch.testing.assert_close(
-            together[row : row + 1], run(alone, tokens[row : row + 1].contiguous()), rtol=0, atol=1e-5
-        )
+        torch.testing.assert_close(together[row : row + 1], run(alone, tokens[row : row + 1].contiguous()), rtol=0, atol=1e-5)
 
 
 def test_state_that_was_replaced_is_noticed_before_launch(session):

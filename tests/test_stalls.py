@@ -94,10 +94,7 @@ def test_what_is_recovered_is_no_stall():
 def test_a_stall_is_as_long_as_what_was_lost():
     late = loop(host={64: 12.0})
     found = corrected(late, ahead=8)
-    assert (
-        found["total_ms"] == pytest.approx(sum(late) - sum(loop()), abs=0.05)
-        and found["longest_ms"] == found["total_ms"]
-    )
+    assert found["total_ms"] == pytest.approx(sum(late) - sum(loop()), abs=0.05) and found["longest_ms"] == found["total_ms"]
     assert found["pace_ms"] == pytest.approx(1.0, rel=0.01)
     assert found["decode_tok_s"] == pytest.approx(1e3 * 128 / (sum(late) - found["total_ms"]))
     assert found["decode_tok_s"] > 1.02 * tok_s(late)

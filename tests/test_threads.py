@@ -33,8 +33,7 @@ from moeexp.sweep import process
 
 V2 = "31 23 0:28 / {mount} rw,relatime shared:9 - cgroup2 cgroup2 rw,nsdelegate\n"
 V1 = (
-    "33 31 0:29 {root} {mount} rw,relatime - cgroup cgroup rw,cpu,cpuacct\n"
-    "32 31 0:30 / /elsewhere rw - cgroup cgroup rw,cpuset\n"
+    "33 31 0:29 {root} {mount} rw,relatime - cgroup cgroup rw,cpu,cpuacct\n32 31 0:30 / /elsewhere rw - cgroup cgroup rw,cpuset\n"
 )
 
 
@@ -115,9 +114,7 @@ def test_version_1_and_both_at_once(machine):
     assert cpu_quota() == 1.5
 
 
-@pytest.mark.parametrize(
-    "root, path", [("/docker/c0", "/docker/c0/job"), ("/docker/c0", "/elsewhere"), ("/", "/not/there")]
-)
+@pytest.mark.parametrize("root, path", [("/docker/c0", "/docker/c0/job"), ("/docker/c0", "/elsewhere"), ("/", "/not/there")])
 def test_inside_a_container_the_host_s_path_is_not_a_folder(machine, root, path):
     machine.mounts(V1, f"4:cpu,cpuacct:{path}\n", root=root)
     machine.group("", cfs_quota_us=200_000, cfs_period_us=100_000)
@@ -249,8 +246,7 @@ def test_it_sets_torch_and_the_number_of_compilers():
 
 
 BEFORE_TORCH = (
-    "import os, sys; from moeexp.config import threads; "
-    "threads.prepare(); print('torch' in sys.modules, {v!r} in os.environ)"
+    "import os, sys; from moeexp.config import threads; threads.prepare(); print('torch' in sys.modules, {v!r} in os.environ)"
 )
 
 

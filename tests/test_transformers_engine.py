@@ -103,9 +103,7 @@ def test_bits_per_byte_are_those_of_our_methods(tmp_path, monkeypatch):
     arguments += ["repeats=1", "min_samples=1", "min_time_s=0", "check=off", "export=eager"]
     for engine in ("moeexp", "transformers"):
         assert main([*arguments, f"engine={engine}"]) == 0
-    ours, theirs = (
-        record["bits_per_byte"] for record in map(read_record, sorted(Path("outputs").rglob("record.json")))
-    )
+    ours, theirs = (record["bits_per_byte"] for record in map(read_record, sorted(Path("outputs").rglob("record.json"))))
     assert 1 < theirs < 2 and abs(ours - theirs) < 1e-3
 
 
@@ -184,9 +182,7 @@ def test_tokens_that_do_not_repeat_fail_the_check(tmp_path, monkeypatch):
     monkeypatch.setattr(transformers_baseline, "choices", otherwise)
     assert main(QUICK) == 1
     (record,) = map(read_record, Path("outputs").rglob("record.json"))
-    assert (
-        record["status"] == "incorrect" and "the timed generation chose other tokens" in record["check"]["failures"][0]
-    )
+    assert record["status"] == "incorrect" and "the timed generation chose other tokens" in record["check"]["failures"][0]
 
 
 @pytest.mark.parametrize(

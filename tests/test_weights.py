@@ -309,9 +309,7 @@ def test_random_activations_stay_of_order_one_through_every_layer(monkeypatch):
     from moeexp_kernels import registry
 
     stream, right = [], registry.OPS["moe_prefill"]["reference"]
-    monkeypatch.setitem(
-        registry.OPS["moe_prefill"], "reference", lambda **inputs: stream.append(right(**inputs)) or stream[-1]
-    )
+    monkeypatch.setitem(registry.OPS["moe_prefill"], "reference", lambda **inputs: stream.append(right(**inputs)) or stream[-1])
     session = common.build_session(load_model(Random(DEEP, 0)), batch=2, max_seq_len=64)
     logits = session.prefill(random_tokens(2, 64), torch.arange(64))
     scales = [float(x.square().mean().sqrt()) for x in stream]

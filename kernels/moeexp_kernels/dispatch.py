@@ -71,9 +71,7 @@ def dispatch_linear(
     name: str,
 ) -> Tensor:
     """A linear layer that sees how many rows it has: residual + norm(x) @ weight.T, [..., N]."""
-    return implementation("linear", name)(
-        x=x, weight=weight, scales=scales, norm_weight=norm_weight, eps=eps, residual=residual
-    )
+    return implementation("linear", name)(x=x, weight=weight, scales=scales, norm_weight=norm_weight, eps=eps, residual=residual)
 
 
 @dispatch_linear.register_fake

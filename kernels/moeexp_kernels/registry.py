@@ -107,6 +107,4 @@ def implementation(op: str, name: str) -> Callable:
 
 def identities(names: dict[str, str]) -> dict[str, str]:
     """`names` with the digest of its sources behind each user's op: what a cache of anything made with them is keyed on."""
-    return {
-        op: f"{name}@{user_ops.digest(name)}" if user_ops.is_user_op(name) else name for op, name in names.items()
-    }
+    return {op: f"{name}@{user_ops.digest(name)}" if user_ops.is_user_op(name) else name for op, name in names.items()}

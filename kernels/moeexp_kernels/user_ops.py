@@ -105,8 +105,7 @@ def _check_parameters(where: str, function: Callable, ours: Iterable[Callable]) 
     if lacks or asks:
         problem = [f"lacks {', '.join(lacks)}"] * bool(lacks) + [f"asks for {', '.join(asks)}"] * bool(asks)
         raise ValueError(
-            f"{where} {' and '.join(problem)}; it is called by keyword, as the reference is: "
-            + ", ".join(sorted(wanted))
+            f"{where} {' and '.join(problem)}; it is called by keyword, as the reference is: " + ", ".join(sorted(wanted))
         )
 
 

@@ -48,9 +48,7 @@ def bits_per_byte(session: Session, tokens: list[int], sizes: list[int]) -> dict
     starts = [i for i in range(0, len(tokens), width) if i + 1 < len(tokens)]
     scored = sum(sum(sizes[i + 1 : i + width]) for i in starts)
     if not scored:
-        raise ValueError(
-            f"{len(tokens)} tokens of held-out text are too few to score: raise eval_bytes, or set it to 0"
-        )
+        raise ValueError(f"{len(tokens)} tokens of held-out text are too few to score: raise eval_bytes, or set it to 0")
     nats = 0.0
     for rows in _batches([tokens[i : i + width] for i in starts], session.batch):
         padded = rows + [rows[-1]] * (session.batch - len(rows))

@@ -231,9 +231,7 @@ def _validate(config: Any, token_ids: Tensor, prompt_len: int, expert_ids: Tenso
 
 
 @torch.inference_mode()
-def generate_reference(
-    model: str | Path | nn.Module, prompt_ids: Tensor, new_tokens: int, *, config: Any = None
-) -> Tensor:
+def generate_reference(model: str | Path | nn.Module, prompt_ids: Tensor, new_tokens: int, *, config: Any = None) -> Tensor:
     """Greedy `transformers.generate` in float32, eager: prompt_ids [B, P] -> the new ids [B, new_tokens].
 
     `model` is a snapshot folder or a `Qwen3_5MoeForCausalLM` in float32. `config` of a folder is transformers' text config

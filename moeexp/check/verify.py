@@ -273,9 +273,7 @@ def race_of(cfg: Config, trace: Trace) -> Callable[[Tensor, int], Tensor]:
         for i in range(logits.shape[1]):
             draw = first + i - (trace.prompt_len - 1)
             seed_state = torch.tensor([sampler.seed, draw], dtype=torch.int64, device=logits.device)
-            score = reference_scores(
-                logits=logits[:, i : i + 1], seed_state=seed_state, temperature=sampler.temperature
-            )
+            score = reference_scores(logits=logits[:, i : i + 1], seed_state=seed_state, temperature=sampler.temperature)
             keep = reference_support(
                 logits=trace.logits[:, first + i : first + i + 1].to(logits.device), temperature=sampler.temperature,
                 top_k=sampler.top_k or 0, top_p=1.0 if sampler.top_p is None else sampler.top_p,

@@ -103,9 +103,7 @@ class Architecture:
         config = dict(config.get("text_config") or config)
         model_type = config.get("model_type", outer.get("model_type"))
         if model_type is not None and model_type not in MODEL_TYPES:
-            raise ValueError(
-                f"model_type={short(model_type)} is not a Qwen3.5-MoE model; supported: {', '.join(MODEL_TYPES)}"
-            )
+            raise ValueError(f"model_type={short(model_type)} is not a Qwen3.5-MoE model; supported: {', '.join(MODEL_TYPES)}")
         missing = [key for key in REQUIRED if config.get(key) is None]
         if missing:
             raise ValueError(
@@ -179,9 +177,7 @@ class Architecture:
             if getattr(self, large) % getattr(self, small):
                 raise ValueError(f"{large}={getattr(self, large)} must be a multiple of {small}={getattr(self, small)}")
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
-            raise ValueError(
-                f"num_experts_per_tok={self.num_experts_per_tok} must lie in 1..num_experts={self.num_experts}"
-            )
+            raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} must lie in 1..num_experts={self.num_experts}")
         if self.rotary_dim < 2 or self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
             raise ValueError(
                 f"partial_rotary_factor={self.partial_rotary_factor} of head_dim={self.head_dim} gives {self.rotary_dim} "

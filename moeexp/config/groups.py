@@ -43,9 +43,7 @@ class ModelConfig:
 @dataclass
 class QuantConfig:
     name: str = axis("the quantisation's name", part_of=[ARTIFACT])
-    bits: int = axis(
-        "bits of a weight", values={16: "unquantised", 8: "", 4: ""}, part_of=METHOD, only={TRANSFORMERS: 16}
-    )
+    bits: int = axis("bits of a weight", values={16: "unquantised", 8: "", 4: ""}, part_of=METHOD, only={TRANSFORMERS: 16})
     group_size: int | None = axis(
         "weights of a row that share a scale: a power of two that divides every row; null: 64 or 128, by the model",
         part_of=METHOD,

@@ -83,9 +83,7 @@ def check_text(what: str, text: Any, *, longest: int = LONGEST, lines: bool = Fa
     for character in text:
         # Control characters act on the terminal that a command is pasted into; surrogates are no text.
         if unicodedata.category(character) in ("Cc", "Cs") and not (lines and character in "\n\t"):
-            raise ValueError(
-                f"the record's {what}={show(text)} holds the character {show(character)}, which is not allowed"
-            )
+            raise ValueError(f"the record's {what}={show(text)} holds the character {show(character)}, which is not allowed")
     if text == "???":
         raise ValueError(f"the record's {what} is '???', which means that it is missing")
     return text
@@ -125,9 +123,7 @@ def _check_fields(path: str, hints: dict[str, Any], value: Any) -> None:
     for name, item in value.items():
         if name not in hints:
             where = f"{path} of the record's config" if path else "the record's config"
-            raise ValueError(
-                f"{where} has {show(name)}, which is no setting of moeexp: it was not written by this version"
-            )
+            raise ValueError(f"{where} has {show(name)}, which is no setting of moeexp: it was not written by this version")
         inner = f"{path}.{name}" if path else name
         _check_value(inner, axes.TABLE[inner].kind if inner in axes.TABLE else hints[name], item)
 

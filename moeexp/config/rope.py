@@ -90,9 +90,7 @@ def _check(name: str, rope: dict[str, Any]) -> None:
     key = "rope_type" if "rope_type" in rope else "type"
     kind = rope.get(key, "default")
     if kind not in KINDS:
-        raise ValueError(
-            f"{name}.{key}={short(kind)} in the model config is not supported; allowed: {', '.join(KINDS)}"
-        )
+        raise ValueError(f"{name}.{key}={short(kind)} in the model config is not supported; allowed: {', '.join(KINDS)}")
     rules = KINDS[kind]
     check_values(rope, rules, f"{name}.")
     unknown = [key for key in rope if key not in rules]
@@ -103,9 +101,7 @@ def _check(name: str, rope: dict[str, Any]) -> None:
             f"allowed: {', '.join(known)}"
         )
     if kind == "yarn" and "factor" not in rope:
-        raise ValueError(
-            f"{name} has rope_type=yarn and no factor in the model config; factor must be {AT_LEAST_ONE[1]}"
-        )
+        raise ValueError(f"{name} has rope_type=yarn and no factor in the model config; factor must be {AT_LEAST_ONE[1]}")
 
 
 def read_rope(config: dict[str, Any]) -> tuple[float, float, Yarn | None]:
@@ -120,9 +116,7 @@ def read_rope(config: dict[str, Any]) -> tuple[float, float, Yarn | None]:
 def _yarn(rope: dict[str, Any], config: dict[str, Any], theta: float) -> Yarn:
     beta_fast, beta_slow = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1
     if beta_fast < beta_slow:
-        raise ValueError(
-            f"beta_fast={beta_fast} in the model config must be at least beta_slow={beta_slow} with rope_type=yarn"
-        )
+        raise ValueError(f"beta_fast={beta_fast} in the model config must be at least beta_slow={beta_slow} with rope_type=yarn")
     if theta <= 1:
         raise ValueError(f"rope_theta={theta} in the model config must be above 1 with rope_type=yarn")
     # One that stands outside wins in transformers, and without any the context is that of the config.

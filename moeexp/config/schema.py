@@ -40,12 +40,8 @@ from moeexp.config.groups import SEED, LauncherConfig, ModelConfig, OpsConfig, Q
 
 @dataclass
 class Config:
-    model: ModelConfig = axis(
-        "shapes and weights", role=WORKLOAD, part_of=[WEIGHTS], label="name"
-    )
-    quant: QuantConfig = axis(
-        "weight-only quantisation, grouped (HQQ)", role=AXIS, part_of=[WEIGHTS], label="name"
-    )
+    model: ModelConfig = axis("shapes and weights", role=WORKLOAD, part_of=[WEIGHTS], label="name")
+    quant: QuantConfig = axis("weight-only quantisation, grouped (HQQ)", role=AXIS, part_of=[WEIGHTS], label="name")
     ops: OpsConfig = axis(
         "the implementation of each op, by name, or your own `module:function`; `auto` is Triton on CUDA, fp32 torch on a CPU",
         role=AXIS, no_effect=(TRANSFORMERS,), label="default",

@@ -91,18 +91,14 @@ def _check_axes(cfg: Config, device: str) -> None:
         if length < 1:
             raise ValueError(f"prefill_graph_lengths has {length}; a prompt has at least 1 token")
     if cfg.cuda_graph == "all" and not cfg.prefill_graph_lengths:
-        raise ValueError(
-            "cuda_graph=all needs prefill_graph_lengths, and it is empty: name one, or use cuda_graph=loop"
-        )
+        raise ValueError("cuda_graph=all needs prefill_graph_lengths, and it is empty: name one, or use cuda_graph=loop")
 
 
 def _check_sampler(sampler: SamplerConfig) -> None:
     if sampler.name != "gumbel":
         return
     if not 1e-6 <= sampler.temperature < math.inf:
-        raise ValueError(
-            f"sampler.temperature={sampler.temperature} must be at least 1e-6; use sampler=greedy for none"
-        )
+        raise ValueError(f"sampler.temperature={sampler.temperature} must be at least 1e-6; use sampler=greedy for none")
     if sampler.top_k is not None and sampler.top_k < 1:
         raise ValueError(f"sampler.top_k={sampler.top_k} must be at least 1, or null to keep every token")
     if sampler.top_p is not None and not 0 < sampler.top_p <= 1:

@@ -107,9 +107,7 @@ def _expert_pieces(table: dict[str, list[Piece]], arch: Architecture, ours: str,
         table[ours + "moe.gate_up.weight"] = [
             piece
             for e, name in enumerate(names)
-            for piece in _stack(
-                (name + "gate_proj.weight", width), (name + "up_proj.weight", width), features=hidden, expert=e
-            )
+            for piece in _stack((name + "gate_proj.weight", width), (name + "up_proj.weight", width), features=hidden, expert=e)
         ]
         table[ours + "moe.down.weight"] = [
             piece
@@ -160,9 +158,7 @@ class Snapshot:
             "missing": sorted(set(wanted) - set(found)),
             "unexpected": sorted(set(found) - allowed),
             "mis-shaped": [
-                f"{k} is {found[k]}, expected {wanted[k]}"
-                for k in sorted(wanted)
-                if found.get(k, wanted[k]) != wanted[k]
+                f"{k} is {found[k]}, expected {wanted[k]}" for k in sorted(wanted) if found.get(k, wanted[k]) != wanted[k]
             ],
         }
         if any(problems.values()):
@@ -187,9 +183,7 @@ class Snapshot:
     def check_tied_head(self, embedding: Tensor) -> None:
         """A tied checkpoint may bring the head as well; then it must be the embedding."""
         if "lm_head.weight" in self._files and not torch.equal(self.read("lm_head.weight").to(embedding), embedding):
-            raise ValueError(
-                f"{self.folder}: tie_word_embeddings is true, yet lm_head.weight differs from the embedding"
-            )
+            raise ValueError(f"{self.folder}: tie_word_embeddings is true, yet lm_head.weight differs from the embedding")
 
 
 def _shards(folder: Path) -> list[Path]:

@@ -49,6 +49,5 @@ def note_of_context(cfg: Config) -> str | None:
             f"original_max_position_embeddings={yarn.original_max_position_embeddings})"
         )
     return (
-        f"max_seq_len={cfg.max_seq_len} is beyond {limit}: what it generates from position {most} on is not what it was "
-        "made for"
+        f"max_seq_len={cfg.max_seq_len} is beyond {limit}: what it generates from position {most} on is not what it was made for"
     )

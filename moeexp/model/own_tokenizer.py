@@ -34,7 +34,5 @@ def own_tokenizer(folder: Path) -> Any:
         raise ValueError(f"transformers cannot load the tokenizer of {named} ({why}): {WAY_OUT}") from error
     has = any((folder / name).is_file() for name in VOCABULARIES)
     if not has and not tokenizer("0 a", add_special_tokens=False)["input_ids"]:  # it loads, and is empty
-        raise ValueError(
-            f"the tokenizer of {named} knows no text, as its vocabulary ({VOCABULARIES[0]}) is missing: {WAY_OUT}"
-        )
+        raise ValueError(f"the tokenizer of {named} knows no text, as its vocabulary ({VOCABULARIES[0]}) is missing: {WAY_OUT}")
     return tokenizer

@@ -33,8 +33,7 @@ def quantise(weight: Tensor, *, bits: int, group_size: int, name: str = "weight"
         raise ValueError(f"quant.group_size={group_size} is not an even number of at least 2 ({name}); {_advice(features)}")
     if features % group_size:
         raise ValueError(
-            f"quant.group_size={group_size} does not divide the {features} input features of {name}; "
-            f"{_advice(features)}"
+            f"quant.group_size={group_size} does not divide the {features} input features of {name}; {_advice(features)}"
         )
     # Imported here: it takes seconds, which a run with quant=none need not spend.
     from hqq.core.quantize import Quantizer
@@ -72,6 +71,4 @@ def quantise(weight: Tensor, *, bits: int, group_size: int, name: str = "weight"
 
 def _advice(features: int) -> str:
     works = next((g for g in (128, 64, 32, 16, 8, 4, 2) if features % g == 0), None)
-    return (
-        "leave it out with quant.skip" if works is None else f"an even divisor is needed, e.g. quant.group_size={works}"
-    )
+    return "leave it out with quant.skip" if works is None else f"an even divisor is needed, e.g. quant.group_size={works}"

@@ -44,9 +44,7 @@ class LinearAttention(nn.Module):
         self.in_proj = Linear(rows, arch.hidden_size, dtype=dtype, device=device)
         self.out_proj = Linear(arch.hidden_size, arch.value_dim, dtype=dtype, device=device)
         wide = {"dtype": torch.float32, "device": device}
-        self.register_buffer(
-            "conv_weight", torch.empty(arch.conv_dim, arch.linear_conv_kernel_dim, dtype=dtype, device=device)
-        )
+        self.register_buffer("conv_weight", torch.empty(arch.conv_dim, arch.linear_conv_kernel_dim, dtype=dtype, device=device))
         self.register_buffer("a_log", torch.empty(1, arch.linear_num_value_heads, **wide))
         self.register_buffer("dt_bias", torch.empty(1, arch.linear_num_value_heads, **wide))
         self.register_buffer("norm", torch.empty(arch.linear_value_head_dim, **wide))
@@ -112,14 +110,10 @@ class Qwen35MoE(nn.Module):
         super().__init__()
         self.arch = arch
         self.embed_tokens = Linear(arch.vocab_size, arch.hidden_size, dtype=dtype, device=device)
-        self.layers = nn.ModuleList(
-            DecoderLayer(arch, i, dtype=dtype, device=device) for i in range(arch.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(DecoderLayer(arch, i, dtype=dtype, device=device) for i in range(arch.num_hidden_layers))
         self.register_buffer("norm", torch.empty(arch.hidden_size, dtype=torch.float32, device=device))
         # A tied head is the same tensor under a second name, unless quantisation replaces it.
-        self.head = Linear(
-            arch.vocab_size, arch.hidden_size, dtype=dtype, device="meta" if arch.tie_word_embeddings else device
-        )
+        self.head = Linear(arch.vocab_size, arch.hidden_size, dtype=dtype, device="meta" if arch.tie_word_embeddings else device)
         self.register_buffer("inv_freq", inverse_frequencies(arch).to(device))
 
     @contextmanager
@@ -228,9 +222,7 @@ def _linear(
     ahead: Linear | None = None,
 ) -> Tensor:
     told = {} if ahead is None else {"ahead": ahead.weight, "ahead_scales": ahead.scales}  # of the projection that comes next
-    return ops["linear"](
-        x=x, weight=linear.weight, scales=linear.scales, norm_weight=norm, eps=eps, residual=residual, **told
-    )
+    return ops["linear"](x=x, weight=linear.weight, scales=linear.scales, norm_weight=norm, eps=eps, residual=residual, **told)
 
 
 def state_shapes(

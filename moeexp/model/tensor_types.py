@@ -59,4 +59,4 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def _cut(name: str, limit: int = 120) -> str:
-    return name if len(name) <= limit else f"{name[:40]}…{name[40 - limit:]}"
+    return name if len(name) <= limit else f"{name[:40]}…{name[40 - limit :]}"

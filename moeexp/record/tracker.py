@@ -174,9 +174,7 @@ def _init(wandb: Any, record: dict[str, Any], run_dir: Path, mode: str, group: s
         dir=str(run_dir),
         mode=mode,
         # A third of the time for init leaves time to fall back to offline and to upload.
-        settings=wandb.Settings(
-            silent=True, console="off", init_timeout=settings["timeout_s"] / 3, x_disable_stats=True
-        ),
+        settings=wandb.Settings(silent=True, console="off", init_timeout=settings["timeout_s"] / 3, x_disable_stats=True),
     )
 
 

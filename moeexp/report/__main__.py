@@ -44,9 +44,7 @@ def _write(options: argparse.Namespace) -> int:
     if options.to == "wandb":
         from moeexp.report import wandb
 
-        specification = wandb.specification(
-            records, title=options.title, project=options.project, entity=options.entity
-        )
+        specification = wandb.specification(records, title=options.title, project=options.project, entity=options.entity)
         if options.out is None:
             print(wandb.save(specification))
             return 0

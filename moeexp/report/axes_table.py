@@ -18,9 +18,7 @@ IDENTITY = {VALUE: ["identity"], CONTENTS: ["identity (contents)"], NOT: []}
 
 def table(results: Path) -> str:
     """A table for each role. `results` is what other blocks are made from."""
-    return "\n".join(
-        f"## {TITLES[role]}\n\n{markdown_table(HEADER, [_cells(row) for row in rows])}" for role, rows in by_role()
-    )
+    return "\n".join(f"## {TITLES[role]}\n\n{markdown_table(HEADER, [_cells(row) for row in rows])}" for role, rows in by_role())
 
 
 def _cells(row: Row) -> list[str]:
@@ -44,4 +42,3 @@ def _default(row: Row) -> str:
     choices = OmegaConf.load(conf_dir() / "config.yaml").defaults
     chosen = [entry[row.path] for entry in choices if OmegaConf.is_dict(entry) and row.path in entry]
     return code(chosen[0]) if chosen else ""
-

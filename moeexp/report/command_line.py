@@ -137,9 +137,7 @@ def _arguments(record: dict[str, Any], trust: bool) -> list[str]:
     named = code_of(record)
     if named and not trust:
         more = f" (and {len(named) - 2} more)" if len(named) > 2 else ""
-        raise ValueError(
-            f"{'; '.join(part[:140] for part in named[:2])}{more}: add --trust if you trust who wrote the record"
-        )
+        raise ValueError(f"{'; '.join(part[:140] for part in named[:2])}{more}: add --trust if you trust who wrote the record")
     own = config_dir(record)
     return (["--config-dir", own] if own else []) + overrides_of(record["config"], own)
 
@@ -208,9 +206,7 @@ def _check_same(config: dict[str, Any], overrides: Sequence[str], config_dir: st
     has = _flat(composed)
     for path, value in _flat(config).items():
         if path not in (*fixed, "artifact") and has[path] != value and (path, has[path], value) not in MEANT:
-            raise ValueError(
-                f"{path}={show(value)} of the record composes to {show(has[path])}: it cannot be run as it was"
-            )
+            raise ValueError(f"{path}={show(value)} of the record composes to {show(has[path])}: it cannot be run as it was")
     shapes = config["model"].get("architecture")
     if shapes is None or fixed:
         return

@@ -115,10 +115,7 @@ def _interaction(cells: Cells, one: tuple[str, str, str], two: tuple[str, str, s
     if not squares:
         return []
     terms = [
-        term
-        for square in squares
-        for corner, power in zip(square, (1, -1, -1, 1), strict=True)
-        for term in _terms(corner, power)
+        term for square in squares for corner, power in zip(square, (1, -1, -1, 1), strict=True) for term in _terms(corner, power)
     ]
 
     def mean(corner: int) -> float:
@@ -152,5 +149,3 @@ def _terms(runs: Sequence[Run], power: float) -> list[tuple[Speed, float]]:
 
 def _mean(terms: Sequence[tuple[Speed, float]], count: int) -> Interval:
     return interval([(speed, power / count) for speed, power in terms])
-
-

@@ -100,7 +100,7 @@ def ladder_start_summary(results: Path) -> str:
     found = gain(recurrent, chunked)
     split = steps[0].run.record["time_split"]
     return _prose(
-        f"\"{steps[0].label}\" waits for the host during {percent(split['host_us'] / split['wall_us'])} of a step. The recurrent "
+        f'"{steps[0].label}" waits for the host during {percent(split["host_us"] / split["wall_us"])} of a step. The recurrent '
         f"kernel against the chunked rule: {times(found, marked=False, beside=True)}, {found.phrase}. "
         f"{_stalled([step.run for step in steps])}"
     )
@@ -203,7 +203,7 @@ def _in_all(steps: Sequence[Step]) -> str:
     text = f"From the first rung to the last: {times(measured[-1].total, marked=False, beside=True)}"
     if fastest is measured[-1]:
         return text + "."
-    return text + f"; to the fastest, \"{fastest.label}\": {times(fastest.total, marked=False, beside=True)}."
+    return text + f'; to the fastest, "{fastest.label}": {times(fastest.total, marked=False, beside=True)}.'
 
 
 def _stalled(runs: Sequence[Run]) -> str:

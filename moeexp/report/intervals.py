@@ -203,9 +203,7 @@ def run_to_run(record: dict[str, Any]) -> float:
     return device + (cpu - device) * split["host_us"] / split["wall_us"] if split else device
 
 
-def replicates(
-    samples: np.ndarray, lengths: Sequence[int], centre: str, *, round_seed: str, sample_seed: str
-) -> np.ndarray:
+def replicates(samples: np.ndarray, lengths: Sequence[int], centre: str, *, round_seed: str, sample_seed: str) -> np.ndarray:
     """samples [N] made of consecutive rounds of `lengths` -> [R] medians of the two-stage bootstrap, or means of drawn
     whole rounds (`centre`: "median" | "mean")."""
     assert sum(lengths) == len(samples) and min(lengths) > 0, (lengths, len(samples))

@@ -41,9 +41,7 @@ def each_once(paths: Iterable[Path]) -> list[Path]:
     return list(dict.fromkeys(Path(os.path.realpath(path)) for path in paths))
 
 
-def read_all(
-    paths: Iterable[Path], read: Callable[[Path], dict[str, Any]]
-) -> tuple[dict[Path, dict[str, Any]], list[str]]:
+def read_all(paths: Iterable[Path], read: Callable[[Path], dict[str, Any]]) -> tuple[dict[Path, dict[str, Any]], list[str]]:
     """The records that can be read, and a line for each of the others."""
     found, damaged = {}, []
     for path in paths:

@@ -75,16 +75,12 @@ def save(specification: dict[str, Any]) -> str:
     try:
         return build(specification, reports).save().url
     except Exception as error:  # whatever a network and a server may raise
-        raise RuntimeError(
-            f"W&B did not take the report ({' '.join(str(error).split())[:200]}): try again, {instead}"
-        ) from error
+        raise RuntimeError(f"W&B did not take the report ({' '.join(str(error).split())[:200]}): try again, {instead}") from error
 
 
 def build(specification: dict[str, Any], reports: Any) -> Any:
     """The Report object; `reports` is the module `wandb_workspaces.reports.v2`."""
-    where = {"project": specification["project"]} | (
-        {"entity": specification["entity"]} if specification["entity"] else {}
-    )
+    where = {"project": specification["project"]} | ({"entity": specification["entity"]} if specification["entity"] else {})
     chosen = specification["run_set"]
     ((metric, direction),) = chosen["order"].items()
     run_set = reports.Runset(

@@ -90,9 +90,7 @@ class Benchmark:
         """Record keys; throughputs are tokens over time, over all samples."""
         samples, cfg = self.samples, self.cfg
         found: dict[str, Any] = {
-            "prefill_tok_s": timing.throughput(
-                cfg.batch * self.prompt.shape[1] * len(samples.prefill_s), samples.prefill_s
-            ),
+            "prefill_tok_s": timing.throughput(cfg.batch * self.prompt.shape[1] * len(samples.prefill_s), samples.prefill_s),
             "ttft_s": statistics.median(samples.ttft_s),
             "rounds": self.rounds,
         }
@@ -125,9 +123,7 @@ class Benchmark:
         samples, record = self.samples, self.record
         tokens, firsts = len(samples.token_s), len(samples.ttft_s)
         try:
-            self.ids = timing.time_generation(
-                self.session, self.prompt, self.cfg.new_tokens, samples, stop_ids=self.eos
-            )
+            self.ids = timing.time_generation(self.session, self.prompt, self.cfg.new_tokens, samples, stop_ids=self.eos)
         finally:
             record.latencies_ms.extend(value * 1e3 for value in samples.token_s[tokens:])
             record.ttft_ms.extend(value * 1e3 for value in samples.ttft_s[firsts:])

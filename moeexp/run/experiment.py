@@ -94,9 +94,7 @@ class Run:
         length = self.prompt.shape[1]
         if beyond_graphs(cfg, length):  # of text, whose tokens validation does not know
             self.record.add_not_applicable("prefill_graph_lengths")
-            self.record.note(
-                f"prefill ran without a CUDA graph: the prompt has {length} tokens, more than each captured length"
-            )
+            self.record.note(f"prefill ran without a CUDA graph: the prompt has {length} tokens, more than each captured length")
         if cfg.overlap and early_starts(self.stack.session) == 0:  # ops that cannot
             self.record.add_not_applicable("overlap")
 

@@ -131,9 +131,7 @@ def _take_turns(members: list[Member]) -> None:
     bandwidth = timing.read_bandwidth(members[0].run.stack.device) if members[0].run else None
     for member in members:
         member.step(
-            lambda member: _run_of(member).publish(
-                telemetry, bandwidth or timing.read_bandwidth(member.run.stack.device)
-            )
+            lambda member: _run_of(member).publish(telemetry, bandwidth or timing.read_bandwidth(member.run.stack.device))
         )
         member.record.set(group={"id": order[0], "order": order, "rounds": rounds, "schedule": "in turn"})
 

@@ -28,9 +28,7 @@ MODEL_FILES = re.compile(
 )
 
 
-def write(
-    out: Path, cfg: Config, stack: Stack, *, made_in_s: dict[str, float], identity: dict[str, Any]
-) -> dict[str, Any]:
+def write(out: Path, cfg: Config, stack: Stack, *, made_in_s: dict[str, float], identity: dict[str, Any]) -> dict[str, Any]:
     """Writes the artifact of a stack of compiled methods and returns its manifest. `out` appears whole or not at all.
     `identity`: {weights, tokenizer} that it is made from."""
     from moeexp_kernels import registry

@@ -163,9 +163,7 @@ def _constants(program: ExportedProgram) -> dict[str, TensorSpec]:
     short = [name for name, buffer in buffers.items() if buffer.ndim == 1 and buffer.numel() <= 8]
     assert not short, f"Inductor would write the values of {short} into the code; give them a second dimension"
     used = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
-    return {
-        target: TensorSpec.of(buffers[target]) for name, target in signature.inputs_to_buffers.items() if name in used
-    }
+    return {target: TensorSpec.of(buffers[target]) for name, target in signature.inputs_to_buffers.items() if name in used}
 
 
 def sources() -> dict[str, Path]:

@@ -282,7 +282,8 @@ def _packaged_methods(recipe: Recipe, phases: Phases):
     for name in recipe.methods:
         spec = MethodSpec(
             name,
-            axes.compiled_in(cfg, compute_capability(device.type)) | {
+            axes.compiled_in(cfg, compute_capability(device.type))
+            | {
                 "architecture": model.arch.to_hf(),
                 "ops": registry.identities(recipe.names_in(name)),
                 "skip": sorted(cfg.quant.skip),

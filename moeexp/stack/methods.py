@@ -105,9 +105,7 @@ def _check_sizes(sizes: list[tuple[int, ...]], inputs: tuple[Tensor, ...]) -> No
 MODULES = {name: partial(Method, name=name) for name in ("prefill", "decode", "forward", "cond")}
 
 
-def session_methods(
-    dispatch: str, methods: dict[str, Callable], *, takes_live: bool = False
-) -> tuple[Callable | None, Callable]:
+def session_methods(dispatch: str, methods: dict[str, Callable], *, takes_live: bool = False) -> tuple[Callable | None, Callable]:
     """(prefill, decode) as a session takes them, from a dispatch's methods by name. A lone method of any T serves as both
     under `single`. `ValueError` where a method is missing, e.g. for a package that holds only one under `dual`."""
     if dispatch == "dual":
@@ -170,12 +168,8 @@ def export_method(
     their names (`model.layers.0.…`) in every method."""
     remember_kernel_analyses()
     state = state or {}
-    module = MODULES[method](
-        model, ops, state_names=tuple(state), takes_live=takes_live, l2_prefetch=l2_prefetch
-    ).eval()
-    inputs = example_inputs(
-        method, batch=batch, device=model.norm.device, takes_live=takes_live, state=tuple(state.values())
-    )
+    module = MODULES[method](model, ops, state_names=tuple(state), takes_live=takes_live, l2_prefetch=l2_prefetch).eval()
+    inputs = example_inputs(method, batch=batch, device=model.norm.device, takes_live=takes_live, state=tuple(state.values()))
     more: list[dict | None] = [None] * (len(inputs) - 2)
     tokens = None
     if method != "decode":

@@ -61,7 +61,7 @@ def file_of(module: str) -> Path | None:
 def _with_parents(module: str) -> Iterator[str]:
     """`a.b.c`, `a.b`, `a`: importing one runs those above it."""
     parts = module.split(".")
-    return (".".join(parts[: end]) for end in range(len(parts), 0, -1))
+    return (".".join(parts[:end]) for end in range(len(parts), 0, -1))
 
 
 @functools.cache

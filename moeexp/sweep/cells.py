@@ -116,9 +116,7 @@ def cells_of(composer: Composer, jobs: Sequence[Sequence[str]], first: int) -> l
     return cells
 
 
-def _design(
-    launcher: schema.LauncherConfig, job: Sequence[str]
-) -> Iterator[tuple[list[str], dict[str, Any]]]:
+def _design(launcher: schema.LauncherConfig, job: Sequence[str]) -> Iterator[tuple[list[str], dict[str, Any]]]:
     """A design's cells with their overrides. What a cell sets goes before what the command line sets: it is the axis."""
     names = [cell.name for cell in launcher.cells]
     for name in names:

@@ -155,8 +155,7 @@ class Sweep:
     def _agreed(self, cells: Sequence[Cell]) -> tuple[LauncherConfig, str]:
         """The settings of the sweep, which are no axis of it."""
         views = [
-            (dataclasses.replace(cell.given.launcher, cells=[], only=[]), cell.given.rerun, cell.given.dry_run)
-            for cell in cells
+            (dataclasses.replace(cell.given.launcher, cells=[], only=[]), cell.given.rerun, cell.given.dry_run) for cell in cells
         ]
         if any(view != views[0] for view in views):
             raise ValueError("launcher.*, rerun and dry_run are settings of a whole sweep: give each one value")

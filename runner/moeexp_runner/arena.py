@@ -33,9 +33,7 @@ class Arena:
         """`RuntimeError` if a state tensor was replaced: compiled methods and graphs hold the old address."""
         moved = [name for name, tensor in self.tensors.items() if tensor.data_ptr() != self._addresses[name]]
         if moved:
-            raise RuntimeError(
-                f"state tensors were re-allocated after binding: {', '.join(moved)}; build a new session"
-            )
+            raise RuntimeError(f"state tensors were re-allocated after binding: {', '.join(moved)}; build a new session")
 
     def check_identity(self) -> None:
         """The part of `check_addresses` that costs little enough for every decode step."""

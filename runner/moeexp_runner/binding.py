@@ -53,8 +53,7 @@ class CompiledMethod:
         problems = list(mismatches(self.constants, tensors, device=self.device))
         if problems:
             raise ValueError(
-                f"constants do not fit the compiled method ({len(problems)} mismatches), nothing bound: "
-                + "; ".join(problems)
+                f"constants do not fit the compiled method ({len(problems)} mismatches), nothing bound: " + "; ".join(problems)
             )
         self._runner.load_constants(dict(tensors), check_full_update=True, user_managed=True)
         self.bound = dict(tensors)  # another object each time, by which a graph knows what it was captured with

@@ -45,9 +45,7 @@ def counter(device: torch.device) -> Read | None:
     return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
 
 
-def of_decoding(
-    generate: Callable[[int], int], new_tokens: int, *, read: Read | None
-) -> dict[str, Any] | None:
+def of_decoding(generate: Callable[[int], int], new_tokens: int, *, read: Read | None) -> dict[str, Any] | None:
     """`generate(n)` makes up to n tokens of each sequence, and returns how many of all came after the first ones. Not timed.
 
     The record's `energy`: {joules and tokens of one generation's decoding, joules_per_generation, joules_per_prefill,

@@ -32,9 +32,7 @@ def check_tokens(limits: Limits, tokens: Tensor, count: int, *, start: int, ids:
             "reset the session or build one with a larger max_seq_len"
         )
     if ids and (int(tokens.min()) < 0 or int(tokens.max()) >= limits.vocab_size):
-        raise ValueError(
-            f"token ids must lie in 0..{limits.vocab_size - 1}, got {int(tokens.min())}..{int(tokens.max())}"
-        )
+        raise ValueError(f"token ids must lie in 0..{limits.vocab_size - 1}, got {int(tokens.min())}..{int(tokens.max())}")
 
 
 def check_logit_positions(limits: Limits, positions: Tensor | None, count: int) -> None:
@@ -56,7 +54,6 @@ def check_generation(limits: Limits, tokens: Tensor, new_tokens: int) -> None:
         raise ValueError(f"new_tokens={new_tokens} must be at least 1")
     if tokens.ndim == 2 and tokens.shape[1] + new_tokens > limits.max_seq_len:
         raise ValueError(
-            f"a prompt of {tokens.shape[1]} tokens plus new_tokens={new_tokens} exceeds "
-            f"max_seq_len={limits.max_seq_len}"
+            f"a prompt of {tokens.shape[1]} tokens plus new_tokens={new_tokens} exceeds max_seq_len={limits.max_seq_len}"
         )
     check_tokens(limits, tokens, 1, start=0)

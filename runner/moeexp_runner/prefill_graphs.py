@@ -19,9 +19,7 @@ class PrefillGraphs:
     """`method(tokens [B, L], positions [B], logit_positions [1], live [B])` -> logits [B, 1, V], with ops that leave every
     state as if only the first `live` tokens had been there. A prompt takes the shortest length that holds it."""
 
-    def __init__(
-        self, method: Callable[..., Tensor], state: State, *, lengths: Iterable[int], batch: int, device: torch.device
-    ):
+    def __init__(self, method: Callable[..., Tensor], state: State, *, lengths: Iterable[int], batch: int, device: torch.device):
         def static(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=device)
 

@@ -65,9 +65,7 @@ def _profiled(session: Session, prompt: Tensor, new_tokens: int) -> list[Event]:
 def events_of(profiled: profile, device: DeviceType = DeviceType.CUDA) -> list[Event]:
     """What a profiler saw on a device, in no order."""
     return [
-        (event.name, event.time_range.start, event.time_range.end)
-        for event in profiled.events()
-        if event.device_type == device
+        (event.name, event.time_range.start, event.time_range.end) for event in profiled.events() if event.device_type == device
     ]
 
 

@@ -15,9 +15,7 @@ class Sampler:
     The seed state (int64 [2]: seed, number of draws) lives where the sampling runs and is advanced by the op itself, so
     that replays of one graph draw anew; `reset` starts the same draws again. Logits [B, 1, V], tokens [B, 1] int64."""
 
-    def __init__(
-        self, op: Callable[..., Tensor], *, seed: int | None = None, device: torch.device | str = "cpu", **options: Any
-    ):
+    def __init__(self, op: Callable[..., Tensor], *, seed: int | None = None, device: torch.device | str = "cpu", **options: Any):
         self._op, self._options = op, options
         self.start: Tensor | None = None if seed is None else torch.tensor([seed, 0], dtype=torch.int64, device=device)
         self.seed_state: Tensor | None = None if self.start is None else self.start.clone()

@@ -74,9 +74,7 @@ class Session:
                 max_seq_len=max_seq_len, ahead=ahead, early=early,
             )  # fmt: skip
         if cuda_graph == "all" and prefill is not None:
-            self.prefill_graphs = PrefillGraphs(
-                prefill, arena, lengths=prefill_graph_lengths, batch=batch, device=device
-            )
+            self.prefill_graphs = PrefillGraphs(prefill, arena, lengths=prefill_graph_lengths, batch=batch, device=device)
         self.capture()
 
     def capture(self) -> None:

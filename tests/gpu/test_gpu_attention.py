@@ -18,13 +18,9 @@ DECODE = {"splitk": ops.sdpa_decode_splitk, "tiled": ops.sdpa_decode_tiled}
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize(
-    "tokens, positions", [(1, [0]), (1, [4095, 17, 2000]), (7, [100, 0]), (512, [0]), (2048, [2047])]
-)
+@pytest.mark.parametrize("tokens, positions", [(1, [0]), (1, [4095, 17, 2000]), (7, [100, 0]), (512, [0]), (2048, [2047])])
 def test_qk_norm_rope(dtype, tokens, positions):
-    cases.check_rope(
-        len(positions), tokens, HEADS, KV_HEADS, HEAD_DIM, ROTARY, dtype, positions, max(positions) + tokens + 1
-    )
+    cases.check_rope(len(positions), tokens, HEADS, KV_HEADS, HEAD_DIM, ROTARY, dtype, positions, max(positions) + tokens + 1)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -90,9 +86,7 @@ def test_pieces_equal_the_whole(pieces):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize(
-    "op, tokens", [(ops.sdpa_decode_splitk, 1), (ops.sdpa_decode_tiled, 1), (ops.sdpa_prefill, 200)]
-)
+@pytest.mark.parametrize("op, tokens", [(ops.sdpa_decode_splitk, 1), (ops.sdpa_decode_tiled, 1), (ops.sdpa_prefill, 200)])
 def test_bitwise_stable(op, tokens, dtype):
     case = cases.make_attention_case(2, tokens, HEADS, KV_HEADS, HEAD_DIM, dtype, [3000, 77], 4096)
     common.assert_bitwise_stable(lambda: op(**case), runs=20)
@@ -219,15 +213,12 @@ def test_sample(dtype, temperature, top_k, top_p):
     seed_state = common.Guarded(torch.tensor([torch.randint(2**62, ()).item(), 0], device="cuda"))
     near = {"top_p": top_p, "up": min(1.0, top_p + 1e-4), "down": top_p - 1e-4 if top_p < 1 else 1.0}
     support = {
-        key: sampler.reference_support(logits=x, temperature=temperature, top_k=top_k, top_p=value)
-        for key, value in near.items()
+        key: sampler.reference_support(logits=x, temperature=temperature, top_k=top_k, top_p=value) for key, value in near.items()
     }
     for draw in range(20):
         scores = sampler.reference_scores(logits=x, seed_state=seed_state.tensor, temperature=temperature)
         with common.poisoned_empty():
-            token = sampler.sample(
-                logits=x, seed_state=seed_state.tensor, temperature=temperature, top_k=top_k, top_p=top_p
-            )
+            token = sampler.sample(logits=x, seed_state=seed_state.tensor, temperature=temperature, top_k=top_k, top_p=top_p)
         assert seed_state.tensor[1].item() == draw + 1
         assert support["up"].gather(1, token).all()
         best = scores.masked_fill(~support["down"], float("-inf")).amax(-1, keepdim=True)

@@ -515,9 +515,7 @@ def test_compiling_holds_no_copy_of_the_weights(tmp_path):
     module, x = Weighted(), torch.zeros(8, device="cuda")
     before = settled_memory()
     torch.cuda.reset_peak_memory_stats()
-    compile_method(
-        torch.export.export(module, (x,)), tmp_path / "weighted.pt2", inductor_config(method="decode", device="cuda")
-    )
+    compile_method(torch.export.export(module, (x,)), tmp_path / "weighted.pt2", inductor_config(method="decode", device="cuda"))
     weights = sum(weight.nbytes for weight in module.buffers())
     assert torch.cuda.max_memory_allocated() - before < weights / 2
     assert settled_memory() - before < weights / 2

@@ -37,9 +37,7 @@ def fresh(batch, tokens, heads, dims, dtype, **options):
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("batch", [1, 2, 3, 9])
-@pytest.mark.parametrize(
-    "heads, dims", [REAL, ((4, 4), (64, 128)), ((2, 4), (128, 64)), ((1, 3), (80, 96)), ((1, 1), (16, 8))]
-)
+@pytest.mark.parametrize("heads, dims", [REAL, ((4, 4), (64, 128)), ((2, 4), (128, 64)), ((1, 3), (80, 96)), ((1, 1), (16, 8))])
 def test_decode(heads, dims, batch, dtype):
     case = fresh(batch, 1, heads, dims, dtype)
     check(gdn_decode, case, DECODE_TOL[dtype])
@@ -107,9 +105,7 @@ def test_prefill_ragged_splits(splits, dtype):
 
 
 @pytest.mark.parametrize("pattern", ["equal", "alternating"])
-@pytest.mark.parametrize(
-    "solve, dtype", [("ieee", F32), ("tf32x3", F32), ("fp16", BF16), ("tf32", BF16), ("tf32x3", BF16)]
-)
+@pytest.mark.parametrize("solve, dtype", [("ieee", F32), ("tf32x3", F32), ("fp16", BF16), ("tf32", BF16), ("tf32x3", BF16)])
 def test_correlated_keys(monkeypatch, solve, dtype, pattern):
     """The worst matrix to invert, at the precisions the table may name."""
     key = tuning.activation_class(dtype)

@@ -37,9 +37,7 @@ def check(op, *, tokens, shapes, bits, dtype, k, routing=None, runs=20):
     with poisoned_empty():
         y = op(x=x, **arguments)
     expected = reference(x, arguments)
-    assert_close_ratio(
-        y.float(), expected, (TOLERANCE if op is moe_decode else PREFILL_TOLERANCE)[dtype], f"seed {seed}"
-    )
+    assert_close_ratio(y.float(), expected, (TOLERANCE if op is moe_decode else PREFILL_TOLERANCE)[dtype], f"seed {seed}")
     # The residual hides the experts' own error: here without it. Rounding x + experts to bfloat16 costs up to 2^-8 of x,
     # which is ten times the experts' output: 4 % of it.
     tolerance = 1e-5 if dtype == torch.float32 else 5e-2

@@ -73,9 +73,7 @@ class Layers:
 
     def microseconds(self, *, replays: int = 40, early: bool = True) -> float:
         """Median time of a layer, of graphs of several chains."""
-        samples = graph_samples(
-            lambda _: self.call(self.x), [{}], calls=CALLS, replays=replays, early="all" if early else "none"
-        )
+        samples = graph_samples(lambda _: self.call(self.x), [{}], calls=CALLS, replays=replays, early="all" if early else "none")
         return statistics.median(samples) / len(LAYERS)
 
     def _mix(self, layer: Layer, x: Tensor) -> Tensor:

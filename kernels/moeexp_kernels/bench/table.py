@@ -30,8 +30,7 @@ def line(row: Row) -> str:
     if row.phase == "prefill" and row.flops:  # there the tensor cores are the limit, not the memory
         share, plain = f"{row.flops / row.us * 1e-6:.0f} TFLOP/s", ""
     return (
-        f"| {row.op} | {row.shape} | {tokens} | {row.us:.1f} | {row.moved * 1e-6:.1f} | {speed} | {share} | {plain} "
-        f"| {peers} |"
+        f"| {row.op} | {row.shape} | {tokens} | {row.us:.1f} | {row.moved * 1e-6:.1f} | {speed} | {share} | {plain} | {peers} |"
     )
 
 

@@ -183,9 +183,7 @@ def check_gdn(
     if num_k_heads < 1 or num_v_heads % num_k_heads:
         raise ValueError(f"{num_v_heads} value heads are no multiple of {num_k_heads} key heads")
     if not (0 < head_k_dim <= MAX_HEAD_DIM and 0 < head_v_dim <= MAX_HEAD_DIM):
-        raise ValueError(
-            f"head dims {head_k_dim} and {head_v_dim}: the Triton kernels do 1..{MAX_HEAD_DIM}; use ops=reference"
-        )
+        raise ValueError(f"head dims {head_k_dim} and {head_v_dim}: the Triton kernels do 1..{MAX_HEAD_DIM}; use ops=reference")
     if proj.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"proj is {proj.dtype}; float32 and bfloat16 are supported")
     if conv_weight.shape[-1] < 2:

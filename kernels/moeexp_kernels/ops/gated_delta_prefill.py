@@ -118,9 +118,7 @@ def _conv_kernel(
     run = tl.arange(0, ROWS) * RUN
     if head < 2 * HK:
         first = head * DK
-        inputs, taps = _conv_inputs(
-            proj + first, conv_weight + first * WIDTH, start, T, stride_t, DK, BK, ROWS, RUN, WIDTH, TAPS
-        )
+        inputs, taps = _conv_inputs(proj + first, conv_weight + first * WIDTH, start, T, stride_t, DK, BK, ROWS, RUN, WIDTH, TAPS)
         conv_state += first * (WIDTH - 1)
         scale = tl.where(head < HK, DK**-0.5, 1.0)
         out = qk_out + ((batch * (2 * HK) + head) * N * SIZE + start) * BK
@@ -340,9 +338,7 @@ def gdn_prefill(
     batch, tokens, _ = proj.shape
     channels, width = conv_weight.shape
     if width > CONV_RUN + 1:
-        raise ValueError(
-            f"conv width {width} is not supported by gdn_prefill; it does 2..{CONV_RUN + 1}, or use ops=reference"
-        )
+        raise ValueError(f"conv width {width} is not supported by gdn_prefill; it does 2..{CONV_RUN + 1}, or use ops=reference")
     pad_k, pad_v = (max(MIN_DOT, triton.next_power_of_2(n)) for n in (head_k_dim, head_v_dim))
     key = f"{tuning.activation_class(proj.dtype)}/{pad_k}x{pad_v}"
     tuned = tuning.lookup("gdn_prefill", key, tuning.architecture(proj.device))

@@ -138,9 +138,7 @@ def gemv_kernel(
         ahead_words, ahead_pair, ahead_extra = words, pair, extra
         if TILES > 1:  # the next rows are on their way while these are summed; beyond the last nothing is read
             ahead = here + BLOCK_N
-            ahead_words, ahead_pair = load_rows(
-                w_ptr, s_ptr, ahead, ahead < rows_left, K, GROUP, BITS, WORDS, CHUNK, CACHE
-            )
+            ahead_words, ahead_pair = load_rows(w_ptr, s_ptr, ahead, ahead < rows_left, K, GROUP, BITS, WORDS, CHUNK, CACHE)
             ahead_extra = load_extra(res_ptr, ahead, rows_left, HAS_RESIDUAL, "")
         y = r * dot_rows(
             words, pair, x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit, BITS, HALF, FAST, BLOCK_N, WORDS, CHUNK, PLANES
@@ -190,9 +188,7 @@ def weight_format(*, weight: Tensor, scales: Tensor | None, in_features: int, na
     bits = weight_bits(weight=weight, scales=scales, in_features=in_features)
     for tensor, what in ((weight, name), (scales, f"scales of {name}")):
         if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(
-                f"{what} has strides {tensor.stride()}; the kernels take contiguous weights, call .contiguous()"
-            )
+            raise ValueError(f"{what} has strides {tensor.stride()}; the kernels take contiguous weights, call .contiguous()")
     if scales is None:
         if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"{name} without scales is {weight.dtype}; supported: float32, bfloat16, float16")
@@ -231,7 +227,7 @@ def kernel_for(
     *, rows: int | torch.SymInt, bits: int, group: int, out_features: int, features: int, arch: str | None = None,
     always: bool = False,
 ) -> str:  # fmt: skip
-    """"gemv", "tile" or "gemm": what serves so many rows of such a weight; always: the tile wherever it can."""
+    """What serves so many rows of such a weight, "gemv", "tile" or "gemm"; always: the tile wherever it can."""
     if isinstance(rows, int) and tile_serves(rows=rows, bits=bits, group=group):
         key = f"{tuning.weight_class(bits)}/{out_features}x{features}"
         limits = tuning.lookup("linear_rows", key, arch)
@@ -248,9 +244,7 @@ def launch_gemv(
     """out [M, N] = residual + norm(x [M, K]) @ weight.T; all flat, checked, and out contiguous."""
     rows, features = weight.shape[0], x.shape[1]
     words, chunk = word_counts(bits=bits, in_features=features, group=group)
-    config = config or gemv_config(
-        bits=bits, rows=rows, in_features=features, arch=tuning.architecture(x.device)
-    )
+    config = config or gemv_config(bits=bits, rows=rows, in_features=features, arch=tuning.architecture(x.device))
     grid = (x.shape[0] * triton.cdiv(rows, config["BLOCK_N"] * config["TILES"]),)
     bring, bring_scales = ahead_lengths(ahead, ahead_scales) if can_overlap(x) else (0, 0)  # both need Hopper
     wrap_triton(gemv_kernel)[grid](

@@ -66,9 +66,7 @@ def launch_decode(*, x: Tensor, ids: Tensor, tile_from: int | None, **arguments:
         width, up, back = expert_formats(**stored, features=features, name=prefix)
         formats |= {f"{prefix}gate_up": (width, *up), f"{prefix}down": (width, *back)}
     flat = flat_rows(x, name="x", features=features)
-    check_vectors(
-        x=x, ids=ids, **{name: arguments[name] for name in ("norm_weight", "weights", "shared_gate")}
-    )
+    check_vectors(x=x, ids=ids, **{name: arguments[name] for name in ("norm_weight", "weights", "shared_gate")})
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     common = {"x": flat, "ids": ids, "out": y.view(-1, features), **arguments}
     rows = flat.shape[0]

@@ -138,11 +138,7 @@ def down_kernel(
         chunks: tl.constexpr = WORDS // CHUNK
         group = (tl.arange(0, chunks) * CHUNK) // (GROUP * BITS // 32)
         mask = (group < WIDTH // GROUP)[:, None, None] & (slot < TOP_K)[None, :, None] & (d < D)[None, None, :]
-        offsets = (
-            (expert * (D * (WIDTH // GROUP)))[None, :, None]
-            + (d * (WIDTH // GROUP))[None, None, :]
-            + group[:, None, None]
-        )
+        offsets = (expert * (D * (WIDTH // GROUP)))[None, :, None] + (d * (WIDTH // GROUP))[None, None, :] + group[:, None, None]
         pair = tl.load(s_ptr.to(tl.pointer_type(tl.int32)) + offsets, mask=mask, other=0)
         pair = tl.reshape(tl.permute(pair, [2, 1, 0]), [BLOCK_D, SLOTS * chunks])
     folded = tl.program_id(0) * (BLOCK_D // FOLD) + tl.arange(0, BLOCK_D // FOLD)

@@ -110,9 +110,7 @@ def grouped_gate_up_kernel(
     gate = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for start in range(0, width, BLOCK_K):
-        gate_low, gate_high = weight_tile(
-            w_ptr, s_ptr, gate_row, n < WIDTH, start, dtype, K, GROUP, BITS, BLOCK_K, FAST
-        )
+        gate_low, gate_high = weight_tile(w_ptr, s_ptr, gate_row, n < WIDTH, start, dtype, K, GROUP, BITS, BLOCK_K, FAST)
         up_low, up_high = weight_tile(w_ptr, s_ptr, up_row, n < WIDTH, start, dtype, K, GROUP, BITS, BLOCK_K, FAST)
         column = start + tl.arange(0, BLOCK_K)
         k = features_of(column, GROUP, BITS)
@@ -165,9 +163,7 @@ def grouped_down_kernel(
         if BITS == 4:
             act = tl.load(act_row[None, :] + k[:, None] + GROUP // 2, mask=mask, other=0.0).to(dtype)
             acc = tl.dot(high, act, acc, input_precision=PRECISION)
-    tl.store(
-        out_ptr + (a * D)[None, :] + n[:, None], acc.to(out_ptr.dtype.element_ty), mask=(n < D)[:, None] & used[None, :]
-    )
+    tl.store(out_ptr + (a * D)[None, :] + n[:, None], acc.to(out_ptr.dtype.element_ty), mask=(n < D)[:, None] & used[None, :])
 
 
 @triton.jit
@@ -270,9 +266,7 @@ def moe_prefill(
     rows = flat.shape[0]
     h = launch_rms_norm(x=flat, norm_weight=norm_weight, eps=eps, dtype=x.dtype)
     gate = torch.empty((rows,), dtype=torch.float32, device=x.device)
-    wrap_triton(shared_gate_kernel)[(rows,)](
-        h, shared_gate, gate, K=features, K_PADDED=triton.next_power_of_2(features)
-    )
+    wrap_triton(shared_gate_kernel)[(rows,)](h, shared_gate, gate, K=features, K_PADDED=triton.next_power_of_2(features))
     key = f"{tuning.activation_class(x.dtype)}/{tuning.weight_class(up[0])}/{features}x{width}"
     config = tuning.lookup("moe_prefill", key, tuning.architecture(x.device))
     experts, block_m = gate_up.shape[0], config["block_m"]

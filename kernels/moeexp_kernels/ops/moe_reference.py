@@ -42,9 +42,7 @@ def reference_moe_decode(
     )
     g, u = torch.einsum("btd,btknd->btkn", h, picked).chunk(2, dim=-1)
     act = F.silu(g) * u
-    picked = dequantise(
-        weight=down[ids], scales=None if down_scales is None else down_scales[ids], in_features=act.shape[-1]
-    )
+    picked = dequantise(weight=down[ids], scales=None if down_scales is None else down_scales[ids], in_features=act.shape[-1])
     y = torch.einsum("btki,btkdi,btk->btd", act, picked, weights)
     y = y + _shared(h, shared_gate_up, shared_gate_up_scales, shared_down, shared_down_scales, shared_gate)
     return (x.float() + y).to(x.dtype)

@@ -135,9 +135,7 @@ def down_tile_kernel(
     limbs_ptr += place * (LIMBS * K) + ready
     units_ptr += place * (2 * (K // GROUP)) + ready
     out_ptr += ready
-    y = multiply_tile(
-        tile, limbs_ptr, units_ptr, count, K, GROUP, GROUPS, BITS, LIMBS, BLOCK_D, COLUMNS, SPLIT, PASSES, FAST
-    )
+    y = multiply_tile(tile, limbs_ptr, units_ptr, count, K, GROUP, GROUPS, BITS, LIMBS, BLOCK_D, COLUMNS, SPLIT, PASSES, FAST)
     d, column = start + tl.arange(0, BLOCK_D)[:, None], tl.arange(0, COLUMNS)[None, :]
     tl.store(out_ptr + (place + column) * D + d, y, mask=(column < count) & (d < D))
 
@@ -201,7 +199,14 @@ def launch_moe_tile(
 
     def product(kernel, limbs, stored, result, *, block, launch, groups, **shape):
         wrap_triton(kernel)[(block, pairs + triton.cdiv(rows, COLUMNS))](
-            *limbs, ids, *stored, result, rows, **shape, GROUPS=groups, **common,
+            *limbs,
+            ids,
+            *stored,
+            result,
+            rows,
+            **shape,
+            GROUPS=groups,
+            **common,
             **tile_constants(groups=groups, config=launch, cuda=cuda),
         )
 

@@ -171,18 +171,14 @@ def qk_norm_rope(
     kv_heads, slots, head_dim = k_cache.shape[1:]
     half = inv_freq.shape[0]
     if 2 * half > head_dim:
-        raise ValueError(
-            f"inv_freq rotates {2 * half} dims of a head of {head_dim}; at most {head_dim // 2} frequencies"
-        )
+        raise ValueError(f"inv_freq rotates {2 * half} dims of a head of {head_dim}; at most {head_dim // 2} frequencies")
     for name, vector, size in (
         ("q_norm", q_norm, head_dim),
         ("k_norm", k_norm, head_dim),
         ("inv_freq", inv_freq, half),
     ):
         if vector.shape != (size,) or vector.stride(0) != 1:
-            raise ValueError(
-                f"{name} has shape {tuple(vector.shape)}, strides {vector.stride()}; supported: [{size}] contiguous"
-            )
+            raise ValueError(f"{name} has shape {tuple(vector.shape)}, strides {vector.stride()}; supported: [{size}] contiguous")
     batch, tokens = qkv.shape[0], qkv.shape[1]
     check_argument(inv_freq, name="inv_freq", shape=(half,), dtypes=(torch.float32,))
     check_argument(positions, name="positions", shape=(batch,), dtypes=(torch.int64,))

@@ -225,11 +225,7 @@ def _best_kernel(best, out, seed_state, NOISE: tl.constexpr, CHUNKS: tl.constexp
 
 
 def _check(logits: Tensor, seed_state: Tensor | None, temperature: float, top_k: int, top_p: float) -> None:
-    if (
-        logits.shape[1] != 1
-        or logits.stride(2) != 1
-        or logits.dtype not in (torch.float32, torch.bfloat16, torch.float16)
-    ):
+    if logits.shape[1] != 1 or logits.stride(2) != 1 or logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(
             f"logits are {logits.dtype} {tuple(logits.shape)} with strides {tuple(logits.stride())}; supported is "
             "[B, 1, V] of float32, bfloat16 or float16, contiguous in V"
@@ -241,9 +237,7 @@ def _check(logits: Tensor, seed_state: Tensor | None, temperature: float, top_k:
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} is outside (0, 1]; use 1 to keep every token")
     if seed_state is not None and (seed_state.dtype != torch.int64 or seed_state.shape != (2,)):
-        raise ValueError(
-            f"seed_state is {seed_state.dtype} {tuple(seed_state.shape)}; it must be int64 [2]: seed, offset"
-        )
+        raise ValueError(f"seed_state is {seed_state.dtype} {tuple(seed_state.shape)}; it must be int64 [2]: seed, offset")
 
 
 def _tuned(logits: Tensor) -> dict[str, int]:
@@ -327,6 +321,4 @@ def sample(logits: Tensor, seed_state: Tensor, temperature: float, top_k: int, t
             FLOORED=by_mass and len(kinds) == 2, NARROW_STEP=tuned["NARROW_STEP"], **sizes,
             num_warps=tuned["narrow_warps"],
         )  # fmt: skip
-    return _pick(
-        logits, seed_state, (sums, prefixes, first, shifts[-1]), {**constants, "BY_MASS": by_mass, "NOISE": True}
-    )
+    return _pick(logits, seed_state, (sums, prefixes, first, shifts[-1]), {**constants, "BY_MASS": by_mass, "NOISE": True})

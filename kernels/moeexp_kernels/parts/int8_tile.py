@@ -43,9 +43,7 @@ def fragment(x, ROWS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr):
 def low_nibbles(q, FAST: tl.constexpr):
     """Low nibbles of packed bytes, int8 0 .. 15: one instruction for four."""
     if FAST:
-        return tl.inline_asm_elementwise(
-            "and.b32 $0, $1, 0x0F0F0F0F;", "=r,r", args=[q], dtype=tl.int8, is_pure=True, pack=4
-        )
+        return tl.inline_asm_elementwise("and.b32 $0, $1, 0x0F0F0F0F;", "=r,r", args=[q], dtype=tl.int8, is_pure=True, pack=4)
     return (q & 0xF).to(tl.int8)
 
 
@@ -68,9 +66,7 @@ def high_nibbles(q, FAST: tl.constexpr):
 def centred_bytes(q, FAST: tl.constexpr):
     """Bytes -> code - 128, int8."""
     if FAST:
-        return tl.inline_asm_elementwise(
-            "xor.b32 $0, $1, 0x80808080;", "=r,r", args=[q], dtype=tl.int8, is_pure=True, pack=4
-        )
+        return tl.inline_asm_elementwise("xor.b32 $0, $1, 0x80808080;", "=r,r", args=[q], dtype=tl.int8, is_pure=True, pack=4)
     return (q ^ 0x80).to(tl.int8, bitcast=True)
 
 

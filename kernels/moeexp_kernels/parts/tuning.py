@@ -38,7 +38,7 @@ def _cuda_architecture(index: int) -> str:
 
 
 def architecture(device: torch.device) -> str:
-    """"sm_90" for an H100 or H200; "cpu" for a device that is no CUDA device."""
+    """An H100 or H200 is "sm_90"; a device that is no CUDA device is "cpu"."""
     if device.type != "cuda":
         return device.type
     return _cuda_architecture(torch.cuda.current_device() if device.index is None else device.index)

@@ -229,9 +229,7 @@ def _telemetry(ranked: Sequence[Run]) -> Markup:
     for run in having:
         seen = run.record["telemetry"]
         ranges = [
-            f"{number(seen[name]['min'])} – {number(seen[name]['median'])} – {number(seen[name]['max'])}"
-            if name in seen
-            else "–"
+            f"{number(seen[name]['min'])} – {number(seen[name]['median'])} – {number(seen[name]['max'])}" if name in seen else "–"
             for name in names
         ]
         reasons = seen.get("throttle_reasons") or {}

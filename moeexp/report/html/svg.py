@@ -121,10 +121,16 @@ def _histogram(samples: Sequence[float], scale: Scale) -> list[Shape]:
     counts, edges = np.histogram(places, bins=BINS, range=(0, 100))
     most, width = counts.max(), 100 / BINS
     return [
-        Shape("rect", {
-            "class": "bin", "x": f"{left:.2f}%", "y": f"{100 - 92 * count / most:.1f}%", "width": f"{width:.2f}%",
-            "height": f"{92 * count / most:.1f}%",
-        })  # fmt: skip
+        Shape(
+            "rect",
+            {
+                "class": "bin",
+                "x": f"{left:.2f}%",
+                "y": f"{100 - 92 * count / most:.1f}%",
+                "width": f"{width:.2f}%",
+                "height": f"{92 * count / most:.1f}%",
+            },
+        )  # fmt: skip
         for count, left in zip(counts, edges, strict=False)
         if count
     ]
@@ -156,9 +162,7 @@ class Point:
     run: str
 
 
-def scatter(
-    points: Sequence[Point], roofs: Sequence[tuple[float, str]], *, x_unit: str, y_unit: str, roof_y: float
-) -> Markup:
+def scatter(points: Sequence[Point], roofs: Sequence[tuple[float, str]], *, x_unit: str, y_unit: str, roof_y: float) -> Markup:
     """Points on log-log axes under roofs y = c / x; `roofs`: (c, name). `roof_y`: the highest y that the plot needs."""
     x = Scale(min(p.x for p in points) / 2, max(p.x for p in points) * 2, log=True)
     y = Scale(min(p.y for p in points) / 2, max(roof_y, max(p.y for p in points) * 2), log=True)

@@ -79,9 +79,7 @@ def matvec(case: Case) -> Peer | None:
     copies = [{"w": weight, "s": scales}] + [{"w": weight.clone(), "s": scales.clone()} for _ in case.copies[1:]]
 
     def expected() -> tuple[Tensor]:
-        wide = dequantise(
-            weight=arguments["weight"], scales=without_shift(arguments["scales"]), in_features=x.shape[1]
-        )
+        wide = dequantise(weight=arguments["weight"], scales=without_shift(arguments["scales"]), in_features=x.shape[1])
         return (x.float() @ wide.T,)
 
     return Peer(
@@ -106,9 +104,7 @@ def experts(case: Case) -> Peer:
         y = torch.zeros(h.shape, device=h.device)
         for e in ids.unique().tolist():
             up, down = (
-                dequantise(
-                    weight=arguments[name][e], scales=without_shift(arguments[f"{name}_scales"][e]), in_features=width
-                )
+                dequantise(weight=arguments[name][e], scales=without_shift(arguments[f"{name}_scales"][e]), in_features=width)
                 for name, width in (("gate_up", h.shape[1]), ("down", arguments["gate_up"].shape[1] // 2))
             )
             gate, up = F.linear(h.float(), up).chunk(2, dim=-1)
