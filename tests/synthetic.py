@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from collections.abc import Sequence
@@ -88,7 +89,7 @@ def record(
     run.finish(status, error=values.pop("error", None))
     run.data["started"] = values.pop("started", "2026-01-01T00:00:00+00:00")
     run.data["token_latencies_ms"] = latency_summary(run.latencies_ms) if run.latencies_ms else None
-    return run.data | values
+    return copy.deepcopy(run.data | values)  # what a test changes is its own
 
 
 def refused(*overrides: str, id: str = "ab.0", message: str = "not here", **values: Any) -> dict[str, Any]:
@@ -99,7 +100,7 @@ def refused(*overrides: str, id: str = "ab.0", message: str = "not here", **valu
     error = {"type": "ValueError", "message": message, "phase": None, "traceback": None}
     run.finish("unsupported", error=values.pop("error", error))
     run.data["started"] = "2026-01-01T00:00:00+00:00"
-    return run.data | values
+    return copy.deepcopy(run.data | values)  # what a test changes is its own
 
 
 def load(cores: float, of: int = 16) -> dict[str, Any]:

@@ -5,12 +5,13 @@ from types import SimpleNamespace
 
 from rich.console import Console
 
+from moeexp.config.compose import compose
 from moeexp.record.record import Record
 from moeexp.sweep.terminal import Progress
 
 
 def cell(tmp_path):
-    record = Record(tmp_path / "record.json", id="a", config={}, command=["python"])
+    record = Record(tmp_path / "record.json", id="a", config=compose(["model=nano"]), command=["python"])
     record.set(phase="compile decode")
     record.write()
     return SimpleNamespace(number=3, record=record.path)

@@ -13,8 +13,10 @@ import pytest
 from sabotage import experiment, ran
 
 from moeexp.cli import main
+from moeexp.config.compose import compose
 from moeexp.record import liveness
-from moeexp.record.record import Record, head, read_record
+from moeexp.record.head import head
+from moeexp.record.record import Record, read_record
 from moeexp.sweep.history import History
 
 EXPERIMENT = """
@@ -153,7 +155,7 @@ def test_during_imports():
 
 
 def test_a_process_that_is_there_is_not_lost(tmp_path):
-    run = Record(tmp_path / "record.json", id="a", config={}, command=[])
+    run = Record(tmp_path / "record.json", id="a", config=compose(["model=nano"]), command=[])
     run.write()
     assert read_record(run.path)["status"] == head(run.path)["status"] == "running"
 
@@ -177,7 +179,7 @@ OTHER = [
 
 @pytest.mark.parametrize("changed, status", OTHER)
 def test_whose_process_is_gone(tmp_path, changed, status):
-    run = Record(tmp_path / "record.json", id="a", config={}, command=[])
+    run = Record(tmp_path / "record.json", id="a", config=compose(["model=nano"]), command=[])
     run.set(process=liveness.this_process() | changed)
     run.write()
     assert read_record(run.path)["status"] == head(run.path)["status"] == History([tmp_path]).runs[0].status == status
