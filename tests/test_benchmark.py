@@ -150,7 +150,7 @@ def test_a_stall_is_what_the_mode_could_not_recover(make, cuda_graph, ahead, bur
 
 def test_raw_samples_stay_where_a_run_was_interrupted_and_not_where_it_was_wrong(make, tmp_path):
     for status, passed, kept in (("interrupted", True, True), ("incorrect", False, False)):
-        record = Record(tmp_path / f"{status}.json", id="t", config=compose(["model=nano"]), command=["test"])
+        record = Record(tmp_path / f"{status}.json", id="t", config=compose.compose(["model=nano"]), command=["test"])
         bench = make(repeats=1, min_samples=1, min_time_s=0.0)
         bench.record = record
         bench.round()

@@ -137,6 +137,7 @@ def test_a_bfloat16_run_shares_its_references_and_not_what_its_ops_compute():
     assert ["float32" in names for names in reused] == [False, False, False, True]
 
 
+@pytest.mark.slow
 def test_the_same_tokens_in_another_shape_are_another_prompt():
     cells = [["prompt_ids=[5,6,5,6]", "prompt_len=null"], ["prompt_ids=[5,6]", "prompt_len=null", "batch=2"]]
     assert group.run_group(jobs(*cells)) == 0

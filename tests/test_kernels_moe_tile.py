@@ -45,12 +45,14 @@ def test_the_tile_computes_the_experts(rows, bits, k, dtype):
     check_experts(moe_decode_tile, rows=(1, rows), k=k, bits=bits, dtype=dtype, **TILE_SHAPE)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_programs")
 def test_experts_of_another_width_in_odd_sizes_on_the_tile():
     """Rows that fill no tile, three groups."""
     check_experts(moe_decode_tile, rows=(5, 2), D=192, E=5, k=2, width=192, shared=192, group=64)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_programs")
 @pytest.mark.parametrize("first", [0, 23])
 def test_all_tokens_to_the_same_experts_on_the_tile(first):
@@ -60,6 +62,7 @@ def test_all_tokens_to_the_same_experts_on_the_tile(first):
     check_experts(moe_decode_tile, rows=(1, rows), k=3, routing=routing, **TILE_SHAPE)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_programs")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_of_the_experts_is_the_same_to_the_bit_among_any_others(dtype):
@@ -107,6 +110,7 @@ def test_the_table_says_how_many_tokens_go_to_the_experts_tile(monkeypatch):
             assert served(3, moe_decode_tile, **other) == "pairs", other
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_programs")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_token_that_is_not_finite_is_so_alone_on_the_tile(bad):
