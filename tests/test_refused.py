@@ -13,6 +13,7 @@ from test_html_report import Page
 
 from moeexp.cli import main
 from moeexp.report import markdown as markdown_report
+from moeexp.report import markup
 from moeexp.report import records as report_records
 from moeexp.report.effects import main_effects
 from moeexp.report.html import page as html_report
@@ -189,3 +190,13 @@ def test_a_value_that_is_left_to_resolving_is_that_of_the_same_sweep():
 def test_what_a_refused_cell_leaves_to_resolving_is_no_column_of_the_table():
     records = [synthetic.record("dtype=float32", "quant=none"), synthetic.refused("quant=int4", "cuda_graph=true")]
     assert report_records.varying(records) == ["quant", "cuda_graph"]
+
+
+def test_an_id_of_digits_is_no_number_of_a_list():
+    one = synthetic.refused("quant=none", id="152612.3", message="2. not here")
+    text = markdown_report.document([synthetic.record(id="152612.0"), one])
+    (line,) = [line for line in text.splitlines() if line.startswith("- ") and "not here" in line]
+    assert line.startswith("- 152612.3")
+    assert [markup.line(text) for text in ("2. x", "2.", "2) x", "2.5 s", "- x", "#x")] == [
+        "2\\. x", "2\\.", "2\\) x", "2.5 s", "\\- x", "\\#x",
+    ]  # fmt: skip

@@ -14,7 +14,8 @@ ESCAPES = (
     (re.compile(r"&(?=#?\w+;)"), "&amp;"),
     (re.compile("<"), "&lt;"),
 )
-BLOCK = re.compile(r"^(\d*)([-#>+=.)])")  # at the start of a line
+# At the start of a line; a number with a dot only where a blank or nothing follows: a run's id may be 152612.3.
+BLOCK = re.compile(r"^(\d+(?=[.)](?:\s|$))|(?=[-#>+=]))(.)")
 PIPE = re.compile(r"(?<!\\)\|")  # which ends a cell also within code
 
 
