@@ -13,6 +13,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from moeexp.config import axes
 from moeexp.config.architecture import Architecture
 from moeexp.config.schema import Config, OpsConfig
+from moeexp.record.text import brief
 
 # No run needs more, and a number beyond these can only exhaust the machine.
 LARGEST = 1 << 24
@@ -25,7 +26,6 @@ AT_MOST = {
 LONGEST = 4096  # characters of a name or a path
 LONGEST_ARGUMENT = 128_000  # bytes of a prompt, or of anything in a command; Linux takes 131,071
 LONGEST_LIST = 8192  # Hydra reads a list in time that grows with its square: this one in 7 s
-SHOWN = 60
 
 USER_OP = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 ROPE_TABLE = dict[str, int | float | bool | str | list[int | float] | None] | None
@@ -47,7 +47,7 @@ def check(config: Any) -> None:
             raise ValueError(f"the record's config has no {group}.{name}: it is not the config of a run")
     for op, name in config["ops"].items():
         if name is not None and ":" in name and not USER_OP.fullmatch(name):
-            raise ValueError(f"the record's ops.{op}={show(name)} is neither the name of an op nor module:function")
+            raise ValueError(f"the record's ops.{op}={brief(name)} is neither the name of an op nor module:function")
     shapes = config["model"].get("architecture")
     if shapes is not None:
         try:
@@ -62,28 +62,16 @@ def user_ops(config: dict[str, Any]) -> dict[str, str]:
     return {op: name for op, name in chosen.items() if name is not None and ":" in name}
 
 
-def show(value: Any) -> str:
-    """A value in an error: short, on one line, with nothing in it that a terminal would act on."""
-    if isinstance(value, dict):
-        return "a table"
-    if isinstance(value, list):
-        return "a list"
-    if isinstance(value, int) and abs(value) > 1 << 64:
-        return f"a number of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
-
-
 def check_text(what: str, text: Any, *, longest: int = LONGEST, lines: bool = False, too_long: str = "") -> str:
     """`text`, if it can be shown, pasted into a shell and handed on as it is. `lines`: it may have several, and tabs."""
     if not isinstance(text, str):
-        raise ValueError(f"the record's {what} is {show(text)}, not text")
+        raise ValueError(f"the record's {what} is {brief(text)}, not text")
     if len(text.encode(errors="replace")) > longest:
         raise ValueError(f"the record's {what} has {len(text)} characters{too_long}; {longest} bytes are allowed")
     for character in text:
         # Control characters act on the terminal that a command is pasted into; surrogates are no text.
         if unicodedata.category(character) in ("Cc", "Cs") and not (lines and character in "\n\t"):
-            raise ValueError(f"the record's {what}={show(text)} holds the character {show(character)}, which is not allowed")
+            raise ValueError(f"the record's {what}={brief(text)} holds the character {brief(character)}, which is not allowed")
     if text == "???":
         raise ValueError(f"the record's {what} is '???', which means that it is missing")
     return text
@@ -101,11 +89,11 @@ def _check_value(path: str, kind: Any, value: Any) -> None:
         _check_table(path, value)
         for name, item in value.items():
             if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", name):
-                raise ValueError(f"the record's {path} has {show(name)}, which is no name of a parameter")
+                raise ValueError(f"the record's {path} has {brief(name)}, which is no name of a parameter")
             _check_value(f"{path}.{name}", ROPE.get(name, get_args(kind)[1]), item)
     elif origin in (list, tuple):
         if not isinstance(value, list):
-            raise ValueError(f"the record's {path}={show(value)} is not a list")
+            raise ValueError(f"the record's {path}={brief(value)} is not a list")
         if len(value) > LONGEST_LIST:
             raise ValueError(f"the record's {path} has {len(value)} entries; {LONGEST_LIST} are allowed")
         for item in value:
@@ -123,14 +111,14 @@ def _check_fields(path: str, hints: dict[str, Any], value: Any) -> None:
     for name, item in value.items():
         if name not in hints:
             where = f"{path} of the record's config" if path else "the record's config"
-            raise ValueError(f"{where} has {show(name)}, which is no setting of moeexp: it was not written by this version")
+            raise ValueError(f"{where} has {brief(name)}, which is no setting of moeexp: it was not written by this version")
         inner = f"{path}.{name}" if path else name
         _check_value(inner, axes.TABLE[inner].kind if inner in axes.TABLE else hints[name], item)
 
 
 def _check_table(path: str, value: Any) -> None:
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-        raise ValueError(f"the record's {path or 'config'} is {show(value)}, not a table of settings")
+        raise ValueError(f"the record's {path or 'config'} is {brief(value)}, not a table of settings")
 
 
 def _choice(path: str, kinds: tuple, value: Any) -> Any:
@@ -142,16 +130,16 @@ def _choice(path: str, kinds: tuple, value: Any) -> Any:
     left = [kind for kind in kinds if kind is not NoneType]
     if value is not None and len(left) == 1:
         return left[0]
-    raise ValueError(f"the record's {path}={show(value)} is not of a type that {path} has")
+    raise ValueError(f"the record's {path}={brief(value)} is not of a type that {path} has")
 
 
 def _check_plain(path: str, kind: type, value: Any) -> None:
     if kind is float and type(value) is int:
         kind = int
     if type(value) is not kind:
-        raise ValueError(f"the record's {path}={show(value)} is not of type {kind.__name__}")
+        raise ValueError(f"the record's {path}={brief(value)} is not of type {kind.__name__}")
     if kind in (int, float):
         of_axis = axes.TABLE[path].axis.most if path in axes.TABLE else None
         most = of_axis or AT_MOST.get(path, LARGEST)
         if not -most <= value <= most:
-            raise ValueError(f"the record's {path}={show(value)} is out of range; {-most} to {most} is allowed")
+            raise ValueError(f"the record's {path}={brief(value)} is out of range; {-most} to {most} is allowed")

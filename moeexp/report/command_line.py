@@ -20,9 +20,10 @@ from moeexp.config import compose, schema
 from moeexp.config.architecture import Architecture
 from moeexp.config.axes import FIXED, LABELS, MEANT, NOT_REPEATED
 from moeexp.config.errors import explain
-from moeexp.config.recorded import check, check_text, show, user_ops
+from moeexp.config.recorded import check, check_text, user_ops
 from moeexp.config.sources import load_architecture
 from moeexp.record.record import plain
+from moeexp.record.text import brief
 
 # Those whose choice names a file of conf/; of `ops` it may be anything.
 GROUPS = tuple(group for group, label in LABELS.items() if label == "name")
@@ -52,12 +53,12 @@ def arguments_of(record: dict[str, Any], *, trust: bool = False) -> list[str]:
 
 def code_of(record: dict[str, Any]) -> list[str]:
     """What a record names that is code, or can name some: a phrase each."""
-    named = [f"ops.{op}={show(name)} imports the Python module {name.partition(':')[0]}"
+    named = [f"ops.{op}={brief(name)} imports the Python module {name.partition(':')[0]}"
              for op, name in user_ops(record["config"]).items()]  # fmt: skip
     if (own := config_dir(record)) is not None:
-        named.append(f"--config-dir={show(own)} reads config files, which can name code to run")
+        named.append(f"--config-dir={brief(own)} reads config files, which can name code to run")
     if record["config"].get("artifact") is not None:
-        named.append(f"artifact={show(record['config']['artifact'])} loads native code")
+        named.append(f"artifact={brief(record['config']['artifact'])} loads native code")
     return named
 
 
@@ -69,7 +70,7 @@ def given_of(record: dict[str, Any]) -> str:
         key, given, value = check_text("command", word).partition("=")
         chooses = given and (key in FOLDERS or key.split(".")[0] in settings) and not set("$:") & set(value)
         if word not in FLAGS and not chooses:
-            raise ValueError(f"the command that it was given is not shown, as {show(word)} could name code")
+            raise ValueError(f"the command that it was given is not shown, as {brief(word)} could name code")
     return shlex.join(words)
 
 
@@ -98,7 +99,7 @@ def overrides_of(config: dict[str, Any], config_dir: str | None = None) -> list[
     chosen = {group: config[group]["name"] for group in GROUPS if f"{group}.name" not in fixed}
     for group, name in chosen.items():
         if not _exists(group, name, config_dir):
-            raise ValueError(f"the record's config no longer composes: {group}={show(name)} is not a choice of {group}")
+            raise ValueError(f"the record's config no longer composes: {group}={brief(name)} is not a choice of {group}")
     if "ops.default" not in fixed and _exists("ops", config["ops"]["default"], config_dir):
         chosen["ops"] = config["ops"]["default"]
     defaults = _defaults()
@@ -206,7 +207,7 @@ def _check_same(config: dict[str, Any], overrides: Sequence[str], config_dir: st
     has = _flat(composed)
     for path, value in _flat(config).items():
         if path not in (*fixed, "artifact") and has[path] != value and (path, has[path], value) not in MEANT:
-            raise ValueError(f"{path}={show(value)} of the record composes to {show(has[path])}: it cannot be run as it was")
+            raise ValueError(f"{path}={brief(value)} of the record composes to {brief(has[path])}: it cannot be run as it was")
     shapes = config["model"].get("architecture")
     if shapes is None or fixed:
         return
@@ -214,6 +215,6 @@ def _check_same(config: dict[str, Any], overrides: Sequence[str], config_dir: st
     if found != (wanted := Architecture.from_hf(shapes)):
         name = next(field.name for field in fields(found) if getattr(found, field.name) != getattr(wanted, field.name))
         raise ValueError(
-            f"model.weights={show(composed['model']['weights'])} has {name}={show(getattr(found, name))}, and the record "
-            f"{show(getattr(wanted, name))}: these are not the weights that it was run with"
+            f"model.weights={brief(composed['model']['weights'])} has {name}={brief(getattr(found, name))}, and the record "
+            f"{brief(getattr(wanted, name))}: these are not the weights that it was run with"
         )
