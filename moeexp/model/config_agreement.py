@@ -106,8 +106,9 @@ def _rope(arch: Architecture, config: Any) -> list[tuple[str, Any, Any]]:
     pairs += [(key, getattr(yarn, key), rope.get(key) or default) for key, default in (("beta_fast", 32), ("beta_slow", 1))]
     pairs += [("truncate", yarn.truncate, rope.get("truncate", True))]
     pairs += [("attention_factor", yarn.attention_factor, attention_factor)]
-    frequency_pairs = zip(inverse_frequencies(arch)[0].tolist(), frequencies.tolist(), strict=False)
-    return pairs + [(f"inv_freq[{i}]", *both) for i, both in enumerate(frequency_pairs)]
+    ours, theirs = inverse_frequencies(arch)[0].tolist(), frequencies.tolist()
+    pairs += [("len(inv_freq)", len(ours), len(theirs))]
+    return pairs + [(f"inv_freq[{i}]", *both) for i, both in enumerate(zip(ours, theirs, strict=False))]
 
 
 def _given(model: ModelConfig, folder: Path | None) -> dict[str, Any]:
