@@ -1,7 +1,9 @@
 """The reference: transformers' Qwen3.5-MoE decoder layers, one layer in memory at a time.
 
-Layer-major: each layer runs the prompt as one call and then one call per further token, with transformers' own
-cache, before the next layer is loaded. A 35B model so needs one dequantised layer (3.3 GB in float32), not itself.
+Layer-major: each layer runs all positions but the last few as one call and then one call per further token, with
+transformers' own cache, before the next layer is loaded. A 35B model so needs one dequantised layer (3.3 GB in float32), not
+itself. Which call a position belongs to changes its result by the rounding of the run's dtype alone; a call costs 2.5 ms a
+layer however short it is, so that one for each of 256 generated tokens would be half of a check's time at full size.
 Shape letters: B batch, S sequence, L layers, D hidden, V vocabulary, E experts, k experts per token.
 """
 
@@ -16,6 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from moeexp.check.pure_torch import assert_pure_torch, eager, full_precision, modeling, pure_torch
+
+# Positions at the end that are calls of their own: transformers' own decode path, from a state that its prompt path left.
+SINGLE_STEPS = 4
 
 
 class ReferenceWeights(Protocol):
@@ -88,7 +93,8 @@ def run_reference(
     expert_ids: Tensor | None = None,
     on_layer: Callable[[int, int], None] | None = None,
 ) -> ReferenceRun:
-    """Runs `token_ids` [B, S] int64: positions 0..prompt_len-1 as one call, then one call per token.
+    """Runs `token_ids` [B, S] int64, of which the first `prompt_len` are not generated: all positions as one call but the last
+    `SINGLE_STEPS` generated ones, which are one call each.
 
     `config` is transformers' own text config of the model (`moeexp.model.config_agreement.text_config`), never our reading of it.
     With `expert_ids` [L, B, S, k] the routers compute their logits as ever, but the given experts are used, weighted
@@ -162,7 +168,8 @@ def _run_layer(
     cache = DynamicCache(config=config)  # a fresh one: only the entry of this layer is ever used
     output = torch.full_like(hidden, float("nan"))
     length = hidden.shape[1]
-    calls = [(0, prompt_len)] + [(position, position + 1) for position in range(prompt_len, length)]
+    first = max(prompt_len, length - SINGLE_STEPS)
+    calls = [(0, first)] + [(position, position + 1) for position in range(first, length)]
     for route.start, route.stop in calls:
         here = slice(route.start, route.stop)
         mask = None
