@@ -140,7 +140,7 @@ def test_companions_of_quantised_weights_are_named_as_such(folder, companion, me
 
 
 @pytest.mark.parametrize("value", [{"quant_method": "bitsandbytes"}, {}, "fp8", [1], True, {"quant_method": "x" * 999}])
-@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+@pytest.mark.parametrize("key", ["quantization_config", pytest.param("compression_config", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_quantised_config_is_refused_also_beside_plain_tensors(folder, refused, key, value, nested):
     change = {key: value}
@@ -243,6 +243,7 @@ def test_null_is_right_where_transformers_writes_it(folder, key, means):
     assert Architecture.from_folder(folder) == dataclasses.replace(ODD, **means)
 
 
+OTHER_FILES = ["tokenizer_config.json", "model.safetensors.index.json"]
 FILES = {
     "pointer": (POINTER, "git-lfs pointer"),
     "cut": ('{"vocab_size": 6', "not valid JSON"),
@@ -253,7 +254,10 @@ FILES = {
 
 
 @pytest.mark.parametrize("case", FILES)
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "tokenizer.json", *(pytest.param(n, marks=pytest.mark.slow) for n in OTHER_FILES)],
+)
 def test_a_file_that_is_no_json_object_is_named(folder, refused, name, case):
     content, said = FILES[case]
     (folder / name).write_text(content)

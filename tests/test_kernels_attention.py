@@ -294,7 +294,7 @@ def run_in_pieces(pieces, qkv, slots, heads, kv_heads, head_dim, decode) -> tupl
     return torch.cat(outputs, 1), *caches
 
 
-@pytest.mark.parametrize("pieces", [(9, 1, 1, 6), pytest.param((1, 2, 14), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pieces", [pytest.param((9, 1, 1, 6), marks=pytest.mark.slow), (1, 2, 14)])
 def test_pieces_equal_the_whole(pieces):
     qkv = make_qkv(1, 17, 4, 2, 32)
     whole = run_in_pieces([17], qkv, 24, 4, 2, 32, ops.sdpa_decode_splitk)

@@ -91,7 +91,15 @@ def test_every_case_agrees_with_its_reference_and_names_rows_of_the_table(spec):
         assert op == "gemv" or tuning.lookup(op, key, "sm_90"), (op, key)
 
 
-@pytest.mark.parametrize(("tokens", "op"), [(1, "gemv"), (2, "linear_tile"), (9, "linear_tile"), (33, "gemm")])
+@pytest.mark.parametrize(
+    ("tokens", "op"),
+    [
+        pytest.param(1, "gemv", marks=pytest.mark.slow),
+        (2, "linear_tile"),
+        pytest.param(9, "linear_tile", marks=pytest.mark.slow),
+        (33, "gemm"),
+    ],
+)
 def test_a_linear_case_names_the_row_that_its_kernel_runs_with(tokens, op, monkeypatch):
     asked, lookup = set(), tuning.lookup
     monkeypatch.setattr(tuning, "lookup", lambda op, key, *a, **k: asked.add((op, key)) or lookup(op, key, *a, **k))

@@ -50,9 +50,7 @@ def test_recurrent_t1_matches_naive(batch, heads, dims, state, decay):
 dispatched = partial(dispatch.gdn, decode="recurrent", prefill="triton")
 
 
-@pytest.mark.parametrize(
-    "tokens", [t if t in (1, 2, 32, 63, 64, 65) else pytest.param(t, marks=pytest.mark.slow) for t in DISPATCH_LENGTHS]
-)
+@pytest.mark.parametrize("tokens", [t if t in (1, 2, 65) else pytest.param(t, marks=pytest.mark.slow) for t in DISPATCH_LENGTHS])
 def test_dispatch_over_t(tokens):
     """Output and both states, from a running state, and the step after it."""
     case = make_case(1, tokens + 1, (1, 2), (16, 16), seed=tokens)
@@ -73,7 +71,7 @@ def test_dispatch_pieces_equal_the_unsplit_run(splits):
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (1, 2), (2, 2), (1, 4), (3, 3), (3, 6), (1, 5)])
-@pytest.mark.parametrize("op, tokens", [(gdn_decode, 1), (gdn_prefill, 17)])
+@pytest.mark.parametrize("op, tokens", [(gdn_decode, 1), pytest.param(gdn_prefill, 17, marks=pytest.mark.slow)])
 def test_head_counts(op, tokens, heads):
     check(op, make_case(1, tokens, heads, (16, 16)), PREFILL_TOL[F32])
 
@@ -155,7 +153,7 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n.startswith("moe") else n for n in CALLS])
 def test_results_and_scratch_are_written_inside_and_in_full(name):
     """NaN in everything that the op allocates and round it: what it returns is finite, what lies beside it is untouched,
     and it is bitwise what the op returns without poison."""

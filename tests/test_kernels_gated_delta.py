@@ -157,7 +157,10 @@ def test_decode_alternatives_agree():
         check(op, case, DECODE_TOL[F32])
 
 
-@pytest.mark.parametrize("chunk, tokens", [(16, 2), (16, 9), (16, 15), (16, 16), (16, 17), (64, 63), (64, 65), (64, 129)])
+@pytest.mark.parametrize(
+    "chunk, tokens",
+    [(16, 2), (16, 9), (16, 15), (16, 16), (16, 17), *(pytest.param(64, t, marks=pytest.mark.slow) for t in (63, 65, 129))],
+)
 def test_prefill_equals_definition(monkeypatch, chunk, tokens):
     set_chunk(monkeypatch, chunk)
     check(gdn_prefill, make_case(1, tokens, (1, 1), (16, 16), seed=tokens), PREFILL_TOL[F32])
@@ -199,7 +202,7 @@ def test_prefill_shapes_slow(heads, dims):
 
 
 @pytest.mark.parametrize("pattern", ["equal", "alternating"])
-@pytest.mark.parametrize("solve, tol", [("ieee", 1e-5), ("fp16", 1e-3)])
+@pytest.mark.parametrize("solve, tol", [("ieee", 1e-5), pytest.param("fp16", 1e-3, marks=pytest.mark.slow)])
 def test_correlated_keys_stay_exact(monkeypatch, solve, tol, pattern):
     """The worst matrix to invert: powers of it reach 1e18, its inverse does not. A product of powers passes random inputs
     and fails here. Nothing on the way may leave float16's range or lose more than its mantissa."""

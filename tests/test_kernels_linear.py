@@ -194,7 +194,10 @@ def test_the_table_says_which_rows_of_a_shape_go_to_the_tile():
         assert kernels(4, 5, 6, 7, 8, 9) == ["gemv", "tile", "tile", "gemv", "gemv", "gemm"]
 
 
-@pytest.mark.parametrize(("bits", "dtype"), [(4, torch.bfloat16), (4, torch.float32), (8, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("bits", "dtype"),
+    [(4, torch.bfloat16), *(pytest.param(*kind, marks=pytest.mark.slow) for kind in [(4, torch.float32), (8, torch.bfloat16)])],
+)
 def test_a_row_is_the_same_to_the_bit_alone_and_among_any_others(bits, dtype):
     weight, scales = quantised(24, 192, bits=bits, group=64, seed=2, dtype=dtype)
     x, extra = randn(32, 192, seed=1, dtype=dtype), randn(32, 24, seed=4, dtype=dtype)
@@ -227,7 +230,7 @@ def test_launch_parameters_of_the_tile_change_no_bit(change, features):
     assert_bitwise_equal(outputs[1], outputs[0])
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_every_code_is_exact_on_the_tile(bits):
     """All 256 bytes, picked out by one-hot inputs at the places of a 16-byte load and where the next thread's begins."""
     features, group = 128, 128
@@ -386,6 +389,7 @@ assert written == {"limbs_kernel": ["limbs_ptr", "units_ptr"], "linear_tile_kern
 """
 
 
+@pytest.mark.slow
 def test_a_trace_sees_what_the_tiles_kernels_write_and_nothing_else():
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "0"}
     run = subprocess.run([sys.executable, "-c", TRACED], env=env, capture_output=True, text=True)

@@ -31,7 +31,10 @@ def live(batch, count):
 
 
 @pytest.mark.parametrize("op", [reference_gdn_prefill, gdn_prefill], ids=["reference", "triton"])
-@pytest.mark.parametrize(("count", "total"), [(1, 3), (2, 65), (16, 17), (17, 64), (31, 80)])
+@pytest.mark.parametrize(
+    ("count", "total"),
+    [(1, 3), (16, 17), *(pytest.param(*lengths, marks=pytest.mark.slow) for lengths in [(2, 65), (17, 64), (31, 80)])],
+)
 def test_gated_delta(op, count, total):
     case = make_case(SHARED["batch"], total, SHARED["heads"], SHARED["dims"])
     kept = {name: case[name].clone() for name in STATE}
@@ -52,7 +55,10 @@ def test_gated_delta(op, count, total):
 
 
 @pytest.mark.parametrize("op", [qk_norm_rope.reference_qk_norm_rope, qk_norm_rope.qk_norm_rope], ids=["reference", "triton"])
-@pytest.mark.parametrize(("count", "total", "start"), [(1, 4, 0), (3, 8, 5), (8, 8, 2), (4, 9, 6)])
+@pytest.mark.parametrize(
+    ("count", "total", "start"),
+    [(1, 4, 0), (3, 8, 5), pytest.param(8, 8, 2, marks=pytest.mark.slow), pytest.param(4, 9, 6, marks=pytest.mark.slow)],
+)
 def test_keys_and_values_beyond_live_are_not_written(op, count, total, start):
     """The last case has padding beyond the cache's last slot."""
     slots = 10
@@ -88,7 +94,7 @@ def test_attention_sees_no_slot_beyond_live(op, count, total, start):
 
 
 @pytest.mark.parametrize("op", [router.reference_router, router.router], ids=["reference", "triton"])
-@pytest.mark.parametrize(("count", "total"), [(5, 12), (1, 3), (3, 4), (4, 4)])
+@pytest.mark.parametrize(("count", "total"), [pytest.param(5, 12, marks=pytest.mark.slow), (1, 3), (3, 4), (4, 4)])
 def test_expert_choices_beyond_live_are_not_traced(op, count, total):
     """Many tokens and few; padding that runs beyond the trace."""
     x = common.randn(2, total, 32, seed=1)

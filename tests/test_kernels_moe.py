@@ -84,7 +84,9 @@ def route(op, x, *, E, k, S=12, positions=None, weight=None, calls=1):
     return ids, weights, trace.tensor
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, *(pytest.param(t, marks=pytest.mark.slow) for t in (torch.float32, torch.float16))]
+)
 @pytest.mark.parametrize(
     ("shape", "E", "k"),
     [
@@ -92,9 +94,9 @@ def route(op, x, *, E, k, S=12, positions=None, weight=None, calls=1):
         ((2, 3), 5, 3),
         ((1, 9), 6, 1),
         ((2, 5), 8, 8),
-        ((8, 1), 11, 2),
+        pytest.param((8, 1), 11, 2, marks=pytest.mark.slow),
         ((1, 8), 1, 1),
-        ((3, 1), 40, 16),
+        pytest.param((3, 1), 40, 16, marks=pytest.mark.slow),
         ((1, 33), 6, 2),
     ],
 )
@@ -189,6 +191,7 @@ def test_decode(bits):
     check_experts(moe_decode, rows=(1, 1), bits=bits)
 
 
+@pytest.mark.slow
 def test_decode_shared_expert_of_another_width():
     check_experts(moe_decode, rows=(1, 1), D=32, k=3, E=5, width=32, shared=16, group=16)
 

@@ -38,7 +38,12 @@ def tile_arguments(rows, *, k=3, bits=4, dtype=torch.float32, seed=0, **shape):
 @pytest.mark.usefixtures("few_programs")
 @pytest.mark.parametrize(
     ("rows", "bits", "k", "dtype"),
-    [(1, 4, 1, torch.float32), (3, 8, 3, torch.bfloat16), (9, 4, 7, torch.float32), (20, 4, 3, torch.bfloat16)],
+    [
+        (1, 4, 1, torch.float32),
+        (3, 8, 3, torch.bfloat16),
+        pytest.param(9, 4, 7, torch.float32, marks=pytest.mark.slow),
+        pytest.param(20, 4, 3, torch.bfloat16, marks=pytest.mark.slow),
+    ],
 )
 def test_the_tile_computes_the_experts(rows, bits, k, dtype):
     """One token to three blocks of tokens, an expert with more than 8 of them (k = 7: all have all), k that is no power of 2."""
@@ -160,6 +165,7 @@ assert written == [
 """
 
 
+@pytest.mark.slow
 def test_a_trace_sees_what_the_experts_kernels_write_and_nothing_else():
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "0"}
     run = subprocess.run([sys.executable, "-c", TRACED], env=env, capture_output=True, text=True)

@@ -123,8 +123,8 @@ def test_reference_draws_follow_the_distribution(temperature, top_k, top_p):
 
 CASES = [
     (1.0, 0, 1.0),
-    (0.7, 20, 1.0),
-    (0.7, 0, 0.9),
+    pytest.param(0.7, 20, 1.0, marks=pytest.mark.slow),
+    pytest.param(0.7, 0, 0.9, marks=pytest.mark.slow),
     (1.3, 30, 0.8),
     pytest.param(1.0, 1, 1.0, marks=pytest.mark.slow),
     pytest.param(0.5, 0, 0.01, marks=pytest.mark.slow),
@@ -150,6 +150,7 @@ def test_kernels_draw_the_reference_tokens(small_blocks, dtype, temperature, top
     state.check("seed_state")
 
 
+@pytest.mark.slow
 def test_kernels_draw_from_exactly_the_support(small_blocks):
     """Ties at both thresholds, few distinct values: every token of the support comes up, no other does."""
     row = torch.tensor([2.0, 1.0, 2.0, 1.5, 1.5, 1.5, 0.0, -1.0, float("-inf"), 1.0], device=common.DEVICE)
@@ -161,6 +162,7 @@ def test_kernels_draw_from_exactly_the_support(small_blocks):
         assert sorted(set(draws.flatten().tolist())) == support.nonzero().flatten().tolist()
 
 
+@pytest.mark.slow
 def test_kernels_keep_no_token_too_many(small_blocks):
     """Nearly equal logits without ties: one more token than top_k would be drawn a third of the time."""
     x = torch.tensor([0.0, 0.5, 0.25, 0.375, -1.0], device=common.DEVICE).expand(16, 1, 5).to(BF16)
