@@ -1,7 +1,7 @@
 # `make run` and `make test` set up everything that they need in .venv. With PYTHON=… the given interpreter is used as
 # it is and nothing is installed.
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all test-gpu test-torch lint
+.PHONY: help run test test-all test-gpu test-torch sanitize soak lint
 
 BASE_PYTHON ?= python3
 ARGS ?=
@@ -39,6 +39,12 @@ test-gpu: $(SETUP)  ## the tests that need a GPU
 test-torch: $(if $(TORCH),.venv-torch-$(TORCH)/installed)  ## nano through every export and dispatch on the torch of TORCH=…
 	@test -n "$(TORCH)" || { echo "make test-torch needs a version: make test-torch TORCH=2.14.0"; exit 2; }
 	.venv-torch-$(TORCH)/bin/python -m pytest -q $(BESIDE) tests/test_exports.py
+
+sanitize: $(SETUP)  ## every kernel's smallest shapes and a captured decode under compute-sanitizer, on a GPU
+	$(PYTHON) tests/gpu/sanitize.py
+
+soak: $(SETUP)  ## eight minutes of decoding at full size: does anything grow, drift or change? On a GPU; ARGS="--out results/soak_h100"
+	$(PYTHON) tests/gpu/soak.py $(ARGS)
 
 lint: $(SETUP)  ## static checks, and the formatter's
 	$(PYTHON) -m ruff check .

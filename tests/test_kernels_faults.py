@@ -15,7 +15,7 @@ from moeexp_kernels import dispatch
 from moeexp_kernels.ops import attention, moe, moe_prefill, qk_norm_rope, router, sample
 from moeexp_kernels.ops.gated_delta import gdn_decode
 from moeexp_kernels.ops.gated_delta_prefill import gdn_prefill
-from moeexp_kernels.ops.linear import linear
+from moeexp_kernels.ops.linear import linear, linear_tile
 from test_kernels_attention import make_attention_case, make_qkv, make_weights, positions_of
 from test_kernels_gated_delta import BF16, DECODE_TOL, F32, PREFILL_TOL, STATE, check, definition, make_case, run
 from test_kernels_linear import quantised
@@ -102,9 +102,15 @@ def dense(rows):
     return lambda: linear(x=x, weight=weight, scales=scales, norm_weight=norm, eps=1e-6, residual=None)
 
 
-def routed(op, tokens):
-    arguments = experts(D=64, E=4, width=32, shared=32, bits=4, group=32, dtype=F32) | choices(1, tokens, k=2, E=4)
-    x = common.randn(1, tokens, 64, seed=1)
+def on_the_tile(rows):
+    weight, scales = quantised(37, 128, bits=4, group=64, seed=2, dtype=F32)
+    x, norm = common.randn(1, rows, 128, seed=1), common.randn(128, seed=3)
+    return lambda: linear_tile(x=x, weight=weight, scales=scales, norm_weight=norm, eps=1e-6, residual=None)
+
+
+def routed(op, tokens, D=64, width=32, group=32):
+    arguments = experts(D=D, E=4, width=width, shared=width, bits=4, group=group, dtype=F32) | choices(1, tokens, k=2, E=4)
+    x = common.randn(1, tokens, D, seed=1)
     return lambda: op(x=x, **arguments)
 
 
@@ -138,7 +144,9 @@ def draw(**filters):
 CALLS = {
     "linear, one row": lambda: dense(1),
     "linear, many rows": lambda: dense(11),
+    "linear, on the tile": lambda: on_the_tile(3),
     "moe decode": lambda: routed(moe.moe_decode, 2),
+    "moe decode, on the tile": lambda: routed(moe.moe_decode_tile, 3, D=128, width=64, group=64),
     "moe prefill": lambda: routed(moe_prefill.moe_prefill, 9),
     "router, few rows": lambda: router_of(2),
     "router, many rows": lambda: router_of(11),
