@@ -25,9 +25,9 @@ def make(folder, *overrides, id="ab.0", status="ok", **values):
     config = plain(resolve(compose(["model=nano", *overrides]), cuda_available=False))
     run = Record(folder / "record.json", id=id, config=config, command=["python"], overrides=list(overrides))
     passed = status != "incorrect"
-    gate = {"gate": "float32.logits", "value": 2e-6, "limit": 1e-4, "passed": passed, "where": "all"}
+    tolerance = {"tolerance": "float32.logits", "value": 2e-6, "limit": 1e-4, "passed": passed, "where": "all"}
     failures = [] if passed else ["float32: float32.logits at all: 2 > 1e-4", "another"]
-    check = {"passed": passed, "parts": [{"name": "float32", "passed": passed, "gates": [gate]}], "failures": failures}
+    check = {"passed": passed, "parts": [{"name": "float32", "passed": passed, "tolerances": [tolerance]}], "failures": failures}
     run.set(check=check, random_weights=True, environment={"gpu": None}, **values)
     run.latencies_ms += [1.0, 2.0]
     run.finish(status, error=values.get("error"))

@@ -128,8 +128,8 @@ class Stalls(Shape):
     decode_tok_s: Positive
 
 
-class Gate(Shape):
-    gate: str
+class Tolerance(Shape):
+    tolerance: str
     value: Outcome
     limit: Outcome
     passed: bool
@@ -139,7 +139,7 @@ class Gate(Shape):
 class Part(Shape):
     name: str
     passed: bool
-    gates: list[Gate]
+    tolerances: list[Tolerance]
 
 
 class Check(Shape):

@@ -117,11 +117,11 @@ def _check_rows(record: dict[str, Any]) -> list[Row]:
         return [("check", "off: no speed is published")] if off else []
     rows: list[Row] = []
     for part in check.get("parts", []):
-        # Of each part the gate nearest to its limit: the others have more room.
-        worst = max(part["gates"], key=_tightness, default=None)
+        # Of each part the tolerance nearest to its limit: the others have more room.
+        worst = max(part["tolerances"], key=_tightness, default=None)
         text = Text("passed" if part["passed"] else "FAILED", style="green" if part["passed"] else "bold red")
         if worst is not None:
-            measured = f"  {worst['gate']} {_compact(worst['value'])}, limit {_compact(worst['limit'])}"
+            measured = f"  {worst['tolerance']} {_compact(worst['value'])}, limit {_compact(worst['limit'])}"
             text.append(measured, style="not bold default")
         rows.append((f"check {part['name']}", text))
     if not rows:
@@ -178,10 +178,10 @@ def _one_line(text: str) -> str:
     return text.replace("\n", " / ")
 
 
-def _tightness(gate: dict[str, Any]) -> float:
-    value, limit = gate["value"], gate["limit"]
-    if not gate["passed"] or not all(isinstance(one, (int, float)) for one in (value, limit)):
-        return float("inf") if not gate["passed"] else 0.0
+def _tightness(tolerance: dict[str, Any]) -> float:
+    value, limit = tolerance["value"], tolerance["limit"]
+    if not tolerance["passed"] or not all(isinstance(one, (int, float)) for one in (value, limit)):
+        return float("inf") if not tolerance["passed"] else 0.0
     return value / limit if limit else value
 
 

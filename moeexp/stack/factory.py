@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 
 import torch
 from moeexp_kernels import dispatch, registry
-from moeexp_kernels.parts.graph_edges import start_early
+from moeexp_kernels.parts.graph_edges import add_pdl_edges
 from moeexp_runner.arena import Arena
 from moeexp_runner.binding import CompiledMethod, assert_shared
 from moeexp_runner.explicit import ExplicitState
@@ -159,7 +159,7 @@ def build_stack(
     explicit = cfg.state == "explicit"
     recipe = Recipe(cfg, model, names, *((arena.tensors, None) if explicit else ({}, arena.tensors)))
     methods, artifacts = MAKERS[cfg.export](recipe, phases)
-    prefill, decode = session_methods(cfg.dispatch, methods, takes_live=recipe.takes_live)
+    prefill, decode = session_methods(cfg.dispatch, methods, padded=recipe.padded)
     with phases("capture") if cfg.cuda_graph else phases("session"):
         session = Session(
             prefill=prefill,
@@ -173,17 +173,17 @@ def build_stack(
             cuda_graph=cfg.cuda_graph,
             copy_outputs=copy_outputs,
             shared_stream=cfg.shared_stream,
-            takes_live=recipe.takes_live,
+            padded=recipe.padded,
             prefill_graph_lengths=cfg.prefill_graph_lengths,
             ahead=cfg.loop_ahead,
-            early=early_start(cfg),
+            pdl=pdl_of(cfg),
         )
     return Stack(model.arch, model, session, session.arena, names, device, artifacts)
 
 
-def early_start(cfg: Config) -> Callable[[int], int] | None:
-    """What lets kernels of a captured decode step start before the previous one ends, as a session takes it."""
-    return start_early if _acts(cfg, "overlap") else None
+def pdl_of(cfg: Config) -> Callable[[int], int] | None:
+    """What makes edges of a captured decode step programmatic, as a session takes it; None without PDL."""
+    return add_pdl_edges if _acts(cfg, "pdl") else None
 
 
 def prefetches(cfg: Config) -> bool:
@@ -222,7 +222,7 @@ class Recipe:
     attached_state: dict[str, Tensor] | None
 
     @property
-    def takes_live(self) -> bool:
+    def padded(self) -> bool:
         """Prefill is captured at fixed lengths, to which prompts are padded."""
         return self.cfg.cuda_graph == "all"
 
@@ -247,7 +247,7 @@ class Recipe:
         """Runs as it is, on this stack's own state: several stacks may share the model."""
         return MODULES[name](
             self.model, self.ops(), state_names=tuple(self.state), attached_state=self.attached_state,
-            takes_live=self.takes_live, l2_prefetch=self.l2_prefetch,
+            padded=self.padded, l2_prefetch=self.l2_prefetch,
         ).eval()  # fmt: skip
 
 
@@ -263,7 +263,7 @@ def _torch_compiled_methods(recipe: Recipe, phases: Phases):
         methods[name] = torch_compiled(recipe.module(name))
         inputs = example_inputs(
             name, batch=cfg.batch, device=recipe.model.norm.device,
-            takes_live=recipe.takes_live and name != "decode", state=tuple(recipe.state.values()),
+            padded=recipe.padded and name != "decode", state=tuple(recipe.state.values()),
         )  # fmt: skip
         with phases(f"compile {name}"), torch.no_grad():
             methods[name](*inputs)
@@ -271,7 +271,7 @@ def _torch_compiled_methods(recipe: Recipe, phases: Phases):
                 methods[name](*inputs[:2], inputs[2][:1].clone(), *inputs[3:])
             if name in ("forward", "cond"):
                 state = tuple(recipe.state.values())
-                AtOne(methods[name], takes_live=recipe.takes_live)(inputs[0].new_zeros(cfg.batch, 1), inputs[1], *state)
+                AtOne(methods[name], padded=recipe.padded)(inputs[0].new_zeros(cfg.batch, 1), inputs[1], *state)
     return methods, {}
 
 
@@ -289,13 +289,13 @@ def _packaged_methods(recipe: Recipe, phases: Phases):
                 "skip": sorted(cfg.quant.skip),
                 "l2_prefetch": recipe.l2_prefetch and name != "prefill",
             },
-            takes_live=recipe.takes_live and name != "decode",
+            padded=recipe.padded and name != "decode",
         )
 
-        def export(name=name, takes_live=spec.takes_live):
+        def export(name=name, padded=spec.padded):
             with phases(f"export {name}"), model.attached(state):
                 return export_method(
-                    name, model, recipe.ops(), batch=cfg.batch, max_seq_len=cfg.max_seq_len, takes_live=takes_live,
+                    name, model, recipe.ops(), batch=cfg.batch, max_seq_len=cfg.max_seq_len, padded=padded,
                     l2_prefetch=recipe.l2_prefetch, state=recipe.state,
                 )  # fmt: skip
 

@@ -117,12 +117,12 @@ def bench(options: argparse.Namespace, ops: list[str], command: str) -> int:
 
 
 def time_layers(counts: list[int]) -> int:
-    """Prints the chain's time a layer by sequences, with the early start of all kernels and without."""
+    """Prints the chain's time a layer by sequences, with PDL and without."""
     print(f"{torch.cuda.get_device_name()}: microseconds of a layer, the mean of three delta nets and one attention")
     for count in counts:
         chain = Layers(FULL, "cuda", count)
-        early, plain = (chain.microseconds(early=early) for early in (True, False))
-        print(f"{count:3d} sequences {early:7.2f} with early start, {plain:7.2f} without", flush=True)
+        pdl, plain = (chain.microseconds(pdl=on) for on in (True, False))
+        print(f"{count:3d} sequences {pdl:7.2f} with PDL, {plain:7.2f} without", flush=True)
     return 0
 
 

@@ -38,8 +38,8 @@ def markdown(rows: list[Row], environment: dict, absent: dict[str, str]) -> str:
     text = [
         f"{environment['gpu']}, driver {environment['driver']}, torch {environment['torch']}, triton "
         f"{environment['triton']}, tuning table {environment['table']}; a large read runs at "
-        f"{environment['read_tb_s']:.2f} TB/s; median under CUDA-graph replay, cold L2, the kernels of one op "
-        f"starting early as in a decode step; `{environment['command']}`",
+        f"{environment['read_tb_s']:.2f} TB/s; median under CUDA-graph replay, cold L2, PDL between "
+        f"the kernels of one op, as in a decode step; `{environment['command']}`",
         "", HEADER, RULE, *map(line, rows), "",
     ]  # fmt: skip
     timed = [peer for row in rows for peer in row.peers if peer.us is not None]

@@ -32,7 +32,7 @@ from moeexp_kernels.ops.gemm import launch_gemm, launch_rms_norm
 from moeexp_kernels.ops.linear_tile import launch_tile, tile_serves
 from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.checks import FLOATS, check_argument
-from moeexp_kernels.parts.pdl import after_previous, can_overlap
+from moeexp_kernels.parts.pdl import after_previous, has_pdl
 from moeexp_kernels.parts.prefetch import ahead_lengths, bring_into_l2
 from moeexp_kernels.parts.words import dot_rows, load_norm, load_row_features, load_rows
 
@@ -103,7 +103,7 @@ def gemv_kernel(
     x_ptr, w_ptr, s_ptr, norm_ptr, res_ptr, y_ptr, ahead_ptr, ahead_s_ptr, x_stride, res_stride,
     EPS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
     HALF: tl.constexpr, WORDS: tl.constexpr, CHUNK: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    PLANES: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr, AHEAD: tl.constexpr, AHEAD_SCALES: tl.constexpr,
+    PLANES: tl.constexpr, FAST: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr, AHEAD_SCALES: tl.constexpr,
     BLOCK_N: tl.constexpr, TILES: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] for one m and TILES x BLOCK_N outputs n. Grid (blocks * M), m fastest: programs that share weights start
@@ -125,7 +125,7 @@ def gemv_kernel(
         rows_left += bring_into_l2(ahead_ptr, AHEAD)
     if AHEAD_SCALES:
         rows_left += bring_into_l2(ahead_s_ptr, AHEAD_SCALES)
-    ready = after_previous(OVERLAP)
+    ready = after_previous(PDL)
     x_ptr += ready
     res_ptr += m * res_stride + start + ready
     y_ptr += m * N + start + ready
@@ -246,7 +246,7 @@ def launch_gemv(
     words, chunk = word_counts(bits=bits, in_features=features, group=group)
     config = config or gemv_config(bits=bits, rows=rows, in_features=features, arch=tuning.architecture(x.device))
     grid = (x.shape[0] * triton.cdiv(rows, config["BLOCK_N"] * config["TILES"]),)
-    bring, bring_scales = ahead_lengths(ahead, ahead_scales) if can_overlap(x) else (0, 0)  # both need Hopper
+    bring, bring_scales = ahead_lengths(ahead, ahead_scales) if has_pdl(x) else (0, 0)  # both need Hopper
     wrap_triton(gemv_kernel)[grid](
         x, weight, weight if scales is None else scales, x if norm_weight is None else norm_weight,
         x if residual is None else residual, out, weight if ahead is None else ahead,
@@ -254,7 +254,7 @@ def launch_gemv(
         EPS=eps, M=x.shape[0], N=rows, K=features, GROUP=group, BITS=bits, HALF=weight.dtype == torch.float16,
         WORDS=words, CHUNK=chunk,
         HAS_NORM=norm_weight is not None, HAS_RESIDUAL=residual is not None, FAST=x.is_cuda,
-        PLANES=planes(x.dtype), OVERLAP=can_overlap(x), AHEAD=bring, AHEAD_SCALES=bring_scales, **config,
+        PLANES=planes(x.dtype), PDL=has_pdl(x), AHEAD=bring, AHEAD_SCALES=bring_scales, **config,
     )  # fmt: skip
 
 

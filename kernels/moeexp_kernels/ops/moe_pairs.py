@@ -13,7 +13,7 @@ from torch.library import wrap_triton
 
 from moeexp_kernels.ops.linear import planes, word_counts
 from moeexp_kernels.parts import tuning
-from moeexp_kernels.parts.pdl import after_previous, can_overlap
+from moeexp_kernels.parts.pdl import after_previous, has_pdl
 from moeexp_kernels.parts.words import (
     dot_rows,
     features_of_words,
@@ -57,7 +57,7 @@ def gate_up_kernel(
     x_ptr, norm_ptr, ids_ptr, weights_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, shared_gate_ptr, act_ptr,
     x_stride,
     EPS: tl.constexpr, TOP_K: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr, PLANES: tl.constexpr,
-    FAST: tl.constexpr, OVERLAP: tl.constexpr,
+    FAST: tl.constexpr, PDL: tl.constexpr,
     WIDTH: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, WORDS: tl.constexpr,
     CHUNK: tl.constexpr,
     SWIDTH: tl.constexpr, SGROUP: tl.constexpr, SBITS: tl.constexpr, SHALF: tl.constexpr, SWORDS: tl.constexpr,
@@ -68,7 +68,7 @@ def gate_up_kernel(
     shared expert's times its gate. ids and weights [M, TOP_K]; grid (blocks of rows, TOP_K + 1, M).
 
     All waits, although x and the shared expert's weights need not: before the wait they won nothing (docs/log.md)."""
-    ready = after_previous(OVERLAP)  # which experts to read is the previous kernel's result
+    ready = after_previous(PDL)  # which experts to read is the previous kernel's result
     x_ptr += ready
     ids_ptr += ready
     weights_ptr += ready
@@ -107,7 +107,7 @@ def gate_up_kernel(
 def down_kernel(
     x_ptr, ids_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, act_ptr, y_ptr, x_stride,
     D: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, PLANES: tl.constexpr, FAST: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PDL: tl.constexpr,
     WIDTH: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, WORDS: tl.constexpr,
     CHUNK: tl.constexpr,
     SWIDTH: tl.constexpr, SGROUP: tl.constexpr, SBITS: tl.constexpr, SHALF: tl.constexpr, SWORDS: tl.constexpr,
@@ -147,7 +147,7 @@ def down_kernel(
     )
     # Older still. Had it been loaded after the sums, all programs would end by waiting for it.
     extra = tl.load(x_ptr + m * x_stride + d, mask=d < D, other=0.0, cache_modifier=".cg").to(tl.float32)
-    ready = after_previous(OVERLAP)
+    ready = after_previous(PDL)
     y_ptr += ready
     row: tl.constexpr = TOP_K * WIDTH + SWIDTH
     act_ptr += m * (row * (2 if PLANES == 1 else 1)) + ready
@@ -261,7 +261,7 @@ def launch_pairs(
     def stored(scales: Tensor | None, weight: Tensor) -> Tensor:
         return weight if scales is None else scales
 
-    common = {"TOP_K": top_k, "FAST": x.is_cuda, "PLANES": planes(x.dtype), "OVERLAP": can_overlap(x)}
+    common = {"TOP_K": top_k, "FAST": x.is_cuda, "PLANES": planes(x.dtype), "PDL": has_pdl(x)}
     grid = (triton.cdiv(max(width, shared_width), first["BLOCK_I"]), top_k + 1, rows)
     wrap_triton(gate_up_kernel)[grid](
         x, norm_weight, ids, weights, gate_up, stored(gate_up_scales, gate_up),
