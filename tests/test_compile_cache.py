@@ -181,7 +181,7 @@ TRACED = (
     "config.architecture", "config.axes",
 )  # fmt: skip
 KERNELS = (
-    "ops/linear", "ops/moe_prefill", "dispatch", "registry", "parts/graph_edges", "parts/tuning", "parts/words", "bench/case",
+    "ops/linear", "ops/moe_prefill", "dispatch", "registry", "parts/graph_edges", "parts/tuning", "parts/int_dot", "bench/case",
 )  # fmt: skip
 RUNNER = ("session", "binding", "explicit", "arena", "loop", "step_graph")
 

@@ -205,7 +205,7 @@ def test_a_ratio_with_transformers_says_that_the_weights_differ():
     assert "§" not in markdown.document(unquantised) + markdown.document(grid)
 
 
-def test_a_document_has_no_verdict_on_what_has_nothing_to_act_on():
+def test_a_document_has_no_verdict_on_what_has_no_effect():
     text = markdown.document(with_transformers(not_applicable=["shared_stream"], device="cpu"))
     bars, effects = text.split("### Speed-up")[1].split("### Effects")
     ends = [line.endswith("  not applicable here") for line in bars.splitlines() if line.startswith("rung")]
@@ -213,7 +213,7 @@ def test_a_document_has_no_verdict_on_what_has_nothing_to_act_on():
     (step,) = [line for line in bars.splitlines() if line.startswith("| rung 3")]
     (row,) = [line for line in effects.splitlines() if line.startswith("| shared_stream |")]
     assert "| not applicable here |" in step and "| not applicable here |" in row
-    assert "the setting has nothing to act on in these runs" in bars and "the setting has nothing to act on" in effects
+    assert "the setting has no effect on this device" in bars and "the setting has no effect on this device" in effects
 
 
 def test_a_document_marks_unlike_load():

@@ -93,7 +93,7 @@ def get(config: Any, path: str) -> Any:
 
 
 def not_applicable(cfg: Config, capability: Capability = None) -> list[str]:
-    """The axes that a resolved config sets and that act on nothing, on a GPU of that compute capability where it is known."""
+    """The axes that a resolved config sets and that have no effect, on a GPU of that compute capability where it is known."""
     return [path for path, row in TABLE.items() if any(case.holds(cfg, capability) for case in row.axis.no_effect)]
 
 

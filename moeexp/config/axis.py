@@ -58,7 +58,7 @@ OTHER_LINEAR = Case("with `ops.linear` other than `triton` and `tile`", lambda c
 class Axis:
     """`values`: {allowed value: what it means, or an empty text}; with `others`, which says what else, they are the names
     among any values. `least`, `most`: of a number; a user's is held against `most` only beside names. `kind`: the type,
-    where the schema's is Any. `no_effect`: the cases in which it acts on nothing, which is recorded. `only`: {case: the only
+    where the schema's is Any. `no_effect`: the cases in which it has no effect, which is recorded. `only`: {case: the only
     value that is not refused there}. `means`: {value: what it is resolved to}. `literal`: text in which `${` has no meaning.
     `repetition`: runs that differ in it alone repeat one another. `label`: of a group, the field that names its choice."""
 

@@ -141,7 +141,7 @@ class Record:
             self.data["notes"].append(text)
 
     def add_not_applicable(self, axis: str) -> None:
-        """An axis of which the run itself finds that it acts on nothing."""
+        """An axis of which the run itself finds that it has no effect here."""
         if axis not in self.data["not_applicable"]:
             self.data["not_applicable"].append(axis)
 

@@ -28,7 +28,7 @@ class Stack:
     full: Run
     parts: list[Part]
     together: Interval  # the full stack over the baseline
-    product: Interval | None  # of what each buys alone; None if one did not run alone, or has nothing to act on there
+    product: Interval | None  # of what each buys alone; None if one did not run alone, or has no effect there
     ratio: Interval | None  # together over that product
 
 
