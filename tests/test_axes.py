@@ -29,7 +29,7 @@ from moeexp.config.validate import validate
 from moeexp.model.qwen3_5_moe import state_shapes
 from moeexp.record.phases import Phases
 from moeexp.record.record import Record
-from moeexp.run.experiment import Run, chosen_experts
+from moeexp.run.experiment import Experiment, chosen_experts
 from moeexp.stack import factory
 from moeexp.stack.factory import build_model, build_stack, python_callbacks
 from moeexp.stack.inductor import inductor_config
@@ -210,7 +210,7 @@ def test_a_text_that_no_graph_holds_is_in_the_record(model, phases, tmp_path, le
     record = Record(tmp_path / "record.json", id="t", config=None, command=["test"])
     record.set(not_applicable=[])
     cfg = configured("prefill_graph_lengths=[16]", f"prompt_len={length}", "pdl=false", cuda_graph="all")
-    run = Run(cfg, tmp_path, record, phases)
+    run = Experiment(cfg, tmp_path, record, phases)
     run.build(model)
     run.close()
     assert record.data["not_applicable"] == said

@@ -18,7 +18,7 @@ import yaml
 from moeexp_kernels.bench import measure, table
 from moeexp_kernels.bench.__main__ import main, measure_or_say
 from moeexp_kernels.bench.candidates import targets
-from moeexp_kernels.bench.case import Source, count_for, ratios, red
+from moeexp_kernels.bench.case import SeededTensors, count_for, ratios, red
 from moeexp_kernels.bench.cases import BUILDERS, Spec, build, specs
 from moeexp_kernels.bench.layers import Layers, chain_rows
 from moeexp_kernels.bench.peers import executorch, fla, torch_int4, torch_ops
@@ -162,7 +162,7 @@ def test_a_peer_that_raises_is_a_line_and_not_the_end(monkeypatch):
 
 def test_codes_reach_the_peers_in_their_own_layout():
     """Both layouts unpacked by their definition give the weights that ours dequantises to."""
-    weight, scales = Source(common.DEVICE).weight(6, 64, bits=4, group=16)
+    weight, scales = SeededTensors(common.DEVICE).weight(6, 64, bits=4, group=16)
     scale, shift = (part.float().repeat_interleave(16, 1) for part in scales.unbind(-1))
     codes = torch_int4.natural_codes(weight, 16).float()
     ours = dequantise(weight=weight, scales=scales, in_features=64)
@@ -373,19 +373,19 @@ def test_ratios_see_one_bad_row_and_a_value_that_is_not_finite():
     assert red([ratios("y", bad, good, 1.0)]) is not None
 
 
-def row_of(**changes) -> measure.Row:
+def row_of(**changes) -> measure.OpTiming:
     values = {
         "op": "linear", "shape": "out 8x8", "phase": "decode", "tokens": 1, "moved": 4_000_000, "flops": 100, "check": [],
         "us": 2.0, "samples": [2.0], "read_us": 1.5, "share": 0.625,
     }  # fmt: skip
-    return measure.Row(**(values | changes))
+    return measure.OpTiming(**(values | changes))
 
 
 def test_the_table_and_the_json_say_what_was_measured(tmp_path):
     peers = [
-        measure.PeerRow("torch", "mm", "the product", us=3.04),
-        measure.PeerRow("gemlite", "gemv", "the product", problem="output 0: RMSE ratio 1.0e+00"),
-        measure.PeerRow("fla", "norm + mm", WHOLE, us=5.0),
+        measure.PeerTiming("torch", "mm", "the product", us=3.04),
+        measure.PeerTiming("gemlite", "gemv", "the product", problem="output 0: RMSE ratio 1.0e+00"),
+        measure.PeerTiming("fla", "norm + mm", WHOLE, us=5.0),
     ]
     rows = [row_of(peers=peers), row_of(phase="prefill", flops=4_000_000_000, us=20.0), row_of(us=None, problem="y: red")]
     environment = {

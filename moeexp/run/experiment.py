@@ -45,7 +45,7 @@ def run_experiment(cfg: Config, *, run_dir: Path, record: Record, phases: Phases
     if cfg.engine == "transformers":
         run_transformers(cfg, run_dir=run_dir, record=record, phases=phases)
         return
-    run = Run(cfg, run_dir, record, phases)
+    run = Experiment(cfg, run_dir, record, phases)
     with phases("weights"):
         model = build_model(cfg, phases)
     confirm(cfg, record.data["identity"])
@@ -69,7 +69,7 @@ def run_experiment(cfg: Config, *, run_dir: Path, record: Record, phases: Phases
         run.close()
 
 
-class Run:
+class Experiment:
     """One config over a model that is there: what happens to it step by step, each step into its record. Several can
     be under way over one model, in turns."""
 

@@ -17,8 +17,6 @@ from moeexp_runner.prefill_graphs import PrefillGraphs
 from moeexp_runner.step_graph import State, StepGraph
 from moeexp_runner.streams import MethodStream
 
-Method = Callable[..., Tensor]
-
 
 class Session:
     """Methods, state and sampler are handed in and stay the caller's. Inputs are checked before any launch: `ValueError`
@@ -36,8 +34,8 @@ class Session:
     def __init__(
         self,
         *,
-        prefill: Method | None,
-        decode: Method,
+        prefill: Callable[..., Tensor] | None,
+        decode: Callable[..., Tensor],
         sample: Callable[..., Tensor],
         arena: State,
         batch: int,

@@ -65,7 +65,7 @@ def red(results: list[Result]) -> str | None:
     return None
 
 
-class Source:
+class SeededTensors:
     """Seeded random tensors, made where they will live. Weights stay within bfloat16, so that peers can hold them."""
 
     def __init__(self, device: str, seed: int = 0):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moeexp_kernels.bench.case import DECODE_TOLERANCE, PREFILL_TOLERANCE, Case, Result, Source, count_for, ratios, size_of
+from moeexp_kernels.bench.case import DECODE_TOLERANCE, PREFILL_TOLERANCE, Case, Result, SeededTensors, count_for, ratios, size_of
 from moeexp_kernels.bench.shapes import Shapes
 from moeexp_kernels.ops import (
     attention,
@@ -60,14 +60,14 @@ def specs(shapes: Shapes, ops: list[str], tokens: list[int], quick: bool) -> lis
 
 
 def build(spec: Spec, shapes: Shapes, device: str, cold: int) -> Case:
-    return BUILDERS[spec.op](spec, shapes, Source(device), cold)
+    return BUILDERS[spec.op](spec, shapes, SeededTensors(device), cold)
 
 
 def tolerance_of(spec: Spec) -> float:
     return DECODE_TOLERANCE if spec.phase == "decode" else PREFILL_TOLERANCE
 
 
-def build_linear(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
+def build_linear(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -> Case:
     out, features, first = shapes.linears()[spec.variant]
     x = source.randn(1, spec.tokens, features)
     norm = source.randn(features, dtype=torch.float32, scale=0.2) if first else None
@@ -105,7 +105,7 @@ def same_choice(actual: tuple, expected: tuple) -> list[Result]:
     return [ratios("shares", shares, expected_shares, DECODE_TOLERANCE), ("ids that differ", other, 1e-3, other)]
 
 
-def build_router(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
+def build_router(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -> Case:
     decode = spec.phase == "decode"
     batch, tokens = (spec.tokens, 1) if decode else (1, spec.tokens)
     x = source.randn(batch, tokens, shapes.hidden)
@@ -130,7 +130,7 @@ def build_router(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
     )  # fmt: skip
 
 
-def build_moe(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
+def build_moe(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -> Case:
     """Decode: the tokens of one call choose disjoint experts (the most that they can read), and successive calls walk
     through all of them. Prefill: uniform routing, where a call reads every expert, more than L2 holds."""
     decode = spec.phase == "decode"
@@ -180,7 +180,7 @@ def build_moe(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
     )  # fmt: skip
 
 
-def build_gdn(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
+def build_gdn(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -> Case:
     decode = spec.phase == "decode"
     batch, tokens = (spec.tokens, 1) if decode else (1, spec.tokens)
     heads, dims = (shapes.gdn_k_heads, shapes.gdn_v_heads), (shapes.gdn_k_dim, shapes.gdn_v_dim)
@@ -213,7 +213,7 @@ def build_gdn(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
     )  # fmt: skip
 
 
-def build_rope(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
+def build_rope(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -> Case:
     decode = spec.phase == "decode"
     batch, tokens = (spec.tokens, 1) if decode else (1, spec.tokens)
     slots, dim = tokens + 128, shapes.head_dim
@@ -242,7 +242,7 @@ def build_rope(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
     )  # fmt: skip
 
 
-def build_attention(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
+def build_attention(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -> Case:
     decode = spec.phase == "decode"
     batch, tokens = (spec.tokens, 1) if decode else (1, spec.tokens)
     kv_len, dim = int(spec.variant) if decode else spec.tokens, shapes.head_dim
@@ -273,7 +273,7 @@ def same_token(actual: tuple, expected: tuple) -> list[Result]:
     return [("tokens that differ", other, 0.0, other)]
 
 
-def build_sample(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
+def build_sample(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -> Case:
     logits = source.randn(spec.tokens, 1, shapes.vocab, scale=3.0)
     copies = [{"logits": logits.clone()} for _ in range(count_for(cold, size_of(logits)))]
     return Case(
@@ -283,7 +283,7 @@ def build_sample(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
     )  # fmt: skip
 
 
-BUILDERS: dict[str, Callable[[Spec, Shapes, Source, int], Case]] = {
+BUILDERS: dict[str, Callable[[Spec, Shapes, SeededTensors, int], Case]] = {
     "linear": build_linear,
     "router": build_router,
     "moe": build_moe,

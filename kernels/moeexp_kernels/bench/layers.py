@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moeexp_kernels.bench.case import Source
+from moeexp_kernels.bench.case import SeededTensors
 from moeexp_kernels.bench.cases import EPS
 from moeexp_kernels.bench.shapes import Shapes
 from moeexp_kernels.bench.timing import graph_samples
@@ -54,7 +54,7 @@ class Layers:
     """The chain at `shapes`, int4, a token of each sequence. All layers share one set of experts, and choose other ones of it."""
 
     def __init__(self, shapes: Shapes, device: str, sequences: int = 1):
-        self.shapes, self.sequences, self._source = shapes, sequences, Source(device)
+        self.shapes, self.sequences, self._source = shapes, sequences, SeededTensors(device)
         self.x = self._source.randn(sequences, 1, shapes.hidden)
         self._positions = torch.full((sequences,), min(POSITION, SLOTS - 1), dtype=torch.int64, device=device)
         shared = self._weights("gate_up", shapes.experts, 2 * shapes.expert_width, shapes.hidden)

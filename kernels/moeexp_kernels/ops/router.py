@@ -8,7 +8,7 @@ Shape letters: B batch, T tokens of this call, D hidden, E experts, k experts pe
     expert_ids   [B, S, k] int32, a trace of the choices; updated in place
 
 `router` is two kernels, logits and choice: one CTA alone would read the weights at a hundredth of the GPU's bandwidth, and
-CTAs that hand over to one another, or experts that choose for themselves, won nothing (docs/log.md).
+CTAs that hand over to one another, or a router fused into the expert kernels, won nothing (docs/log.md).
 """
 
 from __future__ import annotations
