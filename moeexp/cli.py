@@ -30,7 +30,7 @@ from moeexp.record import streams
 from moeexp.record.objective import objective_of
 from moeexp.record.paths import expanded
 from moeexp.run import signals
-from moeexp.run.job import FAILED, INTERRUPTED, INVALID, OK, Experiment, Job, default_experiment, run_job, say
+from moeexp.run.job import FAILED, INTERRUPTED, INVALID, OK, Job, RunFunction, default_experiment, run_job, say
 from moeexp.sweep import hydra_plugins
 from moeexp.sweep.sweep import Sweep
 
@@ -39,11 +39,11 @@ CONFIG_FOLDER = ("--config-dir", "-cd", "--config-path", "-cp")
 
 
 @dataclass
-class Session:
+class Invocation:
     """What one command keeps across its runs."""
 
     command: list[str]
-    experiment: Experiment
+    experiment: RunFunction
     id: str = field(default_factory=lambda: secrets.token_hex(3))
     sweep: Sweep | None = None
     exit_code: int = OK
@@ -63,7 +63,7 @@ class Session:
         self.register()
 
 
-def main(arguments: Sequence[str] | None = None, *, experiment: Experiment = default_experiment) -> int:
+def main(arguments: Sequence[str] | None = None, *, experiment: RunFunction = default_experiment) -> int:
     """Runs the command line and returns the exit code. `experiment`, a function of a module, replaces
     `run_experiment` (in a sweep's processes too), for tests."""
     streams.prepare()
@@ -79,28 +79,28 @@ def main(arguments: Sequence[str] | None = None, *, experiment: Experiment = def
             return INTERRUPTED
 
 
-def _main(arguments: list[str], experiment: Experiment) -> int:
+def _main(arguments: list[str], experiment: RunFunction) -> int:
     # argparse takes overrides before a flag or after it, not both.
     if any("\ud800" <= character <= "\udfff" for argument in arguments for character in argument):
         return _say("error: an argument is not UTF-8 text: write it in UTF-8, and let the locale say so (LANG=C.UTF-8)", INVALID)
     arguments.sort(key=lambda argument: argument not in MULTIRUN)
-    session = Session(["python", "-m", "moeexp", *arguments], experiment)
-    session.register()
+    invocation = Invocation(["python", "-m", "moeexp", *arguments], experiment)
+    invocation.register()
 
     def task(cfg: DictConfig) -> float:
-        return _task(cfg, session)
+        return _task(cfg, invocation)
 
-    task.session = session  # type: ignore[attr-defined]  for our launcher, which Hydra makes
+    task.invocation = invocation  # type: ignore[attr-defined]  for our launcher, which Hydra makes
     try:
         arguments = [as_typed(argument) for argument in _expanded_folders(arguments)]
     except ValueError as error:
         return _say(f"error: {error}", INVALID)
     command = hydra.main(version_base="1.3", config_path=str(schema.conf_dir()), config_name="config")(task)
-    code = _guarded(command, arguments, session)
-    if session.sweep is not None:
-        session.sweep.finish()
-        code = max(code, session.sweep.exit_code())
-    return code or session.exit_code
+    code = _guarded(command, arguments, invocation)
+    if invocation.sweep is not None:
+        invocation.sweep.finish()
+        code = max(code, invocation.sweep.exit_code())
+    return code or invocation.exit_code
 
 
 def _expanded_folders(arguments: Sequence[str]) -> Iterator[str]:
@@ -113,7 +113,7 @@ def _expanded_folders(arguments: Sequence[str]) -> Iterator[str]:
             yield str(expanded(argument)) if before in CONFIG_FOLDER else argument
 
 
-def _guarded(command: Callable[[], Any], arguments: list[str], session: Session) -> int:
+def _guarded(command: Callable[[], Any], arguments: list[str], invocation: Invocation) -> int:
     """Runs Hydra and turns what it raises into one line and an exit code. Runs report their own failures."""
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     try:
@@ -124,11 +124,11 @@ def _guarded(command: Callable[[], Any], arguments: list[str], session: Session)
     except SystemExit as stop:  # argparse, and Hydra after --help
         return stop.code if isinstance(stop.code, int) else OK if stop.code is None else INVALID
     except BrokenPipeError:  # the reader of --help or --cfg has seen enough
-        if session.running:
+        if invocation.running:
             raise
         sys.stdout = open(os.devnull, "w")
     except Exception as error:
-        if session.running:
+        if invocation.running:
             raise  # a bug in this file; what a run raises is in its record
         # Hydra's error for a missing config is an OSError too.
         if isinstance(error, OSError) and not isinstance(error, HydraException):
@@ -160,7 +160,7 @@ def _hydra_process_state(arguments: list[str]) -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = full
 
 
-def _task(cfg: DictConfig, session: Session) -> float:
+def _task(cfg: DictConfig, invocation: Invocation) -> float:
     """A single run, called by Hydra, or one job of a sweep under another launcher than ours. Returns its
     objective, for a sweeper that searches. Raises KeyboardInterrupt only, which ends such a sweep; the rest is in the
     record."""
@@ -172,18 +172,18 @@ def _task(cfg: DictConfig, session: Session) -> float:
     config = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(config, dict)
     job = Job(
-        id=f"{session.id}.{settings.job.num}" if sweep else session.id,
+        id=f"{invocation.id}.{settings.job.num}" if sweep else invocation.id,
         run_dir=str(run_dir),
         config=config,
         overrides=list(settings.overrides.task),
-        command=session.command,
+        command=invocation.command,
         sweep=sweep,
         group=f"{run_dir.parent.parent.name}/{run_dir.parent.name}" if sweep else None,
     )
-    session.running = True
-    session.exit_code = max(session.exit_code, run_job(job, cfg, session.experiment))
-    session.running = False
-    if session.exit_code == INTERRUPTED:
+    invocation.running = True
+    invocation.exit_code = max(invocation.exit_code, run_job(job, cfg, invocation.experiment))
+    invocation.running = False
+    if invocation.exit_code == INTERRUPTED:
         raise KeyboardInterrupt
     return objective_of(run_dir / "record.json")
 

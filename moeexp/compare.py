@@ -115,17 +115,17 @@ def _changed(left: dict[str, float], right: dict[str, float]) -> list[Line]:
 
 
 def _checks(a: dict[str, Any], b: dict[str, Any]) -> list[Line]:
-    """Verdicts, and each gate's value where it changed by more than SMALL."""
-    left, right = _gates(a), _gates(b)
+    """Verdicts, and each tolerance's value where it changed by more than SMALL."""
+    left, right = _tolerances(a), _tolerances(b)
     verdicts = _flat({"passed": (a["check"] or {}).get("passed")}, {"passed": (b["check"] or {}).get("passed")})
     return verdicts + _changed(left, right)
 
 
-def _gates(record: dict[str, Any]) -> dict[str, float]:
+def _tolerances(record: dict[str, Any]) -> dict[str, float]:
     parts = (record["check"] or {}).get("parts", [])
-    gates = [gate for part in parts for gate in part["gates"]]
+    rows = [row for part in parts for row in part["tolerances"]]
     # A value that is not finite is text in a record.
-    return {gate["gate"]: float(gate["value"]) for gate in gates if gate["value"] is not None}
+    return {row["tolerance"]: float(row["value"]) for row in rows if row["value"] is not None}
 
 
 def _time_split(a: dict[str, Any], b: dict[str, Any]) -> list[Line]:

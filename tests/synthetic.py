@@ -68,8 +68,8 @@ def record(
     environment = ENVIRONMENT if device == "cuda" else ENVIRONMENT | dict.fromkeys(("gpu", "gpu_before", "gpu_after"))
     run.set(overrides=list(overrides), random_weights=False, code_fingerprint="c0de", environment=environment)
     passed = status not in ("incorrect", "failed", "unsupported")
-    gate = {"gate": "float32.logits", "value": 2e-6, "limit": 1e-4, "passed": passed, "where": "all"}
-    parts = [{"name": "float32", "passed": passed, "gates": [gate]}]
+    tolerance = {"tolerance": "float32.logits", "value": 2e-6, "limit": 1e-4, "passed": passed, "where": "all"}
+    parts = [{"name": "float32", "passed": passed, "tolerances": [tolerance]}]
     run.set(check={"passed": passed, "parts": parts, "failures": [] if passed else ["float32.logits at all"]})
     if samples is None:
         samples = ms * np.random.default_rng(seed).lognormal(0.0, noise, rounds * 40)

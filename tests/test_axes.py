@@ -29,7 +29,7 @@ from moeexp.config.validate import validate
 from moeexp.model.qwen3_5_moe import state_shapes
 from moeexp.record.phases import Phases
 from moeexp.record.record import Record
-from moeexp.run.experiment import Run, chosen_experts
+from moeexp.run.experiment import Experiment, chosen_experts
 from moeexp.stack import factory
 from moeexp.stack.factory import build_model, build_stack, python_callbacks
 from moeexp.stack.inductor import inductor_config
@@ -209,8 +209,8 @@ def test_a_text_that_no_graph_holds_is_in_the_record(model, phases, tmp_path, le
     """How many tokens a snapshot's tokenizer makes of it is known after validation."""
     record = Record(tmp_path / "record.json", id="t", config=None, command=["test"])
     record.set(not_applicable=[])
-    cfg = configured("prefill_graph_lengths=[16]", f"prompt_len={length}", "overlap=false", cuda_graph="all")
-    run = Run(cfg, tmp_path, record, phases)
+    cfg = configured("prefill_graph_lengths=[16]", f"prompt_len={length}", "pdl=false", cuda_graph="all")
+    run = Experiment(cfg, tmp_path, record, phases)
     run.build(model)
     run.close()
     assert record.data["not_applicable"] == said
@@ -284,9 +284,9 @@ def test_explicit_state_comes_home():
     state.reset()
     logits = state.call(lambda x, a, b: (x, a + 1, b + 2), torch.zeros(1))
     assert logits.tolist() == [0.0] and state.tensors["a"].tolist() == [1.0, 1.0]
-    assert arena.tensors["a"].tolist() == [0.0, 0.0], "home is as it was"
+    assert arena.tensors["a"].tolist() == [0.0, 0.0], "the front set is as it was"
     assert state.snapshot()["b"].tolist() == [2]
-    state.bring_home()
+    state.to_front()
     assert arena.tensors["b"].tolist() == [2] and state.tensors["b"] is arena.tensors["b"]
     state.call(lambda x, a, b: (x, a * 5, b), torch.zeros(1))
     state.reset()
@@ -362,10 +362,10 @@ def test_the_whole_matrix_is_valid_but_for_what_is_listed():
 def test_what_needs_hopper_is_built_and_compiled_in_on_no_gpu_before_it(monkeypatch, capability, acts):
     cfg = resolve(compose(["model=nano", "cuda_graph=true", "l2_prefetch=true"]), cuda_available=True)
     monkeypatch.setattr(factory, "compute_capability", lambda device: capability if device == "cuda" else None)
-    assert (factory.early_start(cfg) is not None, factory.prefetches(cfg)) == (acts, acts)
+    assert (factory.pdl_of(cfg) is not None, factory.prefetches(cfg)) == (acts, acts)
     assert axes.compiled_in(cfg, capability)["l2_prefetch"] is acts
-    cfg.overlap = cfg.l2_prefetch = False
-    assert factory.early_start(cfg) is None and not factory.prefetches(cfg)
+    cfg.pdl = cfg.l2_prefetch = False
+    assert factory.pdl_of(cfg) is None and not factory.prefetches(cfg)
 
 
 def test_the_record_lists_what_calls_back_into_python(stack):

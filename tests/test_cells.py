@@ -61,7 +61,7 @@ def test_a_design_is_its_cells(composer):
     assert compose.compose(found[0].overrides) == found[0].given
 
 
-GRAPH = {"cuda_graph": ("false", "decode"), "overlap": ("true", "false")}  # edges of a graph: none to start early before it
+GRAPH = {"cuda_graph": ("false", "decode"), "pdl": ("true", "false")}  # edges of a graph: none before it
 # Each rung, and what resolved settings it changes from the one before.
 LADDER = [
     ("transformers eager, unquantised", {}),
@@ -79,7 +79,7 @@ LADDER = [
     ("skipped output copy", {"skip_output_copy": ("false", "true")}),
     ("CUDA graph", GRAPH),
     ("loop", {"cuda_graph": ("decode", "loop")}),
-    ("kernels start early", {"overlap": ("false", "true")}),
+    ("pdl", {"pdl": ("false", "true")}),
     ("weights prefetched into L2", {"l2_prefetch": ("false", "true")}),
 ]  # fmt: skip
 
@@ -95,7 +95,7 @@ def test_each_rung_of_the_ladder_changes_one_thing(composer):
     for (name, changes), before, after in zip(LADDER[1:], settings, settings[1:], strict=False):
         assert {axis: (before[axis], after[axis]) for axis in after if after[axis] != before[axis]} == changes, name
     assert {one["dtype"] for one in settings} == {"bfloat16"}
-    assert "overlap" in axes.not_applicable(resolve.resolve(found[8].given, cuda_available=True))
+    assert "pdl" in axes.not_applicable(resolve.resolve(found[8].given, cuda_available=True))
 
 
 @pytest.mark.parametrize("name", [name for name, _ in LADDER])

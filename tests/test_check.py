@@ -15,7 +15,7 @@ from moeexp.check import metrics
 from moeexp.check.check import Trace, check_float32, check_timed, check_tokens, check_trace
 from moeexp.check.metrics import choice_gaps, compare_logits
 from moeexp.check.reference import run_reference
-from moeexp.check.tolerances import GATES, own_limit, worst_rows
+from moeexp.check.tolerances import TOLERANCES, own_limit, worst_rows
 from moeexp.model.qwen3_5_moe import state_shapes
 
 torch.set_num_threads(1)
@@ -45,9 +45,9 @@ def reference(weights, ids, dtype=torch.float32, **options):
 
 def failed(part) -> set[str]:
     assert part.passed == (not part.failures())
-    assert len(part.failures()) == sum(not row["passed"] for row in part.gates)
+    assert len(part.failures()) == sum(not row["passed"] for row in part.tolerances)
     json.dumps(part.to_json(), allow_nan=False)
-    return {row["gate"] for row in part.gates if not row["passed"]}
+    return {row["tolerance"] for row in part.tolerances if not row["passed"]}
 
 
 def test_a_right_trace_passes_every_part(weights, references):
@@ -56,8 +56,8 @@ def test_a_right_trace_passes_every_part(weights, references):
     assert not failed(check_trace(trace, ARCHITECTURE))
     part = check_float32(trace, reference(weights, run.token_ids, expert_ids=trace.expert_ids))
     assert not failed(part)
-    names = {row["gate"] for row in part.gates}
-    assert names == {"trace.finite"} | {name for name in GATES if name.startswith("float32.")}
+    names = {row["tolerance"] for row in part.tolerances}
+    assert names == {"trace.finite"} | {name for name in TOLERANCES if name.startswith("float32.")}
     assert part.report["rmse_ratio"] < 1e-5 and part.report["top1_agreement"] == 1.0
     assert not failed(check_timed(trace_of(half), on_half, half, on_half))
     assert not failed(check_tokens(trace, run)) and not failed(check_tokens(trace, run, half, on_half))
@@ -66,7 +66,7 @@ def test_a_right_trace_passes_every_part(weights, references):
 def test_transformers_in_bfloat16_is_its_own_yardstick(references):
     _, half, on_half = references
     part = check_timed(trace_of(half), on_half, half, on_half)
-    values = {row["gate"]: row["value"] for row in part.gates}
+    values = {row["tolerance"]: row["value"] for row in part.tolerances}
     assert values["timed.logits"] == pytest.approx(1.0) and values["timed.position"] == pytest.approx(1.0)
     assert 0 < values["timed.choice"] < 4 and part.report["positions_with_another_choice"] > 0
     assert 0.005 < part.report["rmse_ratio"] < 0.1
@@ -133,7 +133,7 @@ def test_float32_catches(references, fault, expected, where):
     fault(trace)
     part = check_float32(trace, references[0])
     assert expected <= failed(part) and any(where in line for line in part.failures()), part.failures()
-    if fault is fault_decode_step:  # small enough that nothing but the step's own gate sees it
+    if fault is fault_decode_step:  # small enough that nothing but the step's own tolerance sees it
         assert failed(part) == expected
 
 
@@ -160,7 +160,7 @@ def wrong_choice(run, layer: int, position: int):
 
 
 def test_float32_catches_a_wrong_expert(weights, references):
-    """All numbers agree, since the reference replays the choice: only the choice's own gate can see it."""
+    """All numbers agree, since the reference replays the choice: only the choice's own tolerance can see it."""
     ids = references[0].token_ids
     replayed = reference(weights, ids, expert_ids=wrong_choice(references[0], 2, 13))
     part = check_float32(trace_of(replayed), replayed)
@@ -256,7 +256,7 @@ def test_tokens_catches_a_wrong_token(references):
 
     trace, (run, half, on_half) = with_tokens(references, change)
     for part in (check_tokens(trace, run), check_tokens(trace, run, half, on_half)):
-        assert failed(part) == {"tokens.deficit"} and "batch 1, position 19" in part.failures()[0]
+        assert failed(part) == {"tokens.logit_margin"} and "batch 1, position 19" in part.failures()[0]
         assert part.report["tokens"] == 2 * (LENGTH - PROMPT)
         assert part.report["argmax"] == part.report["tokens"] - 1
 
@@ -277,11 +277,11 @@ def test_tokens_accepts_a_near_tie_and_goes_on(references):
     noise = compare_logits(half.logits, on_half.logits, 2, 0, LENGTH, 64).rows.error.sqrt()
     exact = run.logits(0, LENGTH)
     first, second = exact[0, 16].topk(2).indices
-    step = 0.5 * min(GATES["tokens.noise"].limit * noise[0, 16], GATES["tokens.cap"].limit * exact[0, 16].std())
+    step = 0.5 * min(TOLERANCES["tokens.noise"].limit * noise[0, 16], TOLERANCES["tokens.cap"].limit * exact[0, 16].std())
 
-    def check(deficit, later_wrong=False):
+    def check(margin, later_wrong=False):
         logits = exact.clone()
-        logits[0, 16, second] = logits[0, 16, first] - deficit
+        logits[0, 16, second] = logits[0, 16, first] - margin
         changed, trace = copy.copy(run), trace_of(run)
         changed.logits = lambda start, stop: logits[:, start:stop]
         ids = run.token_ids.clone()
@@ -297,9 +297,9 @@ def test_tokens_accepts_a_near_tie_and_goes_on(references):
     assert part.report["near_ties"] == 1 and part.report["near_tie_positions"] == [17]
     assert part.report["argmax"] == part.report["tokens"] - 1
     part = check(step, later_wrong=True)
-    assert failed(part) == {"tokens.deficit"} and len(part.failures()) == 1 and "position 21" in part.failures()[0]
+    assert failed(part) == {"tokens.logit_margin"} and len(part.failures()) == 1 and "position 21" in part.failures()[0]
     assert part.report["near_ties"] == 1
-    assert failed(check(20 * step)) == {"tokens.deficit"}
+    assert failed(check(20 * step)) == {"tokens.logit_margin"}
 
 
 def test_choice_gaps_see_both_sides_of_a_swap():
@@ -337,7 +337,7 @@ def test_reported_numbers_are_what_they_say():
     rows = compare_logits(lambda a, b: value, lambda a, b: reference, 1, 0, 1, 4)
     assert float(rows.rows.max_abs) == 2.5 and not bool(rows.same_argmax)
     assert rows.rows.ratio() == pytest.approx(math.sqrt(2.5**2 / 21))
-    assert float(rows.deficit) == pytest.approx(2 / float(reference.std()))
+    assert float(rows.margin) == pytest.approx(2 / float(reference.std()))
     p, q = reference.softmax(-1), value.softmax(-1)
     assert float(rows.kl) == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-4)
 
@@ -348,4 +348,4 @@ def test_gates_fail_on_nothing_measured():
     assert worst_rows("float32.logits", []) == []
     assert own_limit("timed.choice", 10.0) == 15.0 and own_limit("timed.choice", 1.0) == 4.0
     assert own_limit("timed.choice", math.inf) == own_limit("timed.choice", math.nan) == 4.0
-    assert all(gate.reason and gate.what for gate in GATES.values())
+    assert all(tolerance.reason and tolerance.what for tolerance in TOLERANCES.values())

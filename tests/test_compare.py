@@ -22,7 +22,7 @@ def test_what_differs_is_listed_under_its_heading():
     b = synthetic.record("quant=int4", id="b", ms=1.0, seed=1, time_split=copy.deepcopy(synthetic.TIME_SPLIT))
     b["time_split"]["by_kernel"][0]["us"] = 30.0
     b["phases_s"] = b["phases_s"] | {"benchmark": 9.0}
-    b["check"]["parts"][0]["gates"][0]["value"] = 9e-5
+    b["check"]["parts"][0]["tolerances"][0]["value"] = 9e-5
     b["environment"] = b["environment"] | {"cuda": "12.8"}
     text = compare.explain(a, b)
     config = section(text, "config").split()

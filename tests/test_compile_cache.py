@@ -37,7 +37,7 @@ SPEC = MethodSpec(
 )
 CHANGES = {
     "state": "explicit",
-    "takes_live": True,
+    "padded": True,
     "l2_prefetch": True,
     "method": "prefill",
     "architecture": ODD.to_hf() | {"rms_norm_eps": 1e-6},
@@ -53,7 +53,7 @@ CHANGES = {
 
 
 def changed(**changes):
-    own = {name: changes.pop(name) for name in ("method", "takes_live") if name in changes}
+    own = {name: changes.pop(name) for name in ("method", "padded") if name in changes}
     return dataclasses.replace(SPEC, settings=SPEC.settings | changes, **own)
 
 
@@ -181,7 +181,7 @@ TRACED = (
     "config.architecture", "config.axes",
 )  # fmt: skip
 KERNELS = (
-    "ops/linear", "ops/moe_prefill", "dispatch", "registry", "parts/graph_edges", "parts/tuning", "parts/words", "bench/case",
+    "ops/linear", "ops/moe_prefill", "dispatch", "registry", "parts/graph_edges", "parts/tuning", "parts/int_dot", "bench/case",
 )  # fmt: skip
 RUNNER = ("session", "binding", "explicit", "arena", "loop", "step_graph")
 

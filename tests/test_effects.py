@@ -75,15 +75,15 @@ def test_a_setting_with_nothing_to_act_on_has_no_verdict():
 
 
 def test_where_a_setting_acts_in_some_runs_only_they_make_its_effect():
-    cells = {("cuda_graph=false", f"overlap={on}"): ms for on, ms in (("false", 4.0), ("true", 8.0))}
-    records = synthetic.grid(cells, not_applicable=["overlap"])
-    graph = synthetic.grid({("overlap=false",): 2.0, ("overlap=true",): 1.0})
+    cells = {("cuda_graph=false", f"pdl={on}"): ms for on, ms in (("false", 4.0), ("true", 8.0))}
+    records = synthetic.grid(cells, not_applicable=["pdl"])
+    graph = synthetic.grid({("pdl=false",): 2.0, ("pdl=true",): 1.0})
     for one in graph:
         one["config"]["cuda_graph"] = "decode"
     runs = runs_of(records + graph)
     effects = {effect.axis: effect for effect in main_effects(runs)}
-    assert (effects["overlap"].pairs, effects["overlap"].base) == (1, "false")
-    assert effects["overlap"].ratio.value == pytest.approx(2, rel=0.02) and not effects["overlap"].ratio.idle
+    assert (effects["pdl"].pairs, effects["pdl"].base) == (1, "false")
+    assert effects["pdl"].ratio.value == pytest.approx(2, rel=0.02) and not effects["pdl"].ratio.idle
     assert len(interactions(runs)) == 1, "the graph is what makes it act"
 
 

@@ -145,17 +145,17 @@ def test_cuda_graph_without_cuda_is_refused(capsys, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("edges", [0, 7])
 @pytest.mark.parametrize("where", ["graph", "loop"])
-def test_an_overlap_that_no_kernel_can_make_is_not_applicable(run, monkeypatch, where, edges):
+def test_pdl_that_no_kernel_can_make_is_not_applicable(run, monkeypatch, where, edges):
     """An experiment never claims an optimisation that did nothing: here the captured step is given, on the CPU."""
-    step = SimpleNamespace(early_edges=edges)
+    step = SimpleNamespace(pdl_edges=edges)
     graph, loop = (step, None) if where == "graph" else (None, SimpleNamespace(graph=step))
-    assert experiment.early_starts(SimpleNamespace(graph=graph, loop=loop)) == edges
-    assert experiment.early_starts(SimpleNamespace(graph=None, loop=None)) is None
-    monkeypatch.setattr(experiment, "early_starts", lambda session: edges)
+    assert experiment.pdl_edges(SimpleNamespace(graph=graph, loop=loop)) == edges
+    assert experiment.pdl_edges(SimpleNamespace(graph=None, loop=None)) is None
+    monkeypatch.setattr(experiment, "pdl_edges", lambda session: edges)
     monkeypatch.setattr(axes, "not_applicable", lambda *_: [])
     _, record = run("check=off")
-    assert record["ops"]["early_starts"] == edges
-    assert record["not_applicable"] == (["overlap"] if edges == 0 else [])
+    assert record["ops"]["pdl_edges"] == edges
+    assert record["not_applicable"] == (["pdl"] if edges == 0 else [])
 
 
 def test_what_the_timing_was_is_in_the_record(run):

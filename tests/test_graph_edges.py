@@ -56,7 +56,7 @@ def chain_of(names, *, last=None):
 
 def start(monkeypatch, driver, **options):
     monkeypatch.setattr(graph_edges.ctypes, "CDLL", lambda name: driver)
-    changed = graph_edges.start_early(7, **options)
+    changed = graph_edges.add_pdl_edges(7, **options)
     return changed, sorted((source, target) for source, target, kind in driver.edges if kind == 1)
 
 
@@ -80,7 +80,7 @@ def test_an_empty_graph_and_a_driver_that_fails(monkeypatch):
     assert start(monkeypatch, Driver({}, [])) == (0, [])
     driver = chain_of(CHAIN)
     monkeypatch.setattr(Driver, "cuGraphAddDependencies_v2", lambda self, *arguments: 801)
-    with pytest.raises(RuntimeError, match="cuGraphAddDependencies_v2 failed with CUDA driver error 801: use overlap=false"):
+    with pytest.raises(RuntimeError, match="cuGraphAddDependencies_v2 failed with CUDA driver error 801: use pdl=false"):
         start(monkeypatch, driver)
 
 

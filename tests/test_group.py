@@ -60,14 +60,14 @@ def test_members_take_turns_and_each_has_its_record():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [RuntimeError, ValueError])
 def test_one_that_fails_or_may_not_run_stops_no_other(monkeypatch, kind):
-    real = group.Run.check
+    real = group.Experiment.check
 
     def check(self, references):
         if self.cfg.batch == 2:
             raise kind("boom")
         real(self, references)
 
-    monkeypatch.setattr(group.Run, "check", check)
+    monkeypatch.setattr(group.Experiment, "check", check)
     assert group.run_group(jobs([], ["batch=2"], ["new_tokens=0"])) == 2
     first, second, third = records(3)
     assert [record["status"] for record in (first, second, third)] == ["ok", "failed", "unsupported"]

@@ -201,7 +201,7 @@ model = load(
     arch, Random(arch, 0), dtype=torch.bfloat16, device=torch.device("cpu"), bits=4, group_size=32, skip=NEVER_QUANTISED
 )
 state = Arena(state_shapes(arch, batch=1, max_seq_len=64, dtype=torch.bfloat16), device="cpu").tensors
-linear.can_overlap = lambda tensor: True  # as on Hopper, where a GEMV has instructions of its own for that and for prefetching
+linear.has_pdl = lambda tensor: True  # as on Hopper, where a GEMV has instructions of its own for that and for prefetching
 written = {}
 for method in ("prefill", "decode"):
     names = registry.resolve(default="triton", chosen={}, device="cuda")

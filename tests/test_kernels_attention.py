@@ -28,10 +28,10 @@ def make_weights(head_dim: int, rotary: int, seed: int = 50) -> dict[str, Tensor
     }
 
 
-def make_cache(batch: int, kv_heads: int, slots: int, head_dim: int, dtype=F32, *, live=None, seed=1) -> list[Tensor]:
-    """K and V with real values in slots [0, live[b]) (all, unless told) and NaN in the others."""
+def make_cache(batch: int, kv_heads: int, slots: int, head_dim: int, dtype=F32, *, used=None, seed=1) -> list[Tensor]:
+    """K and V with real values in slots [0, used[b]) (all, unless told) and NaN in the others."""
     caches = [common.randn(batch, kv_heads, slots, head_dim, seed=seed + i, dtype=dtype) for i in range(2)]
-    for b, length in enumerate(live or []):
+    for b, length in enumerate(used or []):
         for cache in caches:
             cache[b, :, length:] = NAN
     return caches
@@ -47,7 +47,7 @@ def positions_of(*values: int) -> Tensor:
 
 def check_rope(batch, tokens, heads, kv_heads, head_dim, rotary, dtype, positions, slots, **options) -> None:
     qkv = common.Guarded(make_qkv(batch, tokens, heads, kv_heads, head_dim, dtype))
-    start = make_cache(batch, kv_heads, slots, head_dim, dtype, live=positions)
+    start = make_cache(batch, kv_heads, slots, head_dim, dtype, used=positions)
     caches = [common.Guarded(cache) for cache in start]
     expected_caches = [cache.clone() for cache in start]
     shared = {
@@ -73,8 +73,8 @@ def check_rope(batch, tokens, heads, kv_heads, head_dim, rotary, dtype, position
 
 
 def make_attention_case(batch, tokens, heads, kv_heads, head_dim, dtype, positions, slots, scale=1.0) -> dict[str, Tensor]:
-    live = [min(max(position + tokens, 0), slots) for position in positions]
-    k_cache, v_cache = make_cache(batch, kv_heads, slots, head_dim, dtype, live=live)
+    used = [min(max(position + tokens, 0), slots) for position in positions]
+    k_cache, v_cache = make_cache(batch, kv_heads, slots, head_dim, dtype, used=used)
     return {
         "q": common.randn(batch, tokens, heads, head_dim, seed=3, dtype=dtype, scale=scale),
         "qkv": make_qkv(batch, tokens, heads, kv_heads, head_dim, dtype),
@@ -225,7 +225,7 @@ def test_decode_reads_the_live_slots_only():
     short = make_attention_case(1, 1, 4, 2, 32, F32, [69], 70)
     out = check_attention(ops.sdpa_decode_splitk, short)
     for slots in (71, 400):
-        caches = make_cache(1, 2, slots, 32, live=[0])
+        caches = make_cache(1, 2, slots, 32, used=[0])
         for cache, name in zip(caches, ("k_cache", "v_cache"), strict=True):
             cache[:, :, :70] = short[name]
         larger = {**short, "k_cache": caches[0], "v_cache": caches[1]}
@@ -281,7 +281,7 @@ def test_prefill_shapes(dtype, head_dim, heads, kv_heads):
 
 def run_in_pieces(pieces, qkv, slots, heads, kv_heads, head_dim, decode) -> tuple[Tensor, Tensor, Tensor]:
     """Output and both caches after feeding qkv in pieces of the given lengths."""
-    caches = make_cache(1, kv_heads, slots, head_dim, qkv.dtype, live=[0])
+    caches = make_cache(1, kv_heads, slots, head_dim, qkv.dtype, used=[0])
     weights, outputs, position = make_weights(head_dim, head_dim // 4), [], 0
     for length in pieces:
         part, positions = qkv[:, position : position + length], positions_of(position)

@@ -18,7 +18,7 @@ import yaml
 from moeexp_kernels.bench import measure, table
 from moeexp_kernels.bench.__main__ import main, measure_or_say
 from moeexp_kernels.bench.candidates import targets
-from moeexp_kernels.bench.case import Source, count_for, ratios, red
+from moeexp_kernels.bench.case import SeededTensors, count_for, ratios, red
 from moeexp_kernels.bench.cases import BUILDERS, Spec, build, specs
 from moeexp_kernels.bench.layers import Layers, chain_rows
 from moeexp_kernels.bench.peers import executorch, fla, torch_int4, torch_ops
@@ -29,15 +29,15 @@ from moeexp_kernels.parts import tuning
 
 TINY = replace(
     FULL, vocab=300, hidden=64, heads=4, kv_heads=2, head_dim=16, rotary=8, gdn_k_heads=1, gdn_v_heads=4, gdn_k_dim=16,
-    gdn_v_dim=16, experts=8, top_k=2, expert_width=32, shared_width=32, group=32, live=(5, 40), prefill=(20,),
+    gdn_v_dim=16, experts=8, top_k=2, expert_width=32, shared_width=32, group=32, kv_lens=(5, 40), prefill=(20,),
 )  # fmt: skip
-INTERPRETED_GATE = 3e-2  # Triton's interpreter cuts bfloat16 where a GPU rounds
+INTERPRETED_TOLERANCE = 3e-2  # Triton's interpreter cuts bfloat16 where a GPU rounds
 
 
 def case_of(spec: Spec, cold: int = 0):
     case = build(spec, TINY, common.DEVICE, cold)
-    if case.gate:
-        case.gate = max(case.gate, INTERPRETED_GATE)
+    if case.tolerance:
+        case.tolerance = max(case.tolerance, INTERPRETED_TOLERANCE)
     return case
 
 
@@ -104,7 +104,7 @@ def test_a_linear_case_names_the_row_that_its_kernel_runs_with(tokens, op, monke
     asked, lookup = set(), tuning.lookup
     monkeypatch.setattr(tuning, "lookup", lambda op, key, *a, **k: asked.add((op, key)) or lookup(op, key, *a, **k))
     case = build(Spec("linear", "decode", tokens, "gdn in"), replace(TINY, hidden=128, group=64), common.DEVICE, 0)
-    case.gate = INTERPRETED_GATE
+    case.tolerance = INTERPRETED_TOLERANCE
     assert red(case.check()) is None
     assert [name for name, _ in case.tuned] == [op] and set(case.tuned) <= asked
 
@@ -170,7 +170,7 @@ def test_a_peer_that_raises_is_a_line_and_not_the_end(monkeypatch):
 
 def test_codes_reach_the_peers_in_their_own_layout():
     """Both layouts unpacked by their definition give the weights that ours dequantises to."""
-    weight, scales = Source(common.DEVICE).weight(6, 64, bits=4, group=16)
+    weight, scales = SeededTensors(common.DEVICE).weight(6, 64, bits=4, group=16)
     scale, shift = (part.float().repeat_interleave(16, 1) for part in scales.unbind(-1))
     codes = torch_int4.natural_codes(weight, 16).float()
     ours = dequantise(weight=weight, scales=scales, in_features=64)
@@ -374,26 +374,26 @@ def test_ratios_see_one_bad_row_and_a_value_that_is_not_finite():
     good = common.randn(400, 16, seed=1)
     bad = good.clone()
     bad[7] *= 1.2
-    name, ratio, gate, worst = ratios("y", bad, good, 4e-2)
-    assert ratio < gate and worst > 0.19
+    name, ratio, tolerance, worst = ratios("y", bad, good, 4e-2)
+    assert ratio < tolerance and worst > 0.19
     assert red([ratios("y", bad, good, 1.5e-2)]) is not None
     bad[7, 0] = float("nan")
     assert red([ratios("y", bad, good, 1.0)]) is not None
 
 
-def row_of(**changes) -> measure.Row:
+def row_of(**changes) -> measure.OpTiming:
     values = {
         "op": "linear", "shape": "out 8x8", "phase": "decode", "tokens": 1, "moved": 4_000_000, "flops": 100, "check": [],
         "us": 2.0, "samples": [2.0], "read_us": 1.5, "share": 0.625,
     }  # fmt: skip
-    return measure.Row(**(values | changes))
+    return measure.OpTiming(**(values | changes))
 
 
 def test_the_table_and_the_json_say_what_was_measured(tmp_path):
     peers = [
-        measure.PeerRow("torch", "mm", "the product", us=3.04),
-        measure.PeerRow("gemlite", "gemv", "the product", problem="output 0: RMSE ratio 1.0e+00"),
-        measure.PeerRow("fla", "norm + mm", WHOLE, us=5.0),
+        measure.PeerTiming("torch", "mm", "the product", us=3.04),
+        measure.PeerTiming("gemlite", "gemv", "the product", problem="output 0: RMSE ratio 1.0e+00"),
+        measure.PeerTiming("fla", "norm + mm", WHOLE, us=5.0),
     ]
     rows = [row_of(peers=peers), row_of(phase="prefill", flops=4_000_000_000, us=20.0), row_of(us=None, problem="y: red")]
     environment = {

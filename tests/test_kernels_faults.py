@@ -309,7 +309,7 @@ def test_an_expert_with_a_share_of_zero_adds_nothing(op, tokens):
 @pytest.mark.parametrize("op", [attention.sdpa_decode_splitk, attention.sdpa_decode_tiled])
 @pytest.mark.parametrize("position", [0, 1, 30, 31, 32, 62])
 def test_a_poisoned_tail_has_no_effect(op, position):
-    """NaN and infinity beyond the live slots: bitwise what zeros there give."""
+    """NaN and infinity beyond the slots in use: bitwise what zeros there give."""
     case = make_attention_case(1, 1, 4, 2, 32, F32, [position], 64)
     clean = {k: torch.nan_to_num(v) if k.endswith("cache") else v for k, v in case.items()}
     expected = op(**clean)

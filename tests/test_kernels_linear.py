@@ -372,7 +372,7 @@ class Layer(torch.nn.Module):
         return (linear(x=x, weight=weight, scales=scales, norm_weight=norm, eps=1e-6, residual=residual, **told),)
 
 triton.runtime.driver.set_active(Driver())
-linear_tile.can_overlap = lambda tensor: True  # as on Hopper, where the kernels have instructions of their own
+linear_tile.has_pdl = lambda tensor: True  # as on Hopper, where the kernels have instructions of their own
 half = {"dtype": torch.bfloat16}
 inputs = (
     torch.zeros(5, 1, 2048, **half), torch.zeros(64, 1024, dtype=torch.uint8), torch.zeros(64, 16, 2, dtype=torch.float16),

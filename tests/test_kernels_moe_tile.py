@@ -147,7 +147,7 @@ def stored(*shape):
     return torch.zeros(*shape[:-1], shape[-1] // 2, dtype=torch.uint8), scales
 
 triton.runtime.driver.set_active(Driver())
-linear_tile.can_overlap = moe_tile.can_overlap = lambda tensor: True  # as on Hopper
+linear_tile.has_pdl = moe_tile.has_pdl = lambda tensor: True  # as on Hopper
 inputs = (
     torch.zeros(9, 1, 256, dtype=torch.bfloat16), torch.zeros(256), torch.zeros(9, 1, 2, dtype=torch.int32), torch.zeros(9, 1, 2),
     *stored(4, 256, 256), *stored(4, 256, 128), *stored(256, 256), *stored(256, 128), torch.zeros(1, 256, dtype=torch.bfloat16),

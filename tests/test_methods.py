@@ -15,7 +15,7 @@ from moeexp.config.resolve import resolve
 from moeexp.record.phases import Phases
 from moeexp.record.record import Record
 from moeexp.stack.compile_cache import cache_dir
-from moeexp.stack.factory import Recipe, build_model, build_stack
+from moeexp.stack.factory import MethodBuilder, build_model, build_stack
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def test_a_package_depends_on_the_ops_that_its_method_has():
 
     def names(method, **chosen):
         resolved = registry.resolve(default="triton", chosen=chosen, device="cuda")
-        return Recipe(None, None, resolved, {}, None).names_in(method)
+        return MethodBuilder(None, None, resolved, {}, None).names_in(method)
 
     assert names("prefill", gdn_decode="chunked") == names("prefill")
     assert names("decode", gdn_decode="chunked") != names("decode")

@@ -1,4 +1,4 @@
-"""Records of schema 1 read as of today: speeds are tokens over time, and what cannot be compared is dropped or marked."""
+"""Records of earlier schemas read as of today: speeds are tokens over time, and what cannot be compared is dropped or marked."""
 
 import copy
 import io
@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(__file__).with_name("data")
 RESULTS = sorted(path for path in (ROOT / "results").rglob("*.json") if not path.name.startswith("kernels"))
 OLD = DATA / "record_1.json"  # "skipped output copy" of the ladder, as the code of its day wrote it
-NOW = DATA / "record_2.json"
+NAMED = DATA / "record_2.json"  # whose names have changed since
+NOW = DATA / "record_3.json"
 
 
 def old(**values):
@@ -32,11 +33,11 @@ def old(**values):
 
 def test_the_schemas_names_are_those_of_stored_files():
     """A replacement of text in the sources, which would rename them in a test as well, does not reach these files."""
-    assert json.loads(NOW.read_text())["schema"] == record.SCHEMA and json.loads(OLD.read_text())["schema"] in record.SCHEMAS
-    first, second = read_record(OLD), read_record(NOW)
-    assert first["schema"] == second["schema"] == record.SCHEMA
-    assert first["migrated"]["from"] == json.loads(OLD.read_text())["schema"] and second["migrated"] is None
-    for path in (OLD, NOW):
+    assert [json.loads(path.read_text())["schema"] for path in (OLD, NAMED, NOW)] == list(record.SCHEMAS)
+    first, second, third = (read_record(path) for path in (OLD, NAMED, NOW))
+    assert first["schema"] == second["schema"] == third["schema"] == record.SCHEMA
+    assert first["migrated"]["from"] == json.loads(OLD.read_text())["schema"] and second["migrated"] is third["migrated"] is None
+    for path in (OLD, NAMED, NOW):
         assert set(read_record(path)) == {"schema", *record.KEYS}
         assert head(path)["status"] == "ok" and head(path)["config_hash"]
     assert compare.main([str(OLD), str(NOW)]) == 0
@@ -98,10 +99,10 @@ def test_it_is_pure_and_leaves_the_file():
 
 
 def test_later_schemas_go_on_where_the_last_step_ended(monkeypatch):
-    step = {"moeexp.record/2": lambda data: data | {"schema": "moeexp.record/3", "renamed": data["stalls"]}}
+    step = {"moeexp.record/3": lambda data: data | {"schema": "moeexp.record/4", "renamed": data["stalls"]}}
     monkeypatch.setattr(migration, "STEPS", migration.STEPS | step)
     after = migration.migrate(old())
-    assert after["schema"] == "moeexp.record/3" and after["renamed"]["count"] > 0
+    assert after["schema"] == "moeexp.record/4" and after["renamed"]["count"] > 0
     assert migration.migrate({"schema": "moeexp.record/9"}) == {"schema": "moeexp.record/9"}
 
 

@@ -26,7 +26,7 @@ SPEEDS = {"decode_tok_s": 10.0, "prefill_tok_s": 20.0, "ttft_s": 0.1, "bandwidth
 def test_written_whole_from_the_start(tmp_path):
     new(tmp_path).write()
     data = read_record(tmp_path / "record.json")
-    assert data["schema"] == "moeexp.record/2" and data["status"] == "running"
+    assert data["schema"] == "moeexp.record/3" and data["status"] == "running"
     assert set(record.KEYS) < set(data)
 
 
@@ -166,12 +166,12 @@ def test_git_state_is_of_the_package_s_own_checkout(tmp_path):
 
 def test_what_a_table_holds_is_changed_through_the_record(tmp_path):
     record = Record(tmp_path / "record.json", id="t", config=None, command=["test"])
-    record.set(environment={"cuda": None}, not_applicable=["overlap"])
+    record.set(environment={"cuda": None}, not_applicable=["pdl"])
     record.add("environment", gpu_other_processes=float("nan"), gpu_after=tmp_path)
     assert record.data["environment"] == {"cuda": None, "gpu_other_processes": "nan", "gpu_after": str(tmp_path)}
     for _ in range(2):
         record.add_not_applicable("l2_prefetch")
-    assert record.data["not_applicable"] == ["overlap", "l2_prefetch"]
+    assert record.data["not_applicable"] == ["pdl", "l2_prefetch"]
     with pytest.raises(AssertionError, match="is not a key of a record"):
         record.add("environs", a=1)
 

@@ -8,7 +8,7 @@ import pytest
 import synthetic
 
 from moeexp import compare, sync
-from moeexp.record import conformance, json_file
+from moeexp.record import conformance, json_file, renamed
 from moeexp.record.head import head
 from moeexp.record.objective import objective_of
 from moeexp.record.record import KEYS, Record, plain, read_record
@@ -48,7 +48,11 @@ VALUES = [
     ("id", "../../x", "letters, digits, dots"),
     ("command", "rm", "should be a valid list"),
     ("overrides", [1], "overrides[0]=1: should be a valid string"),
-    ("check", {"passed": True, "parts": [{"name": "a", "passed": True, "gates": [{}]}]}, "check.parts[0].gates[0].gate"),
+    (
+        "check",
+        {"passed": True, "parts": [{"name": "a", "passed": True, "tolerances": [{}]}]},
+        "check.parts[0].tolerances[0].tolerance",
+    ),
     ("token_latencies_ms", {"samples": [1.0] * 9, "p50": 1, "p90": 1, "p99": 1, "mean": 1, "sd": 0, "n": 3}, "n=3 is less than"),
     ("rounds", [{"n": 0, "tokens": 5}], "tokens=5 in n=0 steps"),
     ("config", {}, "config.model"),
@@ -66,7 +70,7 @@ def test_what_a_key_may_not_hold(tmp_path, key, value, said):
 RAW = [
     (b"NaN", "NaN is no number of JSON"),
     (b"-Infinity", "no number of JSON"),
-    (b"1e400", ".gates.0.value is inf, beyond what a number can be"),
+    (b"1e400", ".tolerances.0.value is inf, beyond what a number can be"),
     (b"9" * 10_000, "not JSON that is read here"),
     (b"9" * 200, "beyond what a number can be"),
     (b"[" * 100_000, "nested deeper"),
@@ -80,9 +84,9 @@ RAW = [
 def test_what_python_reads_and_nobody_may_write(tmp_path, raw, said):
     path = write(tmp_path / "a")
     text = path.read_bytes()
-    assert text.count(b"2e-06") == 1  # a gate's value, deep in the record
+    assert text.count(b"2e-06") == 1  # a tolerance's value, deep in the record
     path.write_bytes(text.replace(b"2e-06", raw))
-    assert said.replace(".gates.0", "check.parts.0.gates.0") in refusal(path)
+    assert said.replace(".tolerances.0", "check.parts.0.tolerances.0") in refusal(path)
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path):
@@ -102,7 +106,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
 
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_stored_records_are_of_the_shape(path):
-    conformance.check(json.loads(path.read_text()))
+    conformance.check(renamed.record(json.loads(path.read_text())))
     assert set(read_record(path)) == {"schema", *KEYS}
 
 

@@ -25,9 +25,9 @@ def make(folder, *overrides, id="ab.0", status="ok", **values):
     config = plain(resolve(compose(["model=nano", *overrides]), cuda_available=False))
     run = Record(folder / "record.json", id=id, config=config, command=["python"], overrides=list(overrides))
     passed = status != "incorrect"
-    gate = {"gate": "float32.logits", "value": 2e-6, "limit": 1e-4, "passed": passed, "where": "all"}
+    tolerance = {"tolerance": "float32.logits", "value": 2e-6, "limit": 1e-4, "passed": passed, "where": "all"}
     failures = [] if passed else ["float32: float32.logits at all: 2 > 1e-4", "another"]
-    check = {"passed": passed, "parts": [{"name": "float32", "passed": passed, "gates": [gate]}], "failures": failures}
+    check = {"passed": passed, "parts": [{"name": "float32", "passed": passed, "tolerances": [tolerance]}], "failures": failures}
     run.set(check=check, random_weights=True, environment={"gpu": None}, **values)
     run.latencies_ms += [1.0, 2.0]
     run.finish(status, error=values.get("error"))
@@ -205,7 +205,7 @@ def test_a_ratio_with_transformers_says_that_the_weights_differ():
     assert "§" not in markdown.document(unquantised) + markdown.document(grid)
 
 
-def test_a_document_has_no_verdict_on_what_has_nothing_to_act_on():
+def test_a_document_has_no_verdict_on_what_has_no_effect():
     text = markdown.document(with_transformers(not_applicable=["shared_stream"], device="cpu"))
     bars, effects = text.split("### Speed-up")[1].split("### Effects")
     ends = [line.endswith("  not applicable here") for line in bars.splitlines() if line.startswith("rung")]
@@ -213,7 +213,7 @@ def test_a_document_has_no_verdict_on_what_has_nothing_to_act_on():
     (step,) = [line for line in bars.splitlines() if line.startswith("| rung 3")]
     (row,) = [line for line in effects.splitlines() if line.startswith("| shared_stream |")]
     assert "| not applicable here |" in step and "| not applicable here |" in row
-    assert "the setting has nothing to act on in these runs" in bars and "the setting has nothing to act on" in effects
+    assert "the setting has no effect on this device" in bars and "the setting has no effect on this device" in effects
 
 
 def test_a_document_marks_unlike_load():

@@ -80,9 +80,9 @@ def build(*, explicit=False, wrap=lambda method: method, **options):
     model, ops = load_model(Random(EVEN, 0)), reference_ops()
     arena = Arena(state_shapes(EVEN, batch=1, max_seq_len=96, dtype=torch.float32), device="cpu")
     how = {"state_names": tuple(arena.tensors)} if explicit else {"attached_state": arena.tensors}
-    live = options.get("cuda_graph") == "all"
+    valid_len = options.get("cuda_graph") == "all"
     return Session(
-        prefill=wrap(MODULES["prefill"](model, ops, takes_live=live, **how)),
+        prefill=wrap(MODULES["prefill"](model, ops, padded=valid_len, **how)),
         decode=wrap(MODULES["decode"](model, ops, **how)),
         sample=ops["sample"],
         arena=ExplicitState(arena) if explicit else arena,
@@ -90,7 +90,7 @@ def build(*, explicit=False, wrap=lambda method: method, **options):
         max_seq_len=96,
         vocab_size=EVEN.vocab_size,
         device=torch.device("cpu"),
-        takes_live=live,
+        padded=valid_len,
         **options,
     )
 
@@ -110,8 +110,8 @@ def test_replays_decode_what_the_methods_do(captured, explicit, cuda_graph):
     if session.prefill_graphs is not None:
         assert [sum(g.replays for g in graphs_of(each)) for each in session.prefill_graphs.graphs.values()] == [0, 3]
     if explicit:
-        away, home = (graph.replays for graph in graphs_of(step))
-        assert away + home == 8 + 3 + 8 and away - home == 1, "steps alternate between the two sets"
+        to_back, from_back = (graph.replays for graph in graphs_of(step))
+        assert to_back + from_back == 8 + 3 + 8 and to_back - from_back == 1, "steps swap the two sets"
 
 
 @pytest.mark.parametrize("explicit", [False, True])
@@ -139,12 +139,12 @@ def test_explicit_state_outlives_the_graph_that_holds_it(captured, stop):
         each.prefill(PROMPT)
         for _ in range(stop):
             each.decode(PROMPT[:, :1].contiguous())
-    at_home = [tensor is session.arena.home[name] for name, tensor in session.arena.tensors.items()]
-    assert at_home == [stop == 2] * len(at_home), "one step leaves home, the next comes back"
+    at_front = [tensor is session.arena.front[name] for name, tensor in session.arena.tensors.items()]
+    assert at_front == [stop == 2] * len(at_front), "one step writes the back set, the next the front"
     session.graph.invalidate()
     for name, tensor in plain.arena.tensors.items():
         torch.testing.assert_close(session.arena.tensors[name], tensor, rtol=0, atol=1e-6)
-        assert session.arena.tensors[name] is session.arena.home[name]
+        assert session.arena.tensors[name] is session.arena.front[name]
 
 
 def replays(session):

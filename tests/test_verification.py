@@ -7,8 +7,8 @@ import torch
 from moeexp.check import verify
 from moeexp.check.check import Trace
 from moeexp.check.reference import ReferenceRun
-from moeexp.check.verify import References, digest, parting
-from moeexp.run.experiment import _apart
+from moeexp.check.verify import References, digest, first_divergence
+from moeexp.run.experiment import _divergence
 
 PROMPT = 3
 
@@ -20,30 +20,36 @@ def trace(generated: list[int], experts: list[list[int]] | None = None) -> Trace
     return Trace(fed, PROMPT, torch.zeros(1), chosen, {}, next_token=torch.tensor(generated[-1:]))
 
 
-def test_tokens_that_part_are_placed_and_explained():
+def test_tokens_that_diverge_are_placed_and_explained():
     first = trace([7, 8, 9, 5])
-    assert parting("a", first, trace([7, 8, 9, 5])) is None
-    assert parting("a", first, trace([7, 8, 4, 4])) == {"from": "a", "sequence": 0, "position": 5, "other_choice_from": None}
-    last = parting("a", first, trace([7, 8, 9, 6]))
+    assert first_divergence("a", first, trace([7, 8, 9, 5])) is None
+    found = first_divergence("a", first, trace([7, 8, 4, 4]))
+    assert found == {
+        "from": "a",
+        "sequence": 0,
+        "position": 5,
+        "other_choice_from": None,
+    }
+    last = first_divergence("a", first, trace([7, 8, 9, 6]))
     assert last["position"] == 6, "the last token too, which is never fed"
 
 
 def test_another_choice_of_experts_explains_only_what_comes_after_it():
     same, swapped, other = [0, 1], [1, 0], [0, 2]
     first = trace([7, 8, 9, 5], [same] * 6)
-    later = parting("a", first, trace([7, 8, 4, 4], [same] * 5 + [other]))
+    later = first_divergence("a", first, trace([7, 8, 4, 4], [same] * 5 + [other]))
     assert later["position"] == 5 and later["other_choice_from"] is None
-    before = parting("a", first, trace([7, 8, 4, 4], [same, swapped, other, same, other, same]))
+    before = first_divergence("a", first, trace([7, 8, 4, 4], [same, swapped, other, same, other, same]))
     assert before["other_choice_from"] == 2, "the order of the same experts is no other choice"
-    assert "near-tie" in _apart(later) and "from position 2 on other experts" in _apart(before)
+    assert "near-tie" in _divergence(later) and "from position 2 on other experts" in _divergence(before)
 
 
 def test_only_runs_on_the_same_prompt_and_sampler_are_compared():
     references = References()
-    assert references.apart("a", trace([7, 8]), "greedy") is None
-    assert references.apart("b", trace([7, 9]), "gumbel") is None
-    assert references.apart("c", trace([7, 9]), "greedy")["from"] == "a"
-    assert references.apart("d", trace([7, 8]), "greedy") is None
+    assert references.first_divergence("a", trace([7, 8]), "greedy") is None
+    assert references.first_divergence("b", trace([7, 9]), "gumbel") is None
+    assert references.first_divergence("c", trace([7, 9]), "greedy")["from"] == "a"
+    assert references.first_divergence("d", trace([7, 8]), "greedy") is None
 
 
 def reference(size: int) -> ReferenceRun:

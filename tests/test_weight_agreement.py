@@ -30,7 +30,7 @@ def check(model, folder):
 
 
 def failed(part) -> set[str]:
-    return {row["gate"] for row in part.gates if not row["passed"]}
+    return {row["tolerance"] for row in part.tolerances if not row["passed"]}
 
 
 LAYOUTS = [
@@ -69,7 +69,7 @@ def test_right_weights_pass(snapshot):
     folder, options, model = snapshot
     part = check(model, folder)
     assert part.passed, part.failures()
-    names = {row["gate"] for row in part.gates}
+    names = {row["tolerance"] for row in part.tolerances}
     assert names == {"weights.names", "weights.exact"} | ({"weights.step", "weights.clipped"} if options["bits"] < 16 else set())
     assert (part.report["quantised"] > 0) == (options["bits"] < 16)
 
@@ -82,7 +82,7 @@ def test_gate_and_up_swapped_in_our_map_fail(snapshot, monkeypatch):
         monkeypatch.setattr(module, "pieces", lambda *args, **kwargs: swapped_in_experts(real(*args, **kwargs)))
     part = check(loaded(folder, **options), folder)
     assert failed(part) and all("mlp.experts.gate_up_proj" in line for line in part.failures())
-    assert sum("gate_up_proj" in row["where"] for row in part.gates if not row["passed"]) >= EVEN.num_hidden_layers
+    assert sum("gate_up_proj" in row["where"] for row in part.tolerances if not row["passed"]) >= EVEN.num_hidden_layers
 
 
 LOADED = [fault for fault in FAULTS if fault.model]

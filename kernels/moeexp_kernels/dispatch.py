@@ -5,7 +5,7 @@ T. So they are opaque to export and call back into Python, which costs host time
 inside a CUDA graph, which has one T, they cost nothing. The implementations are given by name, `decode` for T = 1.
 
 Shapes, mutation and errors are those of the implementations: `gated_delta.py`, `attention.py`, `moe.py`, `linear.py`.
-`live` goes to prefill implementations alone: one token always counts.
+`valid_len` goes to prefill implementations alone: one token always counts.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def _choosing(kind: str, tokens_of: str, like: CustomOpDef) -> CustomOpDef:
     def run(*arguments, decode: str, prefill: str) -> Tensor:
         given = dict(zip(names, arguments, strict=False))
         many = given[tokens_of].shape[1] > 1
-        if given.get("live") is None or not many:
-            given.pop("live", None)
+        if given.get("valid_len") is None or not many:
+            given.pop("valid_len", None)
         return implementation(f"{kind}_{'prefill' if many else 'decode'}", prefill if many else decode)(**given)
 
     made = torch.library.custom_op(

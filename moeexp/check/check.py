@@ -9,7 +9,7 @@ references from `moeexp.check.reference.run_reference` on the trace's tokens:
     check_tokens(trace, <as either>)
 
 Expert choices are replayed because one flipped near-tie would drown every other difference; that a choice *is* a
-near-tie is a gate of its own. Limits: `moeexp.check.tolerances`. Shape letters: B batch, S sequence, L layers, V vocabulary,
+near-tie is a tolerance of its own. Limits: `moeexp.check.tolerances`. Shape letters: B batch, S sequence, L layers, V vocabulary,
 E experts, k experts per token.
 """
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from moeexp.check.metrics import LogitRows, choice_gaps, compare_logits, count_not_finite, slices, unravel
 from moeexp.check.reference import ReferenceRun
-from moeexp.check.tolerances import GATES, Part, gate, json_number, make_part, own_limit, worst_rows
+from moeexp.check.tolerances import TOLERANCES, Part, json_number, make_part, measured, own_limit, worst_rows
 from moeexp.model.qwen3_5_moe import state_shapes
 
 # Dimensions of a state tensor that index its rows: what a fault in a kernel would hit alone.
@@ -60,39 +60,39 @@ def check_trace(trace: Trace, config: Any) -> Part:
     states = state_shapes(config, batch=batch, max_seq_len=length, dtype=trace.logits.dtype)
     wanted |= {name: shape for name, (shape, _) in states.items() if not name.endswith(".expert_ids")}
     found = {"logits": trace.logits, "expert_ids": trace.expert_ids, **_states(trace)}
-    gates = []
+    tolerances = []
     for name in sorted(wanted.keys() | found.keys()):
         shape = tuple(found[name].shape) if name in found else None
         if name.endswith("_cache") and name in wanted and shape is not None and len(shape) == 4 and shape[2] > length:
             shape = (*shape[:2], length, shape[3])
         if shape != wanted.get(name):
-            gates.append(gate("trace.complete", 1, f"{name}: shape {shape}, wanted {wanted.get(name)}"))
-    if gates:
-        return make_part("trace", gates, {})
-    gates = [gate("trace.complete", 0, "all tensors")]
-    gates += _finite(trace, {})
+            tolerances.append(measured("trace.complete", 1, f"{name}: shape {shape}, wanted {wanted.get(name)}"))
+    if tolerances:
+        return make_part("trace", tolerances, {})
+    tolerances = [measured("trace.complete", 0, "all tensors")]
+    tolerances += _finite(trace, {})
     bad = []
     for layer, ids in enumerate(trace.expert_ids.long()):  # [B, S, k]
         ordered = ids.sort(-1).values
         repeated = (ordered[..., 1:] == ordered[..., :-1]).any(-1)
         wrong = repeated | (ids < 0).any(-1) | (ids >= config.num_experts).any(-1)
         bad.append((int(wrong.sum()), f"layer {layer}{_first(wrong)}"))
-    gates += worst_rows("trace.experts", bad)
-    return make_part("trace", gates, {"positions": batch * length, "layers": layers})
+    tolerances += worst_rows("trace.experts", bad)
+    return make_part("trace", tolerances, {"positions": batch * length, "layers": layers})
 
 
 def check_float32(trace: Trace, reference: ReferenceRun) -> Part:
     """Part (a): the same ops in float32 against the reference that replayed the trace's expert choices."""
     _assert_same_run(trace, reference)
     logits = _compare(trace, reference)
-    gates = _finite(trace, {"reference": reference})
-    gates.append(gate("float32.logits", logits.rows.ratio(), "all logits"))
-    gates.append(_worst_row("float32.position", logits.rows, ("batch", "position")))
+    tolerances = _finite(trace, {"reference": reference})
+    tolerances.append(measured("float32.logits", logits.rows.ratio(), "all logits"))
+    tolerances.append(_worst_row("float32.position", logits.rows, ("batch", "position")))
     steps = [
         (_step_ratio(logits.rows, position), f"decode step {position - trace.prompt_len}, position {position}")
         for position in range(trace.prompt_len, trace.token_ids.shape[1])
     ]
-    gates += worst_rows("float32.decode_step", steps)
+    tolerances += worst_rows("float32.decode_step", steps)
 
     states, rows = [], []
     for name, expected in reference.states.items():
@@ -102,13 +102,13 @@ def check_float32(trace: Trace, reference: ReferenceRun) -> Part:
         states.append((compared.ratio(), name))
         row = _worst_row("float32.state_row", compared, STATE_DIMS[kind])
         rows.append((math.inf if row["value"] is None else row["value"], f"{name}, {row['where']}"))
-    gates += worst_rows("float32.state", states) + worst_rows("float32.state_row", rows)
+    tolerances += worst_rows("float32.state", states) + worst_rows("float32.state_row", rows)
 
     spread = [layer.double().std(-1).square().mean().sqrt() for layer in reference.router_logits]
     gaps, differing = _choices(trace, reference, spread)
     report = _report(logits) | differing
     report["states"] = _worst_by_kind(states)
-    return make_part("float32", gates + worst_rows("float32.choice", gaps), report)
+    return make_part("float32", tolerances + worst_rows("float32.choice", gaps), report)
 
 
 def check_timed(
@@ -124,17 +124,17 @@ def check_timed(
     _assert_same_run(trace, reference)
     _assert_pair(bf16_run, reference_on_bf16_choices, trace)
     ours, theirs = _compare(trace, reference), _compare(bf16_run, reference_on_bf16_choices)
-    gates = _finite(trace, {"reference": reference, "bf16 run": bf16_run, "its reference": reference_on_bf16_choices})
-    gates.append(gate("timed.logits", quotient(ours.rows.ratio(), theirs.rows.ratio()), "all logits"))
+    tolerances = _finite(trace, {"reference": reference, "bf16 run": bf16_run, "its reference": reference_on_bf16_choices})
+    tolerances.append(measured("timed.logits", quotient(ours.rows.ratio(), theirs.rows.ratio()), "all logits"))
     worst = _worst_row("timed.position", ours.rows, ("batch", "position"))
     worst_theirs = float(theirs.rows.row_ratios().max())
     worst_ours = math.inf if worst["value"] is None else worst["value"]
-    gates.append(gate("timed.position", quotient(worst_ours, worst_theirs), worst["where"]))
+    tolerances.append(measured("timed.position", quotient(worst_ours, worst_theirs), worst["where"]))
     pairs = zip(bf16_run.router_logits, reference_on_bf16_choices.router_logits, strict=True)
     noise = [_noise(*pair) for pair in pairs]
     gaps, differing = _choices(trace, reference, noise)
     own_gaps, own_differing = _choices(bf16_run, reference_on_bf16_choices, noise)
-    gates += worst_rows("timed.choice", gaps, own_limit("timed.choice", max(gap for gap, _ in own_gaps)))
+    tolerances += worst_rows("timed.choice", gaps, own_limit("timed.choice", max(gap for gap, _ in own_gaps)))
     report = _report(ours) | differing
     report["transformers_bf16"] = _report(theirs) | own_differing
     states = []
@@ -142,7 +142,7 @@ def check_timed(
         state = _used(name, trace.states[name], reference.token_ids.shape[1])
         states.append((compare_rows(state, expected, STATE_ROWS[name.rsplit(".", 1)[1]]).ratio(), name))
     report["states"] = _worst_by_kind(states)
-    return make_part("timed", gates, report)
+    return make_part("timed", tolerances, report)
 
 
 def check_tokens(
@@ -151,15 +151,15 @@ def check_tokens(
     bf16_run: ReferenceRun | None = None,
     reference_on_bf16_choices: ReferenceRun | None = None,
     *,
-    race: Callable[[Tensor, int], Tensor] | None = None,
+    gumbel: Callable[[Tensor, int], Tensor] | None = None,
 ) -> Part:
     """Every generated token must be the reference's argmax or a near-tie with it.
 
-    For tokens that were drawn, `race(logits [B, n, V], position of the first)` adds the noise that each was drawn with:
-    the token must then win the race that the reference's logits run.
+    Of tokens that were drawn it is the Gumbel-argmax check: `gumbel(logits [B, n, V], position of the first)` adds the noise
+    that each was drawn with, and the token must be the argmax of the reference's logits with that noise.
 
     A near-tie is as far as noise reaches at that position, but capped. Without the bf16 pair, for a float32 trace,
-    noise is what the float32 logits gate would let pass. A near-tie ends nothing: each later token is judged too.
+    noise is what the float32 logits tolerance would let pass. A near-tie ends nothing: each later token is judged too.
     """
     _assert_same_run(trace, reference)
     batch, length = trace.token_ids.shape
@@ -170,42 +170,42 @@ def check_tokens(
     stop = start + targets.shape[1]
     assert start < stop, "the trace generated no token"
     vocab = reference.config.vocab_size
-    noise, cap = None, GATES["tokens.cap"].limit
+    noise, cap = None, TOLERANCES["tokens.cap"].limit
     if bf16_run is not None:
         assert reference_on_bf16_choices is not None, "a bf16 run needs the reference on its choices"
         _assert_pair(bf16_run, reference_on_bf16_choices, trace)
         own = _compare(bf16_run, reference_on_bf16_choices)
         noise = own.rows.error.sqrt()[:, start:]
-        cap = own_limit("tokens.cap", float(own.deficit.max()))
+        cap = own_limit("tokens.cap", float(own.margin.max()))
 
-    deficits, allowed = [], []
+    margins, allowed = [], []
     for first, last in slices(batch, start, stop, vocab):
         logits = reference.logits(first, last)
         here = slice(first - start, last - start)
         token = targets[:, here].to(logits.device)
-        judged = logits if race is None else race(logits, first)
-        deficits.append((judged.amax(-1) - judged.gather(-1, token[..., None])[..., 0]).double())
+        judged = logits if gumbel is None else gumbel(logits, first)
+        margins.append((judged.amax(-1) - judged.gather(-1, token[..., None])[..., 0]).double())
         rms = torch.linalg.vector_norm(logits, dim=-1, dtype=torch.float64) / math.sqrt(vocab)
-        error = GATES["float32.logits"].limit * rms if noise is None else noise[:, here]
-        allowed.append(torch.minimum(GATES["tokens.noise"].limit * error, cap * logits.std(-1)))
-    deficit, limit = torch.cat(deficits, 1), torch.cat(allowed, 1)
-    relative = torch.where(deficit == 0, 0.0, deficit / limit).nan_to_num(nan=math.inf, posinf=math.inf)
+        error = TOLERANCES["float32.logits"].limit * rms if noise is None else noise[:, here]
+        allowed.append(torch.minimum(TOLERANCES["tokens.noise"].limit * error, cap * logits.std(-1)))
+    margin, limit = torch.cat(margins, 1), torch.cat(allowed, 1)
+    relative = torch.where(margin == 0, 0.0, margin / limit).nan_to_num(nan=math.inf, posinf=math.inf)
 
     values = [
         (float(relative[b, i]), f"batch {b}, position {trace.prompt_len + i}: token {int(targets[b, i])}")
         for b in range(batch)
         for i in range(stop - start)
     ]
-    near = (deficit > 0) & (relative <= GATES["tokens.deficit"].limit)
+    near = (margin > 0) & (relative <= TOLERANCES["tokens.logit_margin"].limit)
     report = {
         "tokens": batch * (stop - start),
-        "argmax": int((deficit == 0).sum()),
+        "argmax": int((margin == 0).sum()),
         "near_ties": int(near.sum()),
         "near_tie_positions": [trace.prompt_len + int(i) for _, i in near.nonzero()[:32]],
-        "largest_deficit": json_number(float(deficit.max())),
+        "largest_logit_margin": json_number(float(margin.max())),
         "cap": json_number(cap),
     }
-    return make_part("tokens", worst_rows("tokens.deficit", values), report)
+    return make_part("tokens", worst_rows("tokens.logit_margin", values), report)
 
 
 def _states(trace: Trace) -> dict[str, Tensor]:
@@ -282,7 +282,7 @@ def _assert_pair(bf16_run: ReferenceRun, reference: ReferenceRun, trace: Trace) 
 
 
 def _report(logits: LogitRows) -> dict[str, Any]:
-    """Numbers beside the gates: worth reading, never a reason to fail."""
+    """Numbers beside the tolerances: worth reading, never a reason to fail."""
     return {
         "rmse_ratio": json_number(logits.rows.ratio()),
         "worst_position": json_number(float(logits.rows.row_ratios().max())),
@@ -308,9 +308,9 @@ def _step_ratio(rows: Rows, position: int) -> float:
 def _worst_row(name: str, rows: Rows, dims: tuple[str, ...]) -> dict[str, Any]:
     ratios = rows.row_ratios()
     index = int(ratios.argmax())
-    over = int((ratios > GATES[name].limit).sum())
+    over = int((ratios > TOLERANCES[name].limit).sum())
     where = _where(dims, index, ratios.shape) + (f" ({over} rows of {ratios.numel()} are over)" if over > 1 else "")
-    return gate(name, float(ratios.flatten()[index]), where)
+    return measured(name, float(ratios.flatten()[index]), where)
 
 
 def _where(dims: tuple[str, ...], index: int, shape: Iterable[int]) -> str:

@@ -23,7 +23,7 @@ PROMPT_LEN = 70  # one whole chunk of the delta rule and a part of another
 POSITION = PROMPT_LEN + 1  # of the second decode step
 
 Wrapper = Callable[..., Any]  # (the op, the model, its arguments) -> what the op returns
-Table = dict[str, list[Piece]]
+Pieces = dict[str, list[Piece]]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Fault:
 
     name: str
     ops: dict[str, Wrapper] = field(default_factory=dict)
-    pieces: Callable[[Table], Table] | None = None
+    pieces: Callable[[Pieces], Pieces] | None = None
     model: Callable[[Qwen35MoE], None] | None = None
     reading: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
@@ -127,10 +127,10 @@ SCALED = (
 # --- the table of names ---
 
 
-def swapped(left: str, right: str) -> Callable[[Table], Table]:
+def swapped(left: str, right: str) -> Callable[[Pieces], Pieces]:
     """Two parts of the snapshot's names, each for the other."""
 
-    def change(table: Table) -> Table:
+    def change(table: Pieces) -> Pieces:
         def rename(piece: Piece) -> Piece:
             for old, new in ((left, right), (right, left)):
                 if old in piece.key:
@@ -142,13 +142,13 @@ def swapped(left: str, right: str) -> Callable[[Table], Table]:
     return change
 
 
-def swapped_in_experts(table: Table) -> Table:
+def swapped_in_experts(table: Pieces) -> Pieces:
     """`gate_proj` and `up_proj`, of routed experts."""
     change = swapped(".gate_proj.", ".up_proj.")
     return table | change({name: parts for name, parts in table.items() if name.endswith("moe.gate_up.weight")})
 
 
-def rotated_experts(table: Table) -> Table:
+def rotated_experts(table: Pieces) -> Pieces:
     """Each expert of a snapshot that has them one by one is filled from the next one's tensors."""
 
     def rotate(parts: list[Piece]) -> list[Piece]:

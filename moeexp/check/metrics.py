@@ -25,7 +25,7 @@ class LogitRows:
 
     rows: Rows
     kl: Tensor  # KL(reference || value), nats
-    deficit: Tensor  # how far value's argmax trails the reference's, in the reference, / sd of that position's logits
+    margin: Tensor  # how far value's argmax trails the reference's, in the reference, / sd of that position's logits
     same_argmax: Tensor  # bool
 
 
@@ -37,13 +37,13 @@ def compare_logits(value: Slicer, reference: Slicer, batch: int, start: int, sto
         left = value(first, last).to(right.device, torch.float32)
         rows = compare_rows(left, right, (0, 1))
         argmax = left.argmax(-1, keepdim=True)
-        deficit = (right.amax(-1) - right.gather(-1, argmax)[..., 0]) / right.std(-1)
+        margin = (right.amax(-1) - right.gather(-1, argmax)[..., 0]) / right.std(-1)
         same = right.argmax(-1) == argmax[..., 0]
         left, right = torch.log_softmax(left, -1), torch.log_softmax(right, -1)
         kl = (right.exp() * (right - left)).sum(-1)
-        parts.append((rows.error, rows.reference, rows.max_abs, kl, deficit, same))
-    error, square, max_abs, kl, deficit, same = (torch.cat(column, dim=1) for column in zip(*parts, strict=True))
-    return LogitRows(Rows(error, square, max_abs), kl, deficit, same)
+        parts.append((rows.error, rows.reference, rows.max_abs, kl, margin, same))
+    error, square, max_abs, kl, margin, same = (torch.cat(column, dim=1) for column in zip(*parts, strict=True))
+    return LogitRows(Rows(error, square, max_abs), kl, margin, same)
 
 
 def slices(batch: int, start: int, stop: int, vocab: int) -> list[tuple[int, int]]:

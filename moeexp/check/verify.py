@@ -16,7 +16,7 @@ from torch import Tensor
 from moeexp.check.bits_per_byte import position_slices
 from moeexp.check.check import Trace, check_float32, check_timed, check_tokens, check_trace
 from moeexp.check.reference import ReferenceRun, generate_reference, run_reference
-from moeexp.check.tolerances import Part, gate, make_part
+from moeexp.check.tolerances import Part, make_part, measured
 from moeexp.check.weight_agreement import check_weights
 from moeexp.config.schema import Config
 from moeexp.config.sources import weights_folder
@@ -44,10 +44,10 @@ class References:
         self.reused: list[str] = []
         self._first: dict[Hashable, tuple[str, Trace]] = {}  # by prompt and sampler: the first run's name and trace
 
-    def apart(self, name: str, trace: Trace, alike: Hashable) -> dict[str, Any] | None:
-        """Where and why the tokens of this run leave those of the first one with `alike`; None where they do not."""
+    def first_divergence(self, name: str, trace: Trace, alike: Hashable) -> dict[str, Any] | None:
+        """Where and why the tokens of this run diverge from those of the first one with `alike`; None where they do not."""
         other, first = self._first.setdefault(alike, (name, _choices_of(trace)))
-        return None if other == name else parting(other, first, trace)
+        return None if other == name else first_divergence(other, first, trace)
 
     def get(self, name: str, key: tuple[Hashable, ...], make: Callable[[], Any]) -> Any:
         entry = (name, *key)
@@ -73,7 +73,7 @@ class References:
 
 
 def _choices_of(trace: Trace) -> Trace:
-    """What of a trace tells where another leaves it, in host memory."""
+    """What of a trace tells where another diverges from it, in host memory."""
     last = None if trace.next_token is None else trace.next_token.cpu()
     return replace(
         trace, token_ids=trace.token_ids.cpu(), expert_ids=trace.expert_ids.cpu(), next_token=last,
@@ -85,8 +85,8 @@ def verify(
     cfg: Config, stack: Stack, prompt: Tensor, phases: Phases, references: References | None = None, name: str = ""
 ) -> dict[str, Any]:
     """prompt [B, T] int64. The record's `check`: {passed, parts, generated_ids, …}; `references` where other runs over the
-    same weights are checked too: `reused` says what was taken from those, `apart` where this run, of this name, chose other
-    tokens than the first of them. Restores nothing: reset follows."""
+    same weights are checked too: `reused` says what was taken from those, `first_divergence` where this run, of this
+    name, chose other tokens than the first of them. Restores nothing: reset follows."""
     references = references or References()
     references.reused = []
     with phases("check: trace"):
@@ -107,12 +107,14 @@ def verify(
         "failures": failures[:50],
         "tokens": int(trace.token_ids.shape[1]),
         "reused": references.reused,
-        "apart": references.apart(name, trace, (digest(prompt), str(cfg.sampler))) if parts[0].passed else None,
+        "first_divergence": (
+            references.first_divergence(name, trace, (digest(prompt), str(cfg.sampler))) if parts[0].passed else None
+        ),
         "generated_ids": generated_ids(trace),
     }
 
 
-def parting(name: str, first: Trace, trace: Trace) -> dict[str, Any] | None:
+def first_divergence(name: str, first: Trace, trace: Trace) -> dict[str, Any] | None:
     """{from, position, other_choice_from}: the first position whose token differs from that of run `name`, and the first
     before it where experts were chosen otherwise, if any. Where none was, both runs have the same reference, and one of the
     two tokens is a near-tie of it; where one was, that choice is within the limit that each run's check shows."""
@@ -170,12 +172,12 @@ def check_replay(stack: Stack, trace: Trace) -> Part:
     """The prompt and two decode steps, by the methods run eagerly and by graph replay: bitwise equal."""
     eager, eager_state = _prompt_and_steps(stack, trace, replay=False)
     replayed, replayed_state = _prompt_and_steps(stack, trace, replay=True)
-    gates = [gate("replay.bitwise", _differing(eager[name], replayed[name]), name) for name in eager]
+    tolerances = [measured("replay.bitwise", _differing(eager[name], replayed[name]), name) for name in eager]
     for name, tensor in eager_state.items():
         differing = _differing(tensor, replayed_state[name])
         if differing:
-            gates.append(gate("replay.bitwise", differing, name))
-    return make_part("replay", gates, {"outputs": len(eager), "state_tensors": len(eager_state)})
+            tolerances.append(measured("replay.bitwise", differing, name))
+    return make_part("replay", tolerances, {"outputs": len(eager), "state_tensors": len(eager_state)})
 
 
 def _prompt_and_steps(stack: Stack, trace: Trace, *, replay: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -238,10 +240,10 @@ def _against_reference(
         return references.get(name, key, make).to(stack.device)
 
     reference = run("reference", torch.float32, trace.expert_ids)
-    race = race_of(cfg, trace) if cfg.sampler.name == "gumbel" else None
+    gumbel = gumbel_scores(cfg, trace) if cfg.sampler.name == "gumbel" else None
     if cfg.dtype == "float32":
         # The timed methods are the float32 methods: part (a) judges them directly, with the stricter limits.
-        parts = [check_float32(trace, reference), check_tokens(trace, reference, race=race)]
+        parts = [check_float32(trace, reference), check_tokens(trace, reference, gumbel=gumbel)]
         return parts + _against_generate(cfg, stack, trace, phases)
     # Its eager methods know no graph and no compiler.
     alike = (*tokens, cfg.dispatch, cfg.state, cfg.max_seq_len, tuple(sorted(stack.ops.items())))
@@ -250,7 +252,7 @@ def _against_reference(
     reference_on_bf16 = run("bf16 reference", torch.float32, bf16.expert_ids)
     with phases("check: compare"):
         parts.append(check_timed(trace, reference, bf16, reference_on_bf16))
-        parts.append(check_tokens(trace, reference, bf16, reference_on_bf16, race=race))
+        parts.append(check_tokens(trace, reference, bf16, reference_on_bf16, gumbel=gumbel))
     return parts
 
 
@@ -260,15 +262,15 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(kind + tensor.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
-def race_of(cfg: Config, trace: Trace) -> Callable[[Tensor, int], Tensor]:
-    """How a draw turns logits into a race that the drawn token wins, for `check_tokens`: (logits [B, n, V], position of the
-    first) -> logits plus temperature times the noise of each position's draw, -inf where the trace's filter was.
+def gumbel_scores(cfg: Config, trace: Trace) -> Callable[[Tensor, int], Tensor]:
+    """The scores of which a drawn token is the argmax, for `check_tokens`: (logits [B, n, V],
+    position of the first) -> logits plus temperature times the noise of each position's draw, -inf where the trace's filter was.
 
     Draws are numbered from 0, which is that of the prompt's last position; filters are those of the trace's own logits,
     because near an edge of theirs the reference's may fall the other way."""
     sampler = cfg.sampler
 
-    def race(logits: Tensor, first: int) -> Tensor:
+    def scores(logits: Tensor, first: int) -> Tensor:
         result = torch.empty_like(logits)
         for i in range(logits.shape[1]):
             draw = first + i - (trace.prompt_len - 1)
@@ -281,7 +283,7 @@ def race_of(cfg: Config, trace: Trace) -> Callable[[Tensor, int], Tensor]:
             result[:, i] = (score * sampler.temperature).masked_fill(~keep, float("-inf"))
         return result
 
-    return race
+    return scores
 
 
 def _float32_twin(
@@ -320,5 +322,5 @@ def _against_generate(cfg: Config, stack: Stack, trace: Trace, phases: Phases) -
     for row, (ours, theirs) in enumerate(zip(generated_ids(trace), expected, strict=True)):
         differing = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b]
         where = f"row {row}" + (f", first at new token {differing[0]}" if differing else "")
-        rows.append(gate("generate.tokens", len(differing), where))
+        rows.append(measured("generate.tokens", len(differing), where))
     return [make_part("transformers.generate", rows, {"tokens": cfg.new_tokens})]

@@ -18,7 +18,7 @@ from moeexp_kernels.ops.linear import MIDDLE_CODE
 from torch import Tensor
 
 from moeexp.check.snapshot_reader import SnapshotReader
-from moeexp.check.tolerances import Part, gate, make_part, worst_rows
+from moeexp.check.tolerances import Part, make_part, measured, worst_rows
 from moeexp.model.dequantise import DequantisedWeights, Stored
 from moeexp.model.qwen3_5_moe import Qwen35MoE
 
@@ -53,15 +53,17 @@ def check_weights(model: Qwen35MoE, folder: Path, config: Any, advance: Callable
                 values[key].append((value, name))
             compared += 1
         advance()
-    gates = worst_rows("weights.names", [(1, problem) for problem in problems]) or [gate("weights.names", 0, "all names")]
+    tolerances = worst_rows("weights.names", [(1, problem) for problem in problems]) or [
+        measured("weights.names", 0, "all names")
+    ]
     for key, found in values.items():
-        gates += worst_rows(key, found)
+        tolerances += worst_rows(key, found)
     quantised = len(values["weights.step"])
-    return make_part("weights", gates, {"tensors": compared, "quantised": quantised})
+    return make_part("weights", tolerances, {"tensors": compared, "quantised": quantised})
 
 
 def compare(mine: Stored, theirs: Tensor) -> dict[str, float]:
-    """By gate. Quantised: in units of each group's step, how far from the nearest value that its codes can express, and how
+    """By tolerance. Quantised: in units of each group's step, how far from the nearest value that its codes can express, and how
     far beyond the outermost of these the snapshot's value lies (hqq clips outliers). Otherwise: elements that differ."""
     shape = (-1, theirs.shape[-1]) if theirs.ndim > 1 else (1, -1)
     left, right = mine.value.reshape(shape), theirs.reshape(shape)

@@ -19,13 +19,13 @@ from moeexp.config.axis import (
     WORKLOAD,
     Axis,
     Capability,
-    Case,
+    RunKind,
 )  # fmt: skip
 from moeexp.config.schema import GROUPS, Config
 
 
 @dataclass(frozen=True)
-class Row:
+class Setting:
     """One setting: its row in the schema, with what its group's says; `default` is omegaconf's `???` where conf/ has it."""
 
     path: str
@@ -38,8 +38,8 @@ class Row:
         return self.path in GROUPS
 
 
-def _rows(schema: type, prefix: str = "", group: Axis | None = None) -> dict[str, Row]:
-    found: dict[str, Row] = {}
+def _rows(schema: type, prefix: str = "", group: Axis | None = None) -> dict[str, Setting]:
+    found: dict[str, Setting] = {}
     hints = get_type_hints(schema)
     for field in fields(schema):
         path = prefix + field.name
@@ -50,7 +50,7 @@ def _rows(schema: type, prefix: str = "", group: Axis | None = None) -> dict[str
         assert row.role in ROLES, f"{path} of the schema has no role"
         row = replace(row, identity=row.identity or (NOT if row.role == HOUSEKEEPING else VALUE))
         default = field.default_factory() if field.default_factory is not MISSING else field.default
-        found[path] = Row(path, row, row.kind or hints[field.name], default)
+        found[path] = Setting(path, row, row.kind or hints[field.name], default)
         if path in GROUPS:
             found |= _rows(GROUPS[path], f"{path}.", row)
     return found
@@ -93,11 +93,11 @@ def get(config: Any, path: str) -> Any:
 
 
 def not_applicable(cfg: Config, capability: Capability = None) -> list[str]:
-    """The axes that a resolved config sets and that act on nothing, on a GPU of that compute capability where it is known."""
+    """The axes that a resolved config sets and that have no effect, on a GPU of that compute capability where it is known."""
     return [path for path, row in TABLE.items() if any(case.holds(cfg, capability) for case in row.axis.no_effect)]
 
 
-def only_in(case: Case) -> dict[str, Any]:
+def only_in(case: RunKind) -> dict[str, Any]:
     """{setting: the only value that it may have in such a run}."""
     return {path: row.axis.only[case] for path, row in SETTINGS.items() if case in row.axis.only}
 

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
-from moeexp.config.axes import TABLE, Row
+from moeexp.config.axes import TABLE, Setting
 from moeexp.config.axis import AXIS, ROLES
 from moeexp.config.schema import conf_dir
 
@@ -37,19 +37,19 @@ def show(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def by_role() -> Iterator[tuple[str, list[Row]]]:
+def by_role() -> Iterator[tuple[str, list[Setting]]]:
     """A group's name is not listed beside the group, whose choices say it, unless its values are limited."""
     for role in ROLES:
         rows = [row for row in TABLE.values() if row.axis.role == role and not _is_name(row)]
         yield role, rows
 
 
-def _is_name(row: Row) -> bool:
+def _is_name(row: Setting) -> bool:
     group, dot, name = row.path.partition(".")
     return bool(dot) and TABLE[group].axis.label == name and not row.axis.values
 
 
-def values_of(row: Row, mark: Callable[[str], str]) -> list[str]:
+def values_of(row: Setting, mark: Callable[[str], str]) -> list[str]:
     """Each value with its meaning, named ones as `mark` writes them; empty where any of the type is one."""
     axis = row.axis
     named = [mark(show(value)) + (f" ({meaning})" if meaning else "") for value, meaning in axis.values.items()]

@@ -28,7 +28,7 @@ Capability = tuple[int, int] | None  # of the GPU; None: there is none, or nobod
 
 
 @dataclass(frozen=True)
-class Case:
+class RunKind:
     """A kind of run. `holds`: whether a resolved config is one, on a GPU of that compute capability."""
 
     words: str
@@ -42,23 +42,23 @@ def _linear_prefetches(cfg: Any) -> bool:
     return (AUTO[cfg.device] if name == "auto" else name) in PREFETCHING
 
 
-ON_CPU = Case("on a CPU", lambda cfg, capability: cfg.device == "cpu")
-BEFORE_HOPPER = Case("on a GPU before Hopper", lambda cfg, capability: capability is not None and capability < (9, 0))
-TRANSFORMERS = Case("with `engine=transformers`", lambda cfg, capability: cfg.engine == "transformers")
-WITHOUT_GRAPH = Case("with `cuda_graph=false`", lambda cfg, capability: cfg.cuda_graph is False)
-SINGLE = Case("with `dispatch=single`", lambda cfg, capability: cfg.dispatch == "single")
-NO_PREFILL = Case(
+ON_CPU = RunKind("on a CPU", lambda cfg, capability: cfg.device == "cpu")
+BEFORE_HOPPER = RunKind("on a GPU before Hopper", lambda cfg, capability: capability is not None and capability < (9, 0))
+TRANSFORMERS = RunKind("with `engine=transformers`", lambda cfg, capability: cfg.engine == "transformers")
+WITHOUT_GRAPH = RunKind("with `cuda_graph=false`", lambda cfg, capability: cfg.cuda_graph is False)
+SINGLE = RunKind("with `dispatch=single`", lambda cfg, capability: cfg.dispatch == "single")
+NO_PREFILL = RunKind(
     "with `cuda_graph=all` and `dispatch=token_by_token`",
     lambda cfg, capability: cfg.cuda_graph == "all" and cfg.dispatch == "token_by_token",
 )
-OTHER_LINEAR = Case("with `ops.linear` other than `triton` and `tile`", lambda cfg, capability: not _linear_prefetches(cfg))
+OTHER_LINEAR = RunKind("with `ops.linear` other than `triton` and `tile`", lambda cfg, capability: not _linear_prefetches(cfg))
 
 
 @dataclass(frozen=True)
 class Axis:
     """`values`: {allowed value: what it means, or an empty text}; with `others`, which says what else, they are the names
     among any values. `least`, `most`: of a number; a user's is held against `most` only beside names. `kind`: the type,
-    where the schema's is Any. `no_effect`: the cases in which it acts on nothing, which is recorded. `only`: {case: the only
+    where the schema's is Any. `no_effect`: the cases in which it has no effect, which is recorded. `only`: {case: the only
     value that is not refused there}. `means`: {value: what it is resolved to}. `literal`: text in which `${` has no meaning.
     `repetition`: runs that differ in it alone repeat one another. `label`: of a group, the field that names its choice."""
 
@@ -71,8 +71,8 @@ class Axis:
     kind: Any = None
     part_of: frozenset[str] = frozenset()
     identity: str = ""
-    no_effect: tuple[Case, ...] = ()
-    only: Mapping[Case, Any] = field(default_factory=dict)
+    no_effect: tuple[RunKind, ...] = ()
+    only: Mapping[RunKind, Any] = field(default_factory=dict)
     means: Mapping[Any, Any] = field(default_factory=dict)
     literal: bool = False
     repetition: bool = False

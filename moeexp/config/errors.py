@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from moeexp.config.axes import TABLE
 from moeexp.record import streams
 from moeexp.record.paths import expanded
+from moeexp.record.renamed import SETTINGS
 
 HELP = "`python -m moeexp --help` lists groups and fields"
 
@@ -43,6 +44,9 @@ def explain(error: BaseException) -> str:
         choice, group, options = missing_group.groups()
         value = choice.removeprefix(f"{group}/")
         return f"{group}={value} is not a choice of {group}; allowed: {', '.join(options.split())}"
+    renamed = re.search(r"(In '[^']+'): [\s\S]*Key '(\w+)' not in 'Config'", text)
+    if renamed and renamed[2] in SETTINGS:
+        return f"{renamed[1]}: {renamed[2]} is now named {SETTINGS[renamed[2]]}: write {SETTINGS[renamed[2]]}"
     unknown_key = re.search(r"Could not (?:override|append to config[^']*|append) '?\+?([\w./@]+)", text)
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if unknown_key and "not in" in str(cause):

@@ -84,8 +84,8 @@ class Config:
         "of `cuda_graph=all`: a shorter prompt is padded, which leaves no trace in the state; a longer one is refused",
         default=lambda: [128, 512], role=AXIS, no_effect=(NO_PREFILL,),
     )  # fmt: skip
-    overlap: bool = axis(
-        "in a captured decode step a kernel fetches its weights while the one before it runs (Hopper and later)",
+    pdl: bool = axis(
+        "programmatic dependent launch: in a captured decode step a kernel fetches its weights while the one before it runs",
         default=True, role=AXIS, no_effect=(ON_CPU, BEFORE_HOPPER, WITHOUT_GRAPH),
     )  # fmt: skip
     l2_prefetch: bool = axis(

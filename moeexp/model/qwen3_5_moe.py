@@ -145,15 +145,15 @@ class Qwen35MoE(nn.Module):
         ops: Ops,
         phase: str,
         state: dict[str, Tensor] | None = None,
-        live: Tensor | None = None,
+        valid_len: Tensor | None = None,
         l2_prefetch: bool = False,
     ) -> Tensor:
         """tokens [B, T] int64, positions [B] int64 of each row's first token, logit_positions [n] int64 in 0..T-1 or None
         for all T. Returns logits [B, n, V] in the weights' dtype; advances the state by T tokens, that which is attached,
-        or `state` (same names) where it is given. live [B] int64 in 1..T: only so many tokens of each row count.
+        or `state` (same names) where it is given. valid_len [B] int64 in 1..T: only so many tokens of each row count.
         l2_prefetch: each projection of a mixer is told the next one's weights, or the head's."""
         x = torch.nn.functional.embedding(tokens, self.embed_tokens.weight)
-        counts = {} if live is None else {"live": live}
+        counts = {} if valid_len is None else {"valid_len": valid_len}
         ahead = [*(layer.first for layer in list(self.layers)[1:]), self.head] if l2_prefetch else None
         for i, layer in enumerate(self.layers):
             mixer, own = layer.mixer, _state_of(layer, i, state)

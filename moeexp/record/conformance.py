@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from moeexp.record.shape import Config, Shape, Whole
+from moeexp.record.shape import ConfigShape, Shape, Whole
 from moeexp.record.text import brief, one_line
 
 
@@ -18,7 +18,7 @@ def check(record: Mapping[str, Any]) -> None:
 
 def check_config(config: Any) -> None:
     """The same for a record's config alone."""
-    _check(Config, config, "config.")
+    _check(ConfigShape, config, "config.")
 
 
 def _check(shape: type[Shape], value: Any, prefix: str) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 from moeexp_runner import stalls
 
+from moeexp.record import renamed
+
 # No last-level cache is larger: the streaming read that a bandwidth was measured with is beyond any cache at this size.
 BEYOND_CACHES = 256 * 2**20
 MOST_AHEAD = 64  # steps of a loop, in the versions that wrote schema 1
@@ -79,6 +81,12 @@ def _time_split(split: dict[str, Any], latencies: dict[str, Any]) -> dict[str, A
     return split | {"wall_us": wall, "host_us": round(max(0.0, wall - gpu), 3)}
 
 
+def from_2_to_3(old: dict[str, Any]) -> dict[str, Any]:
+    """Names alone changed."""
+    return renamed.record(old) | {"schema": "moeexp.record/3"}
+
+
 STEPS: dict[Any, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "moeexp.record/1": from_1_to_2,
+    "moeexp.record/2": from_2_to_3,
 }

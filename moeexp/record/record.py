@@ -18,13 +18,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from moeexp.record import renamed
 from moeexp.record.json_file import read_json
 from moeexp.record.liveness import is_gone, this_process
 from moeexp.record.migration import STEPS, migrate
 from moeexp.record.names import STATUSES
 from moeexp.record.text import brief
 
-SCHEMA = "moeexp.record/2"
+SCHEMA = "moeexp.record/3"
 SCHEMAS = (*STEPS, SCHEMA)  # those that are read
 
 # Published only for a run that is ok and whose check passed.
@@ -140,7 +141,7 @@ class Record:
             self.data["notes"].append(text)
 
     def add_not_applicable(self, axis: str) -> None:
-        """An axis of which the run itself finds that it acts on nothing."""
+        """An axis of which the run itself finds that it has no effect here."""
         if axis not in self.data["not_applicable"]:
             self.data["not_applicable"].append(axis)
 
@@ -290,11 +291,11 @@ def _read(path: Path) -> dict[str, Any]:
     data = read_json(path)
     found = data.get("schema") if isinstance(data, dict) else None
     if not isinstance(found, str) or found not in SCHEMAS:
-        known = " and ".join(map(repr, SCHEMAS))
+        known = ", ".join(map(repr, SCHEMAS))
         raise ValueError(f"{path} has schema={brief(found)}; this version reads {known}: remove it, or run again")
     try:
         if found != SCHEMA:
-            conformance.check(data)  # a step counts on it, too
+            conformance.check(renamed.record(data))  # a step counts on it, too
         data = {"schema": SCHEMA} | dict.fromkeys(KEYS) | migrate(data)  # a key that came later is not known
         conformance.check(data)
     except ValueError as error:
@@ -311,7 +312,7 @@ def full_config(record: dict[str, Any], path: Path) -> dict[str, Any]:
     file = path.with_name(FULL_CONFIG)
     if not file.is_file():
         raise ValueError(f"the config of {path} is cut, and {FULL_CONFIG} beside it, which has it whole, is missing")
-    config = read_json(file)
+    config = renamed.config(read_json(file))
     if hashlib.sha256(file.read_bytes()).hexdigest() != record["full_config"]["sha256"]:
         raise ValueError(f"{file} is not the config of {path}: its digest is another one")
     try:

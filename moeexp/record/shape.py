@@ -47,7 +47,7 @@ Count = Annotated[int, Field(ge=0, le=LARGEST)]
 # Of a broken run: any number, or the text or null in the place of one that is not finite.
 Outcome = float | Literal["nan", "inf", "-inf"] | None
 Texts = list[str]
-Rows = list[str] | str | None
+TextRows = list[str] | str | None
 
 
 class Shape(BaseModel):
@@ -64,19 +64,19 @@ class Quant(Shape):
     bits: int
 
 
-class TrackerConfig(Shape):
+class TrackerConfigShape(Shape):
     name: str
     project: str | None = None
     entity: str | None = None
 
 
-class Config(Shape):
+class ConfigShape(Shape):
     """What readers name of it; of a refused config the values may be whatever was asked for."""
 
     model: Model
     quant: Quant
     ops: dict[str, Any]
-    tracker: TrackerConfig
+    tracker: TrackerConfigShape
     device: str
     dtype: str
     export: str
@@ -128,23 +128,23 @@ class Stalls(Shape):
     decode_tok_s: Positive
 
 
-class Gate(Shape):
-    gate: str
+class ToleranceShape(Shape):
+    tolerance: str
     value: Outcome
     limit: Outcome
     passed: bool
     where: str
 
 
-class Part(Shape):
+class PartShape(Shape):
     name: str
     passed: bool
-    gates: list[Gate]
+    tolerances: list[ToleranceShape]
 
 
 class Check(Shape):
     passed: bool | None = None
-    parts: list[Part] = []
+    parts: list[PartShape] = []
     failures: Texts = []
 
 
@@ -159,7 +159,7 @@ class OtherLoad(Shape):
     of: Annotated[int, Field(ge=1, le=1_000_000)]
 
 
-class Telemetry(Shape):
+class TelemetryShape(Shape):
     n: Count = 0
     # With a default that is no value of theirs: they may be left out, not null.
     sm_mhz: Range = None  # type: ignore[assignment]
@@ -199,7 +199,7 @@ class Cpu(Shape):
     torch_threads: Count
 
 
-class Gpu(Shape):
+class GpuShape(Shape):
     name: str
     driver: str | None = None
 
@@ -217,7 +217,7 @@ class Environment(Shape):
     versions: dict[str, str | None] | None = None
     cuda: str | None = None
     cpu: Cpu | None = None
-    gpu: Gpu | None = None
+    gpu: GpuShape | None = None
     gpu_before: GpuState | None = None
     gpu_after: GpuState | None = None
     gpu_other_processes: int | None = None
@@ -263,7 +263,7 @@ class Tracker(Shape):
     url: str | None = None
 
 
-class Fault(Shape):
+class FaultShape(Shape):
     message: str
     type: str | None = None
     phase: str | None = None
@@ -290,7 +290,7 @@ class Whole(Shape):
     design: Design | None = None
     command: Texts
     overrides: Texts
-    config: Config
+    config: ConfigShape
     full_config: FullConfig | None = None
     identity: Identity | None = None
     random_weights: bool | None = None
@@ -303,11 +303,11 @@ class Whole(Shape):
     prefill_latencies_ms: Latencies | None = None
     ttft_latencies_ms: Latencies | None = None
     rounds: Annotated[list[Round], Field(max_length=MAX_SAMPLES)] | None = None
-    telemetry: Telemetry | None = None
+    telemetry: TelemetryShape | None = None
     group: Group | None = None
     generated_ids: list[list[int]] | None = None
-    generated_text: Rows = None
-    prompt_text: Rows = None
+    generated_text: TextRows = None
+    prompt_text: TextRows = None
     bits_per_byte: Outcome = None
     evaluation: dict[str, Any] | None = None
     bytes_per_token: BytesPerToken | None = None
@@ -324,7 +324,7 @@ class Whole(Shape):
     not_applicable: Texts | None = None
     environment: Environment | None = None
     tracker: Tracker | None = None
-    error: Fault | None = None
+    error: FaultShape | None = None
     notes: Texts
     migrated: Migrated | None = None
 

@@ -37,13 +37,13 @@ REASONS = {
 WORK = ("user", "nice", "system", "irq", "softirq", "steal")
 ONLINE = Path("/sys/devices/system/cpu/online")
 
-Reader = Callable[[], dict[str, float]]
+Sensor = Callable[[], dict[str, float]]
 
 
 class Telemetry:
     """What was read, in the order of time. `summary` is the record's `telemetry`."""
 
-    def __init__(self, kind: str, read: Reader):
+    def __init__(self, kind: str, read: Sensor):
         self.kind, self._read = kind, read
         self.samples: list[dict[str, float]] = []
         self.error: str | None = None
@@ -145,7 +145,7 @@ def work_on(cores: Sequence[int]) -> float | None:
     return sum(getattr(times[core], name, 0.0) for core in cores for name in WORK)
 
 
-def gpu_reader() -> Reader:
+def gpu_reader() -> Sensor:
     """Of the GPU that torch calls 0."""
     handles: list[Any] = []
 

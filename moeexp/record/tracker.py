@@ -184,7 +184,7 @@ def _summary(record: dict[str, Any]) -> dict[str, Any]:
     latencies = {"latency_ms": token, "prefill_latency_ms": prefill, "ttft_latency_ms": ttft}
     check = {"passed": (record["check"] or {}).get("passed")}
     for part in (record["check"] or {}).get("parts", []):
-        check[part["name"]] = {gate["gate"]: gate["value"] for gate in part["gates"]}
+        check[part["name"]] = {row["tolerance"]: row["value"] for row in part["tolerances"]}
     nested = {"check": check} | latencies | {key: record[key] for key in ("stalls", "phases_s", "memory_gib")}
     summary |= {"status": record["status"]} | {"bits_per_byte": record["bits_per_byte"]}
     return summary | {key: value for key, value in nested.items() if value}

@@ -11,7 +11,7 @@ from moeexp.report.runs import Run, gain
 
 
 @dataclass(frozen=True)
-class Part:
+class Factor:
     """`alone`: added to the baseline; `last`: added to all the others; `ratio`: last over alone."""
 
     axis: str
@@ -23,16 +23,16 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Stack:
+class Ablation:
     baseline: Run
     full: Run
-    parts: list[Part]
+    parts: list[Factor]
     together: Interval  # the full stack over the baseline
-    product: Interval | None  # of what each buys alone; None if one did not run alone, or has nothing to act on there
+    product: Interval | None  # of what each buys alone; None if one did not run alone, or has no effect there
     ratio: Interval | None  # together over that product
 
 
-def stacks(runs: Sequence[Run]) -> list[Stack]:
+def stacks(runs: Sequence[Run]) -> list[Ablation]:
     """One for each workload with a first run and another that differs from it in three settings or more, at least two
     of which also ran by themselves."""
     found = []
@@ -44,7 +44,7 @@ def stacks(runs: Sequence[Run]) -> list[Stack]:
     return found
 
 
-def _stack(measured: Sequence[Run]) -> Stack | None:
+def _stack(measured: Sequence[Run]) -> Ablation | None:
     by_point = {run.point: run for run in measured}
     baseline = measured[0]
     full = max(measured, key=lambda run: (len(_changes(baseline, run)), run.speed.tok_s))
@@ -56,20 +56,20 @@ def _stack(measured: Sequence[Run]) -> Stack | None:
         return None
     together = gain(full, baseline)
     if any(part.alone is None or part.alone.idle for part in parts):
-        return Stack(baseline, full, parts, together, None, None)
+        return Ablation(baseline, full, parts, together, None, None)
     alone = [by_point[_with(baseline, axis, new)].speed for axis, _, new in changes]
     product = [term for speed in alone for term in _over(speed, baseline.speed)]
     against = _over(full.speed, baseline.speed) + [(speed, -power) for speed, power in product]
-    return Stack(baseline, full, parts, together, interval(product), interval(against))
+    return Ablation(baseline, full, parts, together, interval(product), interval(against))
 
 
-def _part(by_point: dict, baseline: Run, full: Run, change: tuple[str, str, str]) -> Part:
+def _part(by_point: dict, baseline: Run, full: Run, change: tuple[str, str, str]) -> Factor:
     axis, old, new = change
     one, rest = by_point.get(_with(baseline, axis, new)), by_point.get(_with(full, axis, old))
     alone = gain(one, baseline) if one else None
     last = gain(full, rest) if rest else None
     both = interval(_over(full.speed, rest.speed) + _over(baseline.speed, one.speed)) if one and rest else None
-    return Part(axis, old, new, alone, last, both)
+    return Factor(axis, old, new, alone, last, both)
 
 
 def _over(a: Speed, b: Speed) -> list[tuple[Speed, float]]:

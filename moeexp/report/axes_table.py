@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import MISSING, OmegaConf
 
-from moeexp.config.axes import Row
+from moeexp.config.axes import Setting
 from moeexp.config.axes_text import TITLES, by_role, show, values_of
 from moeexp.config.axis import ARTIFACT, COMPILE_KEY, CONTENTS, NOT, VALUE, WEIGHTS
 from moeexp.config.schema import conf_dir
@@ -21,7 +21,7 @@ def table(results: Path) -> str:
     return "\n".join(f"## {TITLES[role]}\n\n{markdown_table(HEADER, [_cells(row) for row in rows])}" for role, rows in by_role())
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Setting) -> list[str]:
     axis = row.axis
     values = values_of(row, code)
     group, _, op = row.path.partition(".")
@@ -36,7 +36,7 @@ def _cells(row: Row) -> list[str]:
             joined("; ", where)]  # fmt: skip
 
 
-def _default(row: Row) -> str:
+def _default(row: Setting) -> str:
     if not row.is_group:
         return "" if row.default == MISSING else code(show(row.default))
     choices = OmegaConf.load(conf_dir() / "config.yaml").defaults

@@ -17,7 +17,7 @@ Cells = dict[tuple, dict[tuple[str, ...], list[Run]]]
 @dataclass(frozen=True)
 class Effect:
     """`axis` at `level` against `base`: the geometric mean of the speed ratios of `pairs` matched pairs, those in which
-    the setting has something to act on; if there are none, of the others, and `ratio.idle`."""
+    the setting has an effect; if there are none, of the others, and `ratio.idle`."""
 
     axis: str
     base: str
@@ -70,7 +70,7 @@ MEANING = {
 
 def axes_of(runs: Sequence[Run]) -> dict[str, list[str]]:
     """{axis: levels}, of the settings that may make a run faster; the first level, the base, is that of the first run in
-    which the setting has something to act on."""
+    which the setting has an effect."""
     measured = [run for run in runs if run.speed is not None]
     axes = dict.fromkeys(axis for run in measured for axis in run.settings if not is_workload(axis))
     levels = {
@@ -97,7 +97,7 @@ def main_effects(runs: Sequence[Run]) -> list[Effect]:
 
 
 def interactions(runs: Sequence[Run]) -> list[Interaction]:
-    """Of every two settings for which all four combinations ran beside each other, and that have something to act on."""
+    """Of every two settings for which all four combinations ran beside each other, and that have an effect."""
     found = []
     levels = axes_of(runs)
     for one, two in combinations(levels, 2):

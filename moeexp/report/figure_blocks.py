@@ -146,7 +146,7 @@ def kernels(results: Path) -> str:
 
     document = json.loads((results / KERNELS).read_text(encoding="utf-8"))
     shown = [row for row in document["rows"] if row["tokens"] == 1 or row["phase"] == "prefill"]
-    shown = [measure.Row(**row | {"peers": [measure.PeerRow(**peer) for peer in row["peers"]]}) for row in shown]
+    shown = [measure.OpTiming(**row | {"peers": [measure.PeerTiming(**peer) for peer in row["peers"]]}) for row in shown]
     header, rows = _cells(table.HEADER), [_cells(table.line(row)) for row in shown]
     kept = [header.index(name) for name in ("op", "shape", "tokens", "µs", "share of read bandwidth", "peers, µs")]
     text = markdown_table([header[column] for column in kept], [[Markdown(row[column]) for column in kept] for row in rows])

@@ -62,7 +62,7 @@ class Interval:
 
     `run_to_run`: the run-to-run noise that it allows for, as a part of a ratio; 0 where all was timed in turns.
     `unlike_load`: other processes kept the CPU busier during some of the runs than during the others. `idle`: the runs
-    differ only in settings that have nothing to act on in them. `weights`: how their quantisation differs where the
+    differ only in settings without an effect on their device. `weights`: how their quantisation differs where the
     engine does too, or an empty text. `medians`, `corrected`: the same by median latencies, and without the stalls; None
     where not all runs know them."""
 

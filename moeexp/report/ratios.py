@@ -59,7 +59,7 @@ def legend(gains: Iterable[Interval | None]) -> str:
     if any(gain.doubt for gain in shown):
         parts.append(LATE)
     if any(gain.idle for gain in shown):
-        parts.append("Not applicable here: the setting has nothing to act on in these runs, and what is seen is noise.")
+        parts.append("Not applicable here: the setting has no effect on this device or beside the others: noise is seen.")
     return " ".join(parts)
 
 

@@ -57,7 +57,7 @@ def gain(run: Run, before: Run) -> Interval:
 
 
 def acts(axis: str, *runs: Run) -> bool:
-    """Whether a setting has something to act on in all of these runs."""
+    """Whether a setting has an effect in all of these runs."""
     names = {axis, axis.split(".")[0]}
     return not any(names & set(run.record.get("not_applicable") or ()) for run in runs)
 

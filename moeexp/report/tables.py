@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeexp.report import processes
-from moeexp.report.ablation import Part, Stack, stacks
+from moeexp.report.ablation import Ablation, Factor, stacks
 from moeexp.report.effects import MEANING, interactions, main_effects
 from moeexp.report.format import STALLS, number, stalls_text
 from moeexp.report.intervals import tokens_per_step
@@ -136,7 +136,7 @@ def stack_tables(runs: Sequence[Run]) -> list[Table]:
     return [stack_table(stack) for stack in stacks(runs)]
 
 
-def stack_table(stack: Stack) -> Table:
+def stack_table(stack: Ablation) -> Table:
     rows = [
         [part.axis, f"{part.base} → {part.level}", times(part.alone, beside=True), times(part.last, beside=True), _shared(part)]
         for part in stack.parts
@@ -154,7 +154,7 @@ def stack_table(stack: Stack) -> Table:
     )
 
 
-def _shared(part: Part) -> str:
+def _shared(part: Factor) -> str:
     found = [gain for gain in (part.alone, part.last) if gain]
     if found and all(gain.idle for gain in found):
         return found[0].verdict

@@ -21,7 +21,7 @@ COLOURS = {"ok": "green", "running": "yellow", "unsupported": "yellow", "interru
 MAX_TEXT = 600
 LABEL = 14
 
-Row = tuple[str, str | Text]
+LabelledText = tuple[str, str | Text]
 
 
 def print_run(record: dict[str, Any], *, path: Path, console: Console) -> None:
@@ -83,7 +83,7 @@ def _view(records: Sequence[dict[str, Any]]) -> Table:
     return view
 
 
-def _findings(record: dict[str, Any]) -> list[Row]:
+def _findings(record: dict[str, Any]) -> list[LabelledText]:
     config, status = record["config"], record["status"]
     model = model_label(config["model"]["name"], config["model"]["weights"])
     point = [model, f"quant {config['quant']['name']}", config["export"], config["dtype"]]
@@ -94,12 +94,12 @@ def _findings(record: dict[str, Any]) -> list[Row]:
     point.append(gpu or config["device"])
     head = Text.assemble((status, f"bold {COLOURS.get(status, 'red')}"), "  ", ", ".join(point))
     reason = why(record) if status != "ok" else None
-    rows: list[Row] = [("status", head)] + ([("reason", reason)] if reason else [])
+    rows: list[LabelledText] = [("status", head)] + ([("reason", reason)] if reason else [])
     return rows + _check_rows(record) + _speed_rows(record) + _text_rows(record)
 
 
-def _places(record: dict[str, Any], path: Path) -> list[Row]:
-    rows: list[Row] = [("record", short_path(path))]
+def _places(record: dict[str, Any], path: Path) -> list[LabelledText]:
+    rows: list[LabelledText] = [("record", short_path(path))]
     tracker = record["tracker"] or {}
     if tracker.get("url"):
         rows.append(("W&B", tracker["url"]))
@@ -110,18 +110,18 @@ def _places(record: dict[str, Any], path: Path) -> list[Row]:
     return rows
 
 
-def _check_rows(record: dict[str, Any]) -> list[Row]:
+def _check_rows(record: dict[str, Any]) -> list[LabelledText]:
     check = record["check"]
     if not check:
         off = record["config"]["check"] == "off"
         return [("check", "off: no speed is published")] if off else []
-    rows: list[Row] = []
+    rows: list[LabelledText] = []
     for part in check.get("parts", []):
-        # Of each part the gate nearest to its limit: the others have more room.
-        worst = max(part["gates"], key=_tightness, default=None)
+        # Of each part the tolerance nearest to its limit: the others have more room.
+        worst = max(part["tolerances"], key=_tightness, default=None)
         text = Text("passed" if part["passed"] else "FAILED", style="green" if part["passed"] else "bold red")
         if worst is not None:
-            measured = f"  {worst['gate']} {_compact(worst['value'])}, limit {_compact(worst['limit'])}"
+            measured = f"  {worst['tolerance']} {_compact(worst['value'])}, limit {_compact(worst['limit'])}"
             text.append(measured, style="not bold default")
         rows.append((f"check {part['name']}", text))
     if not rows:
@@ -129,8 +129,8 @@ def _check_rows(record: dict[str, Any]) -> list[Row]:
     return rows
 
 
-def _speed_rows(record: dict[str, Any]) -> list[Row]:
-    rows: list[Row] = []
+def _speed_rows(record: dict[str, Any]) -> list[LabelledText]:
+    rows: list[LabelledText] = []
     if record["decode_tok_s"] is not None:
         text = Text(f"{number(record['decode_tok_s'])} tok/s", style="bold")
         latencies = record["token_latencies_ms"]
@@ -161,7 +161,7 @@ def _speed_rows(record: dict[str, Any]) -> list[Row]:
     return rows
 
 
-def _text_rows(record: dict[str, Any]) -> list[Row]:
+def _text_rows(record: dict[str, Any]) -> list[LabelledText]:
     """The prompt dim and what the model made of it bold, line breaks shown as / ; of a batch the first row."""
     prompt, generated = (_first(record[key]) for key in ("prompt_text", "generated_text"))
     if not generated:
@@ -178,10 +178,10 @@ def _one_line(text: str) -> str:
     return text.replace("\n", " / ")
 
 
-def _tightness(gate: dict[str, Any]) -> float:
-    value, limit = gate["value"], gate["limit"]
-    if not gate["passed"] or not all(isinstance(one, (int, float)) for one in (value, limit)):
-        return float("inf") if not gate["passed"] else 0.0
+def _tightness(tolerance: dict[str, Any]) -> float:
+    value, limit = tolerance["value"], tolerance["limit"]
+    if not tolerance["passed"] or not all(isinstance(one, (int, float)) for one in (value, limit)):
+        return float("inf") if not tolerance["passed"] else 0.0
     return value / limit if limit else value
 
 

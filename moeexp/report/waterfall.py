@@ -47,7 +47,7 @@ def _rungs(ladder: Sequence[Run]) -> list[Run]:
 
 def steepest(runs: Sequence[Run]) -> list[Run]:
     """From the first measured run, change one setting at a time, each time the one that gains most, until none does.
-    What has nothing to act on gains nothing."""
+    What has no effect gains nothing."""
     measured = [run for run in runs if run.speed is not None]
     path = measured[:1]
     while path:

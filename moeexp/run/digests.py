@@ -34,7 +34,7 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Stamp = tuple[int, int, int, int, int]
 # (what, total=MiB) -> a context whose value is called with the MiB that have been read since.
-Progress = Callable[..., AbstractContextManager[Callable[[int], None]]]
+ShowProgress = Callable[..., AbstractContextManager[Callable[[int], None]]]
 
 
 @contextmanager
@@ -53,7 +53,7 @@ class Digests:
         self.path = cache_dir() / "digests.json"
         self._known = _read(self.path)
 
-    def of(self, paths: Iterable[Path], progress: Progress = unseen) -> list[str]:
+    def of(self, paths: Iterable[Path], progress: ShowProgress = unseen) -> list[str]:
         """Of each file, in order. `ValueError` for one that cannot be read."""
         paths = list(paths)
         stamps = [_stamp(path) for path in paths]

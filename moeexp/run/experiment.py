@@ -45,7 +45,7 @@ def run_experiment(cfg: Config, *, run_dir: Path, record: Record, phases: Phases
     if cfg.engine == "transformers":
         run_transformers(cfg, run_dir=run_dir, record=record, phases=phases)
         return
-    run = Run(cfg, run_dir, record, phases)
+    run = Experiment(cfg, run_dir, record, phases)
     with phases("weights"):
         model = build_model(cfg, phases)
     confirm(cfg, record.data["identity"])
@@ -69,7 +69,7 @@ def run_experiment(cfg: Config, *, run_dir: Path, record: Record, phases: Phases
         run.close()
 
 
-class Run:
+class Experiment:
     """One config over a model that is there: what happens to it step by step, each step into its record. Several can
     be under way over one model, in turns."""
 
@@ -95,16 +95,16 @@ class Run:
         if beyond_graphs(cfg, length):  # of text, whose tokens validation does not know
             self.record.add_not_applicable("prefill_graph_lengths")
             self.record.note(f"prefill ran without a CUDA graph: the prompt has {length} tokens, more than each captured length")
-        if cfg.overlap and early_starts(self.stack.session) == 0:  # ops that cannot
-            self.record.add_not_applicable("overlap")
+        if cfg.pdl and pdl_edges(self.stack.session) == 0:  # ops that cannot
+            self.record.add_not_applicable("pdl")
 
     def check(self, references: References | None = None) -> None:
         """`references`: of the group, whose runs share weights."""
         name = self.record.data["id"]
         verdict = verify(self.cfg, self.stack, self.prompt, self.phases, references, name)
         self.record.set(check=verdict)
-        if verdict["apart"]:
-            self.record.note(_apart(verdict["apart"]))
+        if verdict["first_divergence"]:
+            self.record.note(_divergence(verdict["first_divergence"]))
 
     def look_for_others(self) -> None:
         """Another process on the GPU is said, in the record and to the user: it may take part of what is measured."""
@@ -165,12 +165,12 @@ class Run:
             self.stack.close()
 
 
-def _apart(found: dict[str, Any]) -> str:
-    """What `verification.parting` found, in words."""
+def _divergence(found: dict[str, Any]) -> str:
+    """What `verify.first_divergence` found, in words."""
     chosen = found["other_choice_from"]
     why = "a near-tie" if chosen is None else f"from position {chosen} on other experts are chosen, within the limit"
     where = f"position {found['position']} of sequence {found['sequence']}"
-    return f"tokens differ from those of {found['from']} from {where} on: {why}"
+    return f"tokens diverge from those of {found['from']} at {where}: {why}"
 
 
 def _compare_ids(record: Record, ids: list[list[int]], eos: set[int] | None) -> None:
@@ -196,7 +196,7 @@ def _ops(stack: Stack, dispatch: str) -> dict[str, Any]:
         },
         "python_callbacks": python_callbacks(stack, dispatch),
         "launch_parameters": tuning.sources(tuning.architecture(stack.device)),
-        "early_starts": early_starts(stack.session),
+        "pdl_edges": pdl_edges(stack.session),
         "compiled": {
             name: {"key": artifact.key, "cached": artifact.cached, "compile_s": round(artifact.compile_s, 2)}
             for name, artifact in stack.artifacts.items()
@@ -204,10 +204,10 @@ def _ops(stack: Stack, dispatch: str) -> dict[str, Any]:
     }
 
 
-def early_starts(session: Session) -> int | None:
-    """Kernels of the captured decode step that start before the previous one ends; None without a captured step."""
+def pdl_edges(session: Session) -> int | None:
+    """Programmatic edges (PDL) of the captured decode step; None without a captured step."""
     step = session.graph if session.loop is None else session.loop.graph
-    return None if step is None else step.early_edges
+    return None if step is None else step.pdl_edges
 
 
 def chosen_experts(stack: Stack, prompt_len: int, ids: list[list[int]]) -> Tensor:

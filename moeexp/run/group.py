@@ -16,7 +16,7 @@ from moeexp.check.verify import References
 from moeexp.record.phases import Phases
 from moeexp.record.telemetry import watch
 from moeexp.run import signals
-from moeexp.run.experiment import Run
+from moeexp.run.experiment import Experiment
 from moeexp.run.identity import confirm
 from moeexp.run.job import INTERRUPTED, Job, conclude, open_record, prepare, status_of, verdict
 from moeexp.stack.factory import build_model
@@ -32,7 +32,7 @@ class Member:
         self.record = open_record(job)
         self.phases = Phases(self.record, Console(stderr=True))
         self.config: Any = None
-        self.run: Run | None = None
+        self.run: Experiment | None = None
         self.exit_code: int | None = None
 
     @property
@@ -104,7 +104,7 @@ def _run(members: list[Member]) -> None:
 
 def _prepare(member: Member) -> None:
     member.config = prepare(member.job.composed(), member.record, member.phases)
-    member.run = Run(member.config, Path(member.job.run_dir), member.record, member.phases)
+    member.run = Experiment(member.config, Path(member.job.run_dir), member.record, member.phases)
 
 
 def _check(member: Member, references: References) -> None:
@@ -161,6 +161,6 @@ def _finish(member: Member, references: References) -> None:
     run.finish()
 
 
-def _run_of(member: Member) -> Run:
+def _run_of(member: Member) -> Experiment:
     assert member.run is not None
     return member.run

@@ -20,7 +20,7 @@ from moeexp.config import axes
 from moeexp.config.schema import Config
 from moeexp.record import cpus, environment
 from moeexp.record.record import plain
-from moeexp.run.digests import Digests, Progress, unseen
+from moeexp.run.digests import Digests, ShowProgress, unseen
 from moeexp.stack.source_files import PACKAGES, files_of
 
 # Of a snapshot: what our loader or transformers reads for the weights.
@@ -34,7 +34,7 @@ DISTRIBUTIONS = ("torch", "triton", "hqq", "transformers", "tokenizers")
 class Identities:
     """Looks at a file once, and asks for a driver once: of the thousands of cells of a sweep most read the same ones."""
 
-    def __init__(self, progress: Progress = unseen):
+    def __init__(self, progress: ShowProgress = unseen):
         self._progress = progress
         self._digests = Digests()
         self._seen: dict[Any, Any] = {}

@@ -34,7 +34,7 @@ EXIT_CODES = {
 # Phases that read what the user gave: a ValueError in one of them is about that input. Later it is a fault of the work.
 READING = {"weights", "verify artifact", "identity"}
 
-Experiment = Callable[..., None]
+RunFunction = Callable[..., None]
 
 
 class TimeUp(KeyboardInterrupt):
@@ -71,7 +71,7 @@ def _texts(value: Any) -> Any:
     return without_interpolation(value) if isinstance(value, str) else value
 
 
-def run_job(job: Job, cfg: DictConfig, experiment: Experiment) -> int:
+def run_job(job: Job, cfg: DictConfig, experiment: RunFunction) -> int:
     """Runs one config. Returns the exit code; the record holds the status."""
     with signals.deferred():  # between its first and its last writing nothing ends without a word
         record = open_record(job)
@@ -251,7 +251,7 @@ def default_experiment(*arguments: Any, **keywords: Any) -> None:
     run_experiment(*arguments, **keywords)
 
 
-def reference_to(experiment: Experiment) -> str:
+def reference_to(experiment: RunFunction) -> str:
     """`module:function`, by which a process of its own finds the experiment again."""
     assert experiment.__module__ != "__main__" and "<" not in experiment.__qualname__, (
         f"{experiment.__qualname__} of {experiment.__module__} cannot be imported by another process"
@@ -259,6 +259,6 @@ def reference_to(experiment: Experiment) -> str:
     return f"{experiment.__module__}:{experiment.__qualname__}"
 
 
-def write_jobs(path: Path, jobs: list[Job], experiment: Experiment) -> None:
+def write_jobs(path: Path, jobs: list[Job], experiment: RunFunction) -> None:
     jobs_as_plain = [dataclasses.asdict(job) for job in jobs]
     write_atomically(path, json.dumps({"experiment": reference_to(experiment), "jobs": jobs_as_plain}))

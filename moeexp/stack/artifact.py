@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moeexp.config.schema import Config
-from moeexp.stack.artifact_manifest import read_manifest, verify
+from moeexp.stack.artifact_manifest import check_integrity, read_manifest
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,7 @@ def load_model(cfg: Config, device: torch.device, phases: Phases) -> Qwen35MoE:
     folder = Path(cfg.artifact)
     manifest = read_manifest(folder)
     with phases("verify artifact"):
-        verify(folder, manifest, phases)
+        check_integrity(folder, manifest, phases)
     model = Qwen35MoE(load_architecture(cfg.model), dtype=getattr(torch, cfg.dtype), device="meta")
     for name in manifest["weights"]:
         with safe_open(folder / name, framework="pt", device=str(device)) as file:

@@ -72,7 +72,7 @@ def check_runnable(folder: Path, manifest: dict[str, Any]) -> None:
         raise ValueError(f"artifact={folder} holds another source of ops.{other[0]} than is here now: export it again")
 
 
-def verify(folder: Path, manifest: dict[str, Any], phases: Phases) -> None:
+def check_integrity(folder: Path, manifest: dict[str, Any], phases: Phases) -> None:
     """Reads every file once. `ValueError` names what is missing, altered, or not the artifact's."""
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {MANIFEST}
     expected = manifest["files"]

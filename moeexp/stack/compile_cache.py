@@ -41,14 +41,14 @@ class MethodSpec:
 
     method: str
     settings: dict[str, Any]
-    takes_live: bool = False
+    padded: bool = False
 
     @property
     def device(self) -> str:
         return self.settings["device"]
 
     def plain(self) -> dict[str, Any]:
-        return {"method": self.method, "takes_live": self.takes_live} | self.settings
+        return {"method": self.method, "padded": self.padded} | self.settings
 
 
 @dataclass(frozen=True)

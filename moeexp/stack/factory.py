@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 
 import torch
 from moeexp_kernels import dispatch, registry
-from moeexp_kernels.parts.graph_edges import start_early
+from moeexp_kernels.parts.graph_edges import add_pdl_edges
 from moeexp_runner.arena import Arena
 from moeexp_runner.binding import CompiledMethod, assert_shared
 from moeexp_runner.explicit import ExplicitState
@@ -157,9 +157,9 @@ def build_stack(
         names["sample"] = "reference"  # logits are on the host, where no Triton kernel runs; validate refuses other wishes
     arena = Arena(state_shapes(model.arch, batch=cfg.batch, max_seq_len=cfg.max_seq_len, dtype=dtype), device=device)
     explicit = cfg.state == "explicit"
-    recipe = Recipe(cfg, model, names, *((arena.tensors, None) if explicit else ({}, arena.tensors)))
-    methods, artifacts = MAKERS[cfg.export](recipe, phases)
-    prefill, decode = session_methods(cfg.dispatch, methods, takes_live=recipe.takes_live)
+    builder = MethodBuilder(cfg, model, names, *((arena.tensors, None) if explicit else ({}, arena.tensors)))
+    methods, artifacts = EXPORTERS[cfg.export](builder, phases)
+    prefill, decode = session_methods(cfg.dispatch, methods, padded=builder.padded)
     with phases("capture") if cfg.cuda_graph else phases("session"):
         session = Session(
             prefill=prefill,
@@ -173,17 +173,17 @@ def build_stack(
             cuda_graph=cfg.cuda_graph,
             copy_outputs=copy_outputs,
             shared_stream=cfg.shared_stream,
-            takes_live=recipe.takes_live,
+            padded=builder.padded,
             prefill_graph_lengths=cfg.prefill_graph_lengths,
             ahead=cfg.loop_ahead,
-            early=early_start(cfg),
+            pdl=pdl_of(cfg),
         )
     return Stack(model.arch, model, session, session.arena, names, device, artifacts)
 
 
-def early_start(cfg: Config) -> Callable[[int], int] | None:
-    """What lets kernels of a captured decode step start before the previous one ends, as a session takes it."""
-    return start_early if _acts(cfg, "overlap") else None
+def pdl_of(cfg: Config) -> Callable[[int], int] | None:
+    """What makes edges of a captured decode step programmatic, as a session takes it; None without PDL."""
+    return add_pdl_edges if _acts(cfg, "pdl") else None
 
 
 def prefetches(cfg: Config) -> bool:
@@ -211,7 +211,7 @@ def sampler_of(cfg: SamplerConfig, implementation: str, *, device: torch.device 
 
 
 @dataclass
-class Recipe:
+class MethodBuilder:
     """What the methods of one stack are made from. State tensors by name are `state` where they are explicit, else
     `attached_state`."""
 
@@ -222,7 +222,7 @@ class Recipe:
     attached_state: dict[str, Tensor] | None
 
     @property
-    def takes_live(self) -> bool:
+    def padded(self) -> bool:
         """Prefill is captured at fixed lengths, to which prompts are padded."""
         return self.cfg.cuda_graph == "all"
 
@@ -247,56 +247,56 @@ class Recipe:
         """Runs as it is, on this stack's own state: several stacks may share the model."""
         return MODULES[name](
             self.model, self.ops(), state_names=tuple(self.state), attached_state=self.attached_state,
-            takes_live=self.takes_live, l2_prefetch=self.l2_prefetch,
+            padded=self.padded, l2_prefetch=self.l2_prefetch,
         ).eval()  # fmt: skip
 
 
-def _eager_methods(recipe: Recipe, phases: Phases):
-    return {name: recipe.module(name) for name in recipe.methods}, {}
+def _eager_methods(builder: MethodBuilder, phases: Phases):
+    return {name: builder.module(name) for name in builder.methods}, {}
 
 
-def _torch_compiled_methods(recipe: Recipe, phases: Phases):
+def _torch_compiled_methods(builder: MethodBuilder, phases: Phases):
     """Compiled here, for one token and for several, so that no later phase pays for it. Of a slice dynamo would expect the
     next time that it is a slice, and compile anew for what is none."""
-    cfg, methods = recipe.cfg, {}
-    for name in recipe.methods:
-        methods[name] = torch_compiled(recipe.module(name))
+    cfg, methods = builder.cfg, {}
+    for name in builder.methods:
+        methods[name] = torch_compiled(builder.module(name))
         inputs = example_inputs(
-            name, batch=cfg.batch, device=recipe.model.norm.device,
-            takes_live=recipe.takes_live and name != "decode", state=tuple(recipe.state.values()),
+            name, batch=cfg.batch, device=builder.model.norm.device,
+            padded=builder.padded and name != "decode", state=tuple(builder.state.values()),
         )  # fmt: skip
         with phases(f"compile {name}"), torch.no_grad():
             methods[name](*inputs)
             if name != "decode":
                 methods[name](*inputs[:2], inputs[2][:1].clone(), *inputs[3:])
             if name in ("forward", "cond"):
-                state = tuple(recipe.state.values())
-                AtOne(methods[name], takes_live=recipe.takes_live)(inputs[0].new_zeros(cfg.batch, 1), inputs[1], *state)
+                state = tuple(builder.state.values())
+                AtOne(methods[name], padded=builder.padded)(inputs[0].new_zeros(cfg.batch, 1), inputs[1], *state)
     return methods, {}
 
 
-def _packaged_methods(recipe: Recipe, phases: Phases):
+def _packaged_methods(builder: MethodBuilder, phases: Phases):
     """Exports and compiles each method (or finds it compiled), loads it and binds all of them to the same tensors."""
-    cfg, model, device = recipe.cfg, recipe.model, recipe.model.norm.device
-    methods, artifacts, state = {}, {}, recipe.attached_state or {}
-    for name in recipe.methods:
+    cfg, model, device = builder.cfg, builder.model, builder.model.norm.device
+    methods, artifacts, state = {}, {}, builder.attached_state or {}
+    for name in builder.methods:
         spec = MethodSpec(
             name,
             axes.compiled_in(cfg, compute_capability(device.type))
             | {
                 "architecture": model.arch.to_hf(),
-                "ops": registry.identities(recipe.names_in(name)),
+                "ops": registry.identities(builder.names_in(name)),
                 "skip": sorted(cfg.quant.skip),
-                "l2_prefetch": recipe.l2_prefetch and name != "prefill",
+                "l2_prefetch": builder.l2_prefetch and name != "prefill",
             },
-            takes_live=recipe.takes_live and name != "decode",
+            padded=builder.padded and name != "decode",
         )
 
-        def export(name=name, takes_live=spec.takes_live):
+        def export(name=name, padded=spec.padded):
             with phases(f"export {name}"), model.attached(state):
                 return export_method(
-                    name, model, recipe.ops(), batch=cfg.batch, max_seq_len=cfg.max_seq_len, takes_live=takes_live,
-                    l2_prefetch=recipe.l2_prefetch, state=recipe.state,
+                    name, model, builder.ops(), batch=cfg.batch, max_seq_len=cfg.max_seq_len, padded=padded,
+                    l2_prefetch=builder.l2_prefetch, state=builder.state,
                 )  # fmt: skip
 
         with phases(f"compile {name}"):
@@ -309,5 +309,5 @@ def _packaged_methods(recipe: Recipe, phases: Phases):
     return methods, artifacts
 
 
-# export -> (recipe, phases) -> (methods by name, artifacts by name)
-MAKERS = {"eager": _eager_methods, "compile": _torch_compiled_methods, "aoti": _packaged_methods}
+# export -> (builder, phases) -> (methods by name, artifacts by name)
+EXPORTERS = {"eager": _eager_methods, "compile": _torch_compiled_methods, "aoti": _packaged_methods}

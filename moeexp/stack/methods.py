@@ -1,11 +1,11 @@
 """The methods of a model as modules, exported with torch.export and compiled with AOTInductor, or with torch.compile.
 
-    prefill   (tokens [B, T], positions [B], logit_positions [n], live [B]?, *state?) -> logits [B, n, V]
+    prefill   (tokens [B, T], positions [B], logit_positions [n], valid_len [B]?, *state?) -> logits [B, n, V]
     decode    (token [B, 1], positions [B], *state?) -> logits [B, 1, V]
     forward   as prefill, for any T in one method: ops choose when they run (dispatch=single)
     cond      as prefill, for any T in one method: torch.cond chooses between the two (dispatch=cond)
 
-Integers are int64. `live` is there for methods that are padded (`takes_live`). `*state` is there under `state=explicit`:
+Integers are int64. `valid_len` is there for methods that are `padded`. `*state` is there under `state=explicit`:
 the tensors of `state_shapes` in order; the result is then (logits, *state), new tensors, the given ones unchanged.
 """
 
@@ -54,14 +54,14 @@ class Method(nn.Module):
         name: str,
         state_names: tuple[str, ...] = (),
         attached_state: dict[str, Tensor] | None = None,
-        takes_live: bool = False,
+        padded: bool = False,
         l2_prefetch: bool = False,
     ):
         super().__init__()
         assert not (state_names and attached_state), "state is explicit or attached, not both"
         self.model, self.ops, self.name = model, ops, name
         self.state_names, self.attached_state = state_names, attached_state
-        self.takes_live, self.l2_prefetch = takes_live and name != "decode", l2_prefetch
+        self.padded, self.l2_prefetch = padded and name != "decode", l2_prefetch
 
     def forward(self, tokens: Tensor, positions: Tensor, *more: Tensor) -> Tensor | tuple[Tensor, ...]:
         if self.name != "cond":
@@ -84,12 +84,12 @@ class Method(nn.Module):
     def _run(self, phase: str, tokens: Tensor, positions: Tensor, *more: Tensor, cut: bool = False):
         rest = list(more)
         logit_positions = None if self.name == "decode" else rest.pop(0)
-        live = rest.pop(0) if self.takes_live else None
+        valid_len = rest.pop(0) if self.padded else None
         # Clones: what a method is given stays as it is. In a compiled method they are the buffers that it returns.
         new = {name: tensor.clone() for name, tensor in zip(self.state_names, rest, strict=True)}
         logits = self.model(
             tokens, positions, logit_positions, ops=self.ops, phase=phase, state=new or self.attached_state,
-            live=None if cut else live, l2_prefetch=self.l2_prefetch and phase == "decode",
+            valid_len=None if cut else valid_len, l2_prefetch=self.l2_prefetch and phase == "decode",
         )  # fmt: skip
         return (logits, *new.values()) if new else logits
 
@@ -101,11 +101,11 @@ def _check_sizes(sizes: list[tuple[int, ...]], inputs: tuple[Tensor, ...]) -> No
             torch._check(found == wanted)
 
 
-# As in the module's docstring: (model, ops, *, state_names=(), attached_state=None, takes_live=False, l2_prefetch=False).
+# As in the module's docstring: (model, ops, *, state_names=(), attached_state=None, padded=False, l2_prefetch=False).
 MODULES = {name: partial(Method, name=name) for name in ("prefill", "decode", "forward", "cond")}
 
 
-def session_methods(dispatch: str, methods: dict[str, Callable], *, takes_live: bool = False) -> tuple[Callable | None, Callable]:
+def session_methods(dispatch: str, methods: dict[str, Callable], *, padded: bool = False) -> tuple[Callable | None, Callable]:
     """(prefill, decode) as a session takes them, from a dispatch's methods by name. A lone method of any T serves as both
     under `single`. `ValueError` where a method is missing, e.g. for a package that holds only one under `dual`."""
     if dispatch == "dual":
@@ -124,33 +124,33 @@ def session_methods(dispatch: str, methods: dict[str, Callable], *, takes_live: 
     names = [name for name in ("forward", "cond", "prefill") if name in methods]
     if not names:
         raise ValueError(f"dispatch={dispatch} needs a method for any number of tokens (there: {', '.join(methods)})")
-    return methods[names[0]], AtOne(methods[names[0]], takes_live=takes_live)
+    return methods[names[0]], AtOne(methods[names[0]], padded=padded)
 
 
 class AtOne:
-    """A method for any T as `decode`: logits of its only token. With `takes_live`, that token counts."""
+    """A method for any T as `decode`: logits of its only token. With `padded`, that token counts."""
 
-    def __init__(self, method: Callable, *, takes_live: bool = False):
-        self.method, self.takes_live = method, takes_live
+    def __init__(self, method: Callable, *, padded: bool = False):
+        self.method, self.padded = method, padded
         self._fixed: tuple[Tensor, ...] = ()
 
     def __call__(self, token: Tensor, positions: Tensor, *state: Tensor):
         if not self._fixed:  # before any capture: a graph needs their addresses
-            live = (torch.ones_like(positions),) if self.takes_live else ()
-            self._fixed = (torch.zeros(1, dtype=torch.int64, device=token.device), *live)
+            valid_len = (torch.ones_like(positions),) if self.padded else ()
+            self._fixed = (torch.zeros(1, dtype=torch.int64, device=token.device), *valid_len)
         return self.method(token, positions, *self._fixed, *state)
 
 
 def example_inputs(
-    method: str, *, batch: int, device: torch.device, takes_live: bool = False, state: tuple[Tensor, ...] = ()
+    method: str, *, batch: int, device: torch.device, padded: bool = False, state: tuple[Tensor, ...] = ()
 ) -> tuple[Tensor, ...]:
     positions = torch.zeros(batch, dtype=torch.int64, device=device)
     if method == "decode":
         return torch.zeros(batch, 1, dtype=torch.int64, device=device), positions, *state
     # Neither T nor n may equal 1 or each other here: export would take that for a law.
     tokens = torch.zeros(batch, 7, dtype=torch.int64, device=device)
-    live = (torch.full_like(positions, 5),) if takes_live else ()
-    return tokens, positions, torch.arange(3, dtype=torch.int64, device=device), *live, *state
+    valid_len = (torch.full_like(positions, 5),) if padded else ()
+    return tokens, positions, torch.arange(3, dtype=torch.int64, device=device), *valid_len, *state
 
 
 def export_method(
@@ -160,7 +160,7 @@ def export_method(
     *,
     batch: int,
     max_seq_len: int,
-    takes_live: bool = False,
+    padded: bool = False,
     l2_prefetch: bool = False,
     state: dict[str, Tensor] | None = None,
 ) -> ExportedProgram:
@@ -168,8 +168,8 @@ def export_method(
     their names (`model.layers.0.…`) in every method."""
     remember_kernel_analyses()
     state = state or {}
-    module = MODULES[method](model, ops, state_names=tuple(state), takes_live=takes_live, l2_prefetch=l2_prefetch).eval()
-    inputs = example_inputs(method, batch=batch, device=model.norm.device, takes_live=takes_live, state=tuple(state.values()))
+    module = MODULES[method](model, ops, state_names=tuple(state), padded=padded, l2_prefetch=l2_prefetch).eval()
+    inputs = example_inputs(method, batch=batch, device=model.norm.device, padded=padded, state=tuple(state.values()))
     more: list[dict | None] = [None] * (len(inputs) - 2)
     tokens = None
     if method != "decode":

@@ -21,7 +21,7 @@ from moeexp.config import resolve, schema
 from moeexp.config.override_text import as_typed
 from moeexp.record.gpus import Gpu
 from moeexp.report import records
-from moeexp.run.digests import Progress, unseen
+from moeexp.run.digests import ShowProgress, unseen
 from moeexp.run.identity import Identities, config_hash
 from moeexp.stack.artifact_config import adopt
 from moeexp.sweep.history import Earlier, History, runs_again
@@ -151,7 +151,7 @@ def _wanted(names: list[str], only: Any) -> set[int]:
 
 def judge(
     cells: Sequence[Cell], *, gpus: Sequence[Gpu], history: History, fingerprint: str, rerun: str, at_once: int = 1,
-    progress: Progress = unseen,
+    progress: ShowProgress = unseen,
 ) -> None:  # fmt: skip
     """Validates and resolves each cell, as the process that runs it will beside `at_once` - 1 others, and looks up what it has
     been before. Fills the cells."""

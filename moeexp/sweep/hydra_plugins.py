@@ -39,24 +39,24 @@ class ProcessLauncher(Launcher):
     __module__ = PLUGINS
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.config, self.session = config, task_function.session  # type: ignore[attr-defined]
+        self.config, self.invocation = config, task_function.invocation  # type: ignore[attr-defined]
         self.composer = Composer(hydra_context.config_loader, config)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         setup_globals()
-        session = self.session
-        if session.sweep is None:
+        invocation = self.invocation
+        if invocation.sweep is None:
             directory = Path(str(self.config.hydra.sweep.dir))
-            session.sweep = Sweep(session.id, session.command, session.experiment, directory)
-        if session.sweep.stopped:  # in an earlier batch, by launcher.fail_fast
+            invocation.sweep = Sweep(invocation.id, invocation.command, invocation.experiment, directory)
+        if invocation.sweep.stopped:  # in an earlier batch, by launcher.fail_fast
             raise SystemExit(FAILED)
-        cells = session.sweep.plan(self.composer, job_overrides, initial_job_idx)
-        session.running = True
-        session.sweep.run(self.composer, cells)
-        session.running = False
-        if session.sweep.dry_run:
-            _remove_if_unused(session.sweep.directory)
-        if session.sweep.interrupted:
+        cells = invocation.sweep.plan(self.composer, job_overrides, initial_job_idx)
+        invocation.running = True
+        invocation.sweep.run(self.composer, cells)
+        invocation.running = False
+        if invocation.sweep.dry_run:
+            _remove_if_unused(invocation.sweep.directory)
+        if invocation.sweep.interrupted:
             raise KeyboardInterrupt
         return [self._returned(cell) for cell in cells]
 

@@ -31,8 +31,8 @@ from moeexp.run.job import (
     FAILED,
     INTERRUPTED,
     OK,
-    Experiment,
     Job,
+    RunFunction,
     check_surroundings,
     open_record,
     run_job,
@@ -67,7 +67,7 @@ class Sweep:
 
     id: str
     command: list[str]
-    experiment: Experiment
+    experiment: RunFunction
     directory: Path
     cells: list[Cell] = field(default_factory=list)
     interrupted: bool = False

@@ -11,7 +11,7 @@ from moeexp_runner.arena import Arena
 
 class ExplicitState:
     """The arena's counterpart under `state=explicit`. `method(*inputs, *state)` returns `(logits, *state)`; what comes out
-    goes into the next call. `tensors` is the current set, in the arena's order; `home` is the arena's own set, where every
+    goes into the next call. `tensors` is the current set, in the arena's order; `front` is the arena's own set, where every
     prompt starts and which a graph may rely on. A method leaves the tensors that it was given as they are."""
 
     def __init__(self, arena: Arena):
@@ -19,7 +19,7 @@ class ExplicitState:
         self.tensors: dict[str, Tensor] = dict(arena.tensors)
 
     @property
-    def home(self) -> dict[str, Tensor]:
+    def front(self) -> dict[str, Tensor]:
         return self._arena.tensors
 
     def call(self, method: Callable[..., Sequence[Tensor]], *inputs: Tensor) -> Tensor:
@@ -31,16 +31,16 @@ class ExplicitState:
     def adopt(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = dict(zip(self.tensors, tensors, strict=True))
 
-    def bring_home(self) -> None:
-        """Copies the current set into `home`, for a graph that reads there."""
-        for name, tensor in self.home.items():
+    def to_front(self) -> None:
+        """Copies the current set into `front`, for a graph that reads there."""
+        for name, tensor in self.front.items():
             if tensor is not self.tensors[name]:
                 tensor.copy_(self.tensors[name])
-        self.tensors = dict(self.home)
+        self.tensors = dict(self.front)
 
     def reset(self) -> None:
         self._arena.reset()
-        self.tensors = dict(self.home)
+        self.tensors = dict(self.front)
 
     def check_addresses(self) -> None:
         self._arena.check_addresses()

@@ -19,9 +19,9 @@ WARM_UPS = 3
 class GraphedMethod:
     """`inputs` are the static tensors that the graph will read; the caller copies values into them before `replay`.
 
-    `pool`: a `torch.cuda.graph_pool_handle()` that graphs which never run at the same time may share. `early`: lets
-    kernels of a `cudaGraph_t` that is not yet instantiated start while the kernel before them runs, and returns how many do,
-    which `early_edges` says from then on."""
+    `pool`: a `torch.cuda.graph_pool_handle()` that graphs which never run at the same time may share. `pdl`: makes
+    edges of a `cudaGraph_t` that is not yet instantiated programmatic (programmatic dependent launch) and returns how many,
+    which `pdl_edges` says from then on."""
 
     def __init__(
         self,
@@ -29,10 +29,10 @@ class GraphedMethod:
         inputs: tuple[Tensor, ...],
         *,
         pool: tuple[int, int] | None = None,
-        early: Callable[[int], int] | None = None,
+        pdl: Callable[[int], int] | None = None,
     ):
-        self.method, self.inputs, self.state, self.pool, self.early = method, inputs, "eager", pool, early
-        self.early_edges = 0
+        self.method, self.inputs, self.state, self.pool, self.pdl = method, inputs, "eager", pool, pdl
+        self.pdl_edges = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._output: Any = None
 
@@ -57,12 +57,12 @@ class GraphedMethod:
     def capture(self) -> None:
         """Records one call. State that the method mutates stays as it is (nothing runs during capture)."""
         self._require("warm")
-        graph = torch.cuda.CUDAGraph(keep_graph=True) if self.early is not None else torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph(keep_graph=True) if self.pdl is not None else torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, **({} if self.pool is None else {"pool": self.pool})):
                 output = self.method(*self.inputs)
-            if self.early is not None:
-                self.early_edges = self.early(graph.raw_cuda_graph())
+            if self.pdl is not None:
+                self.pdl_edges = self.pdl(graph.raw_cuda_graph())
                 graph.instantiate()
         except Exception as error:
             del graph

@@ -33,7 +33,7 @@ class Loop:
         positions: Tensor,
         max_seq_len: int,
         ahead: int,
-        early: Callable[[int], int] | None = None,
+        pdl: Callable[[int], int] | None = None,
     ):
         if ahead < 1:
             raise ValueError(f"ahead={ahead} must be at least 1: the step whose token is read next")
@@ -43,7 +43,7 @@ class Loop:
         self.index = torch.zeros(1, dtype=torch.int64, device=token.device)
         self._host = torch.zeros(rows, dtype=torch.int64, pin_memory=token.is_cuda)
         self._copies = torch.cuda.Stream(token.device) if token.is_cuda else None
-        self.graph = StepGraph(decode, (token, positions), state, after=self._feed, early=early)
+        self.graph = StepGraph(decode, (token, positions), state, after=self._feed, pdl=pdl)
         self.fed = self.overrun = 0
 
     def _feed(self, logits: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Prefill as CUDA graphs, one per length; a shorter prompt is padded on the right and its live length goes in.
+"""Prefill as CUDA graphs, one per length; a shorter prompt is padded on the right and its `valid_len` goes in.
 
 Shape letters: B batch, T tokens of a prompt, L a captured length, V vocabulary.
 """
@@ -16,8 +16,8 @@ PADDING = 0  # any token will do: nothing reads what it leads to
 
 
 class PrefillGraphs:
-    """`method(tokens [B, L], positions [B], logit_positions [1], live [B])` -> logits [B, 1, V], with ops that leave every
-    state as if only the first `live` tokens had been there. A prompt takes the shortest length that holds it."""
+    """`method(tokens [B, L], positions [B], logit_positions [1], valid_len [B])` -> logits [B, 1, V], with ops that leave every
+    state as if only the first `valid_len` tokens had been there. A prompt takes the shortest length that holds it."""
 
     def __init__(self, method: Callable[..., Tensor], state: State, *, lengths: Iterable[int], batch: int, device: torch.device):
         def static(*shape: int) -> Tensor:
@@ -26,10 +26,10 @@ class PrefillGraphs:
         self.lengths = sorted(set(lengths))
         if not self.lengths:
             raise ValueError("prefill graphs need at least one length")
-        self.positions, self.last, self.live = static(batch), static(1), static(batch)
+        self.positions, self.last, self.valid_len = static(batch), static(1), static(batch)
         self.tokens = {length: static(batch, length) for length in self.lengths}
         self.graphs = {
-            length: StepGraph(method, (tokens, self.positions, self.last, self.live), state, alternate=False)
+            length: StepGraph(method, (tokens, self.positions, self.last, self.valid_len), state, swap=False)
             for length, tokens in self.tokens.items()
         }
 
@@ -41,10 +41,10 @@ class PrefillGraphs:
     def capture(self) -> None:
         """As `StepGraph.capture`, in memory that they share: they run one at a time. Longest first: the others then find
         room in what it needs."""
-        self.live.fill_(1)
+        self.valid_len.fill_(1)
         self.positions.zero_()
         self.last.zero_()  # of a prompt before, both may lie beyond the shortest length
-        pool = torch.cuda.graph_pool_handle() if self.live.is_cuda else None
+        pool = torch.cuda.graph_pool_handle() if self.valid_len.is_cuda else None
         try:
             for length in reversed(self.lengths):
                 self.graphs[length].capture(pool=pool)
@@ -70,8 +70,8 @@ class PrefillGraphs:
         static[:, count:].fill_(PADDING)
         self.positions.fill_(position)
         self.last.fill_(count - 1)
-        self.live.fill_(count)
-        return static, self.positions, self.last, self.live
+        self.valid_len.fill_(count)
+        return static, self.positions, self.last, self.valid_len
 
     def replay(self, *inputs: Tensor) -> Tensor:
         """On what `load` returned. Logits of the last token, [B, 1, V], which hold until the next prefill."""

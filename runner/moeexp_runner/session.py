@@ -17,8 +17,6 @@ from moeexp_runner.prefill_graphs import PrefillGraphs
 from moeexp_runner.step_graph import State, StepGraph
 from moeexp_runner.streams import MethodStream
 
-Method = Callable[..., Tensor]
-
 
 class Session:
     """Methods, state and sampler are handed in and stay the caller's. Inputs are checked before any launch: `ValueError`
@@ -28,16 +26,16 @@ class Session:
     decode      (token, positions) -> logits
     arena       an `Arena`, or an `ExplicitState`: then both methods take and return the state tensors as well
     cuda_graph  False, "decode" (or True), "loop" (sampling and feedback inside), "all" (and prefill, at given lengths)
-    takes_live  prefill has one more input, live [B]: how many of its tokens count
+    padded      prefill has one more input, valid_len [B]: how many of its tokens count
     ahead       steps that "loop" runs beyond the token that the host has read
-    early       lets kernels of a captured decode step start before the previous one ends, as in `GraphedMethod`
+    pdl         makes edges of a captured decode step programmatic, as in `GraphedMethod`
     """
 
     def __init__(
         self,
         *,
-        prefill: Method | None,
-        decode: Method,
+        prefill: Callable[..., Tensor] | None,
+        decode: Callable[..., Tensor],
         sample: Callable[..., Tensor],
         arena: State,
         batch: int,
@@ -47,15 +45,15 @@ class Session:
         cuda_graph: bool | str = False,
         copy_outputs: bool = False,
         shared_stream: bool = True,
-        takes_live: bool = False,
+        padded: bool = False,
         prefill_graph_lengths: Sequence[int] = (),
         ahead: int = 8,
-        early: Callable[[int], int] | None = None,
+        pdl: Callable[[int], int] | None = None,
     ):
         assert not (copy_outputs and cuda_graph in ("loop", "all")), "sampling inside a graph reads no host copy"
         self.arena, self.batch, self.max_seq_len, self.vocab_size = arena, batch, max_seq_len, vocab_size
         self.limits = inputs.Limits(batch, max_seq_len, vocab_size, device)
-        self.device, self.copy_outputs, self.takes_live = device, copy_outputs, takes_live
+        self.device, self.copy_outputs, self.padded = device, copy_outputs, padded
         self._prefill, self._decode, self._sample = prefill, decode, sample
         self._on_prefill, self._on_decode = (MethodStream(device, own=not shared_stream) for _ in range(2))
         self._token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
@@ -67,11 +65,11 @@ class Session:
         self.loop: Loop | None = None
         self.prefill_graphs: PrefillGraphs | None = None
         if cuda_graph in (True, "decode"):
-            self.graph = StepGraph(decode, (self._token, self._positions), arena, early=early)
+            self.graph = StepGraph(decode, (self._token, self._positions), arena, pdl=pdl)
         elif cuda_graph:
             self.loop = Loop(
                 decode=decode, sample=sample, state=arena, token=self._token, positions=self._positions,
-                max_seq_len=max_seq_len, ahead=ahead, early=early,
+                max_seq_len=max_seq_len, ahead=ahead, pdl=pdl,
             )  # fmt: skip
         if cuda_graph == "all" and prefill is not None:
             self.prefill_graphs = PrefillGraphs(prefill, arena, lengths=prefill_graph_lengths, batch=batch, device=device)
@@ -190,8 +188,8 @@ class Session:
         if logit_positions is None:
             logit_positions = torch.tensor([count - 1], device=self.device)
         row = torch.full((self.batch,), self.length, dtype=torch.int64, device=self.device)
-        live = (torch.full_like(row, count),) if self.takes_live else ()
-        return self.arena.call(self._prefill, tokens, row, logit_positions, *live)
+        valid_len = (torch.full_like(row, count),) if self.padded else ()
+        return self.arena.call(self._prefill, tokens, row, logit_positions, *valid_len)
 
     def _decode_in_loop(self, loop: Loop, token: Tensor, new_tokens: int, on_token: OnToken | None):
         self.arena.check_identity()

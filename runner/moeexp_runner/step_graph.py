@@ -29,9 +29,9 @@ class StepGraph:
     """`replay(*inputs)` runs `method(*inputs)` and then `after(logits)`; returns the logits, which hold until the next
     replay. `inputs` are static tensors, as for `GraphedMethod`.
 
-    Under explicit state a graph reads and writes the same addresses each time, and so two are captured that alternate: one
-    reads the home set and leaves its outputs (the away set), the other reads those and copies its outputs home. With
-    `alternate=False` one graph does both, for a method that is rarely called twice in a row.
+    Under explicit state a graph reads and writes the same addresses each time, and so the state is double-buffered and two
+    are captured that swap: one reads the front set and leaves its outputs (the back set), the other reads those and copies its
+    outputs to the front. With `swap=False` one graph does both, for a method that is rarely called twice in a row.
 
     On a CPU there is nothing to capture: the same calls are made eagerly, so that the logic around graphs can be tested."""
 
@@ -42,20 +42,20 @@ class StepGraph:
         state: State,
         *,
         after: Callable[[Tensor], None] | None = None,
-        alternate: bool = True,
-        early: Callable[[int], int] | None = None,
+        swap: bool = True,
+        pdl: Callable[[int], int] | None = None,
     ):
         self.method, self.inputs, self._state, self._after = method, inputs, state, after
         self._package = package_in(method)
         self._bound = self._package and self._package.bound  # at the capture
-        self._away: dict[str, Tensor] | None = None
+        self._back_set: dict[str, Tensor] | None = None
         self._graphs: list[GraphedMethod] = []
         if not can_capture(inputs[0]):
             return
         runs = [self._in_place]
         if isinstance(state, ExplicitState):
-            runs = [self._leave_home, self._come_home] if alternate else [self._round_trip]
-        self._graphs = [GraphedMethod(run, inputs, early=early) for run in runs]
+            runs = [self._to_back, self._from_back] if swap else [self._in_front]
+        self._graphs = [GraphedMethod(run, inputs, pdl=pdl) for run in runs]
 
     @property
     def state(self) -> str:
@@ -67,9 +67,9 @@ class StepGraph:
         return "eager" if state == "captured" and self._is_bound_anew() else state
 
     @property
-    def early_edges(self) -> int:
-        """Kernels of one step that start before the previous one ends."""
-        return self._graphs[0].early_edges if self._graphs else 0
+    def pdl_edges(self) -> int:
+        """Programmatic edges of one step."""
+        return self._graphs[0].pdl_edges if self._graphs else 0
 
     def capture(self, *, pool: tuple[int, int] | None = None) -> None:
         """Warms up and captures, `pool` as in `GraphedMethod`. Advances the state and all that `after` mutates: the caller
@@ -87,8 +87,8 @@ class StepGraph:
             except BaseException:
                 self.invalidate()
                 raise
-            if self._away is None and isinstance(self._state, ExplicitState) and len(self._graphs) == 2:
-                self._away = dict(zip(self._state.home, graph.output[1], strict=True))
+            if self._back_set is None and isinstance(self._state, ExplicitState) and len(self._graphs) == 2:
+                self._back_set = dict(zip(self._state.front, graph.output[1], strict=True))
 
     def replay(self, *inputs: Tensor) -> Tensor:
         """`RuntimeError` before any launch where nothing is captured: an eager step would be another experiment's."""
@@ -103,14 +103,14 @@ class StepGraph:
             )
         if not isinstance(self._state, ExplicitState):
             return self._graphs[0].replay(*inputs)
-        if self._away is not None and self._state.tensors is self._away:
+        if self._back_set is not None and self._state.tensors is self._back_set:
             logits, _ = self._graphs[1].replay(*inputs)
-            self._state.tensors = dict(self._state.home)
+            self._state.tensors = dict(self._state.front)
             return logits
-        self._state.bring_home()
+        self._state.to_front()
         logits, _ = self._graphs[0].replay(*inputs)
-        if self._away is not None:
-            self._state.tensors = self._away
+        if self._back_set is not None:
+            self._state.tensors = self._back_set
         return logits
 
     def _is_bound_anew(self) -> bool:
@@ -124,9 +124,9 @@ class StepGraph:
         self._forget(GraphedMethod.close)
 
     def _forget(self, how: Callable[[GraphedMethod], None]) -> None:
-        if self._away is not None and isinstance(self._state, ExplicitState) and self._state.tensors is self._away:
-            self._state.bring_home()  # the away set is the graph's memory
-        self._away = None
+        if self._back_set is not None and isinstance(self._state, ExplicitState) and self._state.tensors is self._back_set:
+            self._state.to_front()  # the back set is the graph's memory
+        self._back_set = None
         for graph in self._graphs:
             how(graph)
 
@@ -139,24 +139,24 @@ class StepGraph:
         self._finish(logits)
         return logits
 
-    def _leave_home(self, *inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
-        return self._explicit(inputs, self._home())
+    def _to_back(self, *inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return self._explicit(inputs, self._front())
 
-    def _come_home(self, *inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
-        assert self._away is not None, "the first graph is captured first"
-        return self._back(*self._explicit(inputs, list(self._away.values())))
+    def _from_back(self, *inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
+        assert self._back_set is not None, "the first graph is captured first"
+        return self._to_front(*self._explicit(inputs, list(self._back_set.values())))
 
-    def _round_trip(self, *inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
-        return self._back(*self._explicit(inputs, self._home()))
+    def _in_front(self, *inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return self._to_front(*self._explicit(inputs, self._front()))
 
-    def _home(self) -> list[Tensor]:
-        return list(self._state.home.values())  # type: ignore[union-attr]
+    def _front(self) -> list[Tensor]:
+        return list(self._state.front.values())  # type: ignore[union-attr]
 
     def _explicit(self, inputs: tuple[Tensor, ...], tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         logits, *new = self.method(*inputs, *tensors)
         self._finish(logits)
         return logits, new
 
-    def _back(self, logits: Tensor, new: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        torch._foreach_copy_(self._home(), new)
+    def _to_front(self, logits: Tensor, new: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        torch._foreach_copy_(self._front(), new)
         return logits, []

@@ -48,14 +48,14 @@ def time_generation(
     synchronize(session.device)
     arrivals: list[float] = []
     ended = [False] * session.batch
-    live = [session.batch]  # rows that had not ended before each token, and before the next
+    running = [session.batch]  # rows that had not ended before each token, and before the next
 
     def on_token(ids: list[int], index: int) -> bool:
         arrivals.append(time.perf_counter())
         if stop_ids is not None:
             ended[:] = [before or token in stop_ids for before, token in zip(ended, ids, strict=True)]
-        live.append(ended.count(False))
-        return live[-1] == 0
+        running.append(ended.count(False))
+        return running[-1] == 0
 
     start = time.perf_counter()
     try:
@@ -64,7 +64,7 @@ def time_generation(
         samples.ttft_s.extend(arrival - start for arrival in arrivals[:1])
         samples.lengths.extend(len(arrivals) - 1 for _ in arrivals[:1])
         samples.token_s.extend(after - before for before, after in zip(arrivals, arrivals[1:], strict=False))
-        samples.tokens.extend(live[1 : len(arrivals)])
+        samples.tokens.extend(running[1 : len(arrivals)])
 
 
 def cut(row: list[int], stop_ids: set[int] | None) -> list[int]:

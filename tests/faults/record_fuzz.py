@@ -24,10 +24,11 @@ from moeexp.report import terminal
 from moeexp.sweep.history import History, read_whole
 
 ROOT = Path(__file__).resolve().parents[2]
-# Of both schemas; of a GPU and of a CPU; with energy, of a design and a group.
+# Of all schemas; of a GPU and of a CPU; with energy, of a design and a group.
 SOURCES = (
     ROOT / "tests" / "data" / "record_1.json",
     ROOT / "tests" / "data" / "record_2.json",
+    ROOT / "tests" / "data" / "record_3.json",
     ROOT / "results" / "readme_example" / "record.json",
     ROOT / "results" / "headline_qwen3_5_35b_a3b_int4_h100" / "0" / "record.json",
 )
@@ -50,7 +51,8 @@ def bases() -> list[dict[str, Any]]:
         for key in ("token_latencies_ms", "prefill_latencies_ms", "ttft_latencies_ms", "telemetry"):
             if one.get(key):
                 one[key]["samples"] = one[key]["samples"][:40]
-        one["check"]["parts"] = [part | {"gates": part["gates"][:2]} for part in one["check"]["parts"][:2]]
+        name = "tolerances" if one["schema"] == "moeexp.record/3" else "gates"
+        one["check"]["parts"] = [part | {name: part[name][:2]} for part in one["check"]["parts"][:2]]
     return found
 
 

@@ -153,7 +153,7 @@ def test_none_of_many_texts_of_a_record_becomes_markup():
 def test_names_messages_notes_and_overrides_are_text(text):
     whole, (failed, fast) = pair()
     failed["error"]["message"], failed["overrides"], failed["command"] = text, [f"quant={text}"], ["python", text]
-    fast["config"]["quant"]["name"], fast["notes"], fast["check"]["parts"][0]["gates"][0]["where"] = text, [text], text
+    fast["config"]["quant"]["name"], fast["notes"], fast["check"]["parts"][0]["tolerances"][0]["where"] = text, [text], text
     failed["design"] = {"name": text, "cell": text, "index": 0}
     fast["environment"] = fast["environment"] | {"gpu": {"name": text, "driver": text}}
     fast["time_split"]["by_kernel"] = [{"name": text, "calls": 1, "us": 1.0}]

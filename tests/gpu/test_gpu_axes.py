@@ -262,14 +262,14 @@ def test_draws_differ_between_replays_and_repeat_after_reset(stack):
 @pytest.mark.parametrize("state", ["shared", "explicit"])
 def test_state_re_allocated_after_capture_is_refused_before_launch(stack, graph, state):
     session = stack(f"cuda_graph={graph}", f"state={state}").session
-    home = session.arena.tensors if state == "shared" else session.arena.home
+    front = session.arena.tensors if state == "shared" else session.arena.front
     session.prefill(tokens(9))
-    name = next(iter(home))
-    kept, home[name] = home[name], home[name].clone()
+    name = next(iter(front))
+    kept, front[name] = front[name], front[name].clone()
     call = session.decode if graph == "decode" else lambda token: session.decode_tokens(token, 3)
     with pytest.raises(RuntimeError, match="re-allocated"):
         call(tokens(1))
-    home[name] = kept
+    front[name] = kept
 
 
 def explode():
@@ -451,8 +451,8 @@ def nodes_of(graph):
 @pytest.mark.parametrize("graph", ["decode", "loop"])
 def test_kernels_per_token_are_those_that_are_replayed(stack, graph, state):
     """Of a loop its graph's nodes and nothing else; of a step its graph's, its inputs' and the sampler's. Kinds of the
-    driver: 0 kernels, 1 copies, 2 fills. The graph is kept where kernels may start early, on Hopper and later."""
-    session = stack(f"cuda_graph={graph}", f"state={state}", "overlap=true").session
+    driver: 0 kernels, 1 copies, 2 fills. The graph is kept where its edges may be programmatic, on Hopper and later."""
+    session = stack(f"cuda_graph={graph}", f"state={state}", "pdl=true").session
     step = session.graph or session.loop.graph
     nodes = [nodes_of(each) for each in step._graphs]
     kernels = sum(each[0] for each in nodes) / len(nodes)
@@ -461,7 +461,7 @@ def test_kernels_per_token_are_those_that_are_replayed(stack, graph, state):
     assert kernels_per_token(split) == pytest.approx(split["kernels"], abs=0.05)
     if graph == "loop":
         # The row of ids goes to the host; and once in these 16 steps the state that prefill gave goes where the graphs read it.
-        moved = len(session.arena.home) / 16 if state == "explicit" else 0
+        moved = len(session.arena.front) / 16 if state == "explicit" else 0
         assert split["kernels"] == kernels and split["copies"] == copies + 1 + moved
     else:
         assert kernels < split["kernels"] < kernels + 8 and split["copies"] > copies

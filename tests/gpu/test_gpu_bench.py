@@ -14,7 +14,7 @@ from moeexp_kernels.bench.cases import BUILDERS, Spec, build, specs
 from moeexp_kernels.bench.layers import Layers
 from moeexp_kernels.bench.shapes import FULL
 from moeexp_kernels.parts import tuning
-from moeexp_kernels.parts.graph_edges import start_early
+from moeexp_kernels.parts.graph_edges import add_pdl_edges
 
 
 @pytest.mark.parametrize("spec", specs(FULL, list(BUILDERS), [8], quick=True), ids=str)
@@ -44,23 +44,23 @@ def test_the_peers_that_are_here_are_right_before_and_after_their_replays(spec):
 
 
 @pytest.mark.parametrize("sequences", [1, 8, 16])
-def test_the_chain_of_layers_is_the_same_to_the_bit_when_its_kernels_start_early(sequences):
+def test_the_chain_of_layers_is_the_same_to_the_bit_with_pdl(sequences):
     with torch.no_grad():
         chain = Layers(FULL, "cuda", sequences)
         fresh = [{name: tensor.clone() for name, tensor in layer.state.items()} for layer in chain.layers]
         chain.call(chain.x)
         results, graphs = [], []
-        for early in (False, True):
+        for pdl in (False, True):
             graph = torch.cuda.CUDAGraph(keep_graph=True)
             with torch.cuda.graph(graph):
                 x = chain.x
                 for _ in range(3):
                     x = chain.call(x)
-            changed = start_early(graph.raw_cuda_graph(), pairs=timing.EARLY["all" if early else "none"])
-            assert (changed > 60) if early else (changed == 0)
+            changed = add_pdl_edges(graph.raw_cuda_graph(), pairs=timing.PDL["all" if pdl else "none"])
+            assert (changed > 60) if pdl else (changed == 0)
             graph.instantiate()
             graphs.append(graph)
-            for _ in range(10 if early else 1):
+            for _ in range(10 if pdl else 1):
                 for state, layer in zip(fresh, chain.layers, strict=True):
                     for name, tensor in state.items():
                         layer.state[name].copy_(tensor)

@@ -17,13 +17,13 @@ import triton
 
 from moeexp_kernels.bench.cases import BUILDERS, Spec, build, specs
 from moeexp_kernels.bench.layers import Layers
-from moeexp_kernels.bench.measure import Row, measure, measure_peers, unavailable_sources
+from moeexp_kernels.bench.measure import OpTiming, measure, measure_peers, unavailable_sources
 from moeexp_kernels.bench.peers import SOURCES
 from moeexp_kernels.bench.shapes import FULL
 from moeexp_kernels.bench.table import markdown, write_json
 from moeexp_kernels.bench.timing import Reader, cold_bytes
 from moeexp_kernels.bench.tune import tune
-from moeexp_kernels.bench.warm import Job, warm
+from moeexp_kernels.bench.warm import CompileTask, warm
 from moeexp_kernels.parts import tuning
 
 WRONG, REFUSED = 1, 2  # exit codes beside 0: an op is wrong; bad input or no GPU
@@ -71,13 +71,13 @@ def environment(command: str, arch: str, read_bandwidth: float) -> dict:
     }  # fmt: skip
 
 
-def measure_or_say(spec: Spec, cold: int, reader: Reader, arch: str) -> Row:
+def measure_or_say(spec: Spec, cold: int, reader: Reader, arch: str) -> OpTiming:
     """An op that raises is a row that says so, and exit code 1 in the end: the other ops' numbers must not be lost."""
     try:
         return measure(build(spec, FULL, "cuda", cold), reader, arch)
     except Exception as error:
         problem = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        return Row(spec.op, spec.variant, spec.phase, spec.tokens, moved=0, flops=0, check=[], problem=problem)
+        return OpTiming(spec.op, spec.variant, spec.phase, spec.tokens, moved=0, flops=0, check=[], problem=problem)
 
 
 def bench(options: argparse.Namespace, ops: list[str], command: str) -> int:
@@ -88,19 +88,19 @@ def bench(options: argparse.Namespace, ops: list[str], command: str) -> int:
     # Peers first, whose own tuning compiles most; more sequences than two make them no other kernels.
     few = token_counts(options.tokens)[:2]
     jobs = [
-        Job(spec, peer)
+        CompileTask(spec, peer)
         for peer in reversed(here)
         for spec in wanted
         if SOURCES[peer].COMPILES and spec.op in SOURCES[peer].OPS and (spec.phase == "prefill" or spec.tokens in few)
     ]
-    jobs += [Job(spec) for spec in wanted]
+    jobs += [CompileTask(spec) for spec in wanted]
     done = warm(jobs, options.jobs, seconds=70)
     print(f"compiled {done} of {len(jobs)} in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
     device, arch = torch.device("cuda"), tuning.current_architecture()
     reader, cold = Reader(device), cold_bytes(device)
     facts = environment(command, arch, reader.bandwidth)
-    rows: list[Row] = []
+    rows: list[OpTiming] = []
     for spec in wanted:  # ours first: a peer that breaks the device cannot take our numbers with it
         rows.append(measure_or_say(spec, cold, reader, arch))
         print(f"{time.monotonic() - start:5.0f} s {spec}: {rows[-1].us or rows[-1].problem}", file=sys.stderr, flush=True)
@@ -117,12 +117,12 @@ def bench(options: argparse.Namespace, ops: list[str], command: str) -> int:
 
 
 def time_layers(counts: list[int]) -> int:
-    """Prints the chain's time a layer by sequences, with the early start of all kernels and without."""
+    """Prints the chain's time a layer by sequences, with PDL and without."""
     print(f"{torch.cuda.get_device_name()}: microseconds of a layer, the mean of three delta nets and one attention")
     for count in counts:
         chain = Layers(FULL, "cuda", count)
-        early, plain = (chain.microseconds(early=early) for early in (True, False))
-        print(f"{count:3d} sequences {early:7.2f} with early start, {plain:7.2f} without", flush=True)
+        pdl, plain = (chain.microseconds(pdl=on) for on in (True, False))
+        print(f"{count:3d} sequences {pdl:7.2f} with PDL, {plain:7.2f} without", flush=True)
     return 0
 
 

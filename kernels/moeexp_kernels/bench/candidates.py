@@ -114,7 +114,7 @@ def targets(ops: list[str]) -> list[Target]:
     linears, dims = FULL.linears(), f"{FULL.gdn_k_dim}x{FULL.gdn_v_dim}"
     head = f"half/{FULL.head_dim}"
     expert = f"{FULL.hidden}x{FULL.expert_width}"
-    live = tuple(Spec("attention", "decode", 1, str(n)) for n in FULL.live)
+    kv_lens = tuple(Spec("attention", "decode", 1, str(n)) for n in FULL.kv_lens)
     gemm = Spec("linear", "prefill", FULL.prefill[0], "gdn in")
     moe, moe_prefill = Spec("moe", "decode", 1), Spec("moe", "prefill", FULL.prefill[0])
     gdn_prefill = tuple(Spec("gdn", "prefill", length) for length in FULL.prefill)
@@ -147,9 +147,9 @@ def targets(ops: list[str]) -> list[Target]:
         Target("gdn_decode", f"{dims}/few", (Spec("gdn", "decode", 1),), GDN_DECODE),
         Target("gdn_decode", f"{dims}/many", (Spec("gdn", "decode", 8),), GDN_DECODE),
         Target("gdn_prefill", f"half/{dims}", gdn_prefill, GDN_PREFILL),
-        Target("attention_decode", head, live, ATTENTION_DECODE),
-        Target("attention_splits", head, live, SPLITS),
-        Target("attention_merge", head, live, MERGE),
+        Target("attention_decode", head, kv_lens, ATTENTION_DECODE),
+        Target("attention_splits", head, kv_lens, SPLITS),
+        Target("attention_merge", head, kv_lens, MERGE),
         Target(
             "attention_prefill", head, tuple(Spec("attention", "prefill", length) for length in FULL.prefill),
             ATTENTION_PREFILL,

@@ -13,8 +13,8 @@ from moeexp_kernels.parts.deviation import compare_rows
 
 # RMSE ratio that an op may deviate from its reference in bfloat16; a single row ten times that. Decode: one rounding on each
 # side, 1.7e-3 each. Prefill: also rounded operands of the tensor cores and, between kernels, rounded activations.
-DECODE_GATE, PREFILL_GATE = 4e-3, 1e-2
-Result = tuple[str, float, float, float]  # name, RMSE ratio, its gate, worst position's ratio
+DECODE_TOLERANCE, PREFILL_TOLERANCE = 4e-3, 1e-2
+Result = tuple[str, float, float, float]  # name, RMSE ratio, its tolerance, worst position's ratio
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Case:
     reference: Callable[..., Any]
     copies: list[dict]  # keyword arguments of one call each
     moved: int  # bytes that one call must read and write
-    gate: float
+    tolerance: float
     flops: int = 0
     mutated: tuple[str, ...] = ()  # arguments that the op updates in place, compared as well
     compare: Callable[[tuple, tuple], list[Result]] | None = None  # instead of `ratios`
@@ -46,26 +46,26 @@ class Case:
             return self.compare(*results)
         outputs = len(results[0]) - len(self.mutated)
         names = [f"output {i}" if outputs > 1 else "output" for i in range(outputs)] + list(self.mutated)
-        return [ratios(name, *pair, self.gate) for name, *pair in zip(names, *results, strict=True)]
+        return [ratios(name, *pair, self.tolerance) for name, *pair in zip(names, *results, strict=True)]
 
 
-def ratios(name: str, actual: Tensor, reference: Tensor, gate: float) -> Result:
+def ratios(name: str, actual: Tensor, reference: Tensor, tolerance: float) -> Result:
     """RMSE ratio and worst row's ratio; infinite where a value is not finite."""
     if actual.shape != reference.shape:
-        return name, float("inf"), gate, float("inf")
+        return name, float("inf"), tolerance, float("inf")
     rows = compare_rows(actual, reference)
-    return name, rows.ratio(), gate, rows.row_ratios().max().item()
+    return name, rows.ratio(), tolerance, rows.row_ratios().max().item()
 
 
 def red(results: list[Result]) -> str | None:
-    """What failed, in words; None where every gate holds."""
-    for name, ratio, gate, worst in results:
-        if not ratio <= gate or not worst <= 10 * gate:
-            return f"{name}: RMSE ratio {ratio:.1e} (gate {gate:.0e}), worst row {worst:.1e} (gate {10 * gate:.0e})"
+    """What failed, in words; None where every tolerance holds."""
+    for name, ratio, tolerance, worst in results:
+        if not ratio <= tolerance or not worst <= 10 * tolerance:
+            return f"{name}: RMSE ratio {ratio:.1e} (limit {tolerance:.0e}), worst row {worst:.1e} (limit {10 * tolerance:.0e})"
     return None
 
 
-class Source:
+class SeededTensors:
     """Seeded random tensors, made where they will live. Weights stay within bfloat16, so that peers can hold them."""
 
     def __init__(self, device: str, seed: int = 0):

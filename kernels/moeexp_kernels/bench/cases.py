@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moeexp_kernels.bench.case import DECODE_GATE, PREFILL_GATE, Case, Result, Source, count_for, ratios, size_of
+from moeexp_kernels.bench.case import DECODE_TOLERANCE, PREFILL_TOLERANCE, Case, Result, SeededTensors, count_for, ratios, size_of
 from moeexp_kernels.bench.shapes import Shapes
 from moeexp_kernels.ops import (
     attention,
@@ -36,7 +36,7 @@ class Spec:
     op: str
     phase: str
     tokens: int
-    variant: str = ""  # a linear's name, a live length, another implementation
+    variant: str = ""  # a linear's name, slots in use, another implementation
     bits: int = 4
 
 
@@ -45,10 +45,10 @@ def specs(shapes: Shapes, ops: list[str], tokens: list[int], quick: bool) -> lis
     tokens, prefill = (tokens[:1], shapes.prefill[:1]) if quick else (tokens, shapes.prefill)
     found = []
     for op in ops:
-        variants = {"linear": list(shapes.linears()), "attention": [str(n) for n in shapes.live]}.get(op, [""])
+        variants = {"linear": list(shapes.linears()), "attention": [str(n) for n in shapes.kv_lens]}.get(op, [""])
         for variant in variants:
             # The longest context at one sequence only: eight would be a gigabyte a copy.
-            few = tokens[:1] if op == "attention" and variant == str(shapes.live[-1]) else tokens
+            few = tokens[:1] if op == "attention" and variant == str(shapes.kv_lens[-1]) else tokens
             found += [Spec(op, "decode", count, variant) for count in few]
         if op == "linear" and not quick:
             found += [Spec(op, "decode", tokens[0], "gdn in", bits=bits) for bits in (8, 16)]
@@ -60,14 +60,14 @@ def specs(shapes: Shapes, ops: list[str], tokens: list[int], quick: bool) -> lis
 
 
 def build(spec: Spec, shapes: Shapes, device: str, cold: int) -> Case:
-    return BUILDERS[spec.op](spec, shapes, Source(device), cold)
+    return BUILDERS[spec.op](spec, shapes, SeededTensors(device), cold)
 
 
-def gate_of(spec: Spec) -> float:
-    return DECODE_GATE if spec.phase == "decode" else PREFILL_GATE
+def tolerance_of(spec: Spec) -> float:
+    return DECODE_TOLERANCE if spec.phase == "decode" else PREFILL_TOLERANCE
 
 
-def build_linear(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
+def build_linear(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -> Case:
     out, features, first = shapes.linears()[spec.variant]
     x = source.randn(1, spec.tokens, features)
     norm = source.randn(features, dtype=torch.float32, scale=0.2) if first else None
@@ -92,7 +92,7 @@ def build_linear(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
     return Case(
         op="linear", shape=f"{spec.variant} {out}x{features} {'bf16' if spec.bits == 16 else f'int{spec.bits}'}",
         phase=spec.phase, tokens=spec.tokens, call=linear.linear, reference=linear.reference_linear, copies=copies,
-        moved=size + size_of(x, norm, residual) + 2 * spec.tokens * out, gate=gate_of(spec),
+        moved=size + size_of(x, norm, residual) + 2 * spec.tokens * out, tolerance=tolerance_of(spec),
         flops=2 * spec.tokens * out * features, tuned=(table,), info={"group": shapes.group, "bits": spec.bits},
     )  # fmt: skip
 
@@ -102,10 +102,10 @@ def same_choice(actual: tuple, expected: tuple) -> list[Result]:
     ids, shares, _ = actual
     expected_ids, expected_shares, _ = expected
     other = (ids != expected_ids).float().mean().item()
-    return [ratios("shares", shares, expected_shares, DECODE_GATE), ("ids that differ", other, 1e-3, other)]
+    return [ratios("shares", shares, expected_shares, DECODE_TOLERANCE), ("ids that differ", other, 1e-3, other)]
 
 
-def build_router(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
+def build_router(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -> Case:
     decode = spec.phase == "decode"
     batch, tokens = (spec.tokens, 1) if decode else (1, spec.tokens)
     x = source.randn(batch, tokens, shapes.hidden)
@@ -124,13 +124,13 @@ def build_router(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
         shape=f"{shapes.experts}x{shapes.hidden} bf16, top {shapes.top_k}", call=router.router,
         reference=router.reference_router, copies=copies,
         mutated=("expert_ids",),
-        moved=size_of(x, weight) + 12 * spec.tokens * shapes.top_k, gate=gate_of(spec), compare=same_choice,
+        moved=size_of(x, weight) + 12 * spec.tokens * shapes.top_k, tolerance=tolerance_of(spec), compare=same_choice,
         flops=2 * spec.tokens * shapes.experts * shapes.hidden,
         tuned=((row, key),),
     )  # fmt: skip
 
 
-def build_moe(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
+def build_moe(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -> Case:
     """Decode: the tokens of one call choose disjoint experts (the most that they can read), and successive calls walk
     through all of them. Prefill: uniform routing, where a call reads every expert, more than L2 holds."""
     decode = spec.phase == "decode"
@@ -174,13 +174,13 @@ def build_moe(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
         op="moe", shape=f"{top_k} of {count} + shared, {shape} int{bits}", phase=spec.phase, tokens=spec.tokens,
         call=moe.moe_decode if decode else moe_prefill.moe_prefill,
         reference=moe_reference.reference_moe_decode if decode else moe_reference.reference_moe_prefill, copies=copies,
-        moved=read * expert + shared_size + 2 * size_of(x), gate=gate_of(spec),
+        moved=read * expert + shared_size + 2 * size_of(x), tolerance=tolerance_of(spec),
         flops=6 * spec.tokens * shapes.hidden * flops_width,
         tuned=tuned if decode else (("moe_prefill", f"half/int{bits}/{shape}"),), info={"group": shapes.group},
     )  # fmt: skip
 
 
-def build_gdn(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
+def build_gdn(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -> Case:
     decode = spec.phase == "decode"
     batch, tokens = (spec.tokens, 1) if decode else (1, spec.tokens)
     heads, dims = (shapes.gdn_k_heads, shapes.gdn_v_heads), (shapes.gdn_k_dim, shapes.gdn_v_dim)
@@ -208,12 +208,12 @@ def build_gdn(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
         op="gdn", shape=f"{heads[0]}/{heads[1]} heads of {dims[0]}, conv, norm", phase=spec.phase, tokens=spec.tokens,
         call=gated_delta.gdn_decode if decode else gated_delta_prefill.gdn_prefill,
         reference=gated_delta.reference_gdn_decode if decode else gated_delta.reference_gdn_prefill, copies=copies,
-        moved=size + size_of(first["conv_state"], first["recurrent_state"]) + output, gate=gate_of(spec),
+        moved=size + size_of(first["conv_state"], first["recurrent_state"]) + output, tolerance=tolerance_of(spec),
         mutated=("conv_state", "recurrent_state"), tuned=(tuned,),
     )  # fmt: skip
 
 
-def build_rope(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
+def build_rope(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -> Case:
     decode = spec.phase == "decode"
     batch, tokens = (spec.tokens, 1) if decode else (1, spec.tokens)
     slots, dim = tokens + 128, shapes.head_dim
@@ -238,21 +238,21 @@ def build_rope(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
     return Case(
         op="rope", shape=f"{shapes.heads}+{shapes.kv_heads} heads of {dim}, {shapes.rotary} rotary", phase=spec.phase,
         tokens=spec.tokens, call=qk_norm_rope.qk_norm_rope, reference=qk_norm_rope.reference_qk_norm_rope, copies=copies,
-        moved=2 * read, gate=DECODE_GATE, mutated=("k_cache", "v_cache"), tuned=(("qk_norm_rope", f"half/{dim}"),),
+        moved=2 * read, tolerance=DECODE_TOLERANCE, mutated=("k_cache", "v_cache"), tuned=(("qk_norm_rope", f"half/{dim}"),),
     )  # fmt: skip
 
 
-def build_attention(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
+def build_attention(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -> Case:
     decode = spec.phase == "decode"
     batch, tokens = (spec.tokens, 1) if decode else (1, spec.tokens)
-    live, dim = int(spec.variant) if decode else spec.tokens, shapes.head_dim
+    kv_len, dim = int(spec.variant) if decode else spec.tokens, shapes.head_dim
     shared = {
         "q": source.randn(batch, tokens, shapes.heads, dim),
         "qkv": source.randn(batch, tokens, shapes.attention_row),
-        "positions": torch.full((batch,), live - tokens, dtype=torch.int64, device=source.device),
+        "positions": torch.full((batch,), kv_len - tokens, dtype=torch.int64, device=source.device),
     }
-    cache = (batch, shapes.kv_heads, live, dim)
-    size = 4 * batch * shapes.kv_heads * live * dim
+    cache = (batch, shapes.kv_heads, kv_len, dim)
+    size = 4 * batch * shapes.kv_heads * kv_len * dim
     copies = [
         {**shared, "k_cache": source.randn(*cache), "v_cache": source.randn(*cache)}
         for _ in range(count_for(cold, size))
@@ -260,10 +260,10 @@ def build_attention(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Ca
     table = f"half/{max(16, dim)}"
     tuned = ("attention_prefill",) if not decode else ("attention_decode", "attention_splits", "attention_merge")
     return Case(
-        op="attention", shape=f"{shapes.heads}/{shapes.kv_heads} heads of {dim}, {live} slots", phase=spec.phase,
+        op="attention", shape=f"{shapes.heads}/{shapes.kv_heads} heads of {dim}, {kv_len} slots", phase=spec.phase,
         tokens=spec.tokens, call=attention.sdpa_decode_splitk if decode else attention.sdpa_prefill,
-        reference=attention.reference_sdpa, copies=copies, moved=size + 3 * size_of(shared["q"]), gate=gate_of(spec),
-        flops=4 * shapes.heads * dim * (batch * live if decode else tokens * (tokens + 1) // 2),
+        reference=attention.reference_sdpa, copies=copies, moved=size + 3 * size_of(shared["q"]), tolerance=tolerance_of(spec),
+        flops=4 * shapes.heads * dim * (batch * kv_len if decode else tokens * (tokens + 1) // 2),
         tuned=tuple((op, table) for op in tuned),
     )  # fmt: skip
 
@@ -273,17 +273,17 @@ def same_token(actual: tuple, expected: tuple) -> list[Result]:
     return [("tokens that differ", other, 0.0, other)]
 
 
-def build_sample(spec: Spec, shapes: Shapes, source: Source, cold: int) -> Case:
+def build_sample(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -> Case:
     logits = source.randn(spec.tokens, 1, shapes.vocab, scale=3.0)
     copies = [{"logits": logits.clone()} for _ in range(count_for(cold, size_of(logits)))]
     return Case(
         op="sample", shape=f"greedy of {shapes.vocab} bf16", phase="decode", tokens=spec.tokens, call=sample.greedy,
-        reference=sample.reference_greedy, copies=copies, moved=size_of(logits), gate=0.0, compare=same_token,
+        reference=sample.reference_greedy, copies=copies, moved=size_of(logits), tolerance=0.0, compare=same_token,
         tuned=(("sample", f"half/{shapes.vocab}"),),
     )  # fmt: skip
 
 
-BUILDERS: dict[str, Callable[[Spec, Shapes, Source, int], Case]] = {
+BUILDERS: dict[str, Callable[[Spec, Shapes, SeededTensors, int], Case]] = {
     "linear": build_linear,
     "router": build_router,
     "moe": build_moe,

@@ -1,4 +1,4 @@
-"""Four layers of a decode step, three delta nets and one attention, as one chain of kernels that start early.
+"""Four layers of a decode step, three delta nets and one attention, as one chain of kernels with PDL.
 
 What an op takes by itself is not what it adds to a step: there its weights are on their way while the kernel before it runs,
 and how many of its programs find room beside that one decides. So rows of the tuning table that serve a decode step of one
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moeexp_kernels.bench.case import Source
+from moeexp_kernels.bench.case import SeededTensors
 from moeexp_kernels.bench.cases import EPS
 from moeexp_kernels.bench.shapes import Shapes
 from moeexp_kernels.bench.timing import graph_samples
@@ -54,7 +54,7 @@ class Layers:
     """The chain at `shapes`, int4, a token of each sequence. All layers share one set of experts, and choose other ones of it."""
 
     def __init__(self, shapes: Shapes, device: str, sequences: int = 1):
-        self.shapes, self.sequences, self._source = shapes, sequences, Source(device)
+        self.shapes, self.sequences, self._source = shapes, sequences, SeededTensors(device)
         self.x = self._source.randn(sequences, 1, shapes.hidden)
         self._positions = torch.full((sequences,), min(POSITION, SLOTS - 1), dtype=torch.int64, device=device)
         shared = self._weights("gate_up", shapes.experts, 2 * shapes.expert_width, shapes.hidden)
@@ -71,9 +71,9 @@ class Layers:
             x = moe.moe_decode(**common, ids=ids, weights=weights, **layer.experts)
         return x
 
-    def microseconds(self, *, replays: int = 40, early: bool = True) -> float:
+    def microseconds(self, *, replays: int = 40, pdl: bool = True) -> float:
         """Median time of a layer, of graphs of several chains."""
-        samples = graph_samples(lambda _: self.call(self.x), [{}], calls=CALLS, replays=replays, early="all" if early else "none")
+        samples = graph_samples(lambda _: self.call(self.x), [{}], calls=CALLS, replays=replays, pdl="all" if pdl else "none")
         return statistics.median(samples) / len(LAYERS)
 
     def _mix(self, layer: Layer, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from moeexp_kernels.parts import tuning
 
 
 @dataclass
-class PeerRow:
+class PeerTiming:
     source: str
     name: str
     covers: str
@@ -27,7 +27,7 @@ class PeerRow:
 
 
 @dataclass
-class Row:
+class OpTiming:
     op: str
     shape: str
     phase: str
@@ -41,15 +41,15 @@ class Row:
     read_us: float | None = None  # a plain read of as many bytes
     share: float | None = None  # of the read bandwidth measured in this run
     tables: dict[str, str] = field(default_factory=dict)  # op of the tuning table -> the table that answered
-    peers: list[PeerRow] = field(default_factory=list)
+    peers: list[PeerTiming] = field(default_factory=list)
 
     def plain(self) -> dict:
         return asdict(self)
 
 
-def measure(case: Case, reader: Reader, arch: str) -> Row:
+def measure(case: Case, reader: Reader, arch: str) -> OpTiming:
     results = case.check()
-    row = Row(
+    row = OpTiming(
         op=case.op, shape=case.shape, phase=case.phase, tokens=case.tokens, moved=case.moved, flops=case.flops,
         check=[list(result) for result in results], problem=red(results),
         tables={op: tuning.source(op, key, arch) for op, key in case.tuned},
@@ -65,8 +65,8 @@ def measure(case: Case, reader: Reader, arch: str) -> Row:
     return row
 
 
-def measure_peer(source: str, peer: Peer, phase: str) -> PeerRow:
-    row = PeerRow(source, peer.name, peer.covers)
+def measure_peer(source: str, peer: Peer, phase: str) -> PeerTiming:
+    row = PeerTiming(source, peer.name, peer.covers)
     row.problem = red(peer.check())
     if row.problem is None:
         samples = graph_samples(peer.call, peer.copies, calls=calls_for(phase, len(peer.copies)))
@@ -85,7 +85,7 @@ def unavailable_sources() -> dict[str, str]:
     return found
 
 
-def measure_peers(case: Case, absent: dict[str, str]) -> list[PeerRow]:
+def measure_peers(case: Case, absent: dict[str, str]) -> list[PeerTiming]:
     """One row per peer that does the case. Someone else's code that raises is a row that says so: it must not end ours."""
     rows = []
     for source, module in SOURCES.items():
@@ -98,5 +98,5 @@ def measure_peers(case: Case, absent: dict[str, str]) -> list[PeerRow]:
                     rows.append(measure_peer(source, peer, case.phase))
             except Exception as error:
                 problem = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-                rows.append(PeerRow(source, make.__name__, "", problem=problem))
+                rows.append(PeerTiming(source, make.__name__, "", problem=problem))
     return rows

@@ -23,7 +23,7 @@ class Shapes:
     expert_width: int
     shared_width: int
     group: int  # of the quantised weights
-    live: tuple[int, ...]  # slots in use, for attention's decode step
+    kv_lens: tuple[int, ...]  # slots in use, for attention's decode step
     prefill: tuple[int, ...]  # tokens of a prompt
 
     @property
@@ -54,5 +54,5 @@ class Shapes:
 FULL = Shapes(
     vocab=248_320, hidden=2048, heads=16, kv_heads=2, head_dim=256, rotary=64, gdn_k_heads=16, gdn_v_heads=32,
     gdn_k_dim=128, gdn_v_dim=128, conv_width=4, experts=256, top_k=8, expert_width=512, shared_width=512, group=128,
-    live=(512, 4096, 65_536), prefill=(512, 2048),
+    kv_lens=(512, 4096, 65_536), prefill=(512, 2048),
 )  # fmt: skip

@@ -5,21 +5,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from moeexp_kernels.bench.measure import PeerRow, Row
+from moeexp_kernels.bench.measure import OpTiming, PeerTiming
 
 SCHEMA = 1
 HEADER = "| op | shape | tokens | µs | MB | TB/s | share of read bandwidth | plain read, µs | peers, µs |"
 RULE = "|---|---|---|---|---|---|---|---|---|"
 
 
-def peer_text(peer: PeerRow) -> str:
+def peer_text(peer: PeerTiming) -> str:
     name = f"{peer.source} `{peer.name}`"
     if peer.us is None:
         return f"{name}: no time ({peer.problem})"
     return f"{name} {peer.us:.1f}{' (part)' if peer.part else ''}"
 
 
-def line(row: Row) -> str:
+def line(row: OpTiming) -> str:
     tokens = f"{row.tokens}" if row.phase == "decode" else f"{row.tokens} prefill"
     if row.us is None:
         return f"| {row.op} | {row.shape} | {tokens} | no time: {row.problem} | | | | | |"
@@ -34,12 +34,12 @@ def line(row: Row) -> str:
     )
 
 
-def markdown(rows: list[Row], environment: dict, absent: dict[str, str]) -> str:
+def markdown(rows: list[OpTiming], environment: dict, absent: dict[str, str]) -> str:
     text = [
         f"{environment['gpu']}, driver {environment['driver']}, torch {environment['torch']}, triton "
         f"{environment['triton']}, tuning table {environment['table']}; a large read runs at "
-        f"{environment['read_tb_s']:.2f} TB/s; median under CUDA-graph replay, cold L2, the kernels of one op "
-        f"starting early as in a decode step; `{environment['command']}`",
+        f"{environment['read_tb_s']:.2f} TB/s; median under CUDA-graph replay, cold L2, PDL between "
+        f"the kernels of one op, as in a decode step; `{environment['command']}`",
         "", HEADER, RULE, *map(line, rows), "",
     ]  # fmt: skip
     timed = [peer for row in rows for peer in row.peers if peer.us is not None]
@@ -51,7 +51,7 @@ def markdown(rows: list[Row], environment: dict, absent: dict[str, str]) -> str:
     return "\n".join(text)
 
 
-def write_json(path: Path, rows: list[Row], environment: dict, absent: dict[str, str]) -> None:
+def write_json(path: Path, rows: list[OpTiming], environment: dict, absent: dict[str, str]) -> None:
     """Whole or not at all."""
     document = {
         "schema": SCHEMA, "environment": environment, "absent_peers": absent, "rows": [row.plain() for row in rows],

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moeexp_kernels.parts.graph_edges import start_early
+from moeexp_kernels.parts.graph_edges import add_pdl_edges
 from moeexp_kernels.parts.pdl import WITHIN_AN_OP
 
 DECODE_CALLS = 64  # calls in a graph, so that one event's resolution does not show
@@ -25,17 +25,17 @@ def cold_bytes(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).L2_cache_size
 
 
-# Which kernels of a graph may start before the one before them is complete.
-EARLY = {"within": WITHIN_AN_OP, "all": None, "none": ()}
+# Which edges of a graph are made programmatic.
+PDL = {"within": WITHIN_AN_OP, "all": None, "none": ()}
 
 
 def graph_samples(
-    call: Callable[[dict], object], copies: list[dict], *, calls: int, replays: int = REPLAYS, early: str = "within"
+    call: Callable[[dict], object], copies: list[dict], *, calls: int, replays: int = REPLAYS, pdl: str = "within"
 ) -> list[float]:
     """Microseconds of one `call(copy)`, one sample per replay of a graph of `calls` calls that go round the copies.
 
-    early: "within": the kernels of one op start early, as in a decode step, but no call before the one before it is
-    complete; "all": every kernel that can; "none".
+    pdl: "within": programmatic edges between the kernels of one op, as in a decode step, none between calls; "all": wherever
+    both kernels know PDL; "none".
 
     The first call compiles; the one before the capture is for what an op does only once (cuBLAS handles, workspaces)."""
     for _ in range(2):
@@ -46,7 +46,7 @@ def graph_samples(
         for copy in islice(cycle(copies), calls):
             call(copy)
     if torch.cuda.get_device_capability() >= (9, 0):  # elsewhere the kernels do not wait by themselves
-        start_early(graph.raw_cuda_graph(), pairs=EARLY[early])
+        add_pdl_edges(graph.raw_cuda_graph(), pairs=PDL[pdl])
     graph.instantiate()
     samples = []
     for replay in range(replays + 2):

@@ -26,7 +26,7 @@ from moeexp_kernels.bench.cases import build
 from moeexp_kernels.bench.layers import Layers, chain_rows
 from moeexp_kernels.bench.shapes import FULL
 from moeexp_kernels.bench.timing import calls_for, cold_bytes, graph_samples
-from moeexp_kernels.bench.warm import Job, warm
+from moeexp_kernels.bench.warm import CompileTask, warm
 from moeexp_kernels.parts import tuning
 
 REPLAYS = 9
@@ -34,10 +34,10 @@ CHAIN_MARGIN = 0.998  # of the chain, where a row is a part of what is timed; th
 MARGIN = 0.99  # a challenger must be 1 % faster: less is noise, and a table that flutters makes diffs and recompiles
 
 
-def jobs_of(target: Target, arch: str) -> list[Job]:
+def jobs_of(target: Target, arch: str) -> list[CompileTask]:
     current = current_row(target, arch)
     rows = [current] + [{**current, **change} for change in target.candidates]
-    return [Job(spec, row=(target.op, target.key, json.dumps(row))) for row in rows for spec in target.specs]
+    return [CompileTask(spec, row=(target.op, target.key, json.dumps(row))) for row in rows for spec in target.specs]
 
 
 def current_row(target: Target, arch: str) -> dict:

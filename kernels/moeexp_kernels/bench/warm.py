@@ -24,13 +24,13 @@ OWN = ""  # the job is our op, not a peer
 
 
 @dataclass(frozen=True)
-class Job:
+class CompileTask:
     spec: Spec
     peer: str = OWN
     row: tuple[str, str, str] | None = None  # op, key and (as JSON) row of the tuning table to run with
 
 
-def do(job: Job) -> None:
+def do(job: CompileTask) -> None:
     with torch.no_grad(), ExitStack() as stack:
         if job.row is not None:
             op, key, row = job.row
@@ -47,7 +47,7 @@ def do(job: Job) -> None:
     torch.cuda.empty_cache()  # the processes share one GPU's memory
 
 
-def warm(jobs: list[Job], processes: int, seconds: float) -> int:
+def warm(jobs: list[CompileTask], processes: int, seconds: float) -> int:
     """Does jobs for at most `seconds`; returns how many ended. The processes share the GPU and end with this call."""
     processes = min(processes, len(jobs))
     if processes < 2:

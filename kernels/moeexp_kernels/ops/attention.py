@@ -14,7 +14,7 @@ Slots at or beyond pos + T never contribute, whatever they hold (NaN included).
 The kernels keep one tile of query rows in registers, where a row is one (token, query head) pair of one key-value head:
 K and V are read once for all query heads that share them, and T = 1 is not a special case. The softmax runs over blocks
 of slots with a running maximum (Milakov, Gimelshein, arXiv:1805.02867; Dao, arXiv:2307.08691); `splitk` gives each
-program a share of the *live* slots and merges the partial sums exactly in a second kernel.
+program a share of the slots in use and merges the partial sums exactly in a second kernel.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from torch.library import triton_op, wrap_triton
 
 from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.checks import check_argument
-from moeexp_kernels.parts.pdl import after_previous, can_overlap
+from moeexp_kernels.parts.pdl import after_previous, has_pdl
 
 
 def reference_sdpa(
-    *, q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, live: Tensor | None = None
+    *, q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, valid_len: Tensor | None = None
 ) -> Tensor:
     """Causal attention of q [B, T, H, Dh] over cache slots [0, pos + t], times sigmoid(gate) read from `qkv`.
 
-    float32 softmax, scale Dh^-0.5. Returns [B, T, H*Dh], q's dtype. live [B] int64 in 1..T: slots from pos + live on hold
-    nothing, and the rows of tokens from `live` on mean nothing. None: all T."""
+    float32 softmax, scale Dh^-0.5. Returns [B, T, H*Dh], q's dtype. valid_len [B] int64 in 1..T: slots from pos + valid_len on
+    hold nothing, and the rows of tokens from `valid_len` on mean nothing. None: all T."""
     batch, tokens, heads, head_dim = q.shape
     kv_heads, slots = k_cache.shape[1], k_cache.shape[2]
     index = torch.arange(tokens, device=q.device)
-    last = positions[:, None] + (index if live is None else torch.minimum(index, live[:, None] - 1))  # [B, T]
+    last = positions[:, None] + (index if valid_len is None else torch.minimum(index, valid_len[:, None] - 1))  # [B, T]
     # [B, 1, 1, T, S]. Cached values are masked as well as scores: 0 * NaN is NaN.
     visible = (torch.arange(slots, device=q.device) <= last[..., None])[:, None, None]
     used = visible.any(-2)[..., None]  # [B, 1, 1, S, 1]
@@ -55,14 +55,14 @@ def reference_sdpa(
 
 @torch.library.custom_op("moeexp::reference_sdpa_prefill", mutates_args=())
 def reference_sdpa_prefill(
-    q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, live: Tensor | None = None
+    q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, valid_len: Tensor | None = None
 ) -> Tensor:
     """`reference_sdpa` for any T >= 1. Opaque to export, whose shape guards on the products would forbid T = 1."""
-    return reference_sdpa(q=q, qkv=qkv, k_cache=k_cache, v_cache=v_cache, positions=positions, live=live)
+    return reference_sdpa(q=q, qkv=qkv, k_cache=k_cache, v_cache=v_cache, positions=positions, valid_len=valid_len)
 
 
 @reference_sdpa_prefill.register_fake
-def _(q, qkv, k_cache, v_cache, positions, live=None):
+def _(q, qkv, k_cache, v_cache, positions, valid_len=None):
     return q.new_empty(q.shape[0], q.shape[1], q.shape[2] * q.shape[3])
 
 
@@ -71,24 +71,24 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _live_share(live, split, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr):
+def _split_range(kv_len, split, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr):
     """Slots [begin, end) of this split: whole blocks, spread evenly; empty for the splits that are not needed."""
-    blocks = (live + BLOCK_N - 1) // BLOCK_N
+    blocks = (kv_len + BLOCK_N - 1) // BLOCK_N
     share = (blocks + SPLITS - 1) // SPLITS * BLOCK_N
-    return tl.minimum(split * share, live), tl.minimum((split + 1) * share, live)
+    return tl.minimum(split * share, kv_len), tl.minimum((split + 1) * share, kv_len)
 
 
 @triton.jit
 def _attend_block(
-    q_tile, keys, values, n, last, live, acc, largest, total, CAUSAL: tl.constexpr,
+    q_tile, keys, values, n, last, kv_len, acc, largest, total, CAUSAL: tl.constexpr,
     DH: tl.constexpr, SCALE: tl.constexpr, WIDEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One step of the running softmax (base 2) over slots [n, n + BLOCK_N), where `keys` and `values` point at slot n.
 
-    Slots at or beyond `live` are never loaded."""
+    Slots at or beyond `kv_len` are never loaded."""
     column, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     cells = column[:, None] * DH + d[None, :]
-    inside = (n + column < live)[:, None] & (d < DH)[None, :]
+    inside = (n + column < kv_len)[:, None] & (d < DH)[None, :]
     key = tl.load(keys + cells, mask=inside, other=0.0)
     value = tl.load(values + cells, mask=inside, other=0.0)
     if WIDEN:
@@ -109,13 +109,13 @@ def _attend_kernel(
     q, qkv, k_cache, v_cache, positions, lengths, out, partial_sums, partial_stats, tokens, slots,
     q_stride_b, q_stride_t, qkv_stride_b, qkv_stride_t, cache_stride_b, cache_stride_h,
     HKV: tl.constexpr, GROUP: tl.constexpr, DH: tl.constexpr, SCALE: tl.constexpr, SPLITS: tl.constexpr,
-    WIDEN: tl.constexpr, HAS_LIVE: tl.constexpr, OVERLAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDEN: tl.constexpr, HAS_VALID_LEN: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Grid (Hkv, tiles * SPLITS, B). Row r of a key-value head is token r // GROUP, query head r % GROUP of its group.
 
     WIDEN: float32 products, because Triton's interpreter has no bfloat16 dot (it multiplies the bit patterns)."""
-    ready = after_previous(OVERLAP)
+    ready = after_previous(PDL)
     q += ready
     qkv += ready
     positions += ready
@@ -136,12 +136,12 @@ def _attend_kernel(
     last = tl.where(t < tokens, position + t, -1)
     first_t = tile * BLOCK_M // GROUP
     last_t = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, tokens - 1)
-    if HAS_LIVE:
+    if HAS_VALID_LEN:
         last_t = tl.minimum(last_t, tl.load(lengths + b).to(tl.int32) - 1)
-    live = tl.maximum(tl.minimum(position + last_t + 1, slots), 0)
+    kv_len = tl.maximum(tl.minimum(position + last_t + 1, slots), 0)
     # Below `plain` every row of the tile sees every slot, so the causal comparison is left out.
-    plain = tl.maximum(tl.minimum(position + first_t + 1, live), 0) // BLOCK_N * BLOCK_N
-    begin, end = _live_share(live, split, BLOCK_N, SPLITS)
+    plain = tl.maximum(tl.minimum(position + first_t + 1, kv_len), 0) // BLOCK_N * BLOCK_N
+    begin, end = _split_range(kv_len, split, BLOCK_N, SPLITS)
 
     t_wide = t.to(tl.int64)
     q_cells = b * q_stride_b + t_wide[:, None] * q_stride_t + (head * DH)[:, None] + d[None, :]
@@ -156,13 +156,13 @@ def _attend_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     for n in range(begin, tl.minimum(plain, end), BLOCK_N):
         acc, largest, total = _attend_block(
-            q_tile, keys, values, n, last, live, acc, largest, total, False, DH, SCALE, WIDEN, BLOCK_N, BLOCK_D
+            q_tile, keys, values, n, last, kv_len, acc, largest, total, False, DH, SCALE, WIDEN, BLOCK_N, BLOCK_D
         )  # fmt: skip
         keys += BLOCK_N * DH
         values += BLOCK_N * DH
     for n in range(tl.maximum(plain, begin), end, BLOCK_N):
         acc, largest, total = _attend_block(
-            q_tile, keys, values, n, last, live, acc, largest, total, True, DH, SCALE, WIDEN, BLOCK_N, BLOCK_D
+            q_tile, keys, values, n, last, kv_len, acc, largest, total, True, DH, SCALE, WIDEN, BLOCK_N, BLOCK_D
         )  # fmt: skip
         keys += BLOCK_N * DH
         values += BLOCK_N * DH
@@ -174,7 +174,7 @@ def _attend_kernel(
         out_cells = ((b * tokens + t_wide) * (HKV * GROUP) + head)[:, None] * DH + d[None, :]
         tl.store(out + out_cells, (result * tl.sigmoid(gate)).to(out.dtype.element_ty), mask=used)
     else:
-        # One token: row r is query head r. Splits beyond the live length write nothing, and the merge reads nothing there.
+        # One token: row r is query head r. Splits beyond the slots in use write nothing, and the merge reads nothing there.
         cell = ((b * SPLITS + split) * HKV + kv_head) * GROUP + row
         written = row < tl.where(begin < end, GROUP, 0)
         tl.store(partial_sums + cell[:, None] * DH + d[None, :], acc, mask=written[:, None] & (d < DH)[None, :])
@@ -185,7 +185,7 @@ def _attend_kernel(
 @triton.jit
 def _merge_kernel(
     partial_sums, partial_stats, qkv, positions, out, slots, qkv_stride_b,
-    H: tl.constexpr, DH: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr, BLOCK_N: tl.constexpr,
+    H: tl.constexpr, DH: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Grid (H, blocks of Dh, B): exact sum of the splits' partial softmaxes, in split order, times sigmoid(gate).
@@ -196,12 +196,12 @@ def _merge_kernel(
     inside = d < DH
     split = tl.arange(0, SPLITS)
     position = tl.load(positions + b, cache_modifier=".cg").to(tl.int32)
-    live = tl.maximum(tl.minimum(position + 1, slots), 0)
-    begin, end = _live_share(live, split, BLOCK_N, SPLITS)
+    kv_len = tl.maximum(tl.minimum(position + 1, slots), 0)
+    begin, end = _split_range(kv_len, split, BLOCK_N, SPLITS)
     written = begin < end
     gate_cells = b * qkv_stride_b + head * 2 * DH + DH + d
     gate = tl.load(qkv + gate_cells, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
-    ready = after_previous(OVERLAP)
+    ready = after_previous(PDL)
     partial_sums += ready
     partial_stats += ready
     out += ready
@@ -262,51 +262,51 @@ def tuned(op: str, q: Tensor) -> dict[str, int]:
     return tuning.lookup(op, key, tuning.architecture(q.device))
 
 
-def _attend(q, qkv, k_cache, v_cache, positions, out, sums, stats, *, splits, tiles, config, live=None) -> None:
+def _attend(q, qkv, k_cache, v_cache, positions, out, sums, stats, *, splits, tiles, config, valid_len=None) -> None:
     """`out` is written if splits is 1, else `sums` and `stats`; callers pass `q` for what is neither read nor written."""
     batch, tokens, heads, head_dim = q.shape
     kv_heads, slots = k_cache.shape[1], k_cache.shape[2]
     wrap_triton(_attend_kernel)[(kv_heads, tiles * splits, batch)](
-        q, qkv, k_cache, v_cache, positions, positions if live is None else live, out, sums, stats, tokens, slots,
+        q, qkv, k_cache, v_cache, positions, positions if valid_len is None else valid_len, out, sums, stats, tokens, slots,
         q.stride(0), q.stride(1), qkv.stride(0), qkv.stride(1), k_cache.stride(0), k_cache.stride(1),
         HKV=kv_heads, GROUP=heads // kv_heads, DH=head_dim, SCALE=head_dim**-0.5 * LOG2_E, SPLITS=splits,
-        WIDEN=q.dtype == torch.bfloat16 and triton.knobs.runtime.interpret, HAS_LIVE=live is not None,
-        OVERLAP=can_overlap(q), BLOCK_D=block_d(head_dim), **config,
+        WIDEN=q.dtype == torch.bfloat16 and triton.knobs.runtime.interpret, HAS_VALID_LEN=valid_len is not None,
+        PDL=has_pdl(q), BLOCK_D=block_d(head_dim), **config,
     )  # fmt: skip
 
 
 def _unsplit(
     q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, config: dict[str, int],
-    live: Tensor | None = None,
+    valid_len: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     batch, tokens, heads, head_dim = q.shape
     check_cache(k_cache, v_cache, qkv, heads)
     _check_queries(q, qkv, k_cache.shape[3], positions)
     out = torch.empty((batch, tokens, heads * head_dim), dtype=q.dtype, device=q.device)
     tiles = (tokens * (heads // k_cache.shape[1]) + config["BLOCK_M"] - 1) // config["BLOCK_M"]
-    _attend(q, qkv, k_cache, v_cache, positions, out, q, q, splits=1, tiles=tiles, config=config, live=live)
+    _attend(q, qkv, k_cache, v_cache, positions, out, q, q, splits=1, tiles=tiles, config=config, valid_len=valid_len)
     return out
 
 
 @triton_op("moeexp::sdpa_prefill", mutates_args=())
 def sdpa_prefill(
-    q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, live: Tensor | None = None
+    q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, valid_len: Tensor | None = None
 ) -> Tensor:
     """`reference_sdpa` for any T (symbolic too) and any position, on tensor cores for 2-byte dtypes. [B, T, H*Dh]."""
-    return _unsplit(q, qkv, k_cache, v_cache, positions, tuned("attention_prefill", q), live)
+    return _unsplit(q, qkv, k_cache, v_cache, positions, tuned("attention_prefill", q), valid_len)
 
 
 @triton_op("moeexp::sdpa_decode_tiled", mutates_args=())
 def sdpa_decode_tiled(q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor) -> Tensor:
-    """`reference_sdpa` at T = 1, one program per key-value head over all live slots: one kernel, best for short contexts."""
+    """`reference_sdpa` at T = 1, one program per key-value head over all slots in use: one kernel, best for short contexts."""
     return _unsplit(q, qkv, k_cache, v_cache, positions, _decode_config(q, k_cache))
 
 
 @triton_op("moeexp::sdpa_decode_splitk", mutates_args=())
 def sdpa_decode_splitk(q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor) -> Tensor:
-    """`reference_sdpa` at T = 1, the live slots of each key-value head split over programs. [B, 1, H*Dh].
+    """`reference_sdpa` at T = 1, the slots in use of each key-value head split over programs. [B, 1, H*Dh].
 
-    The grid is fixed by S, the work by `positions`: a short context in a large cache reads only its live slots."""
+    The grid is fixed by S, the work by `positions`: a short context in a large cache reads only those in use."""
     batch, tokens, heads, head_dim = q.shape
     if tokens != 1:
         raise ValueError(f"sdpa_decode splitk takes one token a call, not {tokens}; choose `tiled`, or prefill them")
@@ -329,7 +329,7 @@ def sdpa_decode_splitk(q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor,
     wrap_triton(_merge_kernel)[(heads, triton.cdiv(head_dim, merge["BLOCK_D"]), batch)](
         sums, stats, qkv, positions, out, slots, qkv.stride(0),
         H=heads, DH=head_dim, SPLITS=splits, BLOCK_N=config["BLOCK_N"], BLOCK_D=merge["BLOCK_D"],
-        OVERLAP=can_overlap(q), num_warps=merge["num_warps"],
+        PDL=has_pdl(q), num_warps=merge["num_warps"],
     )  # fmt: skip
     return out
 

@@ -28,18 +28,18 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from moeexp_kernels.parts import tuning
-from moeexp_kernels.parts.pdl import after_previous, can_overlap
+from moeexp_kernels.parts.pdl import after_previous, has_pdl
 
 CHUNK = 64
 L2_EPS = 1e-6
 
 
 def _inputs(
-    proj, conv_weight, a_log, dt_bias, conv_state, num_k_heads, num_v_heads, head_k_dim, head_v_dim, live=None
+    proj, conv_weight, a_log, dt_bias, conv_state, num_k_heads, num_v_heads, head_k_dim, head_v_dim, valid_len=None
 ):  # fmt: skip
     """q, k [B,Hv,T,Dk], v [B,Hv,T,Dv], z [B,T,Hv,Dv], log-decay g and beta [B,Hv,T], all float32; new conv state.
 
-    Tokens from `live` [B] on: q = k = v = 0, g = 0 and beta = 0, and the conv state ends before them."""
+    Tokens from `valid_len` [B] on: q = k = v = 0, g = 0 and beta = 0, and the conv state ends before them."""
     key_dim, value_dim = num_k_heads * head_k_dim, num_v_heads * head_v_dim
     channels = 2 * key_dim + value_dim
     mixed, z, b, a = proj.split([channels, value_dim, num_v_heads, num_v_heads], dim=-1)
@@ -55,13 +55,13 @@ def _inputs(
     g = -a_log.float().exp() * F.softplus(a.float() + dt_bias.float())
     z = z.float().unflatten(-1, (num_v_heads, head_v_dim))
     beta = b.float().sigmoid()
-    if live is None:
+    if valid_len is None:
         new_conv_state = window[..., window.shape[-1] - (width - 1) :]
     else:
-        counts = torch.arange(tokens, device=proj.device) < live[:, None]  # [B, T]
+        counts = torch.arange(tokens, device=proj.device) < valid_len[:, None]  # [B, T]
         q, k, v = (t.masked_fill(~counts[:, None, :, None], 0.0) for t in (q, k, v))
         g, beta = (t.masked_fill(~counts[..., None], 0.0) for t in (g, beta))
-        ends = live[:, None] + torch.arange(width - 1, device=proj.device)
+        ends = valid_len[:, None] + torch.arange(width - 1, device=proj.device)
         new_conv_state = window.gather(-1, ends[:, None].expand(-1, channels, -1))
     return q, k, v, z, g.transpose(1, 2), beta.transpose(1, 2), new_conv_state
 
@@ -148,14 +148,14 @@ def reference_gdn_prefill(
     head_k_dim: int,
     head_v_dim: int,
     eps: float,
-    live: Tensor | None = None,
+    valid_len: Tensor | None = None,
 ) -> Tensor:
     """Any T >= 1. Opaque to export: the number of chunks follows from T, which is symbolic there.
 
-    live [B] int64 in 1..T: only so many tokens of each row count; the rest leave no trace in the state, and their own
+    valid_len [B] int64 in 1..T: only so many tokens of each row count; the rest leave no trace in the state, and their own
     rows of the result mean nothing. None: all T."""
     q, k, v, z, g, beta, new_conv_state = _inputs(
-        proj, conv_weight, a_log, dt_bias, conv_state, num_k_heads, num_v_heads, head_k_dim, head_v_dim, live
+        proj, conv_weight, a_log, dt_bias, conv_state, num_k_heads, num_v_heads, head_k_dim, head_v_dim, valid_len
     )
     o, state = chunked_delta_rule(q=q, k=k, v=v, g=g, beta=beta, state=recurrent_state)
     conv_state.copy_(new_conv_state)
@@ -166,7 +166,7 @@ def reference_gdn_prefill(
 @reference_gdn_prefill.register_fake
 def _(
     proj, conv_weight, a_log, dt_bias, norm_weight, conv_state, recurrent_state,
-    num_k_heads, num_v_heads, head_k_dim, head_v_dim, eps, live=None,
+    num_k_heads, num_v_heads, head_k_dim, head_v_dim, eps, valid_len=None,
 ):  # fmt: skip
     return proj.new_empty(proj.shape[0], proj.shape[1], num_v_heads * head_v_dim)
 
@@ -228,13 +228,13 @@ def _next_conv_state(
     proj, conv_state, first, count, T, stride_t, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CACHE: tl.constexpr
 ):  # fmt: skip
     """The conv state that T tokens leave behind, the last WIDTH - 1 of old state | tokens, for channels first .. first +
-    count - 1, flat as it lies in memory: [BLOCK], count * (WIDTH - 1) of it live, in the storage dtype.
+    count - 1, flat as it lies in memory: [BLOCK], count * (WIDTH - 1) of it used, in the storage dtype.
     `proj`, `conv_state`: pointers to one sequence's rows and state."""
     flat = tl.arange(0, BLOCK)
     source = (flat % (WIDTH - 1)).to(tl.int64) + T  # position in old state | tokens
-    live = flat < count * (WIDTH - 1)
-    old = live & (source < WIDTH - 1)
-    new = live & (source >= WIDTH - 1)
+    inside = flat < count * (WIDTH - 1)
+    old = inside & (source < WIDTH - 1)
+    new = inside & (source >= WIDTH - 1)
     kept = tl.load(conv_state + first * (WIDTH - 1) + flat + T, mask=old, other=0.0, cache_modifier=CACHE)
     at = (source - (WIDTH - 1)) * stride_t + first + flat // (WIDTH - 1)
     return tl.where(old, kept, tl.load(proj + at, mask=new, other=0.0, cache_modifier=CACHE))
@@ -247,21 +247,21 @@ def _store_conv_state(conv_state, first, count, values, WIDTH: tl.constexpr, BLO
 
 
 @triton.jit
-def _conv_past(conv_state, conv_weight, channels, live, WIDTH: tl.constexpr):
+def _conv_past(conv_state, conv_weight, channels, inside, WIDTH: tl.constexpr):
     """The causal conv's sum over the inputs before this token, and the newest tap, for `channels` [...] of one sequence;
     float32. Reads nothing of this token."""
-    newest = tl.load(conv_weight + channels * WIDTH + WIDTH - 1, mask=live, other=0.0).to(tl.float32)
+    newest = tl.load(conv_weight + channels * WIDTH + WIDTH - 1, mask=inside, other=0.0).to(tl.float32)
     mixed = newest * 0.0
     for tap in tl.static_range(WIDTH - 1):
-        weight = tl.load(conv_weight + channels * WIDTH + tap, mask=live, other=0.0).to(tl.float32)
-        mixed += tl.load(conv_state + channels * (WIDTH - 1) + tap, mask=live, other=0.0).to(tl.float32) * weight
+        weight = tl.load(conv_weight + channels * WIDTH + tap, mask=inside, other=0.0).to(tl.float32)
+        mixed += tl.load(conv_state + channels * (WIDTH - 1) + tap, mask=inside, other=0.0).to(tl.float32) * weight
     return mixed, newest
 
 
 @triton.jit
-def _conv_now(proj, channels, live, past, newest):
+def _conv_now(proj, channels, inside, past, newest):
     """SiLU of the conv, with this token's input."""
-    mixed = past + tl.load(proj + channels, mask=live, other=0.0).to(tl.float32) * newest
+    mixed = past + tl.load(proj + channels, mask=inside, other=0.0).to(tl.float32) * newest
     return mixed * tl.sigmoid(mixed)
 
 
@@ -269,7 +269,7 @@ def _conv_now(proj, channels, live, past, newest):
 def _decode_kernel(
     proj, conv_weight, a_log, dt_bias, conv_state, state, raw, stride_b,
     L2_EPS: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr,
-    SPLIT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OVERLAP: tl.constexpr,
+    SPLIT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (Hv * SPLIT, B), SPLIT programs of BV columns for each value head: the state, in place, and S^T q into `raw`
     [B, Hv, Dv] float32. The conv state is left alone, because several programs read the same channels of it.
@@ -300,7 +300,7 @@ def _decode_kernel(
     a_log_h = tl.load(a_log + head)
     dt_bias_h = tl.load(dt_bias + head)
 
-    ready = after_previous(OVERLAP)
+    ready = after_previous(PDL)
     proj += ready
     state += ready
     raw += ready
@@ -328,7 +328,7 @@ def _decode_kernel(
 def _finish_kernel(
     proj, norm_weight, conv_state, raw, out, stride_b,
     EPS: tl.constexpr, HV: tl.constexpr, DV: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
-    SLICE: tl.constexpr, BV: tl.constexpr, FLAT: tl.constexpr, OVERLAP: tl.constexpr,
+    SLICE: tl.constexpr, BV: tl.constexpr, FLAT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """After `_decode_kernel`, grid (Hv, B): gated norm of one head, conv state of SLICE channels.
 
@@ -345,7 +345,7 @@ def _finish_kernel(
     z = tl.load(proj + CHANNELS + head * DV + cols, mask=in_v, other=0.0, cache_modifier=".cg").to(tl.float32)
     gate = tl.load(norm_weight + cols, mask=in_v, other=0.0).to(tl.float32) * z * tl.sigmoid(z)
     kept = _next_conv_state(proj, conv_state, first, count, 1, 0, WIDTH, FLAT, ".cg")
-    ready = after_previous(OVERLAP)
+    ready = after_previous(PDL)
     o = tl.load(raw + ready + (batch * HV + head) * DV + cols, mask=in_v, other=0.0)
     y = o * tl.rsqrt(tl.sum(o * o, axis=0) / DV + EPS) * gate
     tl.store(out + ready + (batch * HV + head) * DV + cols, y.to(out.dtype.element_ty), mask=in_v)
@@ -387,7 +387,7 @@ def gdn_decode(
     split, per_program = min(tuned["split"], pad_v), triton.cdiv(channels, num_v_heads)
     raw = torch.empty(batch, num_v_heads, head_v_dim, dtype=torch.float32, device=proj.device)
     out = torch.empty(batch, 1, num_v_heads * head_v_dim, dtype=proj.dtype, device=proj.device)
-    common = {"HV": num_v_heads, "DV": head_v_dim, "WIDTH": width, "OVERLAP": can_overlap(proj)}
+    common = {"HV": num_v_heads, "DV": head_v_dim, "WIDTH": width, "PDL": has_pdl(proj)}
     wrap_triton(_decode_kernel)[(num_v_heads * split, batch, 1)](
         proj, conv_weight, a_log, dt_bias, conv_state, recurrent_state, raw, proj.stride(0), L2_EPS=L2_EPS,
         HK=num_k_heads, DK=head_k_dim, SPLIT=split, BK=pad_k, BV=pad_v // split, num_warps=tuned["num_warps"], **common,

@@ -104,13 +104,13 @@ def _conv_kernel(
     proj, conv_weight, conv_state, lengths, qk_out, v_out, T, N, stride_b, stride_t,
     L2_EPS: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr,
     TAPS: tl.constexpr, SIZE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr, RUN: tl.constexpr,
-    HAS_LIVE: tl.constexpr,
+    HAS_VALID_LEN: tl.constexpr,
 ):  # fmt: skip
     """Grid (N * SIZE / (ROWS * RUN), 2 Hk + Hv, B). Writes q (scaled) and k to `qk_out` [B, 2 Hk, N, SIZE, BK], v to `v_out`
     [B, Hv, N, SIZE, BV]; zeros past T, or past `lengths` [B]: such tokens leave the state as it is."""
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
-    if HAS_LIVE:
+    if HAS_VALID_LEN:
         T = tl.load(lengths + batch).to(tl.int32)
     start = tl.program_id(0) * (ROWS * RUN)
     proj += batch * stride_b
@@ -164,7 +164,7 @@ def _local_kernel(
     proj, a_log, dt_bias, lengths, qk_in, v_in, w_out, u_out, decay_out, to_end_out, T, stride_b, stride_t,
     HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, SIZE: tl.constexpr, LEVELS: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr, WIDEN: tl.constexpr,
-    HAS_LIVE: tl.constexpr,
+    HAS_VALID_LEN: tl.constexpr,
 ):  # fmt: skip
     """Grid (N, Hv, B). Writes w [SIZE, BK], u^T [BV, SIZE], and per token the log-decay since the chunk's start and the decay
     until its end, float32. Tokens past T, or past `lengths`, have k = v = 0, get beta = 0 and do not decay."""
@@ -173,7 +173,7 @@ def _local_kernel(
     chunk = tl.program_id(0)
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
-    if HAS_LIVE:
+    if HAS_VALID_LEN:
         T = tl.load(lengths + batch).to(tl.int32)
     slot = (batch * HV + head) * tl.num_programs(0) + chunk
     key_slot = (batch * (2 * HK) + HK + head // (HV // HK)) * tl.num_programs(0) + chunk
@@ -182,17 +182,17 @@ def _local_kernel(
     col = step[None, :]
     dim_k = tl.arange(0, BK)
     dim_v = tl.arange(0, BV)
-    live = chunk * SIZE + step < T
+    valid = chunk * SIZE + step < T
 
     gates = proj + batch * stride_b + (chunk * SIZE + step).to(tl.int64) * stride_t + GATES + head
-    b = tl.load(gates, mask=live, other=0.0).to(tl.float32)
-    a = tl.load(gates + HV, mask=live, other=0.0).to(tl.float32)
+    b = tl.load(gates, mask=valid, other=0.0).to(tl.float32)
+    a = tl.load(gates + HV, mask=valid, other=0.0).to(tl.float32)
     k = tl.load(qk_in + key_slot * (SIZE * BK) + (row * BK + dim_k[None, :]))
     v = tl.load(v_in + slot * (SIZE * BV) + (row * BV + dim_v[None, :]))  # early: used last
 
     log_decay, beta = _gates(a, b, tl.load(a_log + head), tl.load(dt_bias + head))
-    beta = tl.where(live, beta, 0.0)
-    log_decay = tl.where(live, log_decay, 0.0)
+    beta = tl.where(valid, beta, 0.0)
+    log_decay = tl.where(valid, log_decay, 0.0)
     decay = tl.cumsum(log_decay, axis=0)
     tl.store(decay_out + slot * SIZE + step, decay)
     tl.store(to_end_out + slot * SIZE + step, tl.exp(tl.sum(log_decay, axis=0) - decay))
@@ -214,7 +214,7 @@ def _scan_kernel(
     stride_t,
     HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
     SIZE: tl.constexpr, BK: tl.constexpr, PAD_V: tl.constexpr, BV: tl.constexpr, SLICE: tl.constexpr, FLAT: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr, HAS_LIVE: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, HAS_VALID_LEN: tl.constexpr,
 ):  # fmt: skip
     """Grid (PAD_V / BV, Hv, B). Writes fresh^T [PAD_V, SIZE] and S^T at the chunk's start [PAD_V, BK] per chunk, the final
     state, and a slice of the conv state, which only the first kernel reads."""
@@ -253,7 +253,7 @@ def _scan_kernel(
         u = next_u
         total = next_total
 
-    if HAS_LIVE:
+    if HAS_VALID_LEN:
         T = tl.load(lengths + batch).to(tl.int32)
     proj += batch * stride_b
     conv_state += batch * CHANNELS * (WIDTH - 1)
@@ -296,13 +296,13 @@ def _output_kernel(
     o = _dot(pair.to(q.dtype), tl.trans(fresh), PRECISION, WIDEN, acc=o)
 
     tokens = (chunk * SIZE + step).to(tl.int64)
-    live = (tokens < T)[:, None] & (dim_v < DV)[None, :]
+    inside = (tokens < T)[:, None] & (dim_v < DV)[None, :]
     at_z = (tokens * stride_t)[:, None] + (CHANNELS + head * DV + dim_v)[None, :]
-    z = tl.load(proj + batch * stride_b + at_z, mask=live, other=0.0).to(tl.float32)
+    z = tl.load(proj + batch * stride_b + at_z, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(norm_weight + dim_v, mask=dim_v < DV, other=0.0).to(tl.float32)
     y = o * tl.rsqrt(tl.sum(o * o, axis=1) / DV + EPS)[:, None] * weight[None, :] * (z * tl.sigmoid(z))
     at = ((batch * T + tokens) * (HV * DV))[:, None] + (head * DV + dim_v)[None, :]
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=live)
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
 
 
 @torch.library.triton_op("moeexp::gdn_prefill", mutates_args=("conv_state", "recurrent_state"))
@@ -319,11 +319,11 @@ def gdn_prefill(
     head_k_dim: int,
     head_v_dim: int,
     eps: float,
-    live: Tensor | None = None,
+    valid_len: Tensor | None = None,
 ) -> Tensor:
     """Any T >= 1, `reference_gdn_prefill` in four kernels ("chunked"). At T = 1 it is also a (slow) `gdn_decode`.
 
-    Shapes as in gated_delta.py's docstring; conv_state and recurrent_state are mutated, as if there were only `live` tokens
+    Shapes as in gated_delta.py's docstring; conv_state and recurrent_state are mutated, as if there were only `valid_len` tokens
     of each row where that is given. With bfloat16 activations q, k, v
     and the state are rounded to bfloat16 as operands of products, sums and the state itself stay float32. Scratch is about
     (1 + 2 Hk / Hv) Dk + 2 Dv + Dk Dv / chunk activations per value head and token. `ValueError` as `gdn_decode`, and for
@@ -346,8 +346,8 @@ def gdn_prefill(
     chunks = (tokens + size - 1) // size
     heads = {"HK": num_k_heads, "HV": num_v_heads, "DK": head_k_dim, "DV": head_v_dim}
     strides = (proj.stride(0), proj.stride(1))
-    lengths = proj if live is None else live  # not read without `live`
-    counts = {"HAS_LIVE": live is not None}
+    lengths = proj if valid_len is None else valid_len  # not read without `valid_len`
+    counts = {"HAS_VALID_LEN": valid_len is not None}
     # WIDEN: only the interpreter runs on the CPU.
     products = {"PRECISION": tuned["precision"], "WIDEN": proj.device.type == "cpu"}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from moeexp_kernels.parts import tuning
-from moeexp_kernels.parts.words import unpack_scales
+from moeexp_kernels.parts.int_dot import unpack_scales
 
 
 @triton.jit

@@ -12,7 +12,7 @@ brings two runs of 16 *consecutive* inputs, so that activations are read with ve
 `scales[..., 0]` is the scale s, `scales[..., 1]` the shift c; with the code q in 0..2^bits-1 and the middle code
 m = 2^(bits-1), the weight is (q - m) * s + c. Centring keeps c small, so float16 holds it without loss that matters.
 
-`kernel_for` chooses among three kernels. One row: a GEMV on int32 words of weights, see `words.py`. Up to 32 rows of quantised
+`kernel_for` chooses among three kernels. One row: a GEMV on packed words of weights, see `int_dot.py`. Up to 32 rows of quantised
 weights in groups of 64 or 128: `linear_tile.py`, which reads the weights once for all rows; from how many rows on, and up to
 how many, the tuning table says of each shape. More rows: `gemm.py`. Other weights stay with the GEMV up to GEMV_ROWS rows.
 The op `linear_tile` leaves 1 to 32 rows to the tile whatever the table says: then a row's result is the same to the bit.
@@ -32,9 +32,9 @@ from moeexp_kernels.ops.gemm import launch_gemm, launch_rms_norm
 from moeexp_kernels.ops.linear_tile import launch_tile, tile_serves
 from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.checks import FLOATS, check_argument
-from moeexp_kernels.parts.pdl import after_previous, can_overlap
+from moeexp_kernels.parts.int_dot import dot_rows, load_norm, load_row_features, load_rows
+from moeexp_kernels.parts.pdl import after_previous, has_pdl
 from moeexp_kernels.parts.prefetch import ahead_lengths, bring_into_l2
-from moeexp_kernels.parts.words import dot_rows, load_norm, load_row_features, load_rows
 
 MIDDLE_CODE = {4: 8, 8: 128}
 
@@ -102,8 +102,8 @@ def reference_linear(
 def gemv_kernel(
     x_ptr, w_ptr, s_ptr, norm_ptr, res_ptr, y_ptr, ahead_ptr, ahead_s_ptr, x_stride, res_stride,
     EPS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
-    HALF: tl.constexpr, WORDS: tl.constexpr, CHUNK: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    PLANES: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr, AHEAD: tl.constexpr, AHEAD_SCALES: tl.constexpr,
+    HALF: tl.constexpr, WORDS: tl.constexpr, VECTOR: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    LIMBS: tl.constexpr, FAST: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr, AHEAD_SCALES: tl.constexpr,
     BLOCK_N: tl.constexpr, TILES: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] for one m and TILES x BLOCK_N outputs n. Grid (blocks * M), m fastest: programs that share weights start
@@ -119,29 +119,29 @@ def gemv_kernel(
         s_ptr += start * (2 * (K // GROUP))
     rows_left = tl.minimum(N - start, BLOCK_N * TILES).to(tl.int32)
     row = tl.arange(0, BLOCK_N)
-    words, pair = load_rows(w_ptr, s_ptr, row, row < rows_left, K, GROUP, BITS, WORDS, CHUNK, CACHE)
+    words, pair = load_rows(w_ptr, s_ptr, row, row < rows_left, K, GROUP, BITS, WORDS, VECTOR, CACHE)
     norm_low, norm_high = load_norm(norm_ptr, HAS_NORM, K, GROUP, BITS, WORDS)
     if AHEAD:  # behind this program's own reads, and before it waits
         rows_left += bring_into_l2(ahead_ptr, AHEAD)
     if AHEAD_SCALES:
         rows_left += bring_into_l2(ahead_s_ptr, AHEAD_SCALES)
-    ready = after_previous(OVERLAP)
+    ready = after_previous(PDL)
     x_ptr += ready
     res_ptr += m * res_stride + start + ready
     y_ptr += m * N + start + ready
     extra = load_extra(res_ptr, row, rows_left, HAS_RESIDUAL, "")  # at once: after the sums all would wait for it
     x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit, r = load_row_features(
-        x_ptr + m * x_stride, norm_low, norm_high, EPS, HAS_NORM, K, GROUP, BITS, WORDS, CHUNK, PLANES
+        x_ptr + m * x_stride, norm_low, norm_high, EPS, HAS_NORM, K, GROUP, BITS, WORDS, VECTOR, LIMBS
     )
     for tile in range(TILES):
         here = row + tile * BLOCK_N
         ahead_words, ahead_pair, ahead_extra = words, pair, extra
         if TILES > 1:  # the next rows are on their way while these are summed; beyond the last nothing is read
             ahead = here + BLOCK_N
-            ahead_words, ahead_pair = load_rows(w_ptr, s_ptr, ahead, ahead < rows_left, K, GROUP, BITS, WORDS, CHUNK, CACHE)
+            ahead_words, ahead_pair = load_rows(w_ptr, s_ptr, ahead, ahead < rows_left, K, GROUP, BITS, WORDS, VECTOR, CACHE)
             ahead_extra = load_extra(res_ptr, ahead, rows_left, HAS_RESIDUAL, "")
         y = r * dot_rows(
-            words, pair, x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit, BITS, HALF, FAST, BLOCK_N, WORDS, CHUNK, PLANES
+            words, pair, x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit, BITS, HALF, FAST, BLOCK_N, WORDS, VECTOR, LIMBS
         )
         if HAS_RESIDUAL:
             y += extra
@@ -163,14 +163,14 @@ def load_extra(res_ptr, row, rows_left, HAS_RESIDUAL: tl.constexpr, CACHE: tl.co
 GEMV_ROWS = 8  # beyond, a weight is used often enough for tensor cores
 
 
-def word_counts(*, bits: int, in_features: int, group: int, run: int = 4) -> tuple[int, int]:
-    """(WORDS, CHUNK) of the GEMV: words of a row, rounded up to a power of 2, and words per scale: at most `run`, the words
-    that a thread loads at once (a power of 2)."""
-    return triton.next_power_of_2(in_features * bits // 32), math.gcd(run, group * bits // 32)
+def word_counts(*, bits: int, in_features: int, group: int, most: int = 4) -> tuple[int, int]:
+    """(WORDS, VECTOR) of the GEMV: words of a row, rounded up to a power of 2, and the vector width, the words
+    that a thread loads at once: `most` (a power of 2), fewer where a scale is for fewer."""
+    return triton.next_power_of_2(in_features * bits // 32), math.gcd(most, group * bits // 32)
 
 
-def planes(dtype: torch.dtype) -> int:
-    """16-bit integers for each activation: one is finer than a 2-byte dtype, float32 takes two."""
+def int16_limbs(dtype: torch.dtype) -> int:
+    """16-bit limbs of an activation: one is finer than a 2-byte dtype, float32 takes two."""
     return 2 if dtype == torch.float32 else 1
 
 
@@ -243,18 +243,18 @@ def launch_gemv(
 ) -> None:  # fmt: skip
     """out [M, N] = residual + norm(x [M, K]) @ weight.T; all flat, checked, and out contiguous."""
     rows, features = weight.shape[0], x.shape[1]
-    words, chunk = word_counts(bits=bits, in_features=features, group=group)
+    words, vector = word_counts(bits=bits, in_features=features, group=group)
     config = config or gemv_config(bits=bits, rows=rows, in_features=features, arch=tuning.architecture(x.device))
     grid = (x.shape[0] * triton.cdiv(rows, config["BLOCK_N"] * config["TILES"]),)
-    bring, bring_scales = ahead_lengths(ahead, ahead_scales) if can_overlap(x) else (0, 0)  # both need Hopper
+    bring, bring_scales = ahead_lengths(ahead, ahead_scales) if has_pdl(x) else (0, 0)  # both need Hopper
     wrap_triton(gemv_kernel)[grid](
         x, weight, weight if scales is None else scales, x if norm_weight is None else norm_weight,
         x if residual is None else residual, out, weight if ahead is None else ahead,
         weight if ahead_scales is None else ahead_scales, x.stride(0), 0 if residual is None else residual.stride(0),
         EPS=eps, M=x.shape[0], N=rows, K=features, GROUP=group, BITS=bits, HALF=weight.dtype == torch.float16,
-        WORDS=words, CHUNK=chunk,
+        WORDS=words, VECTOR=vector,
         HAS_NORM=norm_weight is not None, HAS_RESIDUAL=residual is not None, FAST=x.is_cuda,
-        PLANES=planes(x.dtype), OVERLAP=can_overlap(x), AHEAD=bring, AHEAD_SCALES=bring_scales, **config,
+        LIMBS=int16_limbs(x.dtype), PDL=has_pdl(x), AHEAD=bring, AHEAD_SCALES=bring_scales, **config,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from torch.library import wrap_triton
 from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.int8_tile import GROUPS_SERVED, load_tile, multiply_tile
 from moeexp_kernels.parts.limbs import empty_limbs, limbs_of, store_limbs
-from moeexp_kernels.parts.pdl import after_previous, can_overlap, start_next
+from moeexp_kernels.parts.pdl import after_previous, has_pdl, start_next
 from moeexp_kernels.parts.prefetch import ahead_lengths, bring_into_l2
 
 MOST_ROWS = 32
@@ -26,7 +26,7 @@ MOST_ROWS = 32
 def limbs_kernel(
     x_ptr, norm_ptr, limbs_ptr, units_ptr, gate_ptr, gates_ptr,
     EPS: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, LIMBS: tl.constexpr,
-    HAS_NORM: tl.constexpr, HAS_GATE: tl.constexpr, OVERLAP: tl.constexpr, START_NEXT: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_GATE: tl.constexpr, PDL: tl.constexpr, START_NEXT: tl.constexpr,
 ):  # fmt: skip
     """Limbs and units of norm(x), a program a row; GROUPS = K / GROUP, rounded up to a power of 2. HAS_GATE: also
     gates[m] = sigmoid(norm(x) @ gate). START_NEXT: the product's kernel starts, and asks for its weights, while this one still
@@ -38,8 +38,8 @@ def limbs_kernel(
         norm = 1.0 + tl.load(norm_ptr + k, mask=mask, other=0.0).to(tl.float32)
     if HAS_GATE:
         gate = tl.load(gate_ptr + k, mask=mask, other=0.0).to(tl.float32)
-    x_ptr += start_next(OVERLAP and START_NEXT)
-    ready = after_previous(OVERLAP)
+    x_ptr += start_next(PDL and START_NEXT)
+    ready = after_previous(PDL)
     x_ptr += ready
     limbs_ptr += m * (LIMBS * K) + ready
     units_ptr += m * (K // GROUP * 2) + ready
@@ -57,7 +57,7 @@ def limbs_kernel(
 def linear_tile_kernel(
     limbs_ptr, units_ptr, w_ptr, s_ptr, res_ptr, y_ptr, ahead_ptr, ahead_s_ptr, M,
     N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr, AHEAD: tl.constexpr, AHEAD_SCALES: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, FAST: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr, AHEAD_SCALES: tl.constexpr,
     BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr,
     PASSES: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
@@ -74,7 +74,7 @@ def linear_tile_kernel(
         rows_left += bring_into_l2(ahead_ptr, AHEAD)
     if AHEAD_SCALES:
         rows_left += bring_into_l2(ahead_s_ptr, AHEAD_SCALES)
-    ready = after_previous(OVERLAP)
+    ready = after_previous(PDL)
     limbs_ptr += ready
     units_ptr += ready
     res_ptr += start + ready
@@ -125,7 +125,7 @@ def launch_limbs(
         x, x if norm_weight is None else norm_weight, limbs, units, x if gate is None else gate,
         units if gates is None else gates, EPS=eps, K=features, GROUP=group,
         GROUPS=triton.next_power_of_2(features // group), LIMBS=limbs_of(dtype), HAS_NORM=norm_weight is not None,
-        HAS_GATE=gate is not None, OVERLAP=can_overlap(x), **(config | launch),
+        HAS_GATE=gate is not None, PDL=has_pdl(x), **(config | launch),
     )  # fmt: skip
     return limbs, units
 
@@ -143,16 +143,16 @@ def launch_product(
 ) -> None:  # fmt: skip
     """out [M, N] = residual + activations in limbs [M, LIMBS, K] @ weight.T; all flat, checked, and out contiguous."""
     rows, _, features = limbs.shape
-    out_features, cuda, overlap = weight.shape[0], limbs.is_cuda, can_overlap(limbs)
+    out_features, cuda, pdl = weight.shape[0], limbs.is_cuda, has_pdl(limbs)
     key = tile_key(bits=bits, out_features=out_features, features=features, rows=rows)
     config = config or tuning.lookup("linear_tile", key, tuning.architecture(limbs.device))
-    bring, bring_scales = ahead_lengths(ahead, ahead_scales) if overlap else (0, 0)
+    bring, bring_scales = ahead_lengths(ahead, ahead_scales) if pdl else (0, 0)
     groups = triton.next_power_of_2(features // group)
     wrap_triton(linear_tile_kernel)[(triton.cdiv(out_features, config["BLOCK_N"]),)](
         limbs, units, weight, scales, out if residual is None else residual, out, weight if ahead is None else ahead,
         scales if ahead_scales is None else ahead_scales, rows,
         N=out_features, K=features, GROUP=group, GROUPS=groups, BITS=bits, HAS_RESIDUAL=residual is not None,
-        FAST=cuda, OVERLAP=overlap, AHEAD=bring, AHEAD_SCALES=bring_scales,
+        FAST=cuda, PDL=pdl, AHEAD=bring, AHEAD_SCALES=bring_scales,
         BLOCKS=triton.cdiv(rows, config["COLUMNS"]), num_stages=1,
         **tile_constants(groups=groups, config=config, cuda=cuda),
     )  # fmt: skip

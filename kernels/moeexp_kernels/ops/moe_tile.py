@@ -31,7 +31,7 @@ from moeexp_kernels.ops.linear_tile import MOST_ROWS, launch_limbs, tile_constan
 from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.int8_tile import load_tile, multiply_tile
 from moeexp_kernels.parts.limbs import limbs_of
-from moeexp_kernels.parts.pdl import after_previous, can_overlap
+from moeexp_kernels.parts.pdl import after_previous, has_pdl
 
 COLUMNS = 8  # tokens of a program: the least that the instruction takes, and more than an expert mostly has
 
@@ -82,7 +82,7 @@ def weights_of(
 def gate_up_tile_kernel(
     limbs_ptr, units_ptr, ids_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, act_ptr, M,
     TOP_K: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
-    GROUPS: tl.constexpr, BITS: tl.constexpr, LIMBS: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr,
+    GROUPS: tl.constexpr, BITS: tl.constexpr, LIMBS: tl.constexpr, FAST: tl.constexpr, PDL: tl.constexpr,
     COLUMNS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_I: tl.constexpr, PASSES: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """act [A + M, I] float32, without the pairs' shares. Grid (blocks of I, pairs + blocks of tokens). Before the wait it reads
@@ -97,7 +97,7 @@ def gate_up_tile_kernel(
     if count == 0:  # without a wait: the shared expert's programs wait for all
         return
     tile = load_tile(w_ptr, s_ptr, WIDTH - start, K, GROUP, GROUPS, BITS, 2 * BLOCK_I, PASSES, CACHE, APART=WIDTH)
-    ready = after_previous(OVERLAP)
+    ready = after_previous(PDL)
     limbs_ptr += ready
     units_ptr += ready
     act_ptr += ready
@@ -116,7 +116,7 @@ def gate_up_tile_kernel(
 def down_tile_kernel(
     limbs_ptr, units_ptr, ids_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, out_ptr, M,
     TOP_K: tl.constexpr, PAIRS: tl.constexpr, D: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
-    BITS: tl.constexpr, LIMBS: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr, COLUMNS: tl.constexpr,
+    BITS: tl.constexpr, LIMBS: tl.constexpr, FAST: tl.constexpr, PDL: tl.constexpr, COLUMNS: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_D: tl.constexpr, PASSES: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """out [A + M, D] float32 of act in limbs [A + M, LIMBS, K]; K is the experts' width. Grid (blocks of D, pairs + blocks of
@@ -131,7 +131,7 @@ def down_tile_kernel(
     if count == 0:
         return
     tile = load_tile(w_ptr, s_ptr, D - start, K, GROUP, GROUPS, BITS, BLOCK_D, PASSES, CACHE)
-    ready = after_previous(OVERLAP)
+    ready = after_previous(PDL)
     limbs_ptr += place * (LIMBS * K) + ready
     units_ptr += place * (2 * (K // GROUP)) + ready
     out_ptr += ready
@@ -143,7 +143,7 @@ def down_tile_kernel(
 @triton.jit
 def combine_tile_kernel(
     x_ptr, ids_ptr, weights_ptr, gates_ptr, out_ptr, y_ptr, M, x_stride,
-    TOP_K: tl.constexpr, SLOTS: tl.constexpr, PAIRS: tl.constexpr, D: tl.constexpr, OVERLAP: tl.constexpr,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, PAIRS: tl.constexpr, D: tl.constexpr, PDL: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """y[m] of the rows of out; SLOTS = TOP_K rounded up to a power of 2. Grid (blocks of D, M). Everything but out is older
@@ -157,7 +157,7 @@ def combine_tile_kernel(
     x = tl.load(x_ptr + m * x_stride + d, mask=d < D, other=0.0, cache_modifier=".cg").to(tl.float32)
     earlier = (ids[None, :] < expert[:, None]) | ((ids[None, :] == expert[:, None]) & (p < m * TOP_K)[None, :])
     row = tl.sum(earlier.to(tl.int32), axis=1)
-    ready = after_previous(OVERLAP)
+    ready = after_previous(PDL)
     out_ptr += ready
     y_ptr += ready
     shared = tl.load(out_ptr + (M * TOP_K + m) * D + d, mask=d < D, other=0.0)
@@ -188,13 +188,13 @@ def launch_moe_tile(
 ) -> None:  # fmt: skip
     """out [M, D] of x [M, D], all checked and served; up, back: (bits, group); config: the row of the tuning table."""
     (rows, features), top_k = x.shape, ids.shape[-1]
-    pairs, cuda, overlap = rows * top_k, x.is_cuda, can_overlap(x)
+    pairs, cuda, pdl = rows * top_k, x.is_cuda, has_pdl(x)
     wide = {"dtype": torch.float32, "device": x.device}
     gates = torch.empty((rows,), **wide)
     act = torch.empty((pairs + rows, width), **wide)
     routed = torch.empty((pairs + rows, features), **wide)
     # Enough for any number of tokens, so that the sums' code is the same for all.
-    places = {"TOP_K": top_k, "PAIRS": triton.next_power_of_2(MOST_ROWS * top_k), "OVERLAP": overlap}
+    places = {"TOP_K": top_k, "PAIRS": triton.next_power_of_2(MOST_ROWS * top_k), "PDL": pdl}
     common = places | {"LIMBS": limbs_of(x.dtype), "FAST": cuda, "COLUMNS": COLUMNS, "num_stages": 1}
 
     def product(kernel, limbs, stored, result, *, block, launch, groups, **shape):

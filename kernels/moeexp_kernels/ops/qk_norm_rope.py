@@ -14,7 +14,7 @@ from torch.library import triton_op, wrap_triton
 from moeexp_kernels.ops.attention import block_d, check_cache, tuned
 from moeexp_kernels.ops.linear import rms_norm
 from moeexp_kernels.parts.checks import check_argument
-from moeexp_kernels.parts.pdl import after_previous, can_overlap
+from moeexp_kernels.parts.pdl import after_previous, has_pdl
 
 
 def reference_qk_norm_rope(
@@ -28,12 +28,12 @@ def reference_qk_norm_rope(
     v_cache: Tensor,
     num_heads: int,
     eps: float,
-    live: Tensor | None = None,
+    valid_len: Tensor | None = None,
     attention_factor: float = 1.0,
 ) -> Tensor:
     """Writes this call's keys and values into the caches; returns the rotated queries [B, T, H, Dh], qkv's dtype.
 
-    live [B] int64 in 1..T: keys and values of only so many tokens of each row are written. None: all T.
+    valid_len [B] int64 in 1..T: keys and values of only so many tokens of each row are written. None: all T.
     attention_factor: times cosine and sine, so of the rotary dims alone (YaRN, arXiv 2309.00071, section 3.4)."""
     batch, kv_heads, _, head_dim = k_cache.shape
     tokens = qkv.shape[1]
@@ -54,9 +54,9 @@ def reference_qk_norm_rope(
     q = rotate(rms_norm(x=q, weight=q_norm, eps=eps)).to(qkv.dtype)
     k = rotate(rms_norm(x=k, weight=k_norm, eps=eps)).to(qkv.dtype)
     rows = torch.arange(batch, device=qkv.device)[:, None]
-    if live is not None:
+    if valid_len is not None:
         # Tokens that do not count write what the last one that does writes: there is no write to leave out.
-        index = torch.minimum(torch.arange(tokens, device=qkv.device), live[:, None] - 1)
+        index = torch.minimum(torch.arange(tokens, device=qkv.device), valid_len[:, None] - 1)
         slots, k, v = positions[:, None] + index, k[rows, index], v[rows, index]
     # index_put_, not `cache[...] = k`: the latter strips leading ones from the value, which forbids exporting T = 1.
     k_cache.transpose(1, 2).index_put_((rows, slots), k)
@@ -113,8 +113,8 @@ def _qk_norm_rope_kernel(
     qkv, q_norm, k_norm, inv_freq, positions, lengths, k_cache, v_cache, out, tokens, slots,
     qkv_stride_b, qkv_stride_t, cache_stride_b, cache_stride_h,
     H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr, FACTOR: tl.constexpr,
-    BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LIVE: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_D: tl.constexpr, HAS_VALID_LEN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (T, H + Hkv, B): one query head, or one key head with its value head.
 
@@ -124,7 +124,7 @@ def _qk_norm_rope_kernel(
     slot = tl.load(positions + b, cache_modifier=".cg") + t
     if head < H:
         first, second, tail, cos, sin = _load_rotation(q_norm, inv_freq, slot, DH, HALF, FACTOR, BLOCK_HALF, BLOCK_REST)
-        ready = after_previous(OVERLAP)
+        ready = after_previous(PDL)
         source = row + ready + head * 2 * DH
         target = out + ready + ((b * tokens + t) * H + head) * DH
         _norm_rotate_store(
@@ -134,12 +134,12 @@ def _qk_norm_rope_kernel(
         kv_head = head - H
         # A slot outside the cache is refused before launch; should one get here, no other memory is harmed.
         counts = (slot >= 0) & (slot < slots)
-        if HAS_LIVE:
+        if HAS_VALID_LEN:
             counts = counts & (t < tl.load(lengths + b, cache_modifier=".cg"))
         stored = tl.where(counts, DH, 0)
         cell = b * cache_stride_b + kv_head.to(tl.int64) * cache_stride_h + slot * DH
         first, second, tail, cos, sin = _load_rotation(k_norm, inv_freq, slot, DH, HALF, FACTOR, BLOCK_HALF, BLOCK_REST)
-        ready = after_previous(OVERLAP)
+        ready = after_previous(PDL)
         source = row + ready + 2 * H * DH + kv_head * DH
         cell += ready
         d = tl.arange(0, BLOCK_D)
@@ -161,7 +161,7 @@ def qk_norm_rope(
     v_cache: Tensor,
     num_heads: int,
     eps: float,
-    live: Tensor | None = None,
+    valid_len: Tensor | None = None,
     attention_factor: float = 1.0,
 ) -> Tensor:
     """`reference_qk_norm_rope` as one kernel, any T. [B, T, H, Dh] in qkv's dtype; writes slots [pos, pos+T) of both caches.
@@ -184,11 +184,11 @@ def qk_norm_rope(
     check_argument(positions, name="positions", shape=(batch,), dtypes=(torch.int64,))
     out = torch.empty((batch, tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     wrap_triton(_qk_norm_rope_kernel)[(tokens, num_heads + kv_heads, batch)](
-        qkv, q_norm, k_norm, inv_freq, positions, positions if live is None else live, k_cache, v_cache, out, tokens, slots,
-        qkv.stride(0), qkv.stride(1), k_cache.stride(0), k_cache.stride(1),
+        qkv, q_norm, k_norm, inv_freq, positions, positions if valid_len is None else valid_len, k_cache, v_cache, out, tokens,
+        slots, qkv.stride(0), qkv.stride(1), k_cache.stride(0), k_cache.stride(1),
         H=num_heads, HKV=kv_heads, DH=head_dim, HALF=half, EPS=eps, FACTOR=attention_factor,
         BLOCK_HALF=triton.next_power_of_2(half), BLOCK_REST=triton.next_power_of_2(max(head_dim - 2 * half, 1)),
         BLOCK_D=block_d(head_dim),
-        HAS_LIVE=live is not None, OVERLAP=can_overlap(qkv), num_warps=tuned("qk_norm_rope", out)["num_warps"],
+        HAS_VALID_LEN=valid_len is not None, PDL=has_pdl(qkv), num_warps=tuned("qk_norm_rope", out)["num_warps"],
     )  # fmt: skip
     return out

@@ -8,7 +8,7 @@ Shape letters: B batch, T tokens of this call, D hidden, E experts, k experts pe
     expert_ids   [B, S, k] int32, a trace of the choices; updated in place
 
 `router` is two kernels, logits and choice: one CTA alone would read the weights at a hundredth of the GPU's bandwidth, and
-CTAs that hand over to one another, or experts that choose for themselves, won nothing (docs/log.md).
+CTAs that hand over to one another, or a router fused into the expert kernels, won nothing (docs/log.md).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from moeexp_kernels.ops.gemm import launch_gemm, launch_rms_norm
 from moeexp_kernels.ops.linear import flat_rows, launch_gemv, rms_norm, weight_format
 from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.checks import FLOATS, check_argument
-from moeexp_kernels.parts.pdl import after_previous, can_overlap
+from moeexp_kernels.parts.pdl import after_previous, has_pdl
 
 
 def reference_router(
@@ -36,12 +36,12 @@ def reference_router(
     top_k: int,
     positions: Tensor,
     expert_ids: Tensor,
-    live: Tensor | None = None,
+    valid_len: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(norm(x) @ weight.T), its k largest, renormalised to sum 1.
 
     weight [E, D] plain; positions [B] int64; expert_ids [B, S, k] int32 is a trace, written in place at slots
-    [pos, pos + T), or [pos, pos + live) where live [B] int64 in 1..T is given. Returns (ids [B, T, k] int32, weights
+    [pos, pos + T), or [pos, pos + valid_len) where valid_len [B] int64 in 1..T is given. Returns (ids [B, T, k] int32, weights
     [B, T, k] float32), largest first."""
     batch, tokens = x.shape[:2]
     logits = F.linear(rms_norm(x=x, weight=norm_weight, eps=eps), weight.float())
@@ -49,8 +49,8 @@ def reference_router(
     ids = ids.to(torch.int32)
     rows = torch.arange(batch, device=x.device)[:, None]
     slots, traced = positions[:, None] + torch.arange(tokens, device=x.device), ids
-    if live is not None:  # as in reference_qk_norm_rope
-        index = torch.minimum(torch.arange(tokens, device=x.device), live[:, None] - 1)
+    if valid_len is not None:  # as in reference_qk_norm_rope
+        index = torch.minimum(torch.arange(tokens, device=x.device), valid_len[:, None] - 1)
         slots, traced = positions[:, None] + index, ids[rows, index]
     slots = torch.where(slots >= 0, slots, expert_ids.shape[1])  # a position that is none must fail as an index
     # index_put_, not `expert_ids[...] = ids`: the latter strips leading ones, which forbids exporting T = 1.
@@ -90,17 +90,17 @@ def choice(
 @triton.jit
 def choose_experts_kernel(
     logits_ptr, ids_ptr, weights_ptr, trace_ptr, positions_ptr, lengths_ptr, T, S, trace_stride_b, trace_stride_s,
-    E: tl.constexpr, E_PADDED: tl.constexpr, TOP_K: tl.constexpr, K_PADDED: tl.constexpr, HAS_LIVE: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    E: tl.constexpr, E_PADDED: tl.constexpr, TOP_K: tl.constexpr, K_PADDED: tl.constexpr, HAS_VALID_LEN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """The `choice` of one token, stored: ids, weights, and the trace where its position counts. Grid (tokens). Positions are
     older than a step: past L1, which may hold the last token's."""
     m = tl.program_id(0).to(tl.int64)
     position = tl.load(positions_ptr + m // T, cache_modifier=".cg") + m % T
     length = tl.cast(T, tl.int64)
-    if HAS_LIVE:
+    if HAS_VALID_LEN:
         length = tl.load(lengths_ptr + m // T, cache_modifier=".cg")
-    ready = after_previous(OVERLAP)
+    ready = after_previous(PDL)
     ids, shares = choice(logits_ptr + ready + m * E, E, E_PADDED, TOP_K, K_PADDED)
     slot = tl.arange(0, K_PADDED)
     tl.store(ids_ptr + ready + m * TOP_K + slot, ids, mask=slot < TOP_K)
@@ -149,7 +149,7 @@ def router(
     top_k: int,
     positions: Tensor,
     expert_ids: Tensor,
-    live: Tensor | None = None,
+    valid_len: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`reference_router` on the GPU; the same arguments, by keyword. Equal logits: the lowest index first.
 
@@ -174,8 +174,8 @@ def router(
         precision = "ieee" if flat.dtype == torch.float32 else "tf32x3"
         launch_gemm(x=h, precision=precision, config=tuning.lookup("router_gemm", key, arch), **common)
     wrap_triton(choose_experts_kernel)[(flat.shape[0],)](
-        logits, ids, weights, expert_ids, positions, positions if live is None else live, tokens, expert_ids.shape[1],
+        logits, ids, weights, expert_ids, positions, positions if valid_len is None else valid_len, tokens, expert_ids.shape[1],
         expert_ids.stride(0), expert_ids.stride(1), E=experts, E_PADDED=triton.next_power_of_2(experts), TOP_K=top_k,
-        HAS_LIVE=live is not None, K_PADDED=triton.next_power_of_2(top_k), OVERLAP=can_overlap(x), num_warps=1,
+        HAS_VALID_LEN=valid_len is not None, K_PADDED=triton.next_power_of_2(top_k), PDL=has_pdl(x), num_warps=1,
     )  # fmt: skip
     return ids, weights

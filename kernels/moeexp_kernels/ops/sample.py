@@ -7,7 +7,7 @@ Shape letters: B batch, V vocabulary, C chunks of the vocabulary (one program ea
                 writing the seed and offset again repeats the draws. Rows of a batch draw independently.
     returns     [B, 1] int64
 
-A draw is an exponential race (Gumbel-max): the token with the largest x/temperature - log(E), E ~ Exp(1), is
+A draw is a Gumbel-argmax: the token with the largest x/temperature - log(E), E ~ Exp(1), is
 distributed as softmax(x/temperature). The noise is Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as
 1, 2, 3", SC 2011) of (token, offset, row) under the seed, so that it depends on neither the grid nor the filter.
 
@@ -70,7 +70,7 @@ def reference_words(seed_state: Tensor, rows: int, tokens: int) -> Tensor:
 
 
 def reference_scores(*, logits: Tensor, seed_state: Tensor, temperature: float) -> Tensor:
-    """[B, V] float32: what each token brings to the race, before filters."""
+    """[B, V] float32: each token's score, before filters."""
     rows, _, tokens = logits.shape
     uniform = (reference_words(seed_state, rows, tokens).float() * 2.0**-32 + 2.0**-33).clamp(max=1 - 2.0**-24)
     return logits[:, 0].float() / temperature - (-torch.log1p(-uniform)).log()
@@ -106,7 +106,7 @@ def _pack(x, token):
 
 @triton.jit
 def _exponential(seed_state, token, row):
-    """Exp(1) noise. Small values decide a race, so they keep full relative precision (log alone would lose it)."""
+    """Exp(1) noise. Small values decide a draw, so they keep full relative precision (log alone would lose it)."""
     seed, offset = tl.load(seed_state), tl.load(seed_state + 1)
     zero = token * 0
     offset_low, offset_high = (offset & 0xFFFFFFFF).to(tl.uint32), ((offset >> 32) & 0xFFFFFFFF).to(tl.uint32)
@@ -195,7 +195,7 @@ def _chunk_best_kernel(
     STEPS: tl.constexpr, INVERSE_T: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BY_MASS: tl.constexpr,
     NOISE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_CHUNKS: tl.constexpr, DIGITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (C, B): best [B, C] int64, the packed winner of a chunk, among all its logits, or (NOISE) of the race among those
+    """Grid (C, B): best [B, C] int64, the packed winner of a chunk, among all its logits, or (NOISE) of the draw among those
     that the STEPS of searches left."""
     chunk, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     token = chunk * BLOCK + tl.arange(0, BLOCK)

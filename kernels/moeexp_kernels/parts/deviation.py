@@ -34,7 +34,7 @@ class Rows:
 
 
 def quotient(value: Tensor | float, base: Tensor | float) -> float:
-    """value / base; 0/0 is 0 (nothing is off), anything else that is not a number is inf (fails every gate)."""
+    """value / base; 0/0 is 0 (nothing is off), anything else that is not a number is inf (fails every tolerance)."""
     value, base = float(value), float(base)
     if value == 0 and not math.isnan(base):
         return 0.0

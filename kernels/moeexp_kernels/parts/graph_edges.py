@@ -1,7 +1,7 @@
-"""Turns a captured graph's edges into programmatic ones, so that a kernel starts while the one before it still runs.
+"""PDL in a captured graph: edges become programmatic, so that a kernel starts while the one before it still runs.
 
 Works on the graph and not on launches, because it then serves every way to make a method: neither AOTInductor nor eager
-code needs to know. Only a kernel that waits by itself may start early: those of `overlap.OVERLAPPING`.
+code needs to know. Only kernels that wait by themselves may have such an edge: `pdl.PDL_KERNELS`.
 Source: CUDA driver API, graph management, `CUgraphEdgeData` (CUDA 12.3 and later; kernels of sm_90 and later).
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Collection
 
-from moeexp_kernels.parts.pdl import OVERLAPPING
+from moeexp_kernels.parts.pdl import PDL_KERNELS
 
 KERNEL_NODE = 0
 # Memory that the graph allocates and frees itself, as captures do under cudaMallocAsync. The driver lets no edge of such a
@@ -34,8 +34,8 @@ class _KernelNodeParams(ctypes.Structure):
     ]
 
 
-def start_early(graph: int, *, pairs: Collection[tuple[str, str]] | None = None) -> int:
-    """Makes every full edge between two of the kernels `OVERLAPPING` programmatic, or only those between the named `pairs`
+def add_pdl_edges(graph: int, *, pairs: Collection[tuple[str, str]] | None = None) -> int:
+    """Makes every full edge between two of the kernels `PDL_KERNELS` programmatic, or only those between the named `pairs`
     (earlier, later). Both kernels must wait: the earlier one is to let go only when all before it is complete, on which the
     later one may rely. graph: a `cudaGraph_t` that is not yet instantiated. Returns how many edges were changed, 0 for a
     graph that allocates memory itself; `RuntimeError` where the driver fails."""
@@ -53,13 +53,13 @@ def start_early(graph: int, *, pairs: Collection[tuple[str, str]] | None = None)
     changed = 0
     for source, target, edge in zip(sources, targets, data, strict=True):
         names = _kernel_name(cuda, source), _kernel_name(cuda, target)
-        wanted = set(names) <= set(OVERLAPPING) and (pairs is None or names in pairs)
+        wanted = set(names) <= set(PDL_KERNELS) and (pairs is None or names in pairs)
         if edge.type == PROGRAMMATIC_TYPE or not wanted:
             continue
         one = ((ctypes.c_void_p * 1)(source), (ctypes.c_void_p * 1)(target))
         _call(cuda, "cuGraphRemoveDependencies_v2", handle, *one, (_EdgeData * 1)(edge), ctypes.c_size_t(1))
-        early = _EdgeData(from_port=PROGRAMMATIC_PORT, type=PROGRAMMATIC_TYPE)
-        _call(cuda, "cuGraphAddDependencies_v2", handle, *one, (_EdgeData * 1)(early), ctypes.c_size_t(1))
+        programmatic = _EdgeData(from_port=PROGRAMMATIC_PORT, type=PROGRAMMATIC_TYPE)
+        _call(cuda, "cuGraphAddDependencies_v2", handle, *one, (_EdgeData * 1)(programmatic), ctypes.c_size_t(1))
         changed += 1
     return changed
 
@@ -86,4 +86,4 @@ def _kernel_name(cuda: ctypes.CDLL, node: int) -> str | None:
 def _call(cuda: ctypes.CDLL, function: str, *arguments) -> None:
     status = getattr(cuda, function)(*arguments)
     if status != 0:
-        raise RuntimeError(f"{function} failed with CUDA driver error {status}: use overlap=false")
+        raise RuntimeError(f"{function} failed with CUDA driver error {status}: use pdl=false")

@@ -26,8 +26,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moeexp_kernels.parts.int_dot import unpack_scales
 from moeexp_kernels.parts.limbs import FINER, ROUND, ROUND_BITS
-from moeexp_kernels.parts.words import unpack_scales
 
 GROUPS_SERVED = (64, 128)  # the instruction takes 32 bytes of a half at a time; sums of larger groups are not tested
 

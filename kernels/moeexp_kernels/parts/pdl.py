@@ -1,11 +1,11 @@
-"""Programmatic dependent launch: a kernel may start while the one before it still runs, and fetch its weights meanwhile.
+"""Programmatic dependent launch (PDL): a kernel may start while the one before it still runs, and fetch its weights meanwhile.
 
 A kernel calls `after_previous` once in every program, adds what it returns (0) to the pointers it touches afterwards, and
 touches before it only what neither the previous kernel nor anything still running can write: weights, the state that it
 alone writes, positions, and results of the kernel before the previous. As much as that allows is done before: afterwards the
 whole GPU waits for each load and each reduction. The last kind is safe because the call waits *first* and lets the
-next kernel start *then*: when a kernel starts early, all programs of the previous one are past their own wait, so that
-everything before that one is complete and visible. A kernel that reads its own state early must not directly follow
+next kernel start *then*: when a kernel starts under PDL, all programs of the previous one are past their own wait, so that
+everything before that one is complete and visible. A kernel that reads its own state before its wait must not directly follow
 another call on the same state; in a model its layer's other kernels stand between. A program that has nothing to do may leave
 without a wait, as long as others of its kernel wait.
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from moeexp_kernels.parts.tuning import architecture
 
 # Kernels that call `after_previous` on every path; a test compares the list with the sources.
-OVERLAPPING = (
+PDL_KERNELS = (
     "gemv_kernel",
     "limbs_kernel",
     "linear_tile_kernel",
@@ -43,7 +43,7 @@ OVERLAPPING = (
     "_merge_kernel",
 )
 
-# Of these, the kernels (earlier, later) of one op: what may start early where an op is timed by itself.
+# Of these, the kernels (earlier, later) of one op: the edges that PDL may have where an op is timed by itself.
 WITHIN_AN_OP = (
     ("limbs_kernel", "linear_tile_kernel"),
     ("gemv_kernel", "choose_experts_kernel"),
@@ -58,11 +58,11 @@ WITHIN_AN_OP = (
 
 
 @triton.jit
-def start_next(OVERLAP: tl.constexpr):
+def start_next(PDL: tl.constexpr):
     """0; lets the next kernel start before this one waits. Only for a kernel that is followed, in its own op, by one that before
     its wait reads nothing but what is older than the kernel before this one, which may still run: weights, say."""
     zero = 0
-    if OVERLAP:
+    if PDL:
         known = tl.inline_asm_elementwise(
             "griddepcontrol.launch_dependents; mov.b32 $0, $1;",
             "=r,r",
@@ -76,10 +76,10 @@ def start_next(OVERLAP: tl.constexpr):
 
 
 @triton.jit
-def after_previous(OVERLAP: tl.constexpr):
+def after_previous(PDL: tl.constexpr):
     """0, known once the previous kernel is complete; a multiple of 16, so that pointers keep their alignment."""
     zero = 0
-    if OVERLAP:
+    if PDL:
         known = tl.inline_asm_elementwise(
             "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, $1;",
             "=r,r",
@@ -92,7 +92,7 @@ def after_previous(OVERLAP: tl.constexpr):
     return zero
 
 
-def can_overlap(tensor: Tensor) -> bool:
+def has_pdl(tensor: Tensor) -> bool:
     """Whether the tensor's GPU knows the instructions (Hopper and later); never asks CUDA about a CPU tensor."""
     if not tensor.is_cuda:
         return False

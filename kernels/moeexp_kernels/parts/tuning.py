@@ -27,8 +27,8 @@ FOLDER = Path(__file__).resolve().parents[1] / "tuned"
 DEFAULT = "default"
 ABOUT = "_about"  # the one entry of a table that is no op: where its rows were measured
 
-Row = dict[str, Any]
-OVERRIDES: dict[tuple[str, str], Row] = {}  # empty but within `override`
+LaunchParameters = dict[str, Any]
+OVERRIDES: dict[tuple[str, str], LaunchParameters] = {}  # empty but within `override`
 
 
 @cache
@@ -50,7 +50,7 @@ def current_architecture() -> str:
 
 
 @cache
-def table(name: str) -> dict[str, dict[str, Row]]:
+def table(name: str) -> dict[str, dict[str, LaunchParameters]]:
     """`tuned/<name>.json` as {op: {key: row}}; empty where there is no such file."""
     path = FOLDER / f"{name}.json"
     if not path.exists():
@@ -64,7 +64,7 @@ def _prefixes(key: str) -> list[str]:
 
 
 @cache
-def _find(op: str, key: str, arch: str) -> tuple[str, str, Row] | None:
+def _find(op: str, key: str, arch: str) -> tuple[str, str, LaunchParameters] | None:
     """(table's name, key of the row, row) that serves `key`, or None."""
     for name in (arch, DEFAULT):
         rows = table(name).get(op, {})
@@ -74,7 +74,7 @@ def _find(op: str, key: str, arch: str) -> tuple[str, str, Row] | None:
     return None
 
 
-def lookup(op: str, key: str, arch: str | None = None, *, rule: Row | None = None) -> Row:
+def lookup(op: str, key: str, arch: str | None = None, *, rule: LaunchParameters | None = None) -> LaunchParameters:
     """The row that serves `key` of `op` on `arch` (None: the current device's). Not to be changed by the caller.
 
     rule: what the op computes itself for shapes without a row; without one a missing row is a `LookupError`."""
@@ -102,7 +102,7 @@ def sources(arch: str | None = None) -> dict[str, str]:
 
 
 @contextmanager
-def override(op: str, key: str, row: Row) -> Iterator[None]:
+def override(op: str, key: str, row: LaunchParameters) -> Iterator[None]:
     """Within, `row` serves `key` and the keys that it begins, before any table: for the tuner's candidates and for tests.
     Only ops that run eagerly see it; what is compiled already keeps its rows."""
     before = OVERRIDES.get((op, key))
@@ -125,7 +125,7 @@ def activation_class(dtype: torch.dtype) -> str:
     return "single" if dtype == torch.float32 else "half"
 
 
-def write_table(name: str, tables: dict[str, dict[str, Row]], about: dict[str, str]) -> Path:
+def write_table(name: str, tables: dict[str, dict[str, LaunchParameters]], about: dict[str, str]) -> Path:
     """Writes `tuned/<name>.json`, a row a line, and forgets what was read before."""
     lines = [f'  "{ABOUT}": {json.dumps(about)}']
     for op, rows in sorted(tables.items()):

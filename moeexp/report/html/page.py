@@ -124,7 +124,7 @@ def _run(run: Run, index: int) -> Markup:
         said=[reason] * bool(reason) + record["notes"],
         command=command,
         named=named,
-        tables=joined(table.table(one) for one in (_gates(record), _kernels(record)) if one.rows),
+        tables=joined(table.table(one) for one in (_tolerances(record), _kernels(record)) if one.rows),
     )
 
 
@@ -142,17 +142,17 @@ def _command(record: dict[str, Any]) -> tuple[str | None, str]:
     return command, f"Run it only if you trust who wrote the record: {named}" if named else ""
 
 
-def _gates(record: dict[str, Any]) -> Table:
+def _tolerances(record: dict[str, Any]) -> Table:
     rows = [
-        [gate["gate"], gate["where"], format.number(gate["value"]), format.number(gate["limit"]), _verdict(gate)]
+        [row["tolerance"], row["where"], format.number(row["value"]), format.number(row["limit"]), _verdict(row)]
         for part in (record["check"] or {}).get("parts", [])
-        for gate in part["gates"]
+        for row in part["tolerances"]
     ]
-    return Table(["gate", "worst at", "value", "limit", "verdict"], rows)
+    return Table(["tolerance", "worst at", "value", "limit", "verdict"], rows)
 
 
-def _verdict(gate: dict[str, Any]) -> str:
-    return "passed" if gate["passed"] else "FAILED"
+def _verdict(row: dict[str, Any]) -> str:
+    return "passed" if row["passed"] else "FAILED"
 
 
 def _kernels(record: dict[str, Any]) -> Table:

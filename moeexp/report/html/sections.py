@@ -13,7 +13,7 @@ from moeexp.report.effects import main_effects
 from moeexp.report.format import number
 from moeexp.report.html import svg
 from moeexp.report.html import table as html_table
-from moeexp.report.html.svg import Bar, Point, Row, Scale
+from moeexp.report.html.svg import Bar, BarRow, Point, Scale
 from moeexp.report.html.template import heading, joined, paragraph, render
 from moeexp.report.intervals import tokens_per_step
 from moeexp.report.ratios import by_medians, legend, three, times
@@ -53,9 +53,9 @@ def _waterfall(runs: Sequence[Run], ranked: Sequence[Run]) -> Markup:
     return head + text if text else text
 
 
-def _step(step: Step, before: float | None) -> Row:
+def _step(step: Step, before: float | None) -> BarRow:
     if step.run.speed is None:
-        return Row(step.label, step.run.record["status"], run=step.run.id)
+        return BarRow(step.label, step.run.record["status"], run=step.run.id)
     speed = step.run.speed.tok_s
     if before is None:
         bars = [Bar(0, speed, "bar", f"{number(speed)} tok/s")]
@@ -66,7 +66,7 @@ def _step(step: Step, before: float | None) -> Row:
         change = Bar(before, speed, kind, f"{number(before)} to {number(speed)} tok/s")
         bars = [Bar(0, min(before, speed), "before"), change]
     note = f"{times(step.gain)}, by medians {by_medians(step.gain)}: {step.gain.phrase}" if step.gain else ""
-    return Row(step.label, f"{number(speed)} tok/s", bars, note, run=step.run.id)
+    return BarRow(step.label, f"{number(speed)} tok/s", bars, note, run=step.run.id)
 
 
 def _latencies(runs: Sequence[Run], ranked: Sequence[Run]) -> Markup:
@@ -85,7 +85,7 @@ def _latencies(runs: Sequence[Run], ranked: Sequence[Run]) -> Markup:
         stalls = run.record["stalls"]
         if stalls and stalls["count"]:
             note += f"; {stalls['count']} stalls, {number(stalls['total_ms'])} ms"
-        drawn.append(Row(label_of(run), value, note=note, run=run.id, samples=one["samples"], marks=marks))
+        drawn.append(BarRow(label_of(run), value, note=note, run=run.id, samples=one["samples"], marks=marks))
     head = paragraph(
         "Time from one token to the next, logarithmic. Lines are p50, p90 and p99; what is slower than the axis counts in "
         "its last bin."
@@ -107,7 +107,7 @@ def _memory(runs: Sequence[Run], ranked: Sequence[Run]) -> Markup:
             Bar(weights + state, peak, "rest", f"everything else {number(peak - weights - state)} GiB"),
         ]
         note = f"weights {number(weights)}, state {number(state)}"
-        drawn.append(Row(label_of(run), f"{number(peak)} GiB", bars, note, run=run.id))
+        drawn.append(BarRow(label_of(run), f"{number(peak)} GiB", bars, note, run=run.id))
     on_gpu = any("device_in_use" in run.record["memory_gib"] for run in having)
     what = "device memory in use" if on_gpu else "peak memory of the process, check and reference included"
     legend = _legend({"weights": "part-1", "state": "part-2", f"the rest of {what}": "part-4"})
@@ -158,7 +158,7 @@ def _effects(runs: Sequence[Run], ranked: Sequence[Run]) -> Markup:
         pairs = f"{effect.pairs} pair{'s' if effect.pairs > 1 else ''}"
         spread = f", {three(effect.least)} to {three(effect.most)}" if effect.pairs > 1 else ""
         label = f"{effect.axis}: {effect.base} → {effect.level}"
-        drawn.append(Row(label, times(found), bars, f"by medians {by_medians(found)}; {found.phrase}; {pairs}{spread}"))
+        drawn.append(BarRow(label, times(found), bars, f"by medians {by_medians(found)}; {found.phrase}; {pairs}{spread}"))
     values = [v for effect in effects for v in (effect.ratio.value, effect.ratio.low, effect.ratio.high) if v]
     scale = Scale(min(*values, 1.0) / 1.05, max(*values, 1.0) * 1.05, log=True)
     head = paragraph(
@@ -186,7 +186,7 @@ def _time_split(runs: Sequence[Run], ranked: Sequence[Run]) -> Markup:
             at += us
         longest = max(longest, at)
         note = ", ".join(f"{part} {number(split.get(f'{part}_us'))}" for part in PARTS)
-        drawn.append(Row(label_of(run), f"{number(split.get('wall_us'))} µs", bars, note, run=run.id))
+        drawn.append(BarRow(label_of(run), f"{number(split.get('wall_us'))} µs", bars, note, run=run.id))
     names = ("GPU kernels", "copies", "gaps between them", "waiting for the host")
     legend = _legend(dict(zip(names, ("part-1", "part-2", "part-4", "part-3"), strict=True)))
     head = paragraph(

@@ -31,7 +31,7 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class Row:
+class BarRow:
     label: str
     value: str
     bars: Sequence[Bar] = ()
@@ -78,7 +78,7 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Shape:
+class Mark:
     """An element of SVG with its text, and what shows on hover."""
 
     tag: str
@@ -87,13 +87,13 @@ class Shape:
     hint: str = ""
 
 
-def rows(items: Sequence[Row], scale: Scale, unit: str, *, zero: float | None = None) -> Markup:
+def rows(items: Sequence[BarRow], scale: Scale, unit: str, *, zero: float | None = None) -> Markup:
     """Horizontal bars, intervals or histograms, one row each, over a common axis."""
     drawn = [(item, _row(item, scale, zero)) for item in items]
     return render("rows", rows=drawn, axis=[_tick(scale(tick), tick) for tick in scale.ticks()], unit=unit)
 
 
-def _row(item: Row, scale: Scale, zero: float | None) -> list[Shape]:
+def _row(item: BarRow, scale: Scale, zero: float | None) -> list[Mark]:
     drawn = [_line(scale(tick), "grid") for tick in scale.ticks()]
     if zero is not None:
         drawn.append(_line(scale(zero), "zero"))
@@ -101,27 +101,27 @@ def _row(item: Row, scale: Scale, zero: float | None) -> list[Shape]:
     return drawn + [_line(scale(place), "mark", hint) for place, hint in item.marks]
 
 
-def _bar(bar: Bar, scale: Scale) -> Shape:
+def _bar(bar: Bar, scale: Scale) -> Mark:
     left, right = sorted((scale(bar.start), scale(bar.end)))
     if bar.kind == "dot":
-        return Shape("circle", {"class": "dot", "cx": f"{left}%", "cy": "50%", "r": 5}, hint=bar.hint)
+        return Mark("circle", {"class": "dot", "cx": f"{left}%", "cy": "50%", "r": 5}, hint=bar.hint)
     if bar.kind == "range":
         place = {"x1": f"{left}%", "x2": f"{right}%", "y1": "50%", "y2": "50%"}
-        return Shape("line", {"class": "range"} | place, hint=bar.hint)
+        return Mark("line", {"class": "range"} | place, hint=bar.hint)
     # A bar that is there is seen: at least a hair's width.
     width = max(round(right - left, 3), 0.3)
     place = {"x": f"{left}%", "y": "18%", "width": f"{width}%", "height": "64%", "rx": 2}
-    return Shape("rect", {"class": bar.kind} | place, hint=bar.hint)
+    return Mark("rect", {"class": bar.kind} | place, hint=bar.hint)
 
 
-def _histogram(samples: Sequence[float], scale: Scale) -> list[Shape]:
+def _histogram(samples: Sequence[float], scale: Scale) -> list[Mark]:
     if not len(samples):
         return []
     places = [scale(sample) for sample in samples]
     counts, edges = np.histogram(places, bins=BINS, range=(0, 100))
     most, width = counts.max(), 100 / BINS
     return [
-        Shape(
+        Mark(
             "rect",
             {
                 "class": "bin",
@@ -136,13 +136,13 @@ def _histogram(samples: Sequence[float], scale: Scale) -> list[Shape]:
     ]
 
 
-def _line(at: float, kind: str, hint: str = "") -> Shape:
-    return Shape("line", {"class": kind, "x1": f"{at}%", "x2": f"{at}%", "y1": 0, "y2": "100%"}, hint=hint)
+def _line(at: float, kind: str, hint: str = "") -> Mark:
+    return Mark("line", {"class": kind, "x1": f"{at}%", "x2": f"{at}%", "y1": 0, "y2": "100%"}, hint=hint)
 
 
-def _tick(at: float, value: float) -> Shape:
+def _tick(at: float, value: float) -> Mark:
     anchor = "start" if at < 4 else "end" if at > 96 else "middle"
-    return Shape("text", {"x": f"{at}%", "y": 14, "text-anchor": anchor}, short(value))
+    return Mark("text", {"x": f"{at}%", "y": 14, "text-anchor": anchor}, short(value))
 
 
 def short(value: float) -> str:
@@ -168,19 +168,19 @@ def scatter(points: Sequence[Point], roofs: Sequence[tuple[float, str]], *, x_un
     y = Scale(min(p.y for p in points) / 2, max(roof_y, max(p.y for p in points) * 2), log=True)
     shapes = [_line(x(tick), "grid") for tick in x.ticks()]
     levels = [(100 - y(tick), short(tick)) for tick in y.ticks()]
-    shapes += [Shape("line", {"class": "grid", "x1": 0, "x2": "100%", "y1": f"{at}%", "y2": f"{at}%"}) for at, _ in levels]
-    shapes += [Shape("text", {"x": 6, "y": f"{at:.2f}%", "dy": -4}, text) for at, text in levels]
+    shapes += [Mark("line", {"class": "grid", "x1": 0, "x2": "100%", "y1": f"{at}%", "y2": f"{at}%"}) for at, _ in levels]
+    shapes += [Mark("text", {"x": 6, "y": f"{at:.2f}%", "dy": -4}, text) for at, text in levels]
     for c, name in roofs:
         # Both ends within the plot: the roof leaves it at the top or at a side.
         left, right = max(x.low, c / y.high), min(x.high, c / y.low)
         if left < right:
             place = {"x1": f"{x(left)}%", "y1": f"{100 - y(c / left)}%", "x2": f"{x(right)}%", "y2": f"{100 - y(c / right)}%"}
-            shapes.append(Shape("line", {"class": "roof"} | place, hint=name))
+            shapes.append(Mark("line", {"class": "roof"} | place, hint=name))
     axis = [_tick(x(tick), tick) for tick in x.ticks()]
     return render("scatter", shapes=shapes, points=_named(points, x, y), axis=axis, x_unit=x_unit, y_unit=y_unit)
 
 
-def _named(points: Sequence[Point], x: Scale, y: Scale) -> list[tuple[str, list[Shape]]]:
+def _named(points: Sequence[Point], x: Scale, y: Scale) -> list[tuple[str, list[Mark]]]:
     """Of each run a dot with its text beside it; a text that would lie on an earlier one goes below it."""
     parts, taken = [], []
     for p in points:
@@ -190,7 +190,7 @@ def _named(points: Sequence[Point], x: Scale, y: Scale) -> list[tuple[str, list[
             below += 1
         taken.append((cx, cy + below * LABEL))
         side, anchor = (8, "start") if cx < 80 else (-8, "end")
-        dot = Shape("circle", {"class": "dot", "cx": f"{cx}%", "cy": f"{cy:.3f}%", "r": 5}, hint=p.hint)
+        dot = Mark("circle", {"class": "dot", "cx": f"{cx}%", "cy": f"{cy:.3f}%", "r": 5}, hint=p.hint)
         place = {"x": f"{cx}%", "y": f"{cy + below * LABEL:.3f}%", "dx": side, "dy": 4, "text-anchor": anchor}
-        parts.append((p.run, [dot, Shape("text", {"class": "name"} | place, p.text)]))
+        parts.append((p.run, [dot, Mark("text", {"class": "name"} | place, p.text)]))
     return parts

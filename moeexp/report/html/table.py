@@ -24,7 +24,7 @@ FEW = 40  # levels of an axis that a filter lists; a longer list is searched
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     text: str
     value: Any = None  # what the column is sorted by; None is last
     css: str = ""
@@ -45,14 +45,14 @@ def ranking(ranked: Sequence[Run]) -> Markup:
     for run in sorted(ranked, key=lambda run: in_time(run.record)):
         if run.speed:
             first.setdefault(run.workload, run)
-    columns: list[tuple[str, list[Cell]]] = []
+    columns: list[tuple[str, list[TableCell]]] = []
     for name, get in FIGURES.items():
         cells = [get(run, first) for run in ranked]
         if any(cell.value for cell in cells):  # stalls of 0 are none
             columns.append((name, cells))
     names = [cell_of(run.record) for run in ranked]
     if any(names):
-        columns.insert(0, ("cell", [Cell(name or "–", name) for name in names]))
+        columns.insert(0, ("cell", [TableCell(name or "–", name) for name in names]))
     hidden = set(RARE)
     if all(names) and len(set(names)) == len(names) and len(axes) + 1 > ROOM:
         hidden |= set(axes)
@@ -64,7 +64,7 @@ def ranking(ranked: Sequence[Run]) -> Markup:
     header += [_header(name, True, name in hidden) for name, _ in rest]
     rows = []
     for index, run in enumerate(ranked):
-        cells = [Cell(str(index + 1), index + 1, "number")]
+        cells = [TableCell(str(index + 1), index + 1, "number")]
         cells += [_styled(of_runs[index], "cell" if name == "cell" else "number") for name, of_runs in speed]
         cells += [_axis_cell(axis, settings[index][axis], "rare" * (axis in hidden)) for axis in axes]
         status = run.record["status"]
@@ -107,54 +107,54 @@ def _header(name: str, is_number: bool, rare: bool = False) -> tuple[str, str]:
     return name, " ".join(["number"] * is_number + ["rare"] * rare)
 
 
-def _axis_cell(axis: str, text: str, css: str = "") -> Cell:
-    return Cell(text, text, f"{css}{' wrap' * (len(text) > 40)}", axis)
+def _axis_cell(axis: str, text: str, css: str = "") -> TableCell:
+    return TableCell(text, text, f"{css}{' wrap' * (len(text) > 40)}", axis)
 
 
-def _styled(cell: Cell, css: str) -> Cell:
+def _styled(cell: TableCell, css: str) -> TableCell:
     return replace(cell, css=f"{css} {cell.css}")
 
 
-def _figure(get: Callable[[dict[str, Any]], Any], scale: float = 1.0) -> Callable[[Run, dict], Cell]:
-    def figure(run: Run, first: dict[tuple, Run]) -> Cell:
+def _figure(get: Callable[[dict[str, Any]], Any], scale: float = 1.0) -> Callable[[Run, dict], TableCell]:
+    def figure(run: Run, first: dict[tuple, Run]) -> TableCell:
         value = get(run.record)
         if isinstance(value, str):  # not finite
-            return Cell(value)
-        return Cell("–") if value is None else Cell(number(scale * value), scale * value)
+            return TableCell(value)
+        return TableCell("–") if value is None else TableCell(number(scale * value), scale * value)
 
     return figure
 
 
-def _prefill(run: Run, first: dict[tuple, Run]) -> Cell:
+def _prefill(run: Run, first: dict[tuple, Run]) -> TableCell:
     value = run.record["prefill_tok_s"]
     mark = MEDIAN * is_median(run.record, "prefill_tok_s")
-    return Cell("–") if value is None else Cell(number(value) + mark, value)
+    return TableCell("–") if value is None else TableCell(number(value) + mark, value)
 
 
-def _spread(run: Run, first: dict[tuple, Run]) -> Cell:
+def _spread(run: Run, first: dict[tuple, Run]) -> TableCell:
     found = run.speed.interval if run.speed else None
     if found is None or found.low is None or found.high is None:
-        return Cell("–")
+        return TableCell("–")
     half = 50 * (found.high - found.low) / found.value
-    return Cell(f"± {half:.2g} %", half)
+    return TableCell(f"± {half:.2g} %", half)
 
 
-def _stalls(run: Run, first: dict[tuple, Run]) -> Cell:
+def _stalls(run: Run, first: dict[tuple, Run]) -> TableCell:
     """How many, how long in all, and the speed without them."""
     stalls = run.record["stalls"]
     if not stalls:
-        return Cell("–")
+        return TableCell("–")
     if not stalls["count"]:
-        return Cell(NONE, 0.0)
+        return TableCell(NONE, 0.0)
     text = f"{stalls['count']}, {three(stalls['total_ms'])} ms\nwithout {number(stalls['decode_tok_s'])}"
-    return Cell(text, stalls["total_ms"])
+    return TableCell(text, stalls["total_ms"])
 
 
-def _against_first(run: Run, first: dict[tuple, Run]) -> Cell:
+def _against_first(run: Run, first: dict[tuple, Run]) -> TableCell:
     if run.speed is None or first[run.workload] is run:
-        return Cell("–") if run.speed is None else Cell("1, the first", 1.0)
+        return TableCell("–") if run.speed is None else TableCell("1, the first", 1.0)
     found = gain(run, first[run.workload])
-    return Cell(f"{times(found)}\nmedians {by_medians(found)}", found.value, found.verdict.replace(" ", "-"))
+    return TableCell(f"{times(found)}\nmedians {by_medians(found)}", found.value, found.verdict.replace(" ", "-"))
 
 
 def _of(key: str, *path: str) -> Callable[[dict[str, Any]], Any]:
@@ -172,7 +172,7 @@ def peak_gib(record: dict[str, Any]) -> float | None:
     return memory.get("device_in_use", memory.get("peak_allocated", memory.get("peak_host")))
 
 
-FIGURES: dict[str, Callable[[Run, dict[tuple, Run]], Cell]] = {
+FIGURES: dict[str, Callable[[Run, dict[tuple, Run]], TableCell]] = {
     SPEED: _figure(_of("decode_tok_s")),
     "95 %": _spread,
     "vs first": _against_first,

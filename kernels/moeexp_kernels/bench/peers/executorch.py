@@ -155,7 +155,7 @@ def attention(case: Case) -> Peer:
     peer = torch_attention(case)
     q = case.copies[0]["q"].transpose(1, 2).contiguous()
     if case.phase == "decode":
-        # Every slot of these caches is live: without kv_len it is spared the kernels that would clamp that.
+        # Every slot of these caches is in use: without kv_len it is spared the kernels that would clamp that.
         peer.name = "sdpa_decode_splitk"
         peer.call = lambda copy: module.sdpa_decode_splitk(q, copy["k"], copy["v"], enable_gqa=True)
     else:

@@ -12,7 +12,7 @@ from torch import Tensor
 from moeexp_kernels.bench.case import Result, ratios
 
 # Peers store results and some partial results in bfloat16, and round where we do not; a wrong one is off by far more.
-PEER_GATE = 2e-2
+PEER_TOLERANCE = 2e-2
 WHOLE = "all"  # what a peer covers that does all of our op's work
 
 
@@ -34,7 +34,7 @@ class Peer:
         out = out if isinstance(out, tuple) else (out,)
         expected = self.expected()
         pairs = zip(out[: len(expected)], expected, strict=True)
-        return [ratios(f"output {i}", a.float().reshape(e.shape), e.float(), PEER_GATE) for i, (a, e) in enumerate(pairs)]
+        return [ratios(f"output {i}", a.float().reshape(e.shape), e.float(), PEER_TOLERANCE) for i, (a, e) in enumerate(pairs)]
 
 
 def hold(copy: dict, *states: Tensor) -> None:

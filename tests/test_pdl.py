@@ -1,4 +1,4 @@
-"""Which kernels may start early: the list and the sources must agree."""
+"""Which kernels know PDL: the list and the sources must agree."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import kernels_common  # noqa: F401  before triton
 import moeexp_kernels
 import torch
-from moeexp_kernels.parts.pdl import OVERLAPPING, WITHIN_AN_OP, can_overlap
+from moeexp_kernels.parts.pdl import PDL_KERNELS, WITHIN_AN_OP, has_pdl
 
 SOURCES = sorted(Path(moeexp_kernels.__path__[0]).rglob("*.py"))
 
@@ -26,22 +26,22 @@ def kernels() -> dict[str, str]:
 
 def test_the_list_names_the_kernels_that_wait_and_no_other():
     waiting = {name for name, text in kernels().items() if "= after_previous(" in text}
-    assert waiting == set(OVERLAPPING)
+    assert waiting == set(PDL_KERNELS)
 
 
 BRANCHES = {"_qk_norm_rope_kernel": 2}  # kernels whose programs do one of two things
 
 
 def test_each_program_waits_exactly_once_and_uses_what_it_waited_for():
-    for name in OVERLAPPING:
+    for name in PDL_KERNELS:
         text, branches = kernels()[name], BRANCHES.get(name, 1)
-        assert text.count("after_previous(") == text.count("ready = after_previous(OVERLAP)") == branches, name
+        assert text.count("after_previous(") == text.count("ready = after_previous(PDL)") == branches, name
         assert text.count("ready") >= 3 * branches, name
 
 
 def test_pairs_within_an_op_are_kernels_that_wait():
-    assert all(earlier != later and {earlier, later} <= set(OVERLAPPING) for earlier, later in WITHIN_AN_OP)
+    assert all(earlier != later and {earlier, later} <= set(PDL_KERNELS) for earlier, later in WITHIN_AN_OP)
 
 
 def test_a_cpu_tensor_asks_no_gpu():
-    assert can_overlap(torch.zeros(1)) is False
+    assert has_pdl(torch.zeros(1)) is False

@@ -56,18 +56,18 @@ def decode(session, prompt):
     ],
     ids=lambda axes: "-".join(axes) or "default",
 )  # fmt: skip
-def test_early_kernels_change_no_bit(models, phases, model, axes):
+def test_pdl_changes_no_bit(models, phases, model, axes):
     batch = 1
     prompt = torch.randint(0, 256, (batch, 21), generator=torch.Generator().manual_seed(0)).to("cuda")
-    early, plain = (
-        build_stack(configured(f"model={model}", f"overlap={on}", *axes), models[model], phases) for on in ("true", "false")
+    pdl, plain = (
+        build_stack(configured(f"model={model}", f"pdl={on}", *axes), models[model], phases) for on in ("true", "false")
     )
-    assert early.session.graph.early_edges > 0
-    assert plain.session.graph.early_edges == 0
+    assert pdl.session.graph.pdl_edges > 0
+    assert plain.session.graph.pdl_edges == 0
     logits, state = decode(plain.session, prompt)
     for _ in range(ROUNDS):
-        again, left = decode(early.session, prompt)
+        again, left = decode(pdl.session, prompt)
         assert torch.equal(again, logits)
         assert all(torch.equal(left[name], state[name]) for name in state)
-    early.close()
+    pdl.close()
     plain.close()
