@@ -16,7 +16,6 @@ from moeexp_kernels.ops import attention, moe, moe_prefill, qk_norm_rope, router
 from moeexp_kernels.ops.gated_delta import gdn_decode
 from moeexp_kernels.ops.gated_delta_prefill import gdn_prefill
 from moeexp_kernels.ops.linear import linear, linear_tile
-from moeexp_kernels.parts import tuning
 from test_kernels_attention import make_attention_case, make_qkv, make_weights, positions_of
 from test_kernels_gated_delta import BF16, DECODE_TOL, F32, PREFILL_TOL, STATE, check, definition, make_case, run
 from test_kernels_linear import quantised
@@ -109,16 +108,6 @@ def on_the_tile(rows):
     return lambda: linear_tile(x=x, weight=weight, scales=scales, norm_weight=norm, eps=1e-6, residual=None)
 
 
-def packed(rows):
-    call = dense(rows)
-
-    def under_its_row():
-        with tuning.override("linear_rows", "", {"PACK_FROM": 1, "TILE_FROM": 99, "GEMM_FROM": 99}):
-            return call()
-
-    return under_its_row
-
-
 def routed(op, tokens, D=64, width=32, group=32):
     arguments = experts(D=D, E=4, width=width, shared=width, bits=4, group=group, dtype=F32) | choices(1, tokens, k=2, E=4)
     x = common.randn(1, tokens, D, seed=1)
@@ -155,7 +144,6 @@ def draw(**filters):
 CALLS = {
     "linear, one row": lambda: dense(1),
     "linear, many rows": lambda: dense(11),
-    "linear, packed": lambda: packed(2),
     "linear, on the tile": lambda: on_the_tile(3),
     "moe decode": lambda: routed(moe.moe_decode, 2),
     "moe decode, on the tile": lambda: routed(moe.moe_decode_tile, 3, D=128, width=64, group=64),

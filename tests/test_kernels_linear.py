@@ -164,48 +164,6 @@ def test_several_rows_share_one_read_of_the_weights(rows, bits, group, dtype):
     check(rows=(rows,), out=27, features=3 * group, bits=bits, group=group, dtype=dtype, residual=rows % 2 == 1)
 
 
-ALL_PACKED = {"PACK_FROM": 1, "TILE_FROM": 99, "GEMM_FROM": 99}
-
-
-@pytest.mark.parametrize(
-    ("rows", "bits", "group", "dtype"),
-    [
-        (1, 4, 128, torch.bfloat16), (2, 4, 32, torch.float32), (3, 8, 64, torch.bfloat16), (2, 8, 16, torch.float32),
-        (4, 4, 64, torch.float16),
-    ],
-)  # fmt: skip
-def test_rows_that_are_packed_once(rows, bits, group, dtype):
-    """Three groups, which are no power of 2, and outputs that fill no block."""
-    with tuning.override("linear_rows", "", ALL_PACKED):
-        assert served_by(rows, bits=bits, group=group) == "packed"
-        check(
-            rows=(rows,), out=27, features=3 * group, bits=bits, group=group, dtype=dtype, residual=rows % 2 == 1, norm=rows < 4
-        )
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
-def test_a_packed_row_is_the_same_to_the_bit_alone_and_among_others(dtype):
-    weight, scales = quantised(24, 192, bits=4, group=64, seed=2, dtype=dtype)
-    x, extra = randn(4, 192, seed=1, dtype=dtype), randn(4, 24, seed=4, dtype=dtype)
-    x[2] *= 300.0  # a neighbour of another size
-    common = {"weight": weight, "scales": scales, "norm_weight": randn(192, seed=3, scale=0.2)}
-    with tuning.override("linear_rows", "", ALL_PACKED):
-        alone = torch.cat([linear(x=x[m : m + 1], residual=extra[m : m + 1], **common) for m in range(4)])
-        for first, count in ((0, 4), (1, 2), (1, 3)):
-            rows = slice(first, first + count)
-            assert_bitwise_equal(linear(x=x[rows], residual=extra[rows], **common), alone[rows], f"rows {first} on, {count}")
-
-
-@pytest.mark.parametrize("place", [0, 100, 191])
-def test_a_packed_feature_that_is_not_finite_shows(place):
-    weight, scales = quantised(20, 192, bits=4, group=64, seed=2, dtype=torch.float32)
-    x = randn(2, 192, seed=1)
-    x[1, place] = float("inf")
-    with tuning.override("linear_rows", "", ALL_PACKED):
-        y = linear(x=x, weight=weight, scales=scales)
-    assert y[0].isfinite().all() and not y[1].isfinite().any()
-
-
 @pytest.mark.parametrize("norm", [True, False])
 def test_one_row_may_go_to_the_tile_too(norm):
     x, norm_weight = randn(1, 1, 256, seed=1), randn(256, seed=3, scale=0.2) if norm else None
@@ -232,8 +190,8 @@ def test_the_table_says_which_rows_of_a_shape_go_to_the_tile():
     assert kernels(1, 2, 3, 32, 33) == ["gemv", "gemv", "tile", "tile", "gemm"]
     assert kernels(2, 24, 25, 32, shape=(248320, 2048)) == ["tile", "tile", "gemm", "gemm"]
     assert kernels(1, 2, 32, always=True) == ["tile", "tile", "tile"], "the op linear_tile asks no table"
-    with tuning.override("linear_rows", "int4/12352x2048", {"PACK_FROM": 3, "TILE_FROM": 5, "GEMM_FROM": 7}):
-        assert kernels(2, 3, 4, 5, 6, 7, 8, 9) == ["gemv", "packed", "packed", "tile", "tile", "gemv", "gemv", "gemm"]
+    with tuning.override("linear_rows", "int4/12352x2048", {"TILE_FROM": 5, "GEMM_FROM": 7}):
+        assert kernels(4, 5, 6, 7, 8, 9) == ["gemv", "tile", "tile", "gemv", "gemv", "gemm"]
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,9 @@ brings two runs of 16 *consecutive* inputs, so that activations are read with ve
 `scales[..., 0]` is the scale s, `scales[..., 1]` the shift c; with the code q in 0..2^bits-1 and the middle code
 m = 2^(bits-1), the weight is (q - m) * s + c. Centring keeps c small, so float16 holds it without loss that matters.
 
-`kernel_for` chooses among four kernels. One row: a GEMV on packed words of weights, see `int_dot.py`. Very few rows of
-quantised weights: `linear_packed.py`, which prepares the activations once. Up to 32 rows of those in groups of 64 or 128:
-`linear_tile.py`, on tensor cores. Both read the weights once for all rows; from how many rows on, and up to how many, the
-tuning table says of each shape. More rows: `gemm.py`. Other weights stay with the GEMV up to GEMV_ROWS rows.
+`kernel_for` chooses among three kernels. One row: a GEMV on packed words of weights, see `int_dot.py`. Up to 32 rows of quantised
+weights in groups of 64 or 128: `linear_tile.py`, which reads the weights once for all rows; from how many rows on, and up to
+how many, the tuning table says of each shape. More rows: `gemm.py`. Other weights stay with the GEMV up to GEMV_ROWS rows.
 The op `linear_tile` leaves 1 to 32 rows to the tile whatever the table says: then a row's result is the same to the bit.
 """
 
@@ -30,7 +29,6 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from moeexp_kernels.ops.gemm import launch_gemm, launch_rms_norm
-from moeexp_kernels.ops.linear_packed import launch_packed, packed_serves
 from moeexp_kernels.ops.linear_tile import launch_tile, tile_serves
 from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.checks import FLOATS, check_argument
@@ -229,14 +227,12 @@ def kernel_for(
     *, rows: int | torch.SymInt, bits: int, group: int, out_features: int, features: int, arch: str | None = None,
     always: bool = False,
 ) -> str:  # fmt: skip
-    """What serves so many rows of such a weight, "gemv", "packed", "tile" or "gemm"; always: the tile wherever it can."""
-    if isinstance(rows, int) and bits in (4, 8):
-        tile = tile_serves(rows=rows, bits=bits, group=group)
-        limits = tuning.lookup("linear_rows", f"{tuning.weight_class(bits)}/{out_features}x{features}", arch)
-        if tile and (always or limits["TILE_FROM"] <= rows < limits["GEMM_FROM"]):
+    """What serves so many rows of such a weight, "gemv", "tile" or "gemm"; always: the tile wherever it can."""
+    if isinstance(rows, int) and tile_serves(rows=rows, bits=bits, group=group):
+        key = f"{tuning.weight_class(bits)}/{out_features}x{features}"
+        limits = tuning.lookup("linear_rows", key, arch)
+        if always or limits["TILE_FROM"] <= rows < limits["GEMM_FROM"]:
             return "tile"
-        if packed_serves(rows=rows, bits=bits) and limits["PACK_FROM"] <= rows < limits["TILE_FROM"]:
-            return "packed"
     return "gemv" if few_rows(rows) else "gemm"
 
 
@@ -291,13 +287,8 @@ def launch_linear(
             common["x"] = launch_rms_norm(x=flat, norm_weight=norm_weight, eps=eps, dtype=x.dtype)
         launch_gemm(**common)
     elif rows:
-        common |= {"norm_weight": norm_weight, "eps": eps, "ahead": ahead, "ahead_scales": ahead_scales}
-        if kernel == "packed":
-            words, vector = word_counts(bits=bits, in_features=features, group=group)
-            launch_packed(**common, words=words, vector=vector, limbs=int16_limbs(x.dtype))
-        else:
-            launch = launch_tile if kernel == "tile" else launch_gemv
-            launch(**common)
+        launch = launch_tile if kernel == "tile" else launch_gemv
+        launch(norm_weight=norm_weight, eps=eps, ahead=ahead, ahead_scales=ahead_scales, **common)
     return y
 
 

@@ -28,8 +28,6 @@ from moeexp_kernels.parts.tuning import architecture
 # Kernels that call `after_previous` on every path; a test compares the list with the sources.
 PDL_KERNELS = (
     "gemv_kernel",
-    "pack_kernel",
-    "packed_gemv_kernel",
     "limbs_kernel",
     "linear_tile_kernel",
     "choose_experts_kernel",
@@ -47,7 +45,6 @@ PDL_KERNELS = (
 
 # Of these, the kernels (earlier, later) of one op: the edges that PDL may have where an op is timed by itself.
 WITHIN_AN_OP = (
-    ("pack_kernel", "packed_gemv_kernel"),
     ("limbs_kernel", "linear_tile_kernel"),
     ("gemv_kernel", "choose_experts_kernel"),
     ("gate_up_kernel", "down_kernel"),
