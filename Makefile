@@ -40,9 +40,10 @@ test-torch: $(if $(TORCH),.venv-torch-$(TORCH)/installed)  ## nano through every
 	@test -n "$(TORCH)" || { echo "make test-torch needs a version: make test-torch TORCH=2.14.0"; exit 2; }
 	.venv-torch-$(TORCH)/bin/python -m pytest -q $(BESIDE) tests/test_exports.py
 
-lint: $(SETUP)  ## static checks, and the formatter's
+lint: $(SETUP)  ## static checks, the formatter's, and types
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
 
 # hqq comes as source only and would otherwise look for a CUDA toolkit; we use its Python quantiser alone.
 .venv/installed: pyproject.toml constraints.txt

@@ -79,8 +79,8 @@ class Composer:
 
     def subdir(self, overrides: Sequence[str], number: int) -> str:
         """`hydra.sweep.subdir` of one job, in full."""
-        template = OmegaConf.to_container(self.master.hydra.sweep, resolve=False)["subdir"]
-        if template == "${hydra.job.num}":
+        sweep: Any = OmegaConf.to_container(self.master.hydra.sweep, resolve=False)
+        if sweep["subdir"] == "${hydra.job.num}":
             return str(number)
         config = self.loader.load_sweep_config(self.master, list(map(as_typed, overrides)))
         with open_dict(config):
