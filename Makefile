@@ -46,9 +46,10 @@ sanitize: $(SETUP)  ## every kernel's smallest shapes and a captured decode unde
 soak: $(SETUP)  ## eight minutes of decoding at full size: does anything grow, drift or change? On a GPU; ARGS="--out results/soak_h100"
 	$(PYTHON) tests/gpu/soak.py $(ARGS)
 
-lint: $(SETUP)  ## static checks, and the formatter's
+lint: $(SETUP)  ## static checks, the formatter's, and types
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
 
 # hqq comes as source only and would otherwise look for a CUDA toolkit; we use its Python quantiser alone.
 .venv/installed: pyproject.toml constraints.txt

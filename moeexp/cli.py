@@ -90,7 +90,7 @@ def _main(arguments: list[str], experiment: RunFunction) -> int:
     def task(cfg: DictConfig) -> float:
         return _task(cfg, invocation)
 
-    task.invocation = invocation  # type: ignore[attr-defined]  for our launcher, which Hydra makes
+    task.invocation = invocation  # type: ignore[attr-defined] # for our launcher, which Hydra makes
     try:
         arguments = [as_typed(argument) for argument in _expanded_folders(arguments)]
     except ValueError as error:
@@ -149,7 +149,7 @@ def _hydra_process_state(arguments: list[str]) -> Iterator[None]:
     """Hydra reads sys.argv through argparse, and raises (rather than prints and exits) only where HYDRA_FULL_ERROR is set."""
     argv, full, usage = sys.argv, os.environ.get("HYDRA_FULL_ERROR"), argparse.ArgumentParser.error
     sys.argv, os.environ["HYDRA_FULL_ERROR"] = ["moeexp", *arguments], "1"
-    argparse.ArgumentParser.error = _one_line  # type: ignore[method-assign]
+    argparse.ArgumentParser.error = _one_line  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -169,8 +169,7 @@ def _task(cfg: DictConfig, invocation: Invocation) -> float:
     sweep = settings.mode == RunMode.MULTIRUN
     if cfg.dry_run:
         raise ValueError("dry_run=true lists what a sweep would run by our own launcher: leave hydra/launcher out")
-    config = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(config, dict)
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
     job = Job(
         id=f"{invocation.id}.{settings.job.num}" if sweep else invocation.id,
         run_dir=str(run_dir),

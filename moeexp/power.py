@@ -90,7 +90,7 @@ def seen_by(fault: Fault, cfg: schema.Config, clean: Qwen35MoE, references: Refe
         prompt = prompt_tokens(cfg, model.arch, text_of(cfg))
         if fault.session:
             stack.session.generate(prompt.flip(1).to(stack.device), 2)
-            stack.arena.reset = lambda: None
+            stack.arena.reset = lambda: None  # type: ignore[method-assign]
         try:
             verdict = verify(cfg, stack, prompt, phases, references)
         finally:
@@ -167,9 +167,9 @@ class _Wrapped:
 def _renamed(fault: Fault) -> Iterator[None]:
     """The piece table as the fault has it, for the loader and for the reference's weights."""
     real = checkpoint.pieces
-    changed = real if fault.pieces is None else lambda *args, **options: fault.pieces(real(*args, **options))
+    change = fault.pieces or (lambda table: table)
     try:
-        checkpoint.pieces = dequantise.pieces = changed
+        checkpoint.pieces = dequantise.pieces = lambda *args, **options: change(real(*args, **options))
         yield
     finally:
         checkpoint.pieces = dequantise.pieces = real

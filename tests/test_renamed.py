@@ -58,6 +58,12 @@ def test_in_a_users_own_files(tmp_path, capsys, content, said):
     assert answer(capsys, f"--config-dir={tmp_path / 'conf'}", "experiment=own") == (2, f"error: {said}")
 
 
+def test_a_cell_of_the_ladder(capsys):
+    given = ["-m", "experiment=ladder", "quant=int4", "launcher.only=['kernels start early']"]
+    said = "error: launcher.only=kernels start early: that cell is now named pdl: write launcher.only=[pdl]"
+    assert answer(capsys, *given) == (2, said)
+
+
 def test_what_only_resembles_one_is_left_alone(tmp_path, capsys):
     assert compose(["prompt=overlap"]).prompt == "overlap" and compose(["model=nano", "pdl=false"]).pdl is False
     (tmp_path / "overlap").mkdir()

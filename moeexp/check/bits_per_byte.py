@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from moeexp_runner.session import Session
@@ -35,7 +36,7 @@ def record_quality(cfg: Config, session: Session, text: Text, record: Record, ph
         return
     piece = heldout_text(heldout, cfg.eval_bytes)
     with phases("bits per byte"):
-        quality = bits_per_byte(session, *text.measure(piece))
+        quality: dict[str, Any] = bits_per_byte(session, *text.measure(piece))
     quality |= {"file": heldout.name, "eval_bytes": len(piece.encode())}
     record.set(bits_per_byte=quality["bits_per_byte"], evaluation=quality)
 

@@ -295,6 +295,6 @@ def with_reading(model: Qwen35MoE, **fields: Any) -> Qwen35MoE:
     for name, _ in list(other.named_buffers()):
         other.assign(name, source.get_buffer(name))
         if isinstance(owner := other.get_submodule(name.rpartition(".")[0]), Linear):
-            owner.scales = source.get_submodule(name.rpartition(".")[0]).scales
+            owner.scales = source.get_submodule(name.rpartition(".")[0]).scales  # type: ignore[assignment]
     other.register_buffer("inv_freq", inverse_frequencies(arch).to(model.norm.device))
     return other

@@ -57,7 +57,7 @@ def torch_functions() -> dict[str, Callable]:
     """Plain torch function by global name, for every function of transformers' module that is bound to something
     else and for `KERNEL_FUNCTIONS` in any case. `RuntimeError` where this transformers binds them in an unknown way."""
     source = modeling()
-    functions = {}
+    functions: dict[str, Callable[..., Any]] = {}
     for name, bound in vars(source).items():
         if name in KERNEL_FUNCTIONS or isinstance(bound, nn.Module) or hasattr(bound, "__wrapped__"):
             inner = unwrap(bound)
@@ -110,7 +110,7 @@ def full_precision() -> Iterator[None]:
     torch has a legacy and a per-operator API for this, and reading the legacy one raises when the two disagree:
     both are set, so that code inside may read either.
     """
-    backends = torch.backends
+    backends: Any = torch.backends  # whose stubs lack the switches of each operator
     cuda = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
     switches = (*cuda, backends.mkldnn.matmul, backends.mkldnn.conv)
     before = [switch.fp32_precision for switch in switches]

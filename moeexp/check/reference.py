@@ -181,7 +181,8 @@ def _run_layer(
             attention_mask=mask,
             past_key_values=cache,
         )
-    entry, prefix = cache.layers[index], f"layers.{index}"
+    entry: Any = cache.layers[index]  # of another class for each kind of layer
+    prefix = f"layers.{index}"
     if config.layer_types[index] == "full_attention":
         return output, {f"{prefix}.k_cache": entry.keys, f"{prefix}.v_cache": entry.values}
     # transformers keeps as many inputs as the convolution is wide; the oldest is never read again.
@@ -245,23 +246,22 @@ def generate_reference(model: str | Path | nn.Module, prompt_ids: Tensor, new_to
     as in `run_reference`: the class alone would not see what a multimodal config says outside. Goes on past end-of-sequence
     tokens: a row is cut later. For models whose float32 weights fit; `ValueError` where the snapshot does not fill the model.
     """
-    if not isinstance(model, nn.Module):
-        model = _load_causal_lm(Path(model), config)
-    assert all(p.dtype == torch.float32 for p in model.parameters()), "the model must be in float32"
-    settings = model.generation_config
-    model.generation_config = type(settings)()  # the snapshot's own would bring sampling and end-of-sequence back
+    causal: Any = model if isinstance(model, nn.Module) else _load_causal_lm(Path(model), config)
+    assert all(p.dtype == torch.float32 for p in causal.parameters()), "the model must be in float32"
+    settings = causal.generation_config
+    causal.generation_config = type(settings)()  # the snapshot's own would bring sampling and end-of-sequence back
     try:
         with pure_torch(), full_precision():
-            assert_pure_torch(model)
-            prompt_ids = prompt_ids.to(model.device)
-            ids = model.generate(
+            assert_pure_torch(causal)
+            prompt_ids = prompt_ids.to(causal.device)
+            ids = causal.generate(
                 prompt_ids,
                 attention_mask=torch.ones_like(prompt_ids),
                 do_sample=False,
                 max_new_tokens=new_tokens,
             )
     finally:
-        model.generation_config = settings
+        causal.generation_config = settings
     return ids[:, prompt_ids.shape[1] :]
 
 
@@ -270,7 +270,7 @@ def _load_causal_lm(folder: Path, config: Any) -> nn.Module:
 
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json: give the folder of a Hugging Face snapshot")
-    model, info = Qwen3_5MoeForCausalLM.from_pretrained(
+    loaded: Any = Qwen3_5MoeForCausalLM.from_pretrained(
         folder,
         config=None if config is None else eager(config),
         dtype=torch.float32,
@@ -279,6 +279,7 @@ def _load_causal_lm(folder: Path, config: Any) -> nn.Module:
         local_files_only=True,
         output_loading_info=True,
     )
+    model, info = loaded
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     off = {kind: sorted(map(str, info[kind])) for kind in kinds if info[kind]}
     if off:

@@ -76,17 +76,17 @@ class SnapshotReader:
     def _read(self, names: list[str], device: torch.device) -> dict[str, Tensor | None]:
         slices: dict[str, Any] = {}
         places = {name: self._place(self._home(name)) for name in names}
-        empty = {place: place[0]._parameters[place[1]] for place in places.values()}
+        empty = {place: _parameter(*place) for place in places.values()}
         try:
             for name, (owner, leaf) in places.items():
                 parts = {key: self._slices[key] for key in self._sources[self._home(name)]}
                 slices |= parts
-                like = owner._parameters[leaf].to(_dtype(next(iter(parts.values()))))  # else the loader would cast
+                like = _parameter(owner, leaf).to(_dtype(next(iter(parts.values()))))  # else the loader would cast
                 owner._parameters[leaf] = nn.Parameter(like, requires_grad=False)
             settings = self._load.settings(dtype=torch.float32, device_map={"": device}, weight_mapping=self._mapping)
             with _no_bar():
                 self._load.load(self._model, slices, settings)
-            found = {name: owner._parameters[leaf].detach() for name, (owner, leaf) in places.items()}
+            found = {name: _parameter(owner, leaf).detach() for name, (owner, leaf) in places.items()}
         finally:
             for (owner, leaf), parameter in empty.items():
                 owner._parameters[leaf] = parameter
@@ -94,6 +94,12 @@ class SnapshotReader:
 
     def _place(self, name: str) -> tuple[nn.Module, str]:
         return self._model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+
+
+def _parameter(owner: nn.Module, leaf: str) -> nn.Parameter:
+    parameter = owner._parameters[leaf]
+    assert parameter is not None, f"{leaf} is no parameter"
+    return parameter
 
 
 def _dtype(stored: Any) -> torch.dtype:

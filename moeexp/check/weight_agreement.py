@@ -46,7 +46,7 @@ def check_weights(model: Qwen35MoE, folder: Path, config: Any, advance: Callable
         for name, theirs in reader.read(wanted, model.norm.device):
             mine = stored.get(name.removeprefix("model.").removeprefix(prefix))
             if mine is None or theirs is None or theirs.shape != mine.value.shape:
-                shapes = [None if t is None else tuple(t.shape) for t in (mine and mine.value, theirs)]
+                shapes = [None if t is None else tuple(t.shape) for t in (None if mine is None else mine.value, theirs)]
                 problems.append(f"{name}: shape {shapes[0]} here, {shapes[1]} in the snapshot")
                 continue
             for key, value in compare(mine, theirs).items():
@@ -102,4 +102,5 @@ def _largest(tensor: Tensor) -> float:
 
 
 def _prefix(name: str) -> str:
-    return re.match(r"(?:model\.)?(layers\.\d+\.|)", name)[1]
+    layer = re.match(r"(?:model\.)?(layers\.\d+\.)", name)
+    return layer[1] if layer else ""

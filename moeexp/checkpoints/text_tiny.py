@@ -56,7 +56,7 @@ def split_books(text: str) -> dict[str, str]:
     missing = set(BOOKS) - {start[1] for start in starts}
     if missing:
         raise ValueError(f"the text lacks {', '.join(sorted(missing))}; write it with --make-text")
-    parts = {"train": [], "validation": [], "heldout": []}
+    parts: dict[str, list[str]] = {"train": [], "validation": [], "heldout": []}
     for start, end in zip(starts, [s.start() for s in starts[1:]] + [len(text)], strict=True):
         part = "heldout" if start[1] in HELD_OUT else "validation" if start[1] in VALIDATION else "train"
         parts[part].append(text[start.start() : end])

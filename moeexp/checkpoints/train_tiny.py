@@ -20,6 +20,7 @@ import time
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ WINDOW = 1024  # bytes, of the bits-per-byte protocol
 SAMPLE_BYTES, TEMPERATURE, SAMPLES, PROMPT = 2048, 0.8, 4, "And it came to pass"
 GOAL_BITS_PER_BYTE, GOAL_WORDS_KNOWN = 2.0, 0.9
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "vocab_size": 256,
     "hidden_size": 128,
     "num_hidden_layers": 8,
@@ -104,7 +105,7 @@ def check_fla_gradients(device: str) -> None:
         raise RuntimeError("fla's chunked delta rule is wrong on this GPU and Triton; use --delta torch")
 
 
-def residual_dropout(model: torch.nn.Module, p: float) -> None:
+def residual_dropout(model: Any, p: float) -> None:
     """Dropout on what each block adds to the residual stream: the architecture has none, and 4 MB is little text."""
 
     def drop(module: torch.nn.Module, _inputs: tuple, output):
@@ -134,7 +135,7 @@ def balance_loss(router_logits: tuple[torch.Tensor, ...], k: int) -> tuple[torch
 
 
 @torch.no_grad()
-def bits_per_byte(model: torch.nn.Module, data: torch.Tensor, batch: int = 16) -> tuple[float, torch.Tensor]:
+def bits_per_byte(model: Any, data: torch.Tensor, batch: int = 16) -> tuple[float, torch.Tensor]:
     """data [n] uint8 -> bits per byte and experts' load [L, E].
 
     Protocol: consecutive windows of 1024 bytes, none overlapping, each read from an empty state. A window's first byte
@@ -144,7 +145,8 @@ def bits_per_byte(model: torch.nn.Module, data: torch.Tensor, batch: int = 16) -
     pieces = list(data[: n_whole * WINDOW].view(n_whole, WINDOW).split(batch))
     if len(data) - n_whole * WINDOW > 1:
         pieces.append(data[n_whole * WINDOW :][None])
-    nats, scored, load = torch.zeros((), dtype=torch.float64), 0, 0
+    nats, scored = torch.zeros((), dtype=torch.float64), 0
+    load: Any = 0
     model.eval()
     for piece in pieces:
         tokens = piece.long()
@@ -225,7 +227,8 @@ def train(args: argparse.Namespace) -> None:
     bits_per_byte(model, data["validation"][: 2 * WINDOW])
 
     curve, best, best_state = [], math.inf, None
-    budget, step, tokens, seen = args.minutes * 60, 0, 0, []
+    budget, step, tokens = args.minutes * 60, 0, 0
+    seen: list[Any] = []
     start = report = time.monotonic()
     while True:
         share = min((time.monotonic() - start) / budget, 1.0)

@@ -14,9 +14,8 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 from moeexp.config.axes import TABLE
-from moeexp.record import streams
+from moeexp.record import renamed, streams
 from moeexp.record.paths import expanded
-from moeexp.record.renamed import SETTINGS
 
 HELP = "`python -m moeexp --help` lists groups and fields"
 
@@ -44,16 +43,16 @@ def explain(error: BaseException) -> str:
         choice, group, options = missing_group.groups()
         value = choice.removeprefix(f"{group}/")
         return f"{group}={value} is not a choice of {group}; allowed: {', '.join(options.split())}"
-    renamed = re.search(r"(In '[^']+'): [\s\S]*Key '(\w+)' not in 'Config'", text)
-    if renamed and renamed[2] in SETTINGS:
-        return f"{renamed[1]}: {renamed[2]} is now named {SETTINGS[renamed[2]]}: write {SETTINGS[renamed[2]]}"
+    in_file = re.search(r"(In '[^']+'): [\s\S]*Key '(\w+)' not in 'Config'", text)
+    if in_file and in_file[2] in renamed.SETTINGS:
+        return f"{in_file[1]}: {renamed.said(in_file[2])}"
     unknown_key = re.search(r"Could not (?:override|append to config[^']*|append) '?\+?([\w./@]+)", text)
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if unknown_key and "not in" in str(cause):
         return f"there is no setting {unknown_key[1]}{_suggestion(unknown_key[1])}; {HELP}"
     value = re.search(r"Value '?(.*?)'? of type '\w+' could not be converted to (\w+)", str(cause))
-    if value and getattr(cause, "full_key", None):
-        return f"{cause.full_key}={value[1]} is not of type {value[2]}; {HELP}"
+    if value and (key := getattr(cause, "full_key", None)):
+        return f"{key}={value[1]} is not of type {value[2]}; {HELP}"
     if cause is not error:
         text += f"\n{cause}"
     noise = ("full_key", "object_type", "reference_type")

@@ -11,7 +11,7 @@ from omegaconf import MISSING
 from moeexp.config.axis import ARTIFACT, COMPILE_KEY, CONTENTS, TRANSFORMERS, axis
 
 # What torch takes as one.
-SEED = {"least": 0, "most": (1 << 63) - 1}
+SEED: dict[str, Any] = {"least": 0, "most": (1 << 63) - 1}
 SECONDS = 1 << 31
 # What a method is made of: the ops by what they resolve to.
 METHOD = [ARTIFACT, COMPILE_KEY]

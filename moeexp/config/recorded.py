@@ -138,7 +138,7 @@ def _check_plain(path: str, kind: type, value: Any) -> None:
         kind = int
     if type(value) is not kind:
         raise ValueError(f"the record's {path}={brief(value)} is not of type {kind.__name__}")
-    if kind in (int, float):
+    if isinstance(value, (int, float)) and kind in (int, float):
         of_axis = axes.TABLE[path].axis.most if path in axes.TABLE else None
         most = of_axis or AT_MOST.get(path, LARGEST)
         if not -most <= value <= most:

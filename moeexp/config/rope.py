@@ -106,7 +106,7 @@ def _check(name: str, rope: dict[str, Any]) -> None:
 
 def read_rope(config: dict[str, Any]) -> tuple[float, float, Yarn | None]:
     """(rope_theta, partial_rotary_factor, YaRN) of a checked text config. `ValueError` for values that do not go together."""
-    rope = next((config[name] for name in NAMES if config.get(name)), {})
+    rope: dict[str, Any] = next((config[name] for name in NAMES if config.get(name)), {})
     theta = float(rope.get("rope_theta", config.get("rope_theta", DEFAULT_THETA)))
     partial = float(rope.get("partial_rotary_factor", config.get("partial_rotary_factor", DEFAULT_PARTIAL)))
     yarn = _yarn(rope, config, theta) if rope.get("rope_type", rope.get("type")) == "yarn" else None

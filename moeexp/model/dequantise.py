@@ -32,7 +32,8 @@ class DequantisedWeights:
         self._places: dict[str, dict[str, tuple[str, Piece]]] = {}  # "layers.0." or "" -> key there -> buffer, piece
         for name, parts in pieces(model.arch).items():
             for piece in parts:
-                prefix = re.match(r"layers\.\d+\.|", piece.key)[0]
+                layer = re.match(r"layers\.\d+\.", piece.key)
+                prefix = layer[0] if layer else ""
                 self._places.setdefault(prefix, {})[piece.key.removeprefix(prefix)] = name, piece
 
     def layer(self, index: int) -> dict[str, Tensor]:
@@ -87,5 +88,5 @@ def as_dtype(model: Qwen35MoE, dtype: torch.dtype) -> Qwen35MoE:
     for name, like in list(twin.named_buffers()):
         twin.assign(name, convert(model.get_buffer(name), like))
         if isinstance(owner := twin.get_submodule(name.rpartition(".")[0]), Linear):
-            owner.scales = model.get_submodule(name.rpartition(".")[0]).scales
+            owner.scales = model.get_submodule(name.rpartition(".")[0]).scales  # type: ignore[assignment]
     return twin

@@ -26,6 +26,9 @@ Ops = dict[str, Callable]
 class Linear(nn.Module):
     """A weight in one of the formats of `moeexp_kernels.ops.linear`, with leading dims for stacked experts."""
 
+    weight: Tensor
+    scales: Tensor | None
+
     def __init__(self, *rows_by_features: int, dtype: torch.dtype, device: torch.device | str):
         super().__init__()
         self.shape = rows_by_features
@@ -38,12 +41,17 @@ class Linear(nn.Module):
 
 
 class LinearAttention(nn.Module):
+    conv_weight: Tensor
+    a_log: Tensor
+    dt_bias: Tensor
+    norm: Tensor
+
     def __init__(self, arch: Architecture, *, dtype, device):
         super().__init__()
         rows = arch.conv_dim + arch.value_dim + 2 * arch.linear_num_value_heads
         self.in_proj = Linear(rows, arch.hidden_size, dtype=dtype, device=device)
         self.out_proj = Linear(arch.hidden_size, arch.value_dim, dtype=dtype, device=device)
-        wide = {"dtype": torch.float32, "device": device}
+        wide: dict[str, Any] = {"dtype": torch.float32, "device": device}
         self.register_buffer("conv_weight", torch.empty(arch.conv_dim, arch.linear_conv_kernel_dim, dtype=dtype, device=device))
         self.register_buffer("a_log", torch.empty(1, arch.linear_num_value_heads, **wide))
         self.register_buffer("dt_bias", torch.empty(1, arch.linear_num_value_heads, **wide))
@@ -58,12 +66,15 @@ class LinearAttention(nn.Module):
 
 
 class FullAttention(nn.Module):
+    q_norm: Tensor
+    k_norm: Tensor
+
     def __init__(self, arch: Architecture, *, dtype, device):
         super().__init__()
         rows = 2 * (arch.num_attention_heads + arch.num_key_value_heads) * arch.head_dim
         self.qkv_proj = Linear(rows, arch.hidden_size, dtype=dtype, device=device)
         self.out_proj = Linear(arch.hidden_size, arch.num_attention_heads * arch.head_dim, dtype=dtype, device=device)
-        wide = {"dtype": torch.float32, "device": device}
+        wide: dict[str, Any] = {"dtype": torch.float32, "device": device}
         self.register_buffer("q_norm", torch.empty(arch.head_dim, **wide))
         self.register_buffer("k_norm", torch.empty(arch.head_dim, **wide))
         self.num_heads, self.eps = arch.num_attention_heads, arch.rms_norm_eps
@@ -71,9 +82,12 @@ class FullAttention(nn.Module):
 
 
 class SparseMoe(nn.Module):
+    router: Tensor
+    shared_gate: Tensor
+
     def __init__(self, arch: Architecture, *, dtype, device):
         super().__init__()
-        kind = {"dtype": dtype, "device": device}
+        kind: dict[str, Any] = {"dtype": dtype, "device": device}
         hidden, width, shared = arch.hidden_size, arch.moe_intermediate_size, arch.shared_expert_intermediate_size
         self.register_buffer("router", torch.empty(arch.num_experts, hidden, **kind))
         self.gate_up = Linear(arch.num_experts, 2 * width, hidden, **kind)
@@ -86,9 +100,13 @@ class SparseMoe(nn.Module):
 class DecoderLayer(nn.Module):
     """State tensors (conv_state, … expert_ids) are no part of it, but for as long as `Qwen35MoE.attached` says."""
 
+    mixer: Any  # LinearAttention or FullAttention, as layer_type says
+    input_norm: Tensor
+    post_norm: Tensor
+
     def __init__(self, arch: Architecture, index: int, *, dtype, device):
         super().__init__()
-        kind = {"dtype": dtype, "device": device}
+        kind: dict[str, Any] = {"dtype": dtype, "device": device}
         self.layer_type = arch.layer_types[index]
         linear = self.layer_type == "linear_attention"
         self.mixer = LinearAttention(arch, **kind) if linear else FullAttention(arch, **kind)
@@ -105,6 +123,10 @@ class DecoderLayer(nn.Module):
 class Qwen35MoE(nn.Module):
     """`forward` serves every method; `phase` ("prefill", "decode" or "single") picks the implementations of phase-bound
     ops: `gdn_{phase}`, `sdpa_{phase}`, `moe_{phase}`."""
+
+    layers: Any  # of DecoderLayer; the stubs of ModuleList know no type of its modules
+    norm: Tensor
+    inv_freq: Tensor
 
     def __init__(self, arch: Architecture, *, dtype: torch.dtype, device: torch.device | str):
         super().__init__()

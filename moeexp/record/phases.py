@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.status import Status
 
 from moeexp.record.record import Record
 
@@ -21,15 +23,16 @@ class Phases:
         self.record = record
         self.console = console
         self.failed: str | None = None  # the innermost phase that an exception left
-        self._spinner = None
+        self._spinner: Status | None = None
         self._open: list[str] = []
 
     @contextmanager
     def __call__(self, name: str, *, quiet: bool = False) -> Iterator[None]:
         """`quiet`: one of many short parts of a phase, of which nothing is printed."""
         outermost = self._spinner is None and self.console.is_terminal and not quiet
+        shown: AbstractContextManager[Any] = nullcontext()
         if outermost:
-            self._spinner = self.console.status(name)
+            shown = self._spinner = self.console.status(name)
         elif not self.console.is_terminal and not quiet:
             self.console.print(f"{name} ...")
         self._open.append(name)
@@ -37,7 +40,7 @@ class Phases:
         self.record.set(phase=name)
         self.record.write()
         start = time.perf_counter()
-        with self._spinner if outermost else nullcontext():
+        with shown:
             try:
                 yield
             except BaseException:
@@ -58,10 +61,10 @@ class Phases:
             self._spinner = None
 
     @contextmanager
-    def progress(self, what: str, *, total: int) -> Iterator[Callable[[int], None]]:
+    def progress(self, what: str, *, total: int) -> Iterator[Callable[..., None]]:
         """A bar for a long phase, on a terminal only. Yields `advance(steps=1)`."""
         if not self.console.is_terminal:
-            yield lambda steps=1: None
+            yield _ignored
             return
         if self._spinner is not None:
             self._spinner.stop()  # a terminal shows one live display at a time
@@ -71,10 +74,18 @@ class Phases:
             self._spinner.start()
 
 
+def _ignored(steps: int = 1) -> None:
+    """Where there is no bar."""
+
+
 @contextmanager
-def bar(console: Console, what: str, *, total: int) -> Iterator[Callable[[int], None]]:
+def bar(console: Console, what: str, *, total: int) -> Iterator[Callable[..., None]]:
     """On a terminal that shows nothing else. Yields `advance(steps=1)`."""
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as shown:
         task = shown.add_task(what, total=total)
-        yield lambda steps=1: shown.advance(task, steps)
+
+        def advance(steps: int = 1) -> None:
+            shown.advance(task, steps)
+
+        yield advance

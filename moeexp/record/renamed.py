@@ -25,8 +25,12 @@ def refuse_renamed(override: str) -> None:
     """`ValueError` for the override of a setting that has another name now."""
     match = OVERRIDE.fullmatch(override)
     if match is not None and match[2] in SETTINGS and (match[3] or match[1]):
-        name, value = SETTINGS[match[2]], visible(match[3] or "=…")
-        raise ValueError(f"{match[2]} is now named {name}: write {name}{value if len(value) <= 60 else '=…'}")
+        raise ValueError(said(match[2], visible(match[3] or "=…")))
+
+
+def said(name: str, value: str = "") -> str:
+    """The one line of a refusal. `value`: what was set, as `=true`."""
+    return f"{name} is now named {SETTINGS[name]}: write {SETTINGS[name]}{value if len(value) <= 60 else '=…'}"
 
 
 def config(found: Any) -> Any:

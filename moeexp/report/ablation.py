@@ -47,7 +47,7 @@ def stacks(runs: Sequence[Run]) -> list[Ablation]:
 def _stack(measured: Sequence[Run]) -> Ablation | None:
     by_point = {run.point: run for run in measured}
     baseline = measured[0]
-    full = max(measured, key=lambda run: (len(_changes(baseline, run)), run.speed.tok_s))
+    full = max(measured, key=lambda run: (len(_changes(baseline, run)), run.timed.tok_s))
     changes = _changes(baseline, full)
     if len(changes) < 3:
         return None
@@ -57,9 +57,9 @@ def _stack(measured: Sequence[Run]) -> Ablation | None:
     together = gain(full, baseline)
     if any(part.alone is None or part.alone.idle for part in parts):
         return Ablation(baseline, full, parts, together, None, None)
-    alone = [by_point[_with(baseline, axis, new)].speed for axis, _, new in changes]
-    product = [term for speed in alone for term in _over(speed, baseline.speed)]
-    against = _over(full.speed, baseline.speed) + [(speed, -power) for speed, power in product]
+    alone = [by_point[_with(baseline, axis, new)].timed for axis, _, new in changes]
+    product = [term for speed in alone for term in _over(speed, baseline.timed)]
+    against = _over(full.timed, baseline.timed) + [(speed, -power) for speed, power in product]
     return Ablation(baseline, full, parts, together, interval(product), interval(against))
 
 
@@ -68,7 +68,7 @@ def _part(by_point: dict, baseline: Run, full: Run, change: tuple[str, str, str]
     one, rest = by_point.get(_with(baseline, axis, new)), by_point.get(_with(full, axis, old))
     alone = gain(one, baseline) if one else None
     last = gain(full, rest) if rest else None
-    both = interval(_over(full.speed, rest.speed) + _over(baseline.speed, one.speed)) if one and rest else None
+    both = interval(_over(full.timed, rest.timed) + _over(baseline.timed, one.timed)) if one and rest else None
     return Factor(axis, old, new, alone, last, both)
 
 

@@ -144,7 +144,7 @@ def _cells(runs: Sequence[Run], axes: tuple[str, ...]) -> Cells:
 
 def _terms(runs: Sequence[Run], power: float) -> list[tuple[Speed, float]]:
     """The geometric mean of repeated runs of one cell."""
-    return [(run.speed, power / len(runs)) for run in runs]
+    return [(run.timed, power / len(runs)) for run in runs]
 
 
 def _mean(terms: Sequence[tuple[Speed, float]], count: int) -> Interval:

@@ -82,7 +82,7 @@ def ladder_summary(results: Path) -> str:
     steps = _steps(results / LADDER)
     runs = [step.run for step in steps]
     load = runs[0].record["telemetry"]["other_load"]
-    explicit = {run.record["config"]["state"]: [] for run in runs}
+    explicit: dict[str, list[Any]] = {run.record["config"]["state"]: [] for run in runs}
     for run in runs:
         explicit[run.record["config"]["state"]].append(run.record["prefill_tok_s"])
     prefill = "; ".join(f"`state={state}` {_range(values)} tok/s" for state, values in explicit.items())
@@ -160,12 +160,13 @@ def example(results: Path) -> str:
 
     from moeexp.report.terminal import print_run
 
-    console = Console(file=io.StringIO(), width=WIDTH)
+    printed = io.StringIO()
+    console = Console(file=printed, width=WIDTH)
     record = read_record(results / EXAMPLE)
     folder = f"outputs/{record['started'][:10]}/{record['id']}"
     record["tracker"] = record["tracker"] and record["tracker"] | {"path": f"{folder}/wandb/offline-run-…", "url": None}
     print_run(record, path=Path(folder) / "record.json", console=console)
-    lines = console.file.getvalue().strip().splitlines()
+    lines = printed.getvalue().strip().splitlines()
     return "```text\n" + "\n".join(line if len(line) <= WIDTH else line[: WIDTH - 2] + " …" for line in lines) + "\n```"
 
 
@@ -199,7 +200,7 @@ def _rungs(steps: Sequence[Step], *, published: bool) -> str:
 def _in_all(steps: Sequence[Step]) -> str:
     """From the first rung to the last, and to the fastest."""
     measured = [step for step in steps if step.total is not None]
-    fastest = max(measured, key=lambda step: step.run.speed.tok_s)
+    fastest = max(measured, key=lambda step: step.run.timed.tok_s)
     text = f"From the first rung to the last: {times(measured[-1].total, marked=False, beside=True)}"
     if fastest is measured[-1]:
         return text + "."
@@ -225,11 +226,11 @@ def _medians(of: Step | Any) -> str:
 
 
 def _tok_s(run: Run) -> str:
-    return number(run.speed.tok_s)
+    return number(run.timed.tok_s)
 
 
 def _ms(run: Run) -> str:
-    return number(1e3 * tokens_per_step(run.record) / run.speed.tok_s)
+    return number(1e3 * tokens_per_step(run.record) / run.timed.tok_s)
 
 
 def _kernels(run: Run) -> str:

@@ -86,14 +86,14 @@ class Interval:
         applicable here."""
         if self.idle:
             return "not applicable here"
-        if self.low is None or self.high is None:
+        if self.seen is None:
             return "no interval"
         return "unlike load" if self.unlike_load else self.seen
 
     @property
     def phrase(self) -> str:
         """The verdict as a reader sees it, with what limits it."""
-        if self.idle or self.low is None or self.high is None:
+        if self.idle or self.seen is None:
             return self.verdict
         beyond = " beyond run-to-run noise" if self.seen == "no difference" and not self.in_turns else ""
         limits = ", on other weights" * bool(self.weights) + ", but under unlike load" * self.unlike_load
@@ -113,8 +113,9 @@ class Interval:
         if self.idle or self.seen is None:
             return said
         for name, other in (("by medians", self.medians), ("without stalls", self.corrected)):
-            if other is not None and other.seen not in (None, self.seen):
-                said[other.seen].append(name)
+            seen = None if other is None else other.seen
+            if seen is not None and seen != self.seen:
+                said[seen].append(name)
         return said
 
     @property
@@ -222,27 +223,27 @@ def replicates(samples: np.ndarray, lengths: Sequence[int], centre: str, *, roun
 def interval(terms: Sequence[tuple[Speed, float]]) -> Interval:
     """The product of speeds, each to its power, with its interval: [(b, 1.0), (a, -1.0)] is the ratio b / a."""
     noise, load = _run_to_run(terms), _load(terms)
-    medians = [(replace(speed, tok_s=speed.median_tok_s, log_replicates=speed.log_medians), p) for speed, p in terms]
     # What is left without stalls spreads as medians do.
-    corrected = [(replace(speed, tok_s=speed.corrected_tok_s, log_replicates=speed.log_medians), p) for speed, p in terms]
+    medians = _product_of([(speed, speed.median_tok_s, power) for speed, power in terms], noise)
+    corrected = _product_of([(speed, speed.corrected_tok_s, power) for speed, power in terms], noise)
     found = _product(terms, noise)
-    return replace(
-        found,
-        unlike_load=abs(load) > math.log(UNLIKE_LOAD),
-        medians=_product(medians, noise),
-        corrected=_product(corrected, noise),
-    )
+    return replace(found, unlike_load=abs(load) > math.log(UNLIKE_LOAD), medians=medians, corrected=corrected)
 
 
-def _product(terms: Sequence[tuple[Speed, float]], noise: float) -> Interval | None:
-    """By the `tok_s` and `log_replicates` of each; None where one has no `tok_s`."""
-    if any(speed.tok_s is None for speed, _ in terms):
-        return None
+def _product_of(terms: Sequence[tuple[Speed, float | None, float]], noise: float) -> Interval | None:
+    """By another speed of each run, spread as its medians; None where one has no such speed."""
+    known = [(replace(run, tok_s=tok_s, log_replicates=run.log_medians), p) for run, tok_s, p in terms if tok_s is not None]
+    return _product(known, noise) if len(known) == len(terms) else None
+
+
+def _product(terms: Sequence[tuple[Speed, float]], noise: float) -> Interval:
+    """By the `tok_s` and `log_replicates` of each."""
     log = sum(power * math.log(speed.tok_s) for speed, power in terms)
     found = Interval(_exp(log), run_to_run=math.expm1(min(noise, FURTHEST)))
-    if any(speed.log_replicates is None for speed, _ in terms):
+    drawn = [power * speed.log_replicates for speed, power in terms if speed.log_replicates is not None]
+    if len(drawn) < len(terms):
         return found
-    spread = float(np.std(sum(power * speed.log_replicates for speed, power in terms), ddof=1))
+    spread = float(np.std(sum(drawn), ddof=1))
     margin = math.hypot(student(min(speed.freedom for speed, _ in terms)) * spread, noise)
     return replace(found, low=_exp(log - margin), high=_exp(log + margin))
 
@@ -274,9 +275,8 @@ def _run_to_run(terms: Sequence[tuple[Speed, float]]) -> float:
 
 def _load(terms: Sequence[tuple[Speed, float]]) -> float:
     """The logarithm of what other processes' load may have put into the product; 0 where unknown."""
-    if any(speed.load is None for speed, _ in terms):
-        return 0.0
-    return sum(power * math.log(cpu_left(speed.load)) for speed, power in terms)
+    known = [power * math.log(cpu_left(speed.load)) for speed, power in terms if speed.load is not None]
+    return sum(known) if len(known) == len(terms) else 0.0
 
 
 def ratio(fast: Speed, slow: Speed) -> Interval:

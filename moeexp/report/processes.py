@@ -44,10 +44,10 @@ class Processes:
     def figure(self, get: Callable[[dict[str, Any]], float | None]) -> tuple[float, float, float] | None:
         """(median, least, most) over processes; of those that took turns in one the geometric mean. None where a run lacks
         it."""
-        values = [[get(run.record) for run in session] for session in self.sessions]
-        if any(value is None for session in values for value in session):
+        known = [[value for run in session if (value := get(run.record)) is not None] for session in self.sessions]
+        if [len(session) for session in known] != [len(session) for session in self.sessions]:
             return None
-        each = [session[0] if len(session) == 1 else statistics.geometric_mean(session) for session in values]
+        each = [session[0] if len(session) == 1 else statistics.geometric_mean(session) for session in known]
         return statistics.median(each), min(each), max(each)
 
 
@@ -65,7 +65,7 @@ def headline(runs: Sequence[Run], where: str) -> Processes:
     measured = [run for run in runs if run.speed is not None]
     if len({run.repeats for run in measured}) > 1:
         raise ValueError(f"{where} holds runs of several configs: a headline figure is of one, repeated by its seed alone")
-    count = len({run.speed.session for run in measured})
+    count = len({run.timed.session for run in measured})
     if count < MINIMUM:
         raise ValueError(
             f"{where} holds {count} measured processes, and a headline figure needs {MINIMUM}: run it with -m seed=0,1,2"

@@ -21,8 +21,9 @@ def times(gain: Interval | None, *, marked: bool = True, beside: bool = False) -
     by medians and without stalls, where no columns of their own say that."""
     if gain is None:
         return "–"
-    known = gain.low is not None and gain.high is not None
-    text = f"× {three(gain.value)}" + (f" [{three(gain.low)}, {three(gain.high)}]" if known else "")
+    text = f"× {three(gain.value)}"
+    if gain.low is not None and gain.high is not None:
+        text += f" [{three(gain.low)}, {three(gain.high)}]"
     parts = {"by medians": by_medians(gain), "without stalls": without_stalls(gain)} if beside else {}
     text += "".join(f", {name} {part}" for name, part in parts.items() if part not in UNSAID)
     return f"{text} {marks(gain)}" if marked and marks(gain) else text

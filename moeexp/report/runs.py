@@ -35,6 +35,12 @@ class Run:
         return self.record["id"]
 
     @property
+    def timed(self) -> Speed:
+        """The speed of a run that has one."""
+        assert self.speed is not None, f"{self.id} has no speed"
+        return self.speed
+
+    @property
     def prepared(self) -> bool:
         return is_prepared(self.record)
 
@@ -53,7 +59,7 @@ def gain(run: Run, before: Run) -> Interval:
     runs of one report that have speeds."""
     differing = [axis for axis, value in run.settings.items() if before.settings[axis] != value]
     idle = bool(differing) and not any(acts(axis, run, before) for axis in differing)
-    return replace(ratio(run.speed, before.speed), idle=idle, weights=unlike_weights(run.record, before.record))
+    return replace(ratio(run.timed, before.timed), idle=idle, weights=unlike_weights(run.record, before.record))
 
 
 def acts(axis: str, *runs: Run) -> bool:

@@ -36,7 +36,7 @@ def table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]
     stalled = any(stalls_text(record) not in ("–", NONE) for record in records)
     header = [*(first or ["run"]), "status", *MEASURED, *[STALLS] * stalled]
     settings = [
-        ([cell] if named else []) + [setting(record, axis) for axis in axes] or [record["id"]]
+        ([str(cell)] if named else []) + [setting(record, axis) for axis in axes] or [record["id"]]
         for cell, record in zip(cells, records, strict=True)
     ]
     marks = [APART * apart + WEIGHTS * bool(weights) for apart, weights in _against_first(records)]

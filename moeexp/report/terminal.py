@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -74,7 +74,7 @@ def _view(records: Sequence[dict[str, Any]]) -> Table:
     view = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for index, name in enumerate(header):
         width = max(len(one_line(row[index])) for row in rows)
-        side = "right" if index > status else "left"
+        side: Literal["right", "left"] = "right" if index > status else "left"
         view.add_column(Text(one_line(name)), justify=side, overflow="fold", min_width=min(width, 12))
     for row in rows:
         cells = [Text(one_line(cell)) for cell in row]

@@ -54,8 +54,8 @@ def steepest(runs: Sequence[Run]) -> list[Run]:
         here = dict(path[-1].point)
         near = [run for run in measured if sum(here[axis] != value for axis, value in run.point) == 1]
         near = [run for run in near if not gain(run, path[-1]).idle]
-        best = max(near, key=lambda run: run.speed.tok_s, default=None)
-        if best is None or best.speed.tok_s <= path[-1].speed.tok_s:
+        best = max(near, key=lambda run: run.timed.tok_s, default=None)
+        if best is None or best.timed.tok_s <= path[-1].timed.tok_s:
             return path
         path.append(best)
     return path
@@ -63,7 +63,9 @@ def steepest(runs: Sequence[Run]) -> list[Run]:
 
 def _steps(path: Sequence[Run]) -> list[Step]:
     steps: list[Step] = []
-    first = last = before = None  # runs; the first two have speeds
+    first: Run | None = None  # of those with speeds, as `last`
+    last: Run | None = None
+    before: Run | None = None
     for run in path:
         label = cell_of(run.record) or _label(before, run, path)
         over_last = gain(run, last) if run.speed and last else None

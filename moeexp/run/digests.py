@@ -63,7 +63,7 @@ class Digests:
         size = sum(stamp[2] for stamp in new)
         shown = progress if size >= WORTH_SHOWING else unseen
         with shown("reading weights, MiB", total=size >> 20) as advance, ThreadPoolExecutor(THREADS) as pool:
-            found = dict(zip(new, pool.map(lambda item: _digest(*item, advance), new.items()), strict=True))
+            found = dict(zip(new, pool.map(lambda stamp: _digest(stamp, new[stamp], advance), new), strict=True))
         kept = {stamp: digest for stamp, (digest, stable) in found.items() if stable}
         self._known |= kept
         self._keep(kept)

@@ -93,7 +93,7 @@ def _run(members: list[Member]) -> None:
         member.step(lambda member: confirm(member.config, member.record.data["identity"]))
     references = References()
     for member in ready:
-        member.step(lambda member: member.run.build(model))
+        member.step(lambda member: _run_of(member).build(model))
         if member.alive and member.config.check == "inline":
             member.step(lambda member: _check(member, references))
     _take_turns([member for member in ready if member.alive])
@@ -131,7 +131,7 @@ def _take_turns(members: list[Member]) -> None:
     bandwidth = timing.read_bandwidth(members[0].run.stack.device) if members[0].run else None
     for member in members:
         member.step(
-            lambda member: _run_of(member).publish(telemetry, bandwidth or timing.read_bandwidth(member.run.stack.device))
+            lambda member: _run_of(member).publish(telemetry, bandwidth or timing.read_bandwidth(_run_of(member).stack.device))
         )
         member.record.set(group={"id": order[0], "order": order, "rounds": rounds, "schedule": "in turn"})
 
@@ -139,7 +139,7 @@ def _take_turns(members: list[Member]) -> None:
 def _warm_up(member: Member) -> None:
     _run_of(member).look_for_others()
     with member.phases("benchmark"):
-        member.run.benchmark.warm_up()
+        _run_of(member).benchmark.warm_up()
 
 
 def _round(member: Member) -> None:
@@ -149,7 +149,7 @@ def _round(member: Member) -> None:
 
 
 def _has_enough(member: Member, rounds: int) -> bool:
-    return rounds >= LEAST_ROUNDS and member.run.benchmark.enough()
+    return rounds >= LEAST_ROUNDS and _run_of(member).benchmark.enough()
 
 
 def _finish(member: Member, references: References) -> None:

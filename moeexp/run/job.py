@@ -60,7 +60,9 @@ class Job:
 
     def composed(self) -> DictConfig:
         """`config` is resolved: what looks like an interpolation in it is text."""
-        return OmegaConf.merge(OmegaConf.structured(schema.Config), _texts(self.config))
+        merged = OmegaConf.merge(OmegaConf.structured(schema.Config), _texts(self.config))
+        assert isinstance(merged, DictConfig)
+        return merged
 
 
 def _texts(value: Any) -> Any:

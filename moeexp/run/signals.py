@@ -56,8 +56,8 @@ def handled(*, even_if_ignored: tuple[int, ...] = ()) -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for changed, handler in before.items():
+            signal.signal(changed, handler)
         _state = outer
 
 

@@ -60,8 +60,8 @@ def check_runnable(folder: Path, manifest: dict[str, Any]) -> None:
         if key == "cpu_flags":
             lacking = sorted(set(value) - set(now[key]))
             if lacking:
-                names = ", ".join(lacking[:4])
-                raise ValueError(f"artifact={folder} was made for a CPU with {names}, which this one lacks; export here")
+                flags = ", ".join(lacking[:4])
+                raise ValueError(f"artifact={folder} was made for a CPU with {flags}, which this one lacks; export here")
         elif now[key] != value:
             raise ValueError(f"artifact={folder} was made for {key} {value}, and this is {now[key]}: export it again here")
     settings = manifest["config"]["ops"]

@@ -102,7 +102,7 @@ def _stats(paths: tuple[Path, ...]) -> Iterator[os.stat_result]:
     """Of all files and folders; others may remove some meanwhile."""
     for path in paths:
         inside = [os.path.join(at, name) for at, folders, files in os.walk(path) for name in (*folders, *files)]
-        for one in (path, *inside):
+        for one in (str(path), *inside):
             try:
                 yield os.lstat(one)
             except FileNotFoundError:

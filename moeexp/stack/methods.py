@@ -201,7 +201,7 @@ def torch_compiled(module: Method) -> Callable:
     # state of the trace's length too, and torch 2.11 cannot lower a kernel that mutates such a tensor.
     torch._dynamo.config.automatic_dynamic_shapes = False
     # Said, so that it is in the key of Inductor's own cache: not every torch has there how many threads kernels are written for.
-    options = {"cpp.threads": torch.get_num_threads()} if module.model.norm.device.type == "cpu" else None
+    options: dict[str, Any] | None = {"cpp.threads": torch.get_num_threads()} if module.model.norm.device.type == "cpu" else None
     compiled = torch.compile(module, fullgraph=True, options=options)
     if module.name == "decode":
         return compiled

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from moeexp.config import resolve, schema
 from moeexp.config.override_text import as_typed
+from moeexp.record import renamed
 from moeexp.record.gpus import Gpu
 from moeexp.report import records
 from moeexp.run.digests import ShowProgress, unseen
@@ -79,8 +80,8 @@ class Composer:
 
     def subdir(self, overrides: Sequence[str], number: int) -> str:
         """`hydra.sweep.subdir` of one job, in full."""
-        template = OmegaConf.to_container(self.master.hydra.sweep, resolve=False)["subdir"]
-        if template == "${hydra.job.num}":
+        sweep: Any = OmegaConf.to_container(self.master.hydra.sweep, resolve=False)
+        if sweep["subdir"] == "${hydra.job.num}":
             return str(number)
         config = self.loader.load_sweep_config(self.master, list(map(as_typed, overrides)))
         with open_dict(config):
@@ -143,6 +144,9 @@ def _wanted(names: list[str], only: Any) -> set[int]:
         return set(range(len(names)))
     by_name = {name: index for index, name in enumerate(names)} | {str(index): index for index in range(len(names))}
     for choice in choices:
+        if renamed.CELLS.get(choice) in by_name:
+            now = renamed.CELLS[choice]
+            raise ValueError(f"launcher.only={choice}: that cell is now named {now}: write launcher.only=[{now}]")
         if choice not in by_name:
             listed = ", ".join(f"{index} ({name})" for index, name in enumerate(names))
             raise ValueError(f"launcher.only={choice} is not a cell of the design; allowed: {listed}")

@@ -178,5 +178,5 @@ def _earlier(path: Path, known: dict[str, Any]) -> Earlier:
     seconds = None
     if known["finished"] is not None:
         seconds = (datetime.fromisoformat(known["finished"]) - _began(known)).total_seconds()
-    values = (known[key] or "" for key in ("id", "config_hash", "code_fingerprint", "status"))
-    return Earlier(path, *values, seconds)
+    known = {key: known[key] or "" for key in ("id", "config_hash", "code_fingerprint", "status")}
+    return Earlier(path=path, seconds=seconds, **known)

@@ -13,6 +13,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
@@ -40,7 +41,9 @@ class ProcessLauncher(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.config, self.invocation = config, task_function.invocation  # type: ignore[attr-defined]
-        self.composer = Composer(hydra_context.config_loader, config)
+        loader = hydra_context.config_loader
+        assert isinstance(loader, ConfigLoaderImpl)  # the only one that Hydra has
+        self.composer = Composer(loader, config)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         setup_globals()
@@ -93,6 +96,7 @@ class GridSweeper(Sweeper):
         # Not above: Hydra's scan for plugins loads that module again, which makes another class of it.
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
+        assert self.config is not None and self.launcher is not None, "Hydra calls setup first"
         given = [f"{key}={value}" for key, value in self.params.items()] + arguments
         parser = OverridesParser.create(config_loader=self.context.config_loader)
         given = [as_typed(override, sweep=True) for override in given]

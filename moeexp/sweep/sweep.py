@@ -306,8 +306,7 @@ class Sweep:
 
     def _job(self, cell: Cell, folder: Folder, composer: Composer) -> Job:
         assert self.settings is not None
-        config = OmegaConf.to_container(composer.compose(cell.overrides), resolve=True)
-        assert isinstance(config, dict)
+        config: Any = OmegaConf.to_container(composer.compose(cell.overrides), resolve=True)
         group = f"{self.directory.parent.name}/{self.directory.name}"
         return Job(
             id=f"{self.id}.{cell.number}", run_dir=str(folder.path), config=config, overrides=cell.overrides,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -22,7 +23,7 @@ class ExplicitState:
     def front(self) -> dict[str, Tensor]:
         return self._arena.tensors
 
-    def call(self, method: Callable[..., Sequence[Tensor]], *inputs: Tensor) -> Tensor:
+    def call(self, method: Callable[..., Any], *inputs: Tensor) -> Tensor:
         """Runs the method on the current state, which what comes out then is. Returns the logits."""
         logits, *new = method(*inputs, *self.tensors.values())
         self.adopt(new)

@@ -58,8 +58,9 @@ class GraphedMethod:
         """Records one call. State that the method mutates stays as it is (nothing runs during capture)."""
         self._require("warm")
         graph = torch.cuda.CUDAGraph(keep_graph=True) if self.pdl is not None else torch.cuda.CUDAGraph()
+        shared: dict[str, Any] = {} if self.pool is None else {"pool": self.pool}
         try:
-            with torch.cuda.graph(graph, **({} if self.pool is None else {"pool": self.pool})):
+            with torch.cuda.graph(graph, **shared):
                 output = self.method(*self.inputs)
             if self.pdl is not None:
                 self.pdl_edges = self.pdl(graph.raw_cuda_graph())

@@ -26,5 +26,5 @@ class Sampler:
         return self._op(logits=logits, seed_state=self.seed_state, **self._options)
 
     def reset(self) -> None:
-        if self.seed_state is not None:
+        if self.seed_state is not None and self.start is not None:
             self.seed_state.copy_(self.start)

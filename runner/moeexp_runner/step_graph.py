@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ class StepGraph:
         self._graphs: list[GraphedMethod] = []
         if not can_capture(inputs[0]):
             return
-        runs = [self._in_place]
+        runs: list[Callable[..., Any]] = [self._in_place]
         if isinstance(state, ExplicitState):
             runs = [self._to_back, self._from_back] if swap else [self._in_front]
         self._graphs = [GraphedMethod(run, inputs, pdl=pdl) for run in runs]

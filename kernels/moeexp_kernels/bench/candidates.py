@@ -7,6 +7,7 @@ later target sees the earlier one's choice.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from moeexp_kernels.bench.cases import Spec
 from moeexp_kernels.bench.shapes import FULL
@@ -38,7 +39,8 @@ HEAD = _gemv([(16, 1, 4), (32, 1, 4), (16, 4, 4), (16, 8, 4), (16, 16, 4), (32, 
 WIDE_GEMV = _gemv([(2, 1, 2), (4, 1, 2), (8, 1, 2), (2, 1, 4), (4, 1, 4), (8, 1, 4), (16, 1, 4), (8, 1, 8), (4, 1, 8), (16, 1, 8),
                    (2, 1, 1), (4, 1, 1), (4, 4, 4), (8, 4, 8)])  # fmt: skip
 ROUTER = _gemv([(1, 1, 2), (2, 1, 2), (1, 1, 4), (2, 1, 4), (4, 1, 4), (2, 1, 8)])
-TILE = tuple(  # every warp has groups of its own: with eight, half as many registers hold the same weights
+# Every warp has groups of its own: with eight, half as many registers hold the same weights.
+TILE: tuple[dict[str, Any], ...] = tuple(
     {"BLOCK_N": block, "COLUMNS": columns, "PASSES": passes, "CACHE": ".cg", "num_warps": warps}
     for block, columns, passes, warps in [
         (16, 8, 1, 4), (16, 8, 2, 4), (16, 8, 1, 8), (16, 8, 2, 8), (32, 8, 1, 4), (32, 8, 2, 8), (16, 16, 1, 4),
@@ -84,7 +86,7 @@ GDN_DECODE = tuple(
     for split, warps in [(1, 8), (1, 4), (2, 8), (2, 4), (2, 2), (4, 4), (4, 2), (4, 1), (8, 2), (8, 1), (16, 1)]
 )
 # The scan keeps block_v below 64: gated_delta_prefill.py says why.
-GDN_PREFILL = (
+GDN_PREFILL: tuple[dict[str, Any], ...] = (
     *({"local": {"num_warps": warps, "num_stages": 1}} for warps in (4, 8)),
     *({"block_v": block, "scan": {"num_warps": warps, "num_stages": stages}}
       for block, warps, stages in [(16, 2, 3), (16, 4, 2), (16, 4, 3), (16, 4, 4), (16, 8, 3), (32, 4, 3)]),

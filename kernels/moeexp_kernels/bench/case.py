@@ -46,7 +46,7 @@ class Case:
             return self.compare(*results)
         outputs = len(results[0]) - len(self.mutated)
         names = [f"output {i}" if outputs > 1 else "output" for i in range(outputs)] + list(self.mutated)
-        return [ratios(name, *pair, self.tolerance) for name, *pair in zip(names, *results, strict=True)]
+        return [ratios(name, one, other, self.tolerance) for name, one, other in zip(names, *results, strict=True)]
 
 
 def ratios(name: str, actual: Tensor, reference: Tensor, tolerance: float) -> Result:
@@ -80,7 +80,7 @@ class SeededTensors:
         """(codes uint8 [..., N, K or K/2], scales float16 [..., N, K/group, 2]): weights of deviation about 1/sqrt(K)."""
         features = shape[-1]
         stored = features * bits // 8
-        options = {"generator": self.generator, "device": self.device}
+        options: dict[str, Any] = {"generator": self.generator, "device": self.device}
         codes = torch.randint(0, 256, (*shape[:-1], stored), dtype=torch.uint8, **options)
         scales = torch.rand(*shape[:-1], features // group, 2, **options)
         scales[..., 0] = (0.5 + scales[..., 0]) * features**-0.5 / 2 ** (bits - 1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,7 +144,7 @@ def build_moe(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -> C
         weights[name], weights[f"{name}_scales"] = source.weight(*shape, bits=bits, group=shapes.group)
     expert = size_of(*weights.values()) // count
     x = source.randn(batch, tokens, shapes.hidden)
-    shared = {
+    shared: dict[str, Any] = {
         "x": x, "norm_weight": source.randn(shapes.hidden, dtype=torch.float32, scale=0.2), "eps": EPS, **weights,
         "shared_gate": source.randn(1, shapes.hidden, scale=shapes.hidden**-0.5),
     }  # fmt: skip
@@ -157,26 +158,26 @@ def build_moe(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -> C
             places = torch.arange(first, first + spec.tokens * top_k, device=source.device) % count
             ids = walk[places].view(spec.tokens, top_k)
         copy = {"ids": ids.view(batch, tokens, top_k), "weights": shares.view(batch, tokens, top_k)}
-        for name, shape in {
+        for name, stored in {
             "shared_gate_up": (2 * shapes.shared_width, shapes.hidden), "shared_down": (shapes.hidden, shapes.shared_width),
         }.items():  # fmt: skip
-            copy[name], copy[f"{name}_scales"] = source.weight(*shape, bits=bits, group=shapes.group)
+            copy[name], copy[f"{name}_scales"] = source.weight(*stored, bits=bits, group=shapes.group)
         copies.append({**shared, **copy})
     shared_size = size_of(*(v for k, v in copies[0].items() if k.startswith(("shared_gate_up", "shared_down"))))
-    shape, flops_width = f"{shapes.hidden}x{shapes.expert_width}", top_k * shapes.expert_width + shapes.shared_width
-    key = f"int{bits}/{shape}"
-    tuned = (("moe_gate_up", key), ("moe_down", key))
-    tile = {"bits": bits, "features": shapes.hidden, "width": shapes.expert_width, "rows": spec.tokens}
+    size, flops_width = f"{shapes.hidden}x{shapes.expert_width}", top_k * shapes.expert_width + shapes.shared_width
+    key = f"int{bits}/{size}"
+    tuned: tuple[tuple[str, str], ...] = (("moe_gate_up", key), ("moe_down", key))
+    tile: dict[str, Any] = {"bits": bits, "features": shapes.hidden, "width": shapes.expert_width, "rows": spec.tokens}
     served = shapes.shared_width == shapes.expert_width and tile_serves(rows=spec.tokens, bits=bits, group=shapes.group)
     if served and spec.tokens >= moe_tile.moe_tile_config(**tile)["FROM"]:
         tuned = (("moe_tile", moe_tile.moe_tile_key(**tile)),)
     return Case(
-        op="moe", shape=f"{top_k} of {count} + shared, {shape} int{bits}", phase=spec.phase, tokens=spec.tokens,
+        op="moe", shape=f"{top_k} of {count} + shared, {size} int{bits}", phase=spec.phase, tokens=spec.tokens,
         call=moe.moe_decode if decode else moe_prefill.moe_prefill,
         reference=moe_reference.reference_moe_decode if decode else moe_reference.reference_moe_prefill, copies=copies,
         moved=read * expert + shared_size + 2 * size_of(x), tolerance=tolerance_of(spec),
         flops=6 * spec.tokens * shapes.hidden * flops_width,
-        tuned=tuned if decode else (("moe_prefill", f"half/int{bits}/{shape}"),), info={"group": shapes.group},
+        tuned=tuned if decode else (("moe_prefill", f"half/int{bits}/{size}"),), info={"group": shapes.group},
     )  # fmt: skip
 
 

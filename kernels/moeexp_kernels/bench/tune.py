@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from datetime import date
+from functools import partial
 
 import torch
 import triton
@@ -45,6 +46,10 @@ def current_row(target: Target, arch: str) -> dict:
     return tuning.lookup(target.op, target.key, arch, rule=target.candidates[0])
 
 
+def _called(case: Case, arguments: dict) -> object:
+    return case.call(**arguments)
+
+
 def score(cases: list[Case], chain: Layers | None) -> tuple[float, str | None]:
     """Geometric mean of the cases' median microseconds, or the chain's a layer; (inf, why) for a row that is wrong or cannot
     run."""
@@ -57,7 +62,7 @@ def score(cases: list[Case], chain: Layers | None) -> tuple[float, str | None]:
             if chain is not None:
                 continue
             samples = graph_samples(
-                lambda arguments, case=case: case.call(**arguments), case.copies,
+                partial(_called, case), case.copies,
                 calls=calls_for(case.phase, len(case.copies)), replays=REPLAYS,
             )  # fmt: skip
         except (triton.runtime.errors.OutOfResources, triton.CompilationError, ValueError) as error:

@@ -67,14 +67,14 @@ def _conv_inputs(
     for i in tl.static_range(RUN + WIDTH - 1):
         step = run + (i - (WIDTH - 1))
         inside = ((start + step >= 0) & (start + step < T))[:, None] & in_dim
-        inputs = inputs + (tl.load(proj + (step[:, None] * stride_t + dim[None, :]), mask=inside, other=0.0),)
+        inputs = inputs + (tl.load(proj + (step[:, None] * stride_t + dim[None, :]), mask=inside, other=0.0),)  # type: ignore[assignment]
     # A channel's taps lie together: one wide load, then a column each.
     tap = tl.arange(0, TAPS)[None, :]
     inside = (dim < DIM)[:, None] & (tap < WIDTH)
     weights = tl.load(conv_weight + (dim[:, None] * WIDTH + tap), mask=inside, other=0.0).to(tl.float32)
     taps = ()
     for i in tl.static_range(WIDTH):
-        taps = taps + (tl.sum(tl.where(tap == i, weights, 0.0), axis=1),)
+        taps = taps + (tl.sum(tl.where(tap == i, weights, 0.0), axis=1),)  # type: ignore[assignment]
     return inputs, taps
 
 

@@ -21,6 +21,8 @@ The op `linear_tile` leaves 1 to 32 rows to the tile whatever the table says: th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -273,7 +275,7 @@ def launch_linear(
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"{name} has strides {tensor.stride()}; supported: contiguous weights")
     y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
-    common = {
+    common: dict[str, Any] = {
         "x": flat, "weight": weight, "scales": scales, "residual": extra, "out": y.view(-1, out_features), "bits": bits,
         "group": group,
     }  # fmt: skip
@@ -287,7 +289,7 @@ def launch_linear(
             common["x"] = launch_rms_norm(x=flat, norm_weight=norm_weight, eps=eps, dtype=x.dtype)
         launch_gemm(**common)
     elif rows:
-        launch = launch_tile if kernel == "tile" else launch_gemv
+        launch: Callable[..., None] = launch_tile if kernel == "tile" else launch_gemv
         launch(norm_weight=norm_weight, eps=eps, ahead=ahead, ahead_scales=ahead_scales, **common)
     return y
 

@@ -7,6 +7,8 @@ still run, and its weights are on their way by then.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -158,9 +160,7 @@ def launch_product(
     )  # fmt: skip
 
 
-def launch_tile(
-    *, x: Tensor, weight: Tensor, norm_weight: Tensor | None, eps: float, group: int, **product: Tensor | int | dict | None
-) -> None:
+def launch_tile(*, x: Tensor, weight: Tensor, norm_weight: Tensor | None, eps: float, group: int, **product: Any) -> None:
     """out [M, N] = residual + norm(x [M, K]) @ weight.T, M <= MOST_ROWS; product: what else `launch_product` takes."""
     limbs, units = launch_limbs(x=x, norm_weight=norm_weight, eps=eps, group=group)
     launch_product(limbs=limbs, units=units, weight=weight, group=group, **product)

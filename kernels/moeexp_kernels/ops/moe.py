@@ -15,6 +15,8 @@ Which experts a token takes: `router.py`; references: `moe_reference.py`. Expert
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.library import triton_op
@@ -54,11 +56,11 @@ def check_vectors(
     check_argument(weights, name="weights", shape=chosen, dtypes=(torch.float32,))
 
 
-def launch_decode(*, x: Tensor, ids: Tensor, tile_from: int | None, **arguments: Tensor | float | None) -> Tensor:
+def launch_decode(*, x: Tensor, ids: Tensor, tile_from: int | None, **arguments: Any) -> Tensor:
     """Checks the arguments of `moe_decode` and runs the kernels for its tokens. tile_from: the least number of tokens that go to
     `moe_tile.py`; None: the tuning table's."""
     features = x.shape[-1]
-    formats = {}
+    formats: dict[str, tuple[int, int, int]] = {}
     for prefix in ("", "shared_"):
         stored = {
             f"{kind}{scales}": arguments[f"{prefix}{kind}{scales}"] for kind in ("gate_up", "down") for scales in ("", "_scales")
@@ -71,10 +73,10 @@ def launch_decode(*, x: Tensor, ids: Tensor, tile_from: int | None, **arguments:
     common = {"x": flat, "ids": ids, "out": y.view(-1, features), **arguments}
     rows = flat.shape[0]
     if experts_served(rows=rows, formats=formats):
-        width, *up = formats["gate_up"]
-        config = moe_tile_config(bits=up[0], features=features, width=width, rows=rows, arch=tuning.architecture(x.device))
+        width, bits, group = formats["gate_up"]
+        config = moe_tile_config(bits=bits, features=features, width=width, rows=rows, arch=tuning.architecture(x.device))
         if rows >= (config["FROM"] if tile_from is None else tile_from):
-            launch_moe_tile(**common, width=width, up=tuple(up), back=formats["down"][1:], config=config)
+            launch_moe_tile(**common, width=width, up=(bits, group), back=formats["down"][1:], config=config)
             return y
     launch_pairs(**common, formats=formats)
     return y

@@ -247,8 +247,9 @@ def launch_pairs(
     first = tuning.lookup("moe_gate_up", f"{tuning.weight_class(formats['gate_up'][1])}/{shape}", arch)
     second = tuning.lookup("moe_down", f"{tuning.weight_class(formats['down'][1])}/{shape}", arch)
     act_row = top_k * width + shared_width
-    shape, dtype = ((rows, act_row), torch.float32) if int16_limbs(x.dtype) == 2 else ((rows, 2, act_row), torch.bfloat16)
-    act = torch.empty(shape, dtype=dtype, device=x.device)
+    wide = int16_limbs(x.dtype) == 2
+    act_shape = (rows, act_row) if wide else (rows, 2, act_row)
+    act = torch.empty(act_shape, dtype=torch.float32 if wide else torch.bfloat16, device=x.device)
     slots = triton.next_power_of_2(top_k)
 
     def constants(name: str, weight: Tensor, in_features: int, most: int = 4) -> dict:

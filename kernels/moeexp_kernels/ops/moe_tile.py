@@ -21,6 +21,8 @@ has a fixed order, and a row's sums do not depend on the rows beside it: it is t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -189,7 +191,7 @@ def launch_moe_tile(
     """out [M, D] of x [M, D], all checked and served; up, back: (bits, group); config: the row of the tuning table."""
     (rows, features), top_k = x.shape, ids.shape[-1]
     pairs, cuda, pdl = rows * top_k, x.is_cuda, has_pdl(x)
-    wide = {"dtype": torch.float32, "device": x.device}
+    wide: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     gates = torch.empty((rows,), **wide)
     act = torch.empty((pairs + rows, width), **wide)
     routed = torch.empty((pairs + rows, features), **wide)

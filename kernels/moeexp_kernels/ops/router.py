@@ -13,6 +13,8 @@ CTAs that hand over to one another, or a router fused into the expert kernels, w
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -158,11 +160,11 @@ def router(
         x=x, norm_weight=norm_weight, weight=weight, top_k=top_k, positions=positions, expert_ids=expert_ids
     )
     (experts, features), (batch, tokens) = weight.shape, x.shape[:2]
-    wide = {"dtype": torch.float32, "device": x.device}
+    wide: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     logits = torch.empty((batch * tokens, experts), **wide)
     ids = torch.empty((batch, tokens, top_k), dtype=torch.int32, device=x.device)
     weights = torch.empty((batch, tokens, top_k), **wide)
-    common = {"weight": weight, "scales": None, "residual": None, "out": logits, "bits": bits, "group": features}
+    common: dict[str, Any] = {"weight": weight, "scales": None, "residual": None, "out": logits, "bits": bits, "group": features}
     arch, key = tuning.architecture(x.device), f"{tuning.weight_class(bits)}/{experts}x{features}"
     if gemv_serves(rows=flat.shape[0], key=key, arch=arch):
         # The router's matrix is small: its row splits it so that every SM reads.

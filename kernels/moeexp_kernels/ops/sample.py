@@ -20,6 +20,8 @@ order-preserving integer image of the logits, by counting (or weighing) what lie
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -301,7 +303,7 @@ def sample(logits: Tensor, seed_state: Tensor, temperature: float, top_k: int, t
     if not plan:
         return _pick(logits, seed_state, (logits, logits, 0, 0), {**constants, "BY_MASS": False, "NOISE": True})
 
-    wide = {"dtype": torch.int64, "device": logits.device}
+    wide: dict[str, Any] = {"dtype": torch.int64, "device": logits.device}
     sums = torch.empty((rows, len(plan), sizes["CHUNKS"], sizes["DIGITS"]), dtype=torch.float32, device=logits.device)
     prefixes = torch.empty((rows, len(plan)), **wide)
     peaks = prefixes

@@ -78,7 +78,9 @@ def _tiles(runs: Sequence[Run], ranked: Sequence[Run]) -> list[tuple[str, str]]:
         same = [run for run in runs if run.speed and run.workload == best.workload]
         if same[0] is not best:
             found = gain(best, same[0])
-            spread = f", 95 % interval {three(found.low)} to {three(found.high)}: {found.phrase}" if found.low else ""
+            spread = ""
+            if found.low is not None and found.high is not None:
+                spread = f", 95 % interval {three(found.low)} to {three(found.high)}: {found.phrase}"
             spread += f"; by medians {by_medians(found)}" if found.medians else ""
             spread += "" if found.in_turns else "; not timed in turns"
             tiles.insert(1, (f"× {three(found.value)}", f"over the first, {label_of(same[0])}{spread}"))
@@ -91,8 +93,10 @@ def _fastest(best: Run, repeated: Sequence[processes.Processes]) -> tuple[str, s
     """Of a config that ran in several processes their median; of another what its one process had."""
     of_best = next((one for one in repeated if best in one.runs), None)
     if of_best is None:
-        return f"{format.number(best.speed.tok_s)} tok/s", f"fastest decode, one process: {label_of(best)}"
-    middle, least, most = of_best.figure(lambda record: record["decode_tok_s"])
+        return f"{format.number(best.timed.tok_s)} tok/s", f"fastest decode, one process: {label_of(best)}"
+    figure = of_best.figure(lambda record: record["decode_tok_s"])
+    assert figure is not None, "each of these runs has a speed"
+    middle, least, most = figure
     spread = f"median of {of_best.count} processes [{format.number(least)}, {format.number(most)}]"
     return f"{format.number(middle)} tok/s", f"fastest decode, {spread}: {of_best.label or label_of(best)}"
 

@@ -57,7 +57,7 @@ def _step(step: Step, before: float | None) -> BarRow:
     if step.run.speed is None:
         return BarRow(step.label, step.run.record["status"], run=step.run.id)
     speed = step.run.speed.tok_s
-    if before is None:
+    if before is None or step.gain is None:
         bars = [Bar(0, speed, "bar", f"{number(speed)} tok/s")]
     else:
         # Colour is for what is more than noise; without an interval nobody knows.
@@ -94,12 +94,13 @@ def _latencies(runs: Sequence[Run], ranked: Sequence[Run]) -> Markup:
 
 
 def _memory(runs: Sequence[Run], ranked: Sequence[Run]) -> Markup:
-    having = [run for run in ranked if html_table.peak_gib(run.record)][:MOST]
-    if not having:
+    peaks = [(run, peak) for run in ranked if (peak := html_table.peak_gib(run.record))][:MOST]
+    having = [run for run, _ in peaks]
+    if not peaks:
         return Markup("")
     drawn = []
-    for run in having:
-        memory, peak = run.record["memory_gib"], html_table.peak_gib(run.record)
+    for run, peak in peaks:
+        memory = run.record["memory_gib"]
         weights, state = memory.get("weights", 0.0), memory.get("state", 0.0)
         bars = [
             Bar(0, weights, "weights", f"weights {number(weights)} GiB"),
@@ -111,7 +112,7 @@ def _memory(runs: Sequence[Run], ranked: Sequence[Run]) -> Markup:
     on_gpu = any("device_in_use" in run.record["memory_gib"] for run in having)
     what = "device memory in use" if on_gpu else "peak memory of the process, check and reference included"
     legend = _legend({"weights": "part-1", "state": "part-2", f"the rest of {what}": "part-4"})
-    scale = Scale(0, max(html_table.peak_gib(run.record) for run in having))
+    scale = Scale(0, max(peak for _, peak in peaks))
     return legend + svg.rows(drawn, scale, "GiB") + _cut(ranked)
 
 

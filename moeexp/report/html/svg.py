@@ -106,11 +106,11 @@ def _bar(bar: Bar, scale: Scale) -> Mark:
     if bar.kind == "dot":
         return Mark("circle", {"class": "dot", "cx": f"{left}%", "cy": "50%", "r": 5}, hint=bar.hint)
     if bar.kind == "range":
-        place = {"x1": f"{left}%", "x2": f"{right}%", "y1": "50%", "y2": "50%"}
-        return Mark("line", {"class": "range"} | place, hint=bar.hint)
+        ends = {"x1": f"{left}%", "x2": f"{right}%", "y1": "50%", "y2": "50%"}
+        return Mark("line", {"class": "range"} | ends, hint=bar.hint)
     # A bar that is there is seen: at least a hair's width.
     width = max(round(right - left, 3), 0.3)
-    place = {"x": f"{left}%", "y": "18%", "width": f"{width}%", "height": "64%", "rx": 2}
+    place: dict[str, Any] = {"x": f"{left}%", "y": "18%", "width": f"{width}%", "height": "64%", "rx": 2}
     return Mark("rect", {"class": bar.kind} | place, hint=bar.hint)
 
 
@@ -182,7 +182,8 @@ def scatter(points: Sequence[Point], roofs: Sequence[tuple[float, str]], *, x_un
 
 def _named(points: Sequence[Point], x: Scale, y: Scale) -> list[tuple[str, list[Mark]]]:
     """Of each run a dot with its text beside it; a text that would lie on an earlier one goes below it."""
-    parts, taken = [], []
+    parts: list[tuple[str, list[Mark]]] = []
+    taken: list[tuple[float, float]] = []
     for p in points:
         cx, cy = x(p.x), 100 - y(p.y)
         below = 0
