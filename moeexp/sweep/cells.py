@@ -21,9 +21,9 @@ from moeexp.config import resolve, schema
 from moeexp.config.override_text import as_typed
 from moeexp.record.gpus import Gpu
 from moeexp.report import records
-from moeexp.run.digests import Progress, unseen
 from moeexp.run.identity import Identities, config_hash
 from moeexp.stack.artifact_config import adopt
+from moeexp.stack.digests import Progress, unseen
 from moeexp.sweep.history import Earlier, History, runs_again
 
 
