@@ -75,8 +75,7 @@ def check_runnable(folder: Path, manifest: dict[str, Any]) -> None:
                 raise ValueError(f"artifact={folder} was made for a CPU with {names}, which this one lacks; export here")
         elif now.get(key) != value:
             raise ValueError(
-                f"artifact={folder} was made for {cut(key, 20)} {cut(str(value), 60)}, and this is {now.get(key)}: export it again "
-                "here"
+                f"artifact={folder} was made for {key} {cut(str(value), 60)}, and this is {now.get(key)}: export it again here"
             )
     if unsaid := sorted(set(now) - set(made)):
         raise ValueError(f"artifact={folder} does not say for which {unsaid[0]} it was made: export it again here")
