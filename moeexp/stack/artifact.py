@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moeexp.config.files import cut
 from moeexp.config.schema import Config
 from moeexp.record.text import brief
 from moeexp.stack import artifact_key
@@ -118,7 +119,7 @@ def _check_tensors(cfg: Config, folder: Path, manifest: dict[str, Any]) -> None:
     for name, entry in manifest["methods"].items():
         for key, spec in entry["constants"].items():
             if _shown(spec["shape"], spec["dtype"]) != _shown(*known.get(key.removeprefix("model."), ((), ""))):
-                problems.append(f"{name} asks for {brief(key)}, {_shown(spec['shape'], brief(spec['dtype']))}")
+                problems.append(f"{name} asks for {brief(key)}, {_shown(spec['shape'], cut(spec['dtype'], 20))}")
     if problems:
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
         raise ValueError(f"artifact={folder} does not fit its config: {problems[0]}{more}; export it again")

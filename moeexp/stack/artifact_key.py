@@ -79,7 +79,7 @@ def _key() -> bytes:
         raise ValueError(
             f"{path}, the key of artifacts, cannot be read ({error.strerror}): remove it, and export again"
         ) from error
-    with open(descriptor, "rb") as file:
+    try:
         found = os.fstat(descriptor)
         private = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
         if not private or found.st_size != SIZE:
@@ -87,4 +87,6 @@ def _key() -> bytes:
                 f"{path}, the key of artifacts, is no file of {SIZE} bytes that its user alone can read: remove it, "
                 "and export again"
             )
-        return file.read(SIZE)
+        return os.read(descriptor, SIZE)
+    finally:
+        os.close(descriptor)
