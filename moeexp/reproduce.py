@@ -63,7 +63,7 @@ def run_again(record: dict[str, Any], folder: Path, *, trust: bool = False) -> d
     if len(longest.encode()) > LONGEST_ARGUMENT:
         key = longest.partition("=")[0]
         raise ValueError(f"{key} has {len(longest)} characters, more than a command line can hold: it is in the record's config")
-    print("$ " + shlex.join(["python", "-m", "moeexp", *overrides]), file=sys.stderr)
+    print("$ " + visible(shlex.join(["python", "-m", "moeexp", *overrides]), lines=True), file=sys.stderr)
     code = subprocess.run([sys.executable, "-m", "moeexp", *overrides], stdout=STDERR).returncode
     if code == 130:
         raise KeyboardInterrupt
