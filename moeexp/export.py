@@ -70,7 +70,9 @@ def export(arguments: Sequence[str]) -> tuple[Path, dict[str, Any]]:
 
     from moeexp.config import resolve, sources, validate
     from moeexp.model.inputs import check_inputs
+    from moeexp.stack import artifact_key
 
+    artifact_key.prepare()  # an error here, not after minutes of compiling
     if cfg.artifact is not None:
         raise ValueError(f"artifact={cfg.artifact} is an artifact already: copy its folder")
     if cfg.export != "aoti":

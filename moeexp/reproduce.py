@@ -55,6 +55,7 @@ def run_again(record: dict[str, Any], folder: Path, *, trust: bool = False) -> d
     """Runs the record's config in a process of its own. `ValueError` as `arguments_of`; `RuntimeError` if it left no record."""
     overrides = [
         *arguments_of(record, trust=trust),
+        *["artifact_trust=true"] * (record["config"].get("artifact") is not None),  # named, and so trusted
         "tracker.mode=disabled",
         f"hydra.run.dir={hydra_value(str(folder))}",
     ]
@@ -62,7 +63,7 @@ def run_again(record: dict[str, Any], folder: Path, *, trust: bool = False) -> d
     if len(longest.encode()) > LONGEST_ARGUMENT:
         key = longest.partition("=")[0]
         raise ValueError(f"{key} has {len(longest)} characters, more than a command line can hold: it is in the record's config")
-    print("$ " + shlex.join(["python", "-m", "moeexp", *overrides]), file=sys.stderr)
+    print("$ " + visible(shlex.join(["python", "-m", "moeexp", *overrides]), lines=True), file=sys.stderr)
     code = subprocess.run([sys.executable, "-m", "moeexp", *overrides], stdout=STDERR).returncode
     if code == 130:
         raise KeyboardInterrupt

@@ -20,7 +20,7 @@ from moeexp.config import resolve, schema, sources
 from moeexp.record.phases import Phases
 from moeexp.record.record import Record
 from moeexp.run.identity import Identities, config_hash
-from moeexp.stack import artifact, artifact_config, artifact_manifest, artifact_writer, factory
+from moeexp.stack import artifact, artifact_config, artifact_key, artifact_manifest, artifact_writer, factory
 from moeexp.stack.compile_cache import Artifact
 
 NANO = ["model=nano", "export=aoti", "batch=2", "max_seq_len=96"]
@@ -53,6 +53,11 @@ def written(out, overrides, monkeypatch):
     return stack.model
 
 
+@pytest.fixture(autouse=True)
+def own_key(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -60,13 +65,15 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "A"
 
 
-def reseal(folder, change):
-    """Edits the manifest as a careful hand would: its own digest fits again."""
-    manifest = artifact_manifest.read_manifest(folder)
+def reseal(folder, change, *, ours=True):
+    """Edits the manifest as a careful hand would: its own digest fits again. `ours`: by the key of this machine's user."""
+    path = folder / artifact_manifest.MANIFEST
+    manifest = json.loads(path.read_text())
+    made_by = manifest.pop("made_by")
     del manifest["sha256"]
     change(manifest)
-    text = json.dumps(manifest | {"sha256": artifact_manifest.seal(manifest)})
-    (folder / artifact_manifest.MANIFEST).write_text(text)
+    manifest["sha256"] = artifact_manifest.seal(manifest)
+    path.write_text(json.dumps(manifest | {"made_by": artifact_key.code(manifest) if ours else made_by}))
 
 
 @pytest.mark.parametrize("overrides", [["quant=int4"], ["quant=none", "dtype=bfloat16"], ["quant=int8"]])
@@ -156,9 +163,11 @@ def test_a_result_is_not_taken_for_that_of_another_artifact(folder):
     assert digest() == before
     reseal(folder, lambda manifest: manifest.update(made_in_s={}))
     assert digest() != before
-    resealed, weights = digest(), next((folder / "weights").iterdir())
+    resealed, weights, cfg = digest(), next((folder / "weights").iterdir()), adopted([f"artifact={folder}"])
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
-    assert digest() != resealed, "it is refused, not reused"
+    assert config_hash(cfg, Identities().of(cfg, gpu=None)) != resealed
+    with pytest.raises(ValueError, match="is not the file that was written"):
+        digest()
 
 
 def test_a_recipe_that_contradicts_it_is_refused(folder):

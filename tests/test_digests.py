@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from moeexp.run import digests
-from moeexp.run.digests import Digests
+from moeexp.stack import digests
+from moeexp.stack.digests import Digests
 
 OPENED: list[str] | None = None
 

@@ -18,10 +18,10 @@ from moeexp.config.architecture import Architecture
 from moeexp.record import cpus, environment
 from moeexp.record.record import plain, read_record
 from moeexp.run import identity
-from moeexp.run.digests import Digests
 from moeexp.run.identity import Identities, code_fingerprint, config_hash
 from moeexp.run.job import Job
 from moeexp.stack import allocator, source_files
+from moeexp.stack.digests import Digests
 
 ARCH = replace(
     Architecture.from_hf(compose.compose(["model=nano"]).model.architecture),

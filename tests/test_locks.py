@@ -10,7 +10,7 @@ import pytest
 
 from moeexp import probes
 from moeexp.record.locks import lock, try_lock
-from moeexp.run.digests import Digests
+from moeexp.stack.digests import Digests
 from moeexp.sweep.history import Folder
 
 HOLD = "import sys, time; from pathlib import Path; from moeexp.record.locks import try_lock\n"

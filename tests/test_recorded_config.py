@@ -16,7 +16,7 @@ from moeexp import reproduce
 from moeexp.config import axes, schema
 from moeexp.config.architecture import Architecture
 from moeexp.config.compose import compose
-from moeexp.config.recorded import ARCHITECTURE, AT_MOST, check
+from moeexp.config.recorded import ARCHITECTURE, MOST, check
 from moeexp.config.sources import SHIPPED_CHECKPOINT
 from moeexp.record.record import plain
 from moeexp.report import command_line
@@ -128,7 +128,8 @@ def test_the_places_are_every_field_of_the_schema():
     names = {".".join(place) for place in PLACES}
     assert {field.name for field in dataclasses.fields(schema.Config)} <= names
     assert {f"{g}.{field.name}" for g, of in schema.GROUPS.items() for field in dataclasses.fields(of)} <= names
-    assert "model.architecture.rope_parameters.rope_theta" in names and set(AT_MOST) <= names | {"model.architecture.rope_theta"}
+    top = {f"model.architecture.{key}" for key in ("rope_theta", "original_max_position_embeddings")}
+    assert "model.architecture.rope_parameters.rope_theta" in names and set(MOST) <= names | top
     assert set(Architecture.from_folder(SHIPPED_CHECKPOINT).to_hf()) <= set(ARCHITECTURE), "as records have it"
 
 

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
-from moeexp.config.files import short
+from moeexp.config.files import cut, short
 
 Rule = tuple[Callable[[Any], bool], str]  # is it right?, and what is
 
 # Beyond these no such model exists, and a mistyped one would fill the memory before anything is refused.
-MOST, MOST_LAYERS = 2**31 - 1, 4096
+AT_MOST = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 20,
+    "num_hidden_layers": 1 << 10,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "head_dim": 1 << 12,
+    "linear_num_key_heads": 1 << 12,
+    "linear_num_value_heads": 1 << 12,
+    "linear_key_head_dim": 1 << 12,
+    "linear_value_head_dim": 1 << 12,
+    "linear_conv_kernel_dim": 1 << 8,
+    "num_experts": 1 << 14,
+    "num_experts_per_tok": 1 << 14,
+    "moe_intermediate_size": 1 << 20,
+    "shared_expert_intermediate_size": 1 << 20,
+    "max_position_embeddings": 1 << 30,
+    "original_max_position_embeddings": 1 << 30,
+    "full_attention_interval": 1 << 10,
+}
+MOST_LABELS = 1 << 16  # for each of which transformers makes a name
+MOST_THETA = 1 << 50
+SMALLEST, MOST = 1e-30, 1 << 31  # of any other number; float32 has to hold it
 
 
 def whole(most: int) -> Rule:
@@ -26,39 +47,24 @@ def or_null(rule: Rule) -> Rule:
     return lambda value: value is None or rule[0](value), f"{rule[1]}, or null"
 
 
-SIZE = whole(MOST)
-POSITIVE: Rule = (
-    lambda value: type(value) in (int, float) and 0 < value <= MOST * MOST and math.isfinite(value),
-    "a finite number above 0",
-)
+def positive(most: float) -> Rule:
+    return (
+        lambda value: type(value) in (int, float) and SMALLEST <= value <= most,
+        f"a finite number above 0, from {SMALLEST:g} to {most}",
+    )
+
+
+POSITIVE = positive(MOST)
 BOOLEAN: Rule = (lambda value: type(value) is bool, "true or false, without quotes")
 OBJECT: Rule = (lambda value: isinstance(value, dict), "an object")
 TEXT: Rule = (lambda value: isinstance(value, str), "a text")
 IDS: Rule = (lambda value: type(value) is int or list_of(int)(value), "a token or a list of tokens")
 
-RULES: dict[str, Rule] = {
-    "vocab_size": SIZE,
-    "hidden_size": SIZE,
-    "num_hidden_layers": whole(MOST_LAYERS),
-    "num_attention_heads": SIZE,
-    "num_key_value_heads": SIZE,
-    "head_dim": SIZE,
-    "linear_num_key_heads": SIZE,
-    "linear_num_value_heads": SIZE,
-    "linear_key_head_dim": SIZE,
-    "linear_value_head_dim": SIZE,
-    "linear_conv_kernel_dim": SIZE,
-    "num_experts": SIZE,
-    "num_experts_per_tok": SIZE,
-    "moe_intermediate_size": SIZE,
-    "shared_expert_intermediate_size": SIZE,
-    "max_position_embeddings": SIZE,
-    "original_max_position_embeddings": SIZE,
-    "full_attention_interval": SIZE,
+RULES: dict[str, Rule] = {key: whole(most) for key, most in AT_MOST.items()} | {
     "layer_types": or_null((list_of(str), "a list of texts")),
-    "rms_norm_eps": POSITIVE,
-    "rope_theta": POSITIVE,
-    "partial_rotary_factor": POSITIVE,
+    "rms_norm_eps": positive(1),
+    "rope_theta": positive(MOST_THETA),
+    "partial_rotary_factor": positive(1),
     "attention_bias": BOOLEAN,
     "attn_output_gate": BOOLEAN,
     "norm_topk_prob": BOOLEAN,
@@ -81,6 +87,11 @@ def check_keys(config: dict[str, Any]) -> None:
     inner = config.get("text_config")
     for level in [config, inner] if isinstance(inner, dict) else [config]:
         check_values(level, RULES)
+    waiting = [("", config)]
+    while waiting:
+        prefix, level = waiting.pop()
+        check_values(level, {"num_labels": or_null(whole(MOST_LABELS))}, prefix)
+        waiting += [(cut(f"{prefix}{key}.", 80), value) for key, value in level.items() if isinstance(value, dict)]
 
 
 def check_values(values: dict[str, Any], rules: dict[str, Rule], prefix: str = "") -> None:

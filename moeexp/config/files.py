@@ -1,12 +1,22 @@
-"""Files of a snapshot that are not what their names say: links to nothing, git-lfs pointers, broken JSON."""
+"""Files of a snapshot that are not what their names say: links to nothing, git-lfs pointers, broken JSON, names that lead
+elsewhere.
+
+A file of the snapshot may name only files below its own folder. A link in the folder may lead anywhere: whoever has the
+folder made it, and a Hugging Face cache keeps the contents in ../../blobs."""
 
 from __future__ import annotations
 
-import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
+from moeexp.record.json_file import parsed, read_bytes
+from moeexp.record.text import visible
+
+# Tokenizers of 256 k words have 35 MB.
+MOST_BYTES = 1 << 28
+PART = re.compile(r"(?!\.{1,2}$)[^/\\:]{1,255}")  # of a path: no `..`, no drive
 POINTER = b"version https://git-lfs"
 # What a model is read from. A link to nothing among other files harms nobody.
 USED = (".json", ".safetensors", ".txt", ".model", ".jinja")
@@ -18,15 +28,18 @@ def short(value: Any, limit: int = 80) -> str:
 
 
 def cut(text: str, limit: int = 80) -> str:
-    """In one line, and not longer."""
-    line = " ".join(text.split())
+    """In one line, and not longer, with nothing that acts on a terminal."""
+    line = visible(" ".join(text[: 16 * limit].split()))
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def check_links(folder: Path) -> None:
     """`ValueError` if a file of the folder is a link whose target is not there, as in a cache of which only snapshots/ was
     copied or mounted."""
-    broken = sorted(path for path in folder.iterdir() if path.suffix in USED and leads_nowhere(path))
+    try:
+        broken = sorted(path for path in folder.iterdir() if path.suffix in USED and leads_nowhere(path))
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be read ({error.strerror}): make it readable") from error
     if broken:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         target = short(os.readlink(broken[0]))
@@ -37,31 +50,33 @@ def check_links(folder: Path) -> None:
 
 
 def leads_nowhere(path: Path) -> bool:
-    return path.is_symlink() and not path.exists()
+    return os.path.islink(path) and not os.path.exists(path)
 
 
-def is_pointer(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(len(POINTER)) == POINTER
+def is_inside(name: Any) -> bool:
+    """Whether it names a file below the folder that it is read in, by plain characters and a length that a path may have."""
+    return isinstance(name, str) and len(name) <= 1024 and visible(name) == name and all(map(PART.fullmatch, name.split("/")))
 
 
 def check_pointer(path: Path) -> None:
     """`ValueError` for the pointer that git clones where git-lfs is not installed."""
-    if is_pointer(path):
+    if read_bytes(path, len(POINTER)) == POINTER:
         raise ValueError(f"{path} is a git-lfs pointer, not the file itself: fetch it with `git lfs pull`")
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object. `ValueError`, one line with the file's name, for anything else."""
+    """A JSON object, bounded in size and depth, no key twice. `ValueError`, one line with the file's name, for anything else."""
     try:
         check_pointer(path)
-        found = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is not valid JSON: {cut(str(error))} ({path.stat().st_size} bytes): fetch the file again"
-        ) from error
+        data = read_bytes(path, MOST_BYTES + 1)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} cannot be read: it is not there") from error
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"{path} has more than {MOST_BYTES:,} bytes, and no such file has: fetch it again")
+    try:
+        found = parsed(data, constants=True)
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {cut(str(error), 200)} ({len(data)} bytes): fetch the file again") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold a JSON object, and holds {short(found)}")
     return found

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from moeexp.config.config_keys import BOOLEAN, MOST, POSITIVE, SIZE, TEXT, Rule, check_values, list_of, or_null, shown
+from moeexp.config.config_keys import BOOLEAN, MOST, POSITIVE, RULES, TEXT, Rule, check_values, list_of, or_null, shown
 from moeexp.config.files import cut, short
 
 DEFAULT_THETA, DEFAULT_PARTIAL = 10000.0, 0.25
@@ -27,8 +27,8 @@ THREE: Rule = (
 PLAIN: dict[str, Rule] = {
     "rope_type": TEXT,
     "type": TEXT,
-    "rope_theta": POSITIVE,
-    "partial_rotary_factor": POSITIVE,
+    "rope_theta": RULES["rope_theta"],
+    "partial_rotary_factor": RULES["partial_rotary_factor"],
     # Which frequencies turn with time, height and width: of text all three are the same position.
     "mrope_section": THREE,
     "mrope_interleaved": BOOLEAN,
@@ -36,7 +36,7 @@ PLAIN: dict[str, Rule] = {
 # null where transformers takes it for absent; it takes a null `truncate` for false, and a null `factor` for a ratio.
 YARN: dict[str, Rule] = {
     "factor": AT_LEAST_ONE,
-    "original_max_position_embeddings": SIZE,
+    "original_max_position_embeddings": RULES["original_max_position_embeddings"],
     "attention_factor": or_null(POSITIVE),
     "beta_fast": or_null(POSITIVE),
     "beta_slow": or_null(POSITIVE),

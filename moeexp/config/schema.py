@@ -53,6 +53,11 @@ class Config:
         "a folder that `python -m moeexp.export` wrote: nothing is exported or quantised again, what it was made with is fixed",
         default=None, role=MEASUREMENT, identity=CONTENTS,
     )  # fmt: skip
+    # Housekeeping, as the command of a record must not carry it: whom to trust is for who runs it to say.
+    artifact_trust: bool = axis(
+        "whether the native code of an artifact runs that was not exported on this machine by its user", default=False,
+        role=HOUSEKEEPING,
+    )  # fmt: skip
     dispatch: str = axis(
         "how prefill and decode become compiled methods", default="dual", role=AXIS,
         values={"dual": "a prefill and a decode method", "single": "one for any number of tokens, whose ops choose when they run",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import codecs
+import os
 from pathlib import Path
 
 from moeexp.config.architecture import Architecture
-from moeexp.config.files import check_links, leads_nowhere
+from moeexp.config.files import check_links, leads_nowhere, short
 from moeexp.config.prequantised import check_plain
 from moeexp.config.schema import ModelConfig
+from moeexp.record.paths import expanded
 
 SHIPPED_CHECKPOINT = Path(__file__).resolve().parents[1] / "checkpoints" / "tiny"
 
@@ -17,12 +19,12 @@ def weights_folder(model: ModelConfig) -> Path | None:
     """The snapshot that holds the weights, None when a seed draws them. `ValueError` for a folder that is not there."""
     if model.weights == "random":
         return None
-    folder = SHIPPED_CHECKPOINT if model.weights == "shipped" else Path(model.weights).expanduser()
+    folder = SHIPPED_CHECKPOINT if model.weights == "shipped" else expanded(model.weights)
     if leads_nowhere(folder):
-        raise ValueError(f"model.weights={model.weights!r} is a link that points to nothing: give the folder of a snapshot")
-    if not folder.is_dir():
+        raise ValueError(f"model.weights={short(model.weights)} is a link that points to nothing: give the folder of a snapshot")
+    if not os.path.isdir(folder):  # where a path that cannot be is none
         raise ValueError(
-            f"model.weights={model.weights!r} is not a folder: give the folder of a Hugging Face snapshot, or random"
+            f"model.weights={short(model.weights)} is not a folder: give the folder of a Hugging Face snapshot, or random"
             if model.weights != "shipped"
             else f"the shipped checkpoint is missing from {folder}: the installation is incomplete, reinstall moeexp"
         )
@@ -33,11 +35,11 @@ def heldout_file(model: ModelConfig) -> Path | None:
     """The text that bits per byte are measured on. `ValueError` if it is named and does not exist."""
     if model.heldout is None:
         return None
-    path = SHIPPED_CHECKPOINT / "heldout.txt" if model.heldout == "shipped" else Path(model.heldout).expanduser()
+    path = SHIPPED_CHECKPOINT / "heldout.txt" if model.heldout == "shipped" else expanded(model.heldout)
     if leads_nowhere(path):
-        raise ValueError(f"model.heldout={model.heldout!r} is a link that points to nothing: give a path to UTF-8 text")
-    if not path.is_file():
-        raise ValueError(f"model.heldout={model.heldout!r} is not a file: give a path to UTF-8 text, or null for none")
+        raise ValueError(f"model.heldout={short(model.heldout)} is a link that points to nothing: give a path to UTF-8 text")
+    if not os.path.isfile(path):
+        raise ValueError(f"model.heldout={short(model.heldout)} is not a file: give a path to UTF-8 text, or null for none")
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moeexp.config.architecture import Architecture
-from moeexp.config.files import check_links, check_pointer, cut, read_object, short
+from moeexp.config.files import check_links, check_pointer, cut, is_inside, read_object, short
 from moeexp.config.prequantised import check_plain, described
 from moeexp.model.tensor_types import check_finite, check_types, is_finite
 
@@ -144,7 +145,13 @@ class Snapshot:
                     raise ValueError(f"{folder}: tensor {name!r} occurs twice, in {twice}")
                 stored = handle.get_slice(key)
                 self._files[name], shapes[name], types[name] = (path, key), tuple(stored.get_shape()), stored.get_dtype()
-        per_expert = {int(m[1]) for key in shapes if (m := re.match(r"layers\.(\d+)\.mlp\.experts\.\d+\.", key))}
+        per_expert = {int(m[1]) for key in shapes if (m := re.match(r"layers\.(\d{1,9})\.mlp\.experts\.\d+\.", key))}
+        per_expert &= set(range(arch.num_hidden_layers))
+        if (needed := 3 * arch.num_experts * len(per_expert)) > len(shapes):  # before a list of so many is made
+            raise ValueError(
+                f"{folder} does not fit its config.json: num_experts={arch.num_experts} in {len(per_expert)} layers are at "
+                f"least {needed} tensors, and it holds {len(shapes)}"
+            )
         self.pieces = pieces(arch, fused_experts=lambda layer: layer not in per_expert)
         wanted = {piece.key: piece.shape for parts in self.pieces.values() for piece in parts}
         config = read_object(folder / "config.json")
@@ -162,8 +169,7 @@ class Snapshot:
             ],
         }
         if any(problems.values()):
-            text = "; ".join(f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in problems.items() if keys)
-            raise ValueError(f"{self.folder} does not fit its config.json: {text}")
+            raise ValueError(f"{self.folder} does not fit its config.json: {_told(problems)}")
 
     def read(self, key: str) -> Tensor:
         path, full = self._files[key]
@@ -193,18 +199,18 @@ def _shards(folder: Path) -> list[Path]:
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
         try:
-            names = sorted(set(read_object(index)["weight_map"].values()))
-            if not all(isinstance(name, str) for name in names):
-                raise TypeError(f"{short(names[0])} is no file's name")
+            names = read_object(index)["weight_map"].values()
+            if outside := [name for name in names if not is_inside(name)]:
+                raise ValueError(f"{short(outside[0])} is no name of a file below its folder")
+            names = sorted(set(names))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is not a safetensors index: {cut(str(error), 200)}") from error
+            raise ValueError(f"{index} is not a safetensors index: {cut(str(error), 200)}; fetch it again") from error
         problems = {
-            "missing": [name for name in names if not (folder / name).is_file()],
+            "missing": [name for name in names if not os.path.isfile(folder / name)],
             "not named by it": sorted(p.name for p in folder.iterdir() if SHARD.search(p.name) and p.name not in names),
         }
         if any(problems.values()):
-            text = "; ".join(f"{len(files)} {kind}: {_some(files)}" for kind, files in problems.items() if files)
-            raise ValueError(f"{folder} does not hold the {len(names)} shards of its {index.name}: {text}")
+            raise ValueError(f"{folder} does not hold the {len(names)} shards of its {index.name}: {_told(problems)}")
         return [folder / name for name in names]
     if not single.is_file():
         raise ValueError(
@@ -216,16 +222,27 @@ def _shards(folder: Path) -> list[Path]:
 
 def open_shards(folder: Path) -> dict[Path, Any]:
     """The folder's safetensors files, opened: file -> handle."""
-    return {path: _open(path) for path in _shards(folder)}
+    return {path: open_shard(path) for path in _shards(folder)}
 
 
-def _open(path: Path):
+def open_shard(path: Path, device: str = "cpu") -> Any:
     try:
-        return safe_open(path, framework="pt", device="cpu")
+        return safe_open(path, framework="pt", device=device)
     except (SafetensorError, OSError) as error:
         check_pointer(path)
         raise ValueError(f"{path} cannot be read as safetensors ({cut(str(error))}); fetch the file again") from error
 
 
-def _some(names: list[str], limit: int = 8) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def _told(problems: dict[str, list[str]]) -> str:
+    """How many of each kind, and the first of them; in few enough characters for a line."""
+    kinds = {kind: names for kind, names in problems.items() if names}
+    return "; ".join(f"{len(names)} {kind}: {_some(names, 240 // len(kinds))}" for kind, names in kinds.items())
+
+
+def _some(names: list[str], limit: int) -> str:
+    shown = [cut(names[0], limit)]
+    for name in names[1:8]:
+        if sum(map(len, shown)) + len(name) > limit:
+            break
+        shown.append(cut(name))
+    return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")

@@ -7,13 +7,12 @@ shares a misreading cannot see it.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from moeexp.config.architecture import REQUIRED, Architecture
-from moeexp.config.files import cut
+from moeexp.config.files import cut, read_object
 from moeexp.config.schema import ModelConfig
 from moeexp.config.sources import load_architecture, weights_folder
 from moeexp.model.rope import inverse_frequencies
@@ -112,4 +111,4 @@ def _rope(arch: Architecture, config: Any) -> list[tuple[str, Any, Any]]:
 
 
 def _given(model: ModelConfig, folder: Path | None) -> dict[str, Any]:
-    return dict(model.architecture or {}) if folder is None else json.loads((folder / "config.json").read_text())
+    return dict(model.architecture or {}) if folder is None else read_object(folder / "config.json")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moeexp.config.files import check_pointer, cut, read_object
+from moeexp.config.files import check_pointer, cut, is_inside, read_object, short
 
 # Files that hold a vocabulary: tokenizer.json everything, the others what older tokenizers are made of.
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -18,7 +18,9 @@ def own_tokenizer(folder: Path) -> Any:
     """transformers' tokenizer of the folder. `ValueError`, one line with the file's name, where its files cannot serve."""
     files = [folder / name for name in OBJECTS if (folder / name).is_file()]
     for path in files:
-        read_object(path)
+        found = read_object(path)
+        if path.name == "tokenizer_config.json":
+            _check_names(path, found)
     for name in PLAIN:
         if (folder / name).is_file():
             check_pointer(folder / name)
@@ -36,3 +38,16 @@ def own_tokenizer(folder: Path) -> Any:
     if not has and not tokenizer("0 a", add_special_tokens=False)["input_ids"]:  # it loads, and is empty
         raise ValueError(f"the tokenizer of {named} knows no text, as its vocabulary ({VOCABULARIES[0]}) is missing: {WAY_OUT}")
     return tokenizer
+
+
+def _check_names(path: Path, config: dict[str, Any]) -> None:
+    """`ValueError` for a vocabulary outside the folder. transformers opens what these keys name as it stands, from wherever
+    the process runs, and leaves them out where it saves a tokenizer."""
+    for key, value in config.items():
+        if (key in ("vocab", "merges") or key.endswith("_file")) and key != "special_tokens_map_file" and isinstance(value, str):
+            raise ValueError(f"{path}: {cut(key, 40)}={short(value)} names a file: remove the key, the folder's own are read")
+    versions = config.get("fast_tokenizer_files") or []
+    if not isinstance(versions, list) or not all(map(is_inside, versions)):
+        raise ValueError(
+            f"{path}: fast_tokenizer_files={short(versions)} must be a list of files below its folder: mend it, or remove the key"
+        )

@@ -96,3 +96,19 @@ def load(
     left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     assert not left, f"buffers left without a value: {left}"
     return model
+
+
+def layout(
+    arch: Architecture, *, dtype: torch.dtype, bits: int, group_size: int, skip: tuple[str, ...]
+) -> tuple[dict[str, tuple[tuple[int, ...], torch.dtype]], dict[str, str]]:
+    """(shape and dtype of every buffer as `load` leaves it, {a tied buffer: the one that it is})."""
+    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for name, buffer in Qwen35MoE(arch, dtype=dtype, device="meta").named_buffers():
+        *rows, features = buffer.shape
+        if bits == 16 or kind_of(name) in (None, *skip):
+            found[name] = tuple(buffer.shape), buffer.dtype
+        else:
+            found[name] = (*rows, features * bits // 8), torch.uint8
+            found[f"{name.removesuffix('weight')}scales"] = (*rows, features // group_size, 2), torch.float16
+    tied = arch.tie_word_embeddings and found["head.weight"] == found["embed_tokens.weight"]
+    return found, {"head.weight": "embed_tokens.weight"} if tied else {}

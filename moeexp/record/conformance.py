@@ -13,15 +13,16 @@ from moeexp.record.text import brief, one_line
 
 def check(record: Mapping[str, Any]) -> None:
     """`ValueError` with the first key that is not as `shape` says, its value, and what is allowed."""
-    _check(Whole, record, "")
+    conforms(Whole, record)
 
 
 def check_config(config: Any) -> None:
     """The same for a record's config alone."""
-    _check(ConfigShape, config, "config.")
+    conforms(ConfigShape, config, "config.")
 
 
-def _check(shape: type[Shape], value: Any, prefix: str) -> None:
+def conforms(shape: type[Shape], value: Any, prefix: str = "") -> None:
+    """The same for any data that should be of a shape."""
     try:
         shape.model_validate(value)
     except ValidationError as error:

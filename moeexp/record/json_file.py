@@ -40,13 +40,23 @@ def read_json(path: Path) -> Any:
     if len(data) > MAX_BYTES:
         raise ValueError(f"{path} has more than {MAX_BYTES:,} bytes, and no record has: remove it")
     try:
-        found = json.loads(data.decode("utf-8"), parse_constant=_refuse, object_pairs_hook=_table)
-        _check_values(found)
+        return parsed(data)
+    except ValueError as error:
+        raise ValueError(f"{path} is {error}: remove it, or run again") from error
+
+
+def parsed(data: bytes, *, constants: bool = False) -> Any:
+    """`ValueError` for anything but strict JSON in UTF-8: "not UTF-8", "nested deeper than …". `constants`: NaN and Infinity
+    are let through, for who can name what they stand in the place of."""
+    try:
+        refuse = None if constants else _refuse
+        found = json.loads(data.decode("utf-8"), parse_constant=refuse, object_pairs_hook=_table)
+        _check_values(found, constants)
     except RecursionError as error:
-        raise ValueError(f"{path} is nested deeper than {MAX_DEPTH} levels: remove it, or run again") from error
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from error
     except ValueError as error:  # JSON's, UTF-8's and our own
         what = "not UTF-8" if isinstance(error, UnicodeDecodeError) else f"not JSON that is read here ({error})"
-        raise ValueError(f"{path} is {what}: remove it, or run again") from error
+        raise ValueError(what) from error
     return found
 
 
@@ -63,7 +73,7 @@ def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def _check_values(data: Any) -> None:
+def _check_values(data: Any, constants: bool) -> None:
     """Without recursion, as the depth is what it looks at."""
     waiting: list[tuple[str, Any, int]] = [("", [data], 0)]
     while waiting:
@@ -74,5 +84,5 @@ def _check_values(data: Any) -> None:
             kind = type(value)
             if kind is dict or kind is list:
                 waiting.append((f"{where}.{key}" if depth else "", value, depth + 1))
-            elif (kind is float and not math.isfinite(value)) or (kind is int and not -MAX_INT < value < MAX_INT):
+            elif (kind is float and not (constants or math.isfinite(value))) or (kind is int and not -MAX_INT < value < MAX_INT):
                 raise ValueError(f"{where}.{key} is {brief(value)}, beyond what a number can be".removeprefix("."))

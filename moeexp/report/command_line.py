@@ -64,7 +64,7 @@ def code_of(record: dict[str, Any]) -> list[str]:
 
 def given_of(record: dict[str, Any]) -> str:
     """The command that a record says it was started with. `ValueError` if it could do more than choose settings."""
-    settings = {field.name for field in fields(schema.Config)} - {"artifact"} | {"experiment"}
+    settings = {field.name for field in fields(schema.Config)} - {"artifact", "artifact_trust"} | {"experiment"}
     words = [*_words(record, "command"), *_words(record, "overrides")]
     for word in words:
         key, given, value = check_text("command", word).partition("=")

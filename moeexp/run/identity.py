@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from moeexp.config import axes
+from moeexp.config.files import is_inside, read_object
 from moeexp.config.schema import Config
 from moeexp.record import cpus, environment
 from moeexp.record.record import plain
-from moeexp.run.digests import Digests, ShowProgress, unseen
+from moeexp.stack.digests import Digests, ShowProgress, unseen
 from moeexp.stack.source_files import PACKAGES, files_of
 
 # Of a snapshot: what our loader or transformers reads for the weights.
@@ -93,7 +94,7 @@ def weight_files(folder: Path) -> list[Path]:
     found = {path for path in folder.iterdir() if WEIGHTS.search(path.name)}
     for index in folder.glob("*.safetensors.index.json"):
         try:
-            found |= {folder / name for name in json.loads(index.read_bytes())["weight_map"].values()}
+            found |= {folder / name for name in read_object(index)["weight_map"].values() if is_inside(name)}
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
     return [path for path in found if path.is_file()]

@@ -111,17 +111,17 @@ def prepare(cfg: DictConfig, record: Record, phases: Phases) -> schema.Config:
     from moeexp.record import environment
     from moeexp.stack import artifact_config
 
-    composed = artifact_config.adopt(composed, record.data["overrides"])
+    @contextmanager
+    def progress(what: str, *, total: int) -> Iterator[Callable[[int], None]]:
+        with phases("identity"), phases.progress(what, total=total) as advance:
+            yield advance
+
+    composed = artifact_config.adopt(composed, record.data["overrides"], progress)
     config = resolve.resolved(composed, cuda_available=torch.cuda.is_available())
     check_inputs(config)
     chosen = threads.choose(composed.threads, sources.load_architecture(composed.model))
     threads.apply(chosen, config.device)
     gpu = environment.gpu_name() if config.device == "cuda" else None
-
-    @contextmanager
-    def progress(what: str, *, total: int) -> Iterator[Callable[[int], None]]:
-        with phases("identity"), phases.progress(what, total=total) as advance:
-            yield advance
 
     identity = Identities(progress).of(config, gpu=gpu)
     record.set(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -11,19 +12,23 @@ from typing import Any
 from moeexp.config.axes import FIXED, get
 from moeexp.config.compose import compose
 from moeexp.config.schema import Config, ModelConfig, OpsConfig, QuantConfig
+from moeexp.record.paths import expanded
+from moeexp.stack.digests import ShowProgress, unseen
 
 
-def adopt(cfg: Config, overrides: Sequence[str] = ()) -> Config:
+def adopt(cfg: Config, overrides: Sequence[str] = (), progress: ShowProgress = unseen) -> Config:
     """`cfg` with every field of `FIXED` as the artifact has it; unchanged without `artifact`.
 
-    `ValueError` for a field that `overrides` or a recipe set to something else, and for an artifact that is damaged or made
-    for another machine. `overrides` tells a value that was asked for from a default that it happens to equal."""
+    `ValueError` for a field that `overrides` or a recipe set to something else, and for an artifact that is damaged, a
+    stranger's or made for another machine. `overrides` tells a value that was asked for from a default that it happens to
+    equal. Whose it is and whether it is whole is known before any op that it names is imported."""
     if cfg.artifact is None:
         return cfg
-    from moeexp.stack import artifact_manifest
+    from moeexp.stack import artifact_key, artifact_manifest
 
-    folder = Path(cfg.artifact).expanduser().resolve()
+    folder = Path(os.path.realpath(expanded(cfg.artifact)))
     manifest = artifact_manifest.read_manifest(folder)
+    artifact_key.check(folder, manifest, trusted=cfg.artifact_trust)
     made = manifest["config"]
     default = _defaults()
     named = [override.lstrip("+~").partition("=")[0].replace("/", ".") for override in overrides]
@@ -38,6 +43,7 @@ def adopt(cfg: Config, overrides: Sequence[str] = ()) -> Config:
                 "leave it out, or export another artifact"
             )
     padded = _padded(cfg, made, asked=cfg.cuda_graph != default.cuda_graph or "cuda_graph" in named)
+    artifact_manifest.check_integrity(folder, manifest, progress)
     artifact_manifest.check_runnable(folder, manifest)
     model = ModelConfig(**made["model"])
     if manifest["model"]["weights"]:

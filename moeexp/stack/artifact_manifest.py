@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from moeexp.config.files import cut
 from moeexp.record import cpus
-from moeexp.stack.source_files import file_digest
+from moeexp.record.json_file import read_json
+from moeexp.record.text import brief
+from moeexp.stack.artifact_shape import check_shape
+from moeexp.stack.digests import Digests, ShowProgress, unseen
 
-if TYPE_CHECKING:
-    from moeexp.record.phases import Phases
-
-VERSION = 3  # 2: without `threads` in the config and the identity of what it was made from; 1: without l2_prefetch
+# 3: without the code of who made it; 2: without `threads` in the config and the identity of what it was made from; 1: without
+# l2_prefetch
+VERSION = 4
 MANIFEST = "manifest.json"
+UNSEALED = ("sha256", "made_by")
 # Instruction sets: Inductor compiles for the very CPU that it runs on.
 CPU_FLAGS = re.compile(r"^(sse|ssse|avx|fma|bmi|f16c|amx|vaes|vpclmul|pclmul|gfni|adx|sha_ni|movbe|popcnt|aes|abm)")
 
@@ -34,24 +39,30 @@ def here(device: str) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, whose own digest fits. `ValueError` for a folder that is no artifact of this version."""
+    """The manifest, whose own digest fits and which names nothing outside the folder. `ValueError` for a folder that is no
+    artifact of this version. Nothing of it is trusted by that: see `artifact_key`."""
     path = folder / MANIFEST
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ValueError(f"artifact={folder} holds no {MANIFEST}: give a folder that `python -m moeexp.export` wrote")
     try:
-        manifest = json.loads(path.read_text())
-        sealed, version = manifest.pop("sha256"), manifest["version"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        manifest = read_json(path)
+        sealed, version = {key: value for key, value in manifest.items() if key not in UNSEALED}, manifest["version"]
+        fits = manifest["sha256"] == seal(sealed)
+    except (ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"artifact={folder} is damaged: {MANIFEST} cannot be read; export it again") from error
-    if sealed != seal(manifest):
+    if not fits:
         raise ValueError(f"artifact={folder} is damaged: {MANIFEST} does not fit its own digest; export it again")
-    if version != VERSION:
-        raise ValueError(f"artifact={folder} has version {version}, this moeexp reads {VERSION}; export it again")
-    return manifest | {"sha256": sealed}
+    if type(version) is not int or version != VERSION:
+        raise ValueError(f"artifact={folder} has version {brief(version)}, this moeexp reads {VERSION}; export it again")
+    try:
+        check_shape(manifest)
+    except ValueError as error:
+        raise ValueError(f"artifact={folder} is damaged: {str(error)[:250]} in {MANIFEST}; export it again") from error
+    return manifest
 
 
 def check_runnable(folder: Path, manifest: dict[str, Any]) -> None:
-    """`ValueError` if this machine, torch or a user's op is not what the methods were compiled for."""
+    """`ValueError` if this machine, torch or a user's op is not what the methods were compiled for. Imports users' ops."""
     from moeexp_kernels import registry
 
     device = manifest["config"]["device"]
@@ -60,31 +71,35 @@ def check_runnable(folder: Path, manifest: dict[str, Any]) -> None:
         if key == "cpu_flags":
             lacking = sorted(set(value) - set(now[key]))
             if lacking:
-                flags = ", ".join(lacking[:4])
+                flags = ", ".join(cut(name, 20) for name in lacking[:4])
                 raise ValueError(f"artifact={folder} was made for a CPU with {flags}, which this one lacks; export here")
-        elif now[key] != value:
-            raise ValueError(f"artifact={folder} was made for {key} {value}, and this is {now[key]}: export it again here")
+        elif now.get(key) != value:
+            raise ValueError(
+                f"artifact={folder} was made for {key} {cut(str(value), 60)}, and this is {now.get(key)}: export it again here"
+            )
+    if unsaid := sorted(set(now) - set(made)):
+        raise ValueError(f"artifact={folder} does not say for which {unsaid[0]} it was made: export it again here")
     settings = manifest["config"]["ops"]
-    chosen = {op: name for op, name in settings.items() if op != "default"}
+    chosen = {op: name for op, name in settings.items() if op not in ("default", "sample")}
     names = registry.identities(registry.resolve(default=settings["default"], chosen=chosen, device=device))
-    other = sorted(op for op, name in manifest["ops"].items() if names.get(op) != name)
+    other = sorted(op for op, name in names.items() if op != "sample" and manifest["ops"].get(op) != name)
     if other:
         raise ValueError(f"artifact={folder} holds another source of ops.{other[0]} than is here now: export it again")
 
 
-def check_integrity(folder: Path, manifest: dict[str, Any], phases: Phases) -> None:
-    """Reads every file once. `ValueError` names what is missing, altered, or not the artifact's."""
+def check_integrity(folder: Path, manifest: dict[str, Any], progress: ShowProgress = unseen) -> None:
+    """Compares every file's digest. `ValueError` names what is missing, altered, elsewhere, or not the artifact's."""
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {MANIFEST}
-    expected = manifest["files"]
+    expected, root = manifest["files"], os.path.realpath(folder)
     problems = [f"{name} is missing" for name in sorted(set(expected) - found)]
-    problems += [f"{name} does not belong to it" for name in sorted(found - set(expected))]
-    with phases.progress("verify artifact", total=len(expected)) as advance:
-        for name in sorted(found & set(expected)):
-            if file_digest(folder / name) != expected[name]["sha256"]:
-                problems.append(f"{name} is not the file that was written")
-            advance(1)
+    problems += [f"{cut(name)} does not belong to it" for name in sorted(found - set(expected))]
+    inside = [name for name in sorted(found & set(expected)) if os.path.realpath(folder / name) == os.path.join(root, name)]
+    problems += [f"{name} is a link" for name in sorted(found & set(expected) - set(inside))]
+    for name, digest in zip(inside, Digests().of([folder / name for name in inside], progress), strict=True):
+        if digest != expected[name]["sha256"]:
+            problems.append(f"{name} is not the file that was written")
     if problems:
-        raise ValueError(f"artifact={folder} is damaged: {'; '.join(problems[:5])}; export it again or copy it anew")
+        raise ValueError(f"artifact={folder} is damaged: {'; '.join(problems)[:200]}; export it again or copy it anew")
 
 
 def seal(manifest: dict[str, Any]) -> str:

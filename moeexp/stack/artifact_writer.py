@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from moeexp import __version__
 from moeexp.config.schema import Config
 from moeexp.record.record import plain
+from moeexp.stack import artifact_key
 from moeexp.stack.artifact_manifest import MANIFEST, VERSION, here, seal
 from moeexp.stack.source_files import file_digest
 
@@ -35,6 +36,7 @@ def write(out: Path, cfg: Config, stack: Stack, *, made_in_s: dict[str, float], 
 
     from moeexp.stack.compile_cache import toolchain
 
+    artifact_key.prepare()
     scratch = out.with_name(f".{out.name}.{os.getpid()}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     (scratch / "methods").mkdir(parents=True)
@@ -72,7 +74,9 @@ def write(out: Path, cfg: Config, stack: Stack, *, made_in_s: dict[str, float], 
             },
         }
         manifest = json.loads(json.dumps(manifest))
-        (scratch / MANIFEST).write_text(json.dumps(manifest | {"sha256": seal(manifest)}, indent=1) + "\n")
+        manifest |= {"sha256": seal(manifest)}
+        manifest |= {"made_by": artifact_key.code(manifest)}
+        (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         os.replace(scratch, out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -22,9 +22,9 @@ from moeexp.config.override_text import as_typed
 from moeexp.record import renamed
 from moeexp.record.gpus import Gpu
 from moeexp.report import records
-from moeexp.run.digests import ShowProgress, unseen
 from moeexp.run.identity import Identities, config_hash
 from moeexp.stack.artifact_config import adopt
+from moeexp.stack.digests import ShowProgress, unseen
 from moeexp.sweep.history import Earlier, History, runs_again
 
 
@@ -162,7 +162,7 @@ def judge(
     identities = Identities(progress)
     for cell in cells:
         try:
-            given = adopt(cell.given, cell.overrides)
+            given = adopt(cell.given, cell.overrides, progress)
             cell.config = resolve.resolved(given, cuda_available=bool(gpus), at_once=at_once)
             gpu = gpus[0].name if cell.config.device == "cuda" else None
             cell.config_hash = config_hash(cell.config, identities.of(cell.config, gpu=gpu))

@@ -6,9 +6,11 @@ import contextlib
 import copy
 import io
 import json
+import os
 import random
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,13 @@ VALUES: tuple[Any, ...] = (
 RAW = (b"NaN", b"Infinity", b"-Infinity", b"1e400", b"9" * 10_000, b"[" * 5000, b'{"a":' * 5000, b"\xff", b'"\\ud800"',
        b'{"a":1,"a":2}')  # fmt: skip
 SECONDS = 20  # of all readers together
+
+
+def seeded() -> random.Random:
+    """Another one every time; MOEEXP_FUZZ_SEED shows a failure again."""
+    seed = int(os.environ.get("MOEEXP_FUZZ_SEED", random.SystemRandom().randrange(1 << 32)))
+    print(f"MOEEXP_FUZZ_SEED={seed}")
+    return random.Random(seed)
 
 
 def bases() -> list[dict[str, Any]]:
@@ -126,10 +135,11 @@ def in_time(what: str, seconds: float = SECONDS) -> Iterator[None]:
     def late(*_: Any) -> None:
         raise AssertionError(f"a reader hung: {what}")
 
-    before = signal.signal(signal.SIGALRM, late)
+    before, start = signal.signal(signal.SIGALRM, late), time.monotonic()
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
+        assert time.monotonic() - start < seconds, f"a reader hung, and hid it: {what}"
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -4,7 +4,6 @@ import base64
 import hashlib
 import itertools
 import os
-import random
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 import record_fuzz
 import synthetic
 from markdown_it import MarkdownIt
-from record_fuzz import MARKUP, TERMINAL
+from record_fuzz import MARKUP, TERMINAL, seeded
 from sabotage import experiment, ran
 
 from moeexp.cli import main
@@ -29,13 +28,6 @@ INJECTED = (
 )  # fmt: skip
 
 LISTS = {"bullet_list_open", "bullet_list_close", "list_item_open", "list_item_close"}
-
-
-def seeded():
-    """Another one every time; MOEEXP_FUZZ_SEED shows a failure again."""
-    seed = int(os.environ.get("MOEEXP_FUZZ_SEED", random.SystemRandom().randrange(1 << 32)))
-    print(f"MOEEXP_FUZZ_SEED={seed}")
-    return random.Random(seed)
 
 
 def fuzz(folder, count):

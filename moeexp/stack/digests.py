@@ -20,6 +20,7 @@ from typing import Any
 
 from moeexp.record.locks import lock
 from moeexp.record.record import write_atomically
+from moeexp.stack.caches import cache_dir
 
 VERSION = 1
 # Entries that are kept, the latest; some 0.6 MB. A snapshot of the largest models has about a hundred files.
@@ -47,9 +48,6 @@ class Digests:
     """The digests that are known, on disk and here."""
 
     def __init__(self) -> None:
-        # Here, as it imports torch, which must not be loaded before the allocator is chosen.
-        from moeexp.stack.compile_cache import cache_dir
-
         self.path = cache_dir() / "digests.json"
         self._known = _read(self.path)
 
