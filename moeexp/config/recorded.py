@@ -12,11 +12,10 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from moeexp.config import axes
 from moeexp.config.architecture import Architecture
+from moeexp.config.axis import MANY
 from moeexp.config.schema import Config, OpsConfig
 from moeexp.record.text import brief
 
-# No run needs more, and a number beyond these can only exhaust the machine.
-LARGEST = 1 << 24
 # Of shapes; of settings the table of axes says it.
 AT_MOST = {
     "model.architecture.num_hidden_layers": 1 << 12,
@@ -140,6 +139,6 @@ def _check_plain(path: str, kind: type, value: Any) -> None:
         raise ValueError(f"the record's {path}={brief(value)} is not of type {kind.__name__}")
     if kind in (int, float):
         of_axis = axes.TABLE[path].axis.most if path in axes.TABLE else None
-        most = of_axis or AT_MOST.get(path, LARGEST)
+        most = of_axis or AT_MOST.get(path, MANY)
         if not -most <= value <= most:
             raise ValueError(f"the record's {path}={brief(value)} is out of range; {-most} to {most} is allowed")

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from moeexp.record.json_file import read_json
+from moeexp.record.json_file import MAX_INT, read_json
 from moeexp.record.liveness import is_gone, this_process
 from moeexp.record.migration import STEPS, migrate
 from moeexp.record.names import STATUSES
@@ -251,7 +251,8 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def plain(value: Any) -> Any:
-    """JSON types only. Non-finite floats become text, as strict JSON has no NaN. A tensor is our own bug."""
+    """JSON types only. Non-finite floats, of which strict JSON has none, and numbers beyond `MAX_INT` become text. A tensor is
+    our own bug."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
     if isinstance(value, dict):
@@ -260,6 +261,8 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
+    if isinstance(value, int) and not -MAX_INT < value < MAX_INT:  # nobody would read it
+        return str(value)
     if isinstance(value, Path):
         return str(value)
     assert value is None or isinstance(value, (str, int, bool)), f"{type(value).__name__} in a record: {value!r}"
