@@ -94,7 +94,9 @@ class TrackerConfig:
         "of W&B", values={"auto": "online when logged in, else offline", "online": "", "offline": "", "disabled": ""}
     )
     path: str | None = axis("of tracker=jsonl: the file that is appended to")
-    timeout_s: float = axis("seconds that tracking may take", least=1, most=SECONDS)
+    timeout_s: float = axis(
+        "seconds that tracking may take; what cannot be logged online is logged offline, in 60 more", least=1, most=SECONDS
+    )
 
 
 @dataclass

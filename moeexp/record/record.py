@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from moeexp.record import disk
 from moeexp.record.json_file import MAX_INT, read_json
 from moeexp.record.liveness import is_gone, this_process
 from moeexp.record.migration import STEPS, migrate
@@ -158,6 +159,7 @@ class Record:
             self.set(**dict.fromkeys(SPEEDS))
         if not passed:
             self.latencies_ms, self.prefill_ms, self.ttft_ms = [], [], []
+        disk.free_space(self.path.parent)
         self.write()
 
     def write(self) -> None:
@@ -243,11 +245,15 @@ def latency_summary(samples_ms: list[float]) -> dict[str, Any]:
 def write_atomically(path: Path, text: str) -> None:
     """A reader, or a run that is killed at any moment, finds the old file or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:  # a full disk; writing does not say of which file
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def plain(value: Any) -> Any:

@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from rich.console import Console
 
 from moeexp.config import axes, memory_need, resolve, schema, sources, threads, validate
 from moeexp.config.override_text import without_interpolation
-from moeexp.record import free_memory, gpus, streams, tracker
+from moeexp.record import disk, free_memory, gpus, streams, tracker
 from moeexp.record.phases import Phases
 from moeexp.record.record import Record, write_atomically
 from moeexp.report import terminal
@@ -74,7 +74,11 @@ def _texts(value: Any) -> Any:
 def run_job(job: Job, cfg: DictConfig, experiment: Experiment) -> int:
     """Runs one config. Returns the exit code; the record holds the status."""
     with signals.deferred():  # between its first and its last writing nothing ends without a word
-        record = open_record(job)
+        try:
+            record = open_record(job)
+        except OSError as error:
+            say(f"error: the run cannot begin: {disk.explained(error, folders_of(job))}")
+            return FAILED
         phases = Phases(record, Console(stderr=True))
         config, status, error = None, "ok", None
         try:
@@ -90,10 +94,19 @@ def run_job(job: Job, cfg: DictConfig, experiment: Experiment) -> int:
 
 def open_record(job: Job) -> Record:
     path = Path(job.run_dir) / "record.json"
+    disk.keep_space(path.parent)
     record = Record(path, id=job.id, config=job.config, command=job.command, overrides=job.overrides)
     record.set(design=job.design, config_hash=job.config_hash, code_fingerprint=job.code_fingerprint)
     record.write()
     return record
+
+
+def folders_of(job: Job) -> dict[str, Path]:
+    """{what moves it: where a run writes}"""
+    found = {"hydra.sweep.dir" if job.sweep else "hydra.run.dir": Path(job.run_dir)}
+    with suppress(ValueError, OSError):
+        found |= caches.folders()
+    return found
 
 
 def prepare(cfg: DictConfig, record: Record, phases: Phases) -> schema.Config:
@@ -181,6 +194,7 @@ def conclude(
     job: Job, record: Record, phases: Phases, config: schema.Config | None, status: str, error: BaseException | None
 ) -> int:
     """Finishes the record, tracks and shows it. Returns the exit code. Only tracking can be interrupted."""
+    error = None if error is None else disk.explained(error, folders_of(job))
     begun = set(record.data["phases_s"])
     if status == "unsupported" and begun - {"identity"}:  # of a snapshot that was read only to know it, nothing was begun
         status = "failed"
@@ -192,7 +206,11 @@ def conclude(
             from moeexp.record import environment
 
             record.add("environment", gpu_after=environment.gpu_state())
-        record.finish(status, error=_describe(error, phases))
+        try:
+            record.finish(status, error=_describe(error, phases))
+        except OSError as unwritten:
+            say(f"error: {disk.explained(unwritten, folders_of(job))}; {os.path.relpath(record.path)} stays as it was ({status})")
+            return EXIT_CODES[status] or FAILED
         code = INVALID if invalid else EXIT_CODES[status]
         if config is not None:  # a config that was refused measured nothing that a tracker should show
             track(record, code, group=job.group)
@@ -212,7 +230,10 @@ def track(record: Record, exit_code: int, *, group: str | None) -> None:
         record.write()
         raise
     record.set(tracker=found)
-    record.write()
+    try:
+        record.write()
+    except OSError as error:
+        say(f"warning: what became of tracking is not in {os.path.relpath(record.path)}: {error}")
     if found["warning"]:
         say(f"warning: {found['warning']}")
 
@@ -237,6 +258,8 @@ def _report(error: BaseException, record: Record, phases: Phases, *, invalid: bo
     elif isinstance(error, KeyboardInterrupt):
         say(f"interrupted; what was measured is in {os.path.relpath(record.path)}")
     elif invalid:
+        say(f"error: {message}")
+    elif isinstance(error, disk.NoSpace):
         say(f"error: {message}")
     else:
         path = record.path.with_name("traceback.txt")
