@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-# As compilers, safetensors and other errors that wrap one put it.
-WORDS = tuple(map(os.strerror, FULL))
+# As compilers, safetensors and other errors that wrap one put it, and torch where it unpacks a package.
+WORDS = (*map(os.strerror, FULL), "no space left on", "mz_zip error string: write callback failed")
 KEPT = ".space-for-the-record"
 KEPT_BYTES = 256 << 10  # a record with its traceback beside it
 
@@ -40,10 +40,14 @@ def free_space(folder: Path) -> None:
 def is_full(error: BaseException | None) -> bool:
     """Also where a compiler's error, or torch's, is what became of it."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in FULL or any(words in str(error) for words in WORDS):
+        if (isinstance(error, OSError) and error.errno in FULL) or says_so(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def says_so(text: str) -> bool:
+    return any(words in text for words in WORDS)
 
 
 def explained(error: BaseException, folders: Mapping[str, Path]) -> BaseException:

@@ -91,7 +91,7 @@ class Process:
         else:
             kind, status = "ProcessExit", "failed"
             message = f"the run's process exited with code {code}{during}, without finishing its record"
-        if status == "failed" and any(words in self.tail() for words in disk.WORDS):
+        if status == "failed" and disk.says_so(self.tail()):
             message = f"no space left on a disk that the run writes to: {message}"
         return status, {"type": kind, "message": message, "phase": phase, "traceback": self.tail(), **known}
 

@@ -126,14 +126,14 @@ class Sweep:
                 self._run_apart(waiting, composer)
 
     @contextmanager
-    def _stops_where_it_cannot_write(self) -> Iterator[None]:
+    def _stops_where_it_cannot_write(self, what: str = "the sweep starts no further run") -> Iterator[None]:
         """One line. The cells that did not run have no record, and the same command runs them."""
         try:
             yield
         except OSError as error:
             self.broken = True
             folders = {"hydra.sweep.dir": self.directory, "TMPDIR": Path(tempfile.gettempdir())}
-            say(f"error: the sweep starts no further run: {disk.explained(error, folders)}")
+            say(f"error: {what}: {disk.explained(error, folders)}")
 
     def exit_code(self) -> int:
         """After `finish`."""
@@ -154,7 +154,7 @@ class Sweep:
             return
         path = self.directory / "table.md"
         notes = "".join(f"\n{line}\n" for line in self._notes())
-        with self._stops_where_it_cannot_write():
+        with self._stops_where_it_cannot_write("the table is not written"):
             write_atomically(path, f"{code(shlex.join(self.command))}\n\n" + table.markdown(records) + notes)
         terminal.print_sweep(records, path=path, console=Console())
         for line in self._notes():
