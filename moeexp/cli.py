@@ -72,10 +72,10 @@ def main(arguments: Sequence[str] | None = None, *, experiment: Experiment = def
             return _main(list(sys.argv[1:] if arguments is None else arguments), experiment)
         except KeyboardInterrupt:  # after the last record was complete
             return INTERRUPTED
-        except OSError:
+        except Exception:
             if not signals.received():
                 raise
-            streams.outlive()  # nobody listens any more
+            streams.outlive()  # nobody listens any more, or an import made another error of it
             return INTERRUPTED
 
 
@@ -120,7 +120,7 @@ def _guarded(command: Callable[[], Any], arguments: list[str], session: Session)
         with _hydra_process_state(arguments):
             command()
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return _interrupted(session)
     except SystemExit as stop:  # argparse, and Hydra after --help
         return stop.code if isinstance(stop.code, int) else OK if stop.code is None else INVALID
     except BrokenPipeError:  # the reader of --help or --cfg has seen enough
@@ -128,6 +128,8 @@ def _guarded(command: Callable[[], Any], arguments: list[str], session: Session)
             raise
         sys.stdout = open(os.devnull, "w")
     except Exception as error:
+        if signals.received():  # in the middle of an import it becomes what it likes
+            return _interrupted(session)
         if session.running:
             raise  # a bug in this file; what a run raises is in its record
         # Hydra's error for a missing config is an OSError too.
@@ -137,6 +139,13 @@ def _guarded(command: Callable[[], Any], arguments: list[str], session: Session)
             traceback.print_exc()
         return _say(f"error: {explain(error)}", INVALID)
     return OK
+
+
+def _interrupted(session: Session) -> int:
+    """A run and a sweep have said so themselves."""
+    if session.exit_code == OK and not (session.sweep and session.sweep.interrupted):
+        say("interrupted")
+    return INTERRUPTED
 
 
 def _one_line(parser: argparse.ArgumentParser, message: str) -> NoReturn:

@@ -116,11 +116,12 @@ def prepare(cfg: DictConfig, record: Record, phases: Phases) -> schema.Config:
     allocator.prepare(composed)
     check_surroundings(composed)
     threads.prepare()
-    import torch
+    with signals.deferred():  # in the middle of an import an interrupt may be swallowed, or become another error
+        import torch
 
-    from moeexp.model.inputs import check_inputs, note_of_context
-    from moeexp.record import environment
-    from moeexp.stack import artifact_config
+        from moeexp.model.inputs import check_inputs, note_of_context
+        from moeexp.record import environment
+        from moeexp.stack import artifact_config
 
     composed = artifact_config.adopt(composed, record.data["overrides"])
     config = resolve.resolved(composed, cuda_available=torch.cuda.is_available())
@@ -280,7 +281,8 @@ def say(line: str) -> None:
 
 def default_experiment(*arguments: Any, **keywords: Any) -> None:
     # Imported at the first run, after validation: `--help`, `--cfg` and a mistyped key need no model code.
-    from moeexp.run.experiment import run_experiment
+    with signals.deferred():
+        from moeexp.run.experiment import run_experiment
 
     run_experiment(*arguments, **keywords)
 

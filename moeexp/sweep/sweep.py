@@ -115,6 +115,7 @@ class Sweep:
         if self.dry_run:
             sweep_terminal.print_cells(cells, history=self.history, console=Console())
             return
+        signals.raise_if_received()  # what was imported on the way may have swallowed it
         self._close_lost()
         with self._stops_where_it_cannot_write():
             self._refuse_and_reuse(cells, composer)
