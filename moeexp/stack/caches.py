@@ -81,7 +81,8 @@ def prepare() -> None:
 def folders() -> dict[str, Path]:
     """{variable: the folder that it moves}: all that compiling writes to."""
     own = {name: os.environ.get(name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
-    given = {name: Path(folder) for name, folder in own.items() if folder}
+    own["TRITON_CACHE_DIR"] = own["TRITON_CACHE_DIR"] or os.path.expanduser("~/.triton/cache")
+    given = {name: Path(folder) for name, folder in own.items() if folder and not folder.startswith("~")}
     return {VARIABLE: cache_dir(), "TMPDIR": Path(tempfile.gettempdir())} | given
 
 
