@@ -72,10 +72,10 @@ def main(arguments: Sequence[str] | None = None, *, experiment: RunFunction = de
             return _main(list(sys.argv[1:] if arguments is None else arguments), experiment)
         except KeyboardInterrupt:  # after the last record was complete
             return INTERRUPTED
-        except OSError:
+        except Exception:
             if not signals.received():
                 raise
-            streams.outlive()  # nobody listens any more
+            streams.outlive()  # nobody listens any more, or an import made another error of it
             return INTERRUPTED
 
 
@@ -120,7 +120,7 @@ def _guarded(command: Callable[[], Any], arguments: list[str], invocation: Invoc
         with _hydra_process_state(arguments):
             command()
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return _interrupted(invocation)
     except SystemExit as stop:  # argparse, and Hydra after --help
         return stop.code if isinstance(stop.code, int) else OK if stop.code is None else INVALID
     except BrokenPipeError:  # the reader of --help or --cfg has seen enough
@@ -128,6 +128,8 @@ def _guarded(command: Callable[[], Any], arguments: list[str], invocation: Invoc
             raise
         sys.stdout = open(os.devnull, "w")
     except Exception as error:
+        if signals.received():  # in the middle of an import it becomes what it likes
+            return _interrupted(invocation)
         if invocation.running:
             raise  # a bug in this file; what a run raises is in its record
         # Hydra's error for a missing config is an OSError too.
@@ -137,6 +139,13 @@ def _guarded(command: Callable[[], Any], arguments: list[str], invocation: Invoc
             traceback.print_exc()
         return _say(f"error: {explain(error)}", INVALID)
     return OK
+
+
+def _interrupted(invocation: Invocation) -> int:
+    """A run and a sweep have said so themselves."""
+    if invocation.exit_code == OK and not (invocation.sweep and invocation.sweep.interrupted):
+        say("interrupted")
+    return INTERRUPTED
 
 
 def _one_line(parser: argparse.ArgumentParser, message: str) -> NoReturn:
@@ -184,7 +193,7 @@ def _task(cfg: DictConfig, invocation: Invocation) -> float:
     invocation.running = False
     if invocation.exit_code == INTERRUPTED:
         raise KeyboardInterrupt
-    return objective_of(run_dir / "record.json")
+    return objective_of(run_dir / "record.json") if sweep else 0.0
 
 
 def _say(line: str, code: int) -> int:

@@ -270,7 +270,7 @@ def test_nothing_is_left_of_a_failed_write(tmp_path, monkeypatch):
         (["model=nano", "out=a", "out=b"], "out=DIR is needed once"),
         (["model=nano", "export=eager", "out=a"], "export=eager compiles nothing"),
         (["model=banana", "out=a"], "model=banana is not a choice"),
-        (["new_tokens=0", "out=a"], "new_tokens=0 is too small"),
+        (["new_tokens=0", "out=a"], "new_tokens=0 is out of range"),
         (["model=nano", "out=full"], "out=full exists already"),
     ],
 )

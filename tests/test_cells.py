@@ -163,7 +163,7 @@ def test_a_thousand_cells_are_listed_in_seconds(tmp_path, monkeypatch, capsys):
 def test_a_dry_run_gives_reasons_and_leaves_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["model=nano", "new_tokens=0", "dry_run=true"]) == 0
-    assert "unsupported  new_tokens=0 is too small" in capsys.readouterr().out
+    assert "unsupported  new_tokens=0 is out of range" in capsys.readouterr().out
     assert not list(Path(".").rglob("record.json"))
 
 
@@ -174,7 +174,7 @@ def test_a_dry_run_gives_reasons_and_leaves_nothing(tmp_path, monkeypatch, capsy
         (["rerun=sometimes"], "allowed: failed, all, none"),
         (["launcher.gpus=[7]"], "GPU 7 is not there"),
         (["launcher.gpus=0"], "not a number of 1 or more"),
-        (["launcher.timeout_s=0"], "too small"),
+        (["launcher.timeout_s=0"], "out of range"),
         (["rerun=all,none"], "settings of a whole sweep"),
     ],
 )

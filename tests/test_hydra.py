@@ -108,7 +108,7 @@ def test_tab_completion_is_installed_for_the_console_script(capsys):
     assert script.strip().endswith("-F hydra_bash_completion moeexp")
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["scripts"] == {"moeexp": "moeexp.cli:main"}
+    assert project["scripts"] == {"moeexp": "moeexp.__main__:main"}
 
 
 @pytest.mark.parametrize("extra", EXTRAS)

@@ -359,7 +359,7 @@ def test_the_group_of_a_run_in_a_sweep(given, variable, group, tmp_path, monkeyp
     config = dataclasses.asdict(compose.compose(["model=nano", *given]))
     run = Record(tmp_path / "record.json", id="a", config=config, command=[])
     wandb = SimpleNamespace(init=lambda **settings: settings, Settings=lambda **settings: settings)
-    made = tracker._init(wandb, run.data, tmp_path, "offline", "a sweep")
+    made = tracker._init(wandb, run.data, tmp_path, "offline", "a sweep", "id1")
     assert made["group"] == group and made["project"] == "moeexp" and made["tags"] == ["running"]
 
 

@@ -110,8 +110,7 @@ def test_a_broken_wandb_is_one_warning(tmp_path, monkeypatch):
     (tmp_path / "broken" / "wandb.py").write_text("raise ImportError('no wandb here')")
     monkeypatch.setattr(tracker.sys, "executable", "/nowhere/python")
     run = make(tmp_path / "run")
-    with pytest.raises(FileNotFoundError):
-        track(run)
+    assert "could not be started" in track(run)["warning"]
     monkeypatch.undo()
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"), prepend=":")
     assert "no wandb here" in track(run)["warning"]

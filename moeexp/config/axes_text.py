@@ -60,5 +60,5 @@ def values_of(row: Setting, mark: Callable[[str], str]) -> list[str]:
         return [mark("true"), mark("false")]
     kinds = get_args(row.kind) or (row.kind,)
     if axis.least is not None and {int, float} & set(kinds):
-        others = [f"a number, at least {show(axis.least)}"]
+        others = [f"a number, {show(axis.least)} to {show(axis.most)}"]
     return named + others

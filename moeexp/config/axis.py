@@ -24,6 +24,9 @@ WEIGHTS, ARTIFACT, COMPILE_KEY = "shared weights", "artifact", "compile key"
 # How it counts in a run's identity: as it stands, by the contents of the file that it names, or not at all.
 VALUE, CONTENTS, NOT = "value", "contents", "no"
 
+# No run needs more of anything; a number beyond it is a slip of the finger, or can only exhaust the machine.
+MANY = 1 << 24
+
 Capability = tuple[int, int] | None  # of the GPU; None: there is none, or nobody has asked
 
 
@@ -57,10 +60,10 @@ OTHER_LINEAR = RunKind("with `ops.linear` other than `triton` and `tile`", lambd
 @dataclass(frozen=True)
 class Axis:
     """`values`: {allowed value: what it means, or an empty text}; with `others`, which says what else, they are the names
-    among any values. `least`, `most`: of a number; a user's is held against `most` only beside names. `kind`: the type,
-    where the schema's is Any. `no_effect`: the cases in which it has no effect, which is recorded. `only`: {case: the only
-    value that is not refused there}. `means`: {value: what it is resolved to}. `literal`: text in which `${` has no meaning.
-    `repetition`: runs that differ in it alone repeat one another. `label`: of a group, the field that names its choice."""
+    among any values. `least`, `most`: of a number, or of each in a list. `kind`: the type, where the schema's is Any.
+    `no_effect`: the cases in which it has no effect, which is recorded. `only`: {case: the only value that is not refused
+    there}. `means`: {value: what it is resolved to}. `literal`: text in which `${` has no meaning. `repetition`: runs that
+    differ in it alone repeat one another. `label`: of a group, the field that names its choice."""
 
     help: str
     role: str = ""  # of a field without one: its group's

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from moeexp.config.axis import ARTIFACT, COMPILE_KEY, CONTENTS, TRANSFORMERS, axis
+from moeexp.config.axis import ARTIFACT, COMPILE_KEY, CONTENTS, MANY, TRANSFORMERS, axis
 
 # What torch takes as one.
 SEED: dict[str, Any] = {"least": 0, "most": (1 << 63) - 1}
@@ -47,6 +47,8 @@ class QuantConfig:
     group_size: int | None = axis(
         "weights of a row that share a scale: a power of two that divides every row; null: 64 or 128, by the model",
         part_of=METHOD,
+        least=2,
+        most=MANY,
     )
     skip: list[str] = axis("kinds of weights that stay unquantised", part_of=METHOD)
 
@@ -74,9 +76,9 @@ class SamplerConfig:
         "how the next token is chosen",
         values={"greedy": "the argmax", "gumbel": "drawn, by the Gumbel-max trick"}, only={TRANSFORMERS: "greedy"},
     )  # fmt: skip
-    temperature: float = axis("of gumbel: at least 1e-6")
-    top_k: int | None = axis("of gumbel: draws among so many; null: among all")
-    top_p: float | None = axis("of gumbel: draws among the most probable up to this mass; null: among all")
+    temperature: float = axis("of gumbel; none is sampler=greedy", least=1e-6, most=MANY)
+    top_k: int | None = axis("of gumbel: draws among so many; null: among all", least=1, most=MANY)
+    top_p: float | None = axis("of gumbel: draws among the most probable up to this mass; null: among all", least=1e-6, most=1)
     seed: int = axis("seed of the draws", **SEED)
 
 
@@ -92,7 +94,9 @@ class TrackerConfig:
         "of W&B", values={"auto": "online when logged in, else offline", "online": "", "offline": "", "disabled": ""}
     )
     path: str | None = axis("of tracker=jsonl: the file that is appended to")
-    timeout_s: float = axis("seconds that tracking may take", least=1, most=SECONDS)
+    timeout_s: float = axis(
+        "seconds that tracking may take; what cannot be logged online is logged offline, in 60 more", least=1, most=SECONDS
+    )
 
 
 @dataclass

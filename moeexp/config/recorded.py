@@ -12,12 +12,11 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from moeexp.config import axes
 from moeexp.config.architecture import Architecture
+from moeexp.config.axis import MANY
 from moeexp.config.config_keys import AT_MOST, MOST_THETA
 from moeexp.config.schema import Config, OpsConfig
 from moeexp.record.text import brief
 
-# No run needs more, and a number beyond these can only exhaust the machine.
-LARGEST = 1 << 24
 LONGEST = 4096  # characters of a name or a path
 LONGEST_ARGUMENT = 128_000  # bytes of a prompt, or of anything in a command; Linux takes 131,071
 LONGEST_LIST = 8192  # Hydra reads a list in time that grows with its square: this one in 7 s
@@ -140,6 +139,6 @@ def _check_plain(path: str, kind: type, value: Any) -> None:
         raise ValueError(f"the record's {path}={brief(value)} is not of type {kind.__name__}")
     if isinstance(value, (int, float)) and kind in (int, float):
         of_axis = axes.TABLE[path].axis.most if path in axes.TABLE else None
-        most = of_axis or MOST.get(path, LARGEST)
+        most = of_axis or MOST.get(path, MANY)
         if not -most <= value <= most:
             raise ValueError(f"the record's {path}={brief(value)} is out of range; {-most} to {most} is allowed")

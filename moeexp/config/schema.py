@@ -23,6 +23,7 @@ from moeexp.config.axis import (
     COMPILE_KEY,
     CONTENTS,
     HOUSEKEEPING,
+    MANY,
     MEASUREMENT,
     NO_PREFILL,
     ON_CPU,
@@ -87,7 +88,7 @@ class Config:
     )  # fmt: skip
     prefill_graph_lengths: list[int] = axis(
         "of `cuda_graph=all`: a shorter prompt is padded, which leaves no trace in the state; a longer one is refused",
-        default=lambda: [128, 512], role=AXIS, no_effect=(NO_PREFILL,),
+        default=lambda: [128, 512], role=AXIS, least=1, most=MANY, no_effect=(NO_PREFILL,),
     )  # fmt: skip
     pdl: bool = axis(
         "programmatic dependent launch: in a captured decode step a kernel fetches its weights while the one before it runs",
@@ -100,7 +101,7 @@ class Config:
     )  # fmt: skip
     loop_ahead: int = axis(
         "of `cuda_graph=loop` and `all`: steps enqueued beyond the token that the host reads; after a stop they are discarded",
-        default=8, role=AXIS, least=1,
+        default=8, role=AXIS, least=1, most=MANY,
     )  # fmt: skip
     export: str = axis(
         "what a method is made of", default="aoti", role=AXIS, part_of=[ARTIFACT], no_effect=(TRANSFORMERS,),
@@ -137,10 +138,10 @@ class Config:
         default=None, role=WORKLOAD, literal=True,
     )  # fmt: skip
     prompt_ids: list[int] | None = axis("a prompt by its tokens", default=None, role=WORKLOAD)
-    prompt_len: int | None = axis("a prompt of so many seeded random tokens", default=None, role=WORKLOAD, least=1)
-    new_tokens: int = axis("tokens to generate per sequence", default=64, role=WORKLOAD, least=1)
+    prompt_len: int | None = axis("a prompt of so many seeded random tokens", default=None, role=WORKLOAD, least=1, most=MANY)
+    new_tokens: int = axis("tokens to generate per sequence", default=64, role=WORKLOAD, least=1, most=MANY)
     max_seq_len: int = axis(
-        "positions that the state has room for", default=1024, role=WORKLOAD, least=2, part_of=[ARTIFACT, COMPILE_KEY]
+        "positions that the state has room for", default=1024, role=WORKLOAD, least=2, most=MANY, part_of=[ARTIFACT, COMPILE_KEY]
     )
     eos: bool = axis(
         "a row ends at its first end-of-sequence token, the run once all have; only answers count as tokens",
@@ -149,9 +150,9 @@ class Config:
     seed: int = axis("seed of random prompts", default=0, role=WORKLOAD, **SEED, repetition=True)
     repeats: int = axis(
         "rounds of one prefill and one generation; more follow until the next two are reached", default=5,
-        role=MEASUREMENT, least=1,
+        role=MEASUREMENT, least=1, most=MANY,
     )  # fmt: skip
-    min_samples: int = axis("token latencies to measure", default=100, role=MEASUREMENT, least=1)
+    min_samples: int = axis("token latencies to measure", default=100, role=MEASUREMENT, least=1, most=MANY)
     min_time_s: float = axis("seconds to measure", default=2.0, role=MEASUREMENT, least=0, most=86_400)
     eval_bytes: int = axis(
         "bytes of held-out text for bits per byte; 0 leaves it out", default=8192, role=MEASUREMENT, least=0, most=1 << 31

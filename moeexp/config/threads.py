@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moeexp.config.architecture import Architecture
-from moeexp.record import cpus
+from moeexp.record import control_groups, cpus
 
 # Weights that a token multiplies, per thread: docs/log.md has the measurements.
 WEIGHTS_PER_THREAD = 8_000_000
@@ -26,7 +26,7 @@ OWN, OPENMP, COMPILERS = "MOEEXP_CORES", "OMP_NUM_THREADS", "TORCHINDUCTOR_COMPI
 # is three hundred times that: beside busy processes a step on two threads took some fifty times as long as on one (docs/log.md).
 SPIN, POLICY, SPINS = "GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "1000"
 
-CPUS, PROC = Path("/sys/devices/system/cpu"), Path("/proc/self")
+CPUS = Path("/sys/devices/system/cpu")
 
 
 @dataclass(frozen=True)
@@ -104,64 +104,27 @@ def describe(choice: Choice) -> dict[str, Any]:
 
 def physical_cores(numbers: list[int], folder: Path = CPUS) -> int:
     """Cores that hold these CPUs (psutil counts those of the machine); all are cores of their own where Linux does not tell."""
-    siblings = [_text(folder / f"cpu{cpu}" / "topology" / "thread_siblings_list") or f"cpu{cpu}" for cpu in numbers]
+    siblings = [
+        control_groups.text_of(folder / f"cpu{cpu}" / "topology" / "thread_siblings_list") or f"cpu{cpu}" for cpu in numbers
+    ]
     return len(set(siblings))
 
 
-def cpu_quota(folder: Path = PROC) -> float | None:
+def cpu_quota(folder: Path = control_groups.PROCESS) -> float | None:
     """Cores' worth of CPU time that the control groups of this process allow, those around its own included; None without a
     limit. `folder`: that of the process in /proc."""
-    limits = [
-        _limit(group)
-        for mount, root, controllers in _mounts(folder / "mountinfo")
-        for group in _around(mount, root, _group(folder / "cgroup", controllers))
-    ]
+    limits = map(_limit, control_groups.of_process("cpu", folder))
     return min((limit for limit in limits if limit is not None), default=None)
-
-
-def _mounts(mountinfo: Path) -> list[tuple[Path, str, str]]:
-    """(where, the group that stands there, controllers: "" for version 2) of each hierarchy that limits CPU time."""
-    found = []
-    for line in _text(mountinfo).splitlines():
-        before, _, after = line.partition(" - ")
-        fields, (kind, *_, options) = before.split(), after.split() or [""]
-        if kind == "cgroup2" or (kind == "cgroup" and "cpu" in options.split(",")):
-            root, mount = (field.replace("\\040", " ") for field in fields[3:5])
-            found.append((Path(mount), root, "cpu" if kind == "cgroup" else ""))
-    return found
-
-
-def _group(cgroup: Path, controller: str) -> str:
-    for line in _text(cgroup).splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controller in controllers.split(","):
-            return path
-    return "/"
-
-
-def _around(mount: Path, root: str, path: str) -> list[Path]:
-    """The group and all around it, as folders. In a container the path may be the host's and only its tail be there; then
-    what is mounted is the container's own group."""
-    inside = Path(path).relative_to(root) if Path(path).is_relative_to(root) and ".." not in path else Path()
-    return [mount / inside, *(mount / parent for parent in inside.parents)]
 
 
 def _limit(group: Path) -> float | None:
     """Version 2 says `quota period` or `max period`, version 1 has a file each and -1 for no limit."""
-    quota, period = (_text(group / "cpu.max").split() or [""])[0], "100000"
+    quota, period = (control_groups.text_of(group / "cpu.max").split() or [""])[0], "100000"
     if quota:
-        period = _text(group / "cpu.max").split()[1]
+        period = control_groups.text_of(group / "cpu.max").split()[1]
     else:
-        quota, period = _text(group / "cpu.cfs_quota_us"), _text(group / "cpu.cfs_period_us")
+        quota, period = control_groups.text_of(group / "cpu.cfs_quota_us"), control_groups.text_of(group / "cpu.cfs_period_us")
     return int(quota) / int(period) if quota.isdigit() and int(quota) and period.isdigit() else None
-
-
-def _text(path: Path) -> str:
-    """Empty where there is no such file, or where a container hides it."""
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
 
 
 def _number(variable: str) -> int | None:

@@ -18,8 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from moeexp.record import renamed
-from moeexp.record.json_file import read_json
+from moeexp.record import disk, renamed
+from moeexp.record.json_file import MAX_INT, read_json
 from moeexp.record.liveness import is_gone, this_process
 from moeexp.record.migration import STEPS, migrate
 from moeexp.record.names import STATUSES
@@ -159,6 +159,7 @@ class Record:
             self.set(**dict.fromkeys(SPEEDS))
         if not passed:
             self.latencies_ms, self.prefill_ms, self.ttft_ms = [], [], []
+        disk.free_space(self.path.parent)
         self.write()
 
     def write(self) -> None:
@@ -244,15 +245,20 @@ def latency_summary(samples_ms: list[float]) -> dict[str, Any]:
 def write_atomically(path: Path, text: str) -> None:
     """A reader, or a run that is killed at any moment, finds the old file or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:  # a full disk; writing does not say of which file
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def plain(value: Any) -> Any:
-    """JSON types only. Non-finite floats become text, as strict JSON has no NaN. A tensor is our own bug."""
+    """JSON types only. Non-finite floats, of which strict JSON has none, and numbers beyond `MAX_INT` become text. A tensor is
+    our own bug."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
     if isinstance(value, dict):
@@ -261,6 +267,8 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
+    if isinstance(value, int) and not -MAX_INT < value < MAX_INT:  # nobody would read it
+        return str(value)
     if isinstance(value, Path):
         return str(value)
     assert value is None or isinstance(value, (str, int, bool)), f"{type(value).__name__} in a record: {value!r}"

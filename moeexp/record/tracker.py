@@ -1,14 +1,17 @@
 """Hands a finished record to W&B or to a JSON-lines file. The record on disk is whole before and whatever happens here.
 
 W&B runs in a process of its own (`python -m moeexp.record.tracker RUN_DIR`): that bounds its time also where a server accepts
-connections and never answers, and keeps its hooks and output away from the run.
+connections and never answers, and keeps its hooks and output away from the run. Where online logging comes to nothing, a second
+process logs the run offline, under the same id, for `python -m moeexp.sync`.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import netrc
 import os
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -22,6 +25,7 @@ from moeexp.record.record import SAMPLES, read_record, shorten
 from moeexp.record.wandb_place import settled
 
 ANSWER = "moeexp-tracker: "
+OFFLINE_S = 60.0  # to log offline what could not be logged online
 # What W&B takes, and what it means.
 WANDB_MODES = {"online": "online", "offline": "offline", "disabled": "disabled", "run": "online", "dryrun": "offline"}
 # Where `wandb login` goes without a server of one's own, by version.
@@ -36,7 +40,14 @@ def track(record: dict[str, Any], *, run_dir: Path, exit_code: int, group: str |
     settings = record["config"]["tracker"]
     if settings["name"] == "jsonl":
         return _append(shorten(record), expanded(settings["path"]))
-    return _wandb_process(run_dir, exit_code, group, settings["timeout_s"])
+    mode, timeout_s, run_id = wandb_mode(settings, os.environ), settings["timeout_s"], secrets.token_hex(4)
+    found = _wandb_process(run_dir, exit_code, group, mode, run_id, timeout_s)
+    if mode != "online" or not found["warning"]:
+        return found
+    kept = _wandb_process(run_dir, exit_code, group, "offline", run_id, OFFLINE_S)
+    if kept["warning"]:
+        return found
+    return kept | {"warning": f"{found['warning']}; logged offline, upload it with: python -m moeexp.sync {kept['path']}"}
 
 
 def _result(name: str, **known: Any) -> dict[str, Any]:
@@ -50,32 +61,39 @@ def _append(record: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab", buffering=0) as file:
-            file.write(line.encode())
+            before, data = file.tell(), line.encode()
+            if (written := file.write(data)) < len(data):  # a part, where the disk has no room for all
+                if os.fstat(file.fileno()).st_size == before + written:
+                    file.truncate(before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
         return _result("jsonl", path=str(path), warning=f"tracker=jsonl could not write {path}: {error.strerror}")
     return _result("jsonl", path=str(path))
 
 
-def _wandb_process(run_dir: Path, exit_code: int, group: str | None, timeout_s: float) -> dict[str, Any]:
-    command = [sys.executable, "-m", "moeexp.record.tracker", str(run_dir), str(exit_code), group or ""]
+def _wandb_process(run_dir: Path, exit_code: int, group: str | None, mode: str, run_id: str, timeout_s: float) -> dict[str, Any]:
+    command = [sys.executable, "-m", "moeexp.record.tracker", str(run_dir), str(exit_code), group or "", mode, run_id]
     root = str(Path(__file__).resolve().parents[2])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-    # Files, not pipes: W&B's own helper process inherits them, and a pipe stays open until that one ends too.
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, env=environment, start_new_session=True
-        )
-        if not ended_within(process, timeout_s):
-            late = f"W&B did not answer within tracker.timeout_s={timeout_s:g}; the record is whole"
-            return _result("wandb", warning=late)
-        output.seek(0)
-        errors.seek(0)
-        answers, complaints = output.read().splitlines(), errors.read().split("\n")
+    try:
+        # Files, not pipes: W&B's own helper process inherits them, and a pipe stays open until that one ends too.
+        with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, env=environment, start_new_session=True
+            )
+            if not ended_within(process, timeout_s):
+                late = f"W&B did not answer within tracker.timeout_s={timeout_s:g}; the record is whole"
+                return _result("wandb", warning=late)
+            output.seek(0)
+            errors.seek(0)
+            answers, complaints = output.read().splitlines(), errors.read().split("\n")
+    except OSError as error:  # no folder for temporary files, or no room in it; no process to be had
+        return _result("wandb", warning=f"W&B could not be started, the record is whole: {error}")
     for line in answers:
         if line.startswith(ANSWER):
             return json.loads(line.removeprefix(ANSWER))
     reason = next((line for line in reversed(complaints) if line.strip()), f"exit code {process.returncode}")
-    return _result("wandb", warning=f"W&B failed, the record is whole: {reason.strip()}")
+    return _result("wandb", warning=f"W&B failed, the record is whole: {' '.join(reason.split())[:200]}")
 
 
 def ended_within(process: subprocess.Popen, seconds: float) -> bool:
@@ -104,9 +122,16 @@ def wandb_mode(settings: dict[str, Any], environment: dict[str, str] | os._Envir
 
 
 def check_environment(settings: dict[str, Any]) -> None:
-    """Before a run: what tracking will read of the environment. `ValueError`, one line."""
+    """Before a run: what tracking will read of the environment, and whether it can write. `ValueError`, one line."""
     if settings["name"] == "wandb":
         wandb_mode(settings, os.environ)
+        return
+    if settings["path"] is None:
+        raise ValueError("tracker.name=jsonl has no tracker.path: give the file to append to, or use tracker=jsonl")
+    path = expanded(settings["path"])
+    place = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not os.access(place, os.W_OK) or place.is_dir() == (place == path):
+        raise ValueError(f"tracker.path={path} cannot be written ({place}): give another file, or make it writable")
 
 
 def _logged_in(environment: dict[str, str] | os._Environ) -> bool:
@@ -126,28 +151,18 @@ def _logged_in(environment: dict[str, str] | os._Environ) -> bool:
     return False
 
 
-def _log_to_wandb(run_dir: Path, exit_code: int, group: str | None) -> dict[str, Any]:
+def _log_to_wandb(run_dir: Path, exit_code: int, group: str | None, mode: str, run_id: str) -> dict[str, Any]:
     """In the process of its own: one W&B run from one record."""
+    if mode == "disabled":
+        return _result("wandb", mode=mode)
     import wandb
 
     record = read_record(run_dir / "record.json")
-    settings = record["config"]["tracker"]
-    mode = wandb_mode(settings, os.environ)
-    if mode == "disabled":
-        return _result("wandb", mode=mode)
-    warning = None
     try:
-        run = _init(wandb, record, run_dir, mode, group)
+        run = _init(wandb, record, run_dir, mode, group, run_id)
     except wandb.errors.Error as error:
-        if mode != "online":
-            raise
-        reason = " ".join(str(error).split())
-        warning = f"W&B could not be reached ({reason[:160]}); logged offline, upload it with: wandb sync"
-        mode = "offline"
-        run = _init(wandb, record, run_dir, mode, group)
+        return _result("wandb", warning=f"W&B could not be reached ({' '.join(str(error).split())[:160]})")
     folder = Path(run.dir).parent
-    if warning:
-        warning += f" {os.path.relpath(folder)}"
     try:
         latencies = record["token_latencies_ms"] or {}
         for token, milliseconds in enumerate(latencies.get("samples", [])):
@@ -157,14 +172,15 @@ def _log_to_wandb(run_dir: Path, exit_code: int, group: str | None) -> dict[str,
     finally:
         run.finish(exit_code=exit_code)
     url = run.url if mode == "online" else None
-    return _result("wandb", mode=mode, path=os.path.relpath(folder), url=url, warning=warning)
+    return _result("wandb", mode=mode, path=os.path.relpath(folder), url=url)
 
 
-def _init(wandb: Any, record: dict[str, Any], run_dir: Path, mode: str, group: str | None) -> Any:
+def _init(wandb: Any, record: dict[str, Any], run_dir: Path, mode: str, group: str | None, run_id: str) -> Any:
     settings = record["config"]["tracker"]
     where = settled(settings)  # also of a run that was killed before its config was resolved
     config = {key: value for key, value in record["config"].items() if key != "tracker"}
     return wandb.init(
+        id=run_id,
         project=where["project"],
         entity=where["entity"],
         group=where["group"] or group,
@@ -173,7 +189,7 @@ def _init(wandb: Any, record: dict[str, Any], run_dir: Path, mode: str, group: s
         config=config | {"config_hash": record["config_hash"], "environment": record["environment"]},
         dir=str(run_dir),
         mode=mode,
-        # A third of the time for init leaves time to fall back to offline and to upload.
+        # A third of the time for init leaves time to upload.
         settings=wandb.Settings(silent=True, console="off", init_timeout=settings["timeout_s"] / 3, x_disable_stats=True),
     )
 
@@ -195,5 +211,5 @@ def _statistics(latencies: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    folder, code, group_name = sys.argv[1:]
-    print(ANSWER + json.dumps(_log_to_wandb(Path(folder), int(code), group_name or None)))
+    folder, code, group_name, *how = sys.argv[1:]
+    print(ANSWER + json.dumps(_log_to_wandb(Path(folder), int(code), group_name or None, *how)))

@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from moeexp.config import axes, resolve, schema, sources, threads, validate
+from moeexp.config import axes, memory_need, resolve, schema, sources, threads, validate
 from moeexp.config.override_text import without_interpolation
-from moeexp.record import streams, tracker
+from moeexp.record import disk, free_memory, gpus, streams, tracker
 from moeexp.record.phases import Phases
 from moeexp.record.record import Record, write_atomically
 from moeexp.report import terminal
@@ -76,9 +76,14 @@ def _texts(value: Any) -> Any:
 def run_job(job: Job, cfg: DictConfig, experiment: RunFunction) -> int:
     """Runs one config. Returns the exit code; the record holds the status."""
     with signals.deferred():  # between its first and its last writing nothing ends without a word
-        record = open_record(job)
+        try:
+            record = open_record(job)
+        except OSError as error:
+            say(f"error: the run cannot begin: {disk.explained(error, folders_of(job))}")
+            return FAILED
         phases = Phases(record, Console(stderr=True))
-        config, status, error = None, "ok", None
+        config, status = None, "ok"
+        failure: BaseException | None = None
         try:
             with signals.allowed():
                 config = prepare(cfg, record, phases)
@@ -86,16 +91,25 @@ def run_job(job: Job, cfg: DictConfig, experiment: RunFunction) -> int:
                 signals.raise_if_received()  # where something in the run swallowed the interrupt
                 status = verdict(config, record)
         except BaseException as raised:
-            status, error = status_of(raised, sweep=job.sweep), raised
-        return conclude(job, record, phases, config, status, error)
+            status, failure = status_of(raised, sweep=job.sweep), raised
+        return conclude(job, record, phases, config, status, failure)
 
 
 def open_record(job: Job) -> Record:
     path = Path(job.run_dir) / "record.json"
+    disk.keep_space(path.parent)
     record = Record(path, id=job.id, config=job.config, command=job.command, overrides=job.overrides)
     record.set(design=job.design, config_hash=job.config_hash, code_fingerprint=job.code_fingerprint)
     record.write()
     return record
+
+
+def folders_of(job: Job) -> dict[str, Path]:
+    """{what moves it: where a run writes}"""
+    found = {"hydra.sweep.dir" if job.sweep else "hydra.run.dir": Path(job.run_dir)}
+    with suppress(ValueError, OSError):
+        found |= caches.folders()
+    return found
 
 
 def prepare(cfg: DictConfig, record: Record, phases: Phases) -> schema.Config:
@@ -105,11 +119,12 @@ def prepare(cfg: DictConfig, record: Record, phases: Phases) -> schema.Config:
     allocator.prepare(composed)
     check_surroundings(composed)
     threads.prepare()
-    import torch
+    with signals.deferred():  # in the middle of an import an interrupt may be swallowed, or become another error
+        import torch
 
-    from moeexp.model.inputs import check_inputs, note_of_context
-    from moeexp.record import environment
-    from moeexp.stack import artifact_config
+        from moeexp.model.inputs import check_inputs, note_of_context
+        from moeexp.record import environment
+        from moeexp.stack import artifact_config
 
     @contextmanager
     def progress(what: str, *, total: int) -> Iterator[Callable[[int], None]]:
@@ -119,6 +134,7 @@ def prepare(cfg: DictConfig, record: Record, phases: Phases) -> schema.Config:
     composed = artifact_config.adopt(composed, record.data["overrides"], progress)
     config = resolve.resolved(composed, cuda_available=torch.cuda.is_available())
     check_inputs(config)
+    memory_need.check_fits(config, _available)
     chosen = threads.choose(composed.threads, sources.load_architecture(composed.model))
     threads.apply(chosen, config.device)
     gpu = environment.gpu_name() if config.device == "cuda" else None
@@ -139,6 +155,16 @@ def prepare(cfg: DictConfig, record: Record, phases: Phases) -> schema.Config:
         record.note(beyond)
     record.write()
     return config
+
+
+def _available(device: str) -> int | None:
+    """Bytes for this run. Of a GPU with what an earlier run of this process has given back to torch, and torch not to others."""
+    if device == "cpu":
+        return free_memory.of_host()
+    import torch
+
+    free = free_memory.of_gpus(gpus.visible_gpus()[:1])
+    return None if free is None else free + (torch.cuda.memory_reserved() if torch.cuda.is_initialized() else 0)
 
 
 def check_surroundings(config: schema.Config) -> None:
@@ -172,6 +198,7 @@ def conclude(
     job: Job, record: Record, phases: Phases, config: schema.Config | None, status: str, error: BaseException | None
 ) -> int:
     """Finishes the record, tracks and shows it. Returns the exit code. Only tracking can be interrupted."""
+    error = None if error is None else disk.explained(error, folders_of(job))
     begun = set(record.data["phases_s"])
     if status == "unsupported" and begun - {"identity"}:  # of a snapshot that was read only to know it, nothing was begun
         status = "failed"
@@ -183,7 +210,11 @@ def conclude(
             from moeexp.record import environment
 
             record.add("environment", gpu_after=environment.gpu_state())
-        record.finish(status, error=_describe(error, phases))
+        try:
+            record.finish(status, error=_describe(error, phases))
+        except OSError as unwritten:
+            say(f"error: {disk.explained(unwritten, folders_of(job))}; {os.path.relpath(record.path)} stays as it was ({status})")
+            return EXIT_CODES[status] or FAILED
         code = INVALID if invalid else EXIT_CODES[status]
         if config is not None:  # a config that was refused measured nothing that a tracker should show
             track(record, code, group=job.group)
@@ -203,7 +234,10 @@ def track(record: Record, exit_code: int, *, group: str | None) -> None:
         record.write()
         raise
     record.set(tracker=found)
-    record.write()
+    try:
+        record.write()
+    except OSError as error:
+        say(f"warning: what became of tracking is not in {os.path.relpath(record.path)}: {error}")
     if found["warning"]:
         say(f"warning: {found['warning']}")
 
@@ -229,6 +263,8 @@ def _report(error: BaseException, record: Record, phases: Phases, *, invalid: bo
         say(f"interrupted; what was measured is in {os.path.relpath(record.path)}")
     elif invalid:
         say(f"error: {message}")
+    elif isinstance(error, disk.NoSpace):
+        say(f"error: {message}")
     else:
         path = record.path.with_name("traceback.txt")
         write_atomically(path, record.data["error"]["traceback"])
@@ -248,7 +284,8 @@ def say(line: str) -> None:
 
 def default_experiment(*arguments: Any, **keywords: Any) -> None:
     # Imported at the first run, after validation: `--help`, `--cfg` and a mistyped key need no model code.
-    from moeexp.run.experiment import run_experiment
+    with signals.deferred():
+        from moeexp.run.experiment import run_experiment
 
     run_experiment(*arguments, **keywords)
 

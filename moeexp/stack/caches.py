@@ -59,6 +59,13 @@ def prepare() -> None:
     imported. Inductor splits its compiler's command into words, which a blank or a quote in a path breaks."""
     if "TRITON_CACHE_DIR" not in os.environ and _refusal(Path(os.path.expanduser("~/.triton/cache"))) is not None:
         os.environ["TRITON_CACHE_DIR"] = str(_own("triton"))
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise ValueError("no folder for temporary files can be written: set TMPDIR to one that can") from error
+    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+        if (given := os.environ.get(name)) and (refusal := _refusal(Path(given))) is not None:
+            raise ValueError(f"{name}={given} cannot be written ({refusal}): set it to a folder that can, or unset it")
     if not _is_word(tempfile.gettempdir()):
         folder = cache_dir() / "tmp"
         if not _is_word(folder) or _refusal(folder) is not None:
@@ -69,6 +76,14 @@ def prepare() -> None:
     own = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
     if not _is_word(own):
         raise ValueError(f"torch cannot compile in TORCHINDUCTOR_CACHE_DIR={own!r}: set it to a folder without blanks")
+
+
+def folders() -> dict[str, Path]:
+    """{variable: the folder that it moves}: all that compiling writes to."""
+    own = {name: os.environ.get(name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+    own["TRITON_CACHE_DIR"] = own["TRITON_CACHE_DIR"] or os.path.expanduser("~/.triton/cache")
+    given = {name: Path(folder) for name, folder in own.items() if folder and not folder.startswith("~")}
+    return {VARIABLE: cache_dir(), "TMPDIR": Path(tempfile.gettempdir())} | given
 
 
 def _own(name: str) -> Path:

@@ -12,6 +12,7 @@ the tensors of `state_shapes` in order; the result is then (logits, *state), new
 from __future__ import annotations
 
 import contextlib
+import io
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -181,15 +182,19 @@ def export_method(
 
 
 def compile_method(program: ExportedProgram, path: Path, config: dict[str, Any]) -> None:
-    """Writes an AOTInductor package without weights to `path` (.pt2). config: as of `inductor.inductor_config`."""
+    """Writes an AOTInductor package without weights to `path` (.pt2). config: as of `inductor.inductor_config`.
+
+    By way of memory: torch's own writer ends the process on a full disk, where ours raises `OSError`."""
     from torch._inductor import aoti_compile_and_package
 
     remember_kernel_analyses()
     declare_arrays_once_per_writer()
+    package = io.BytesIO()
     with torch.no_grad(), _sizes_may_be_one(), without_copies_of_constants(), warnings.catch_warnings():
         # torch's own, about its own pytrees; nothing that a user could act on.
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-        aoti_compile_and_package(program, package_path=str(path), inductor_configs=config)
+        aoti_compile_and_package(program, package_path=package, inductor_configs=config)
+    path.write_bytes(package.getbuffer())
 
 
 def torch_compiled(module: Method) -> Callable:

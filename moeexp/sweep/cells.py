@@ -17,9 +17,9 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from moeexp.config import resolve, schema
+from moeexp.config import memory_need, resolve, schema
 from moeexp.config.override_text import as_typed
-from moeexp.record import renamed
+from moeexp.record import free_memory, renamed
 from moeexp.record.gpus import Gpu
 from moeexp.report import records
 from moeexp.run.identity import Identities, config_hash
@@ -160,10 +160,12 @@ def judge(
     """Validates and resolves each cell, as the process that runs it will beside `at_once` - 1 others, and looks up what it has
     been before. Fills the cells."""
     identities = Identities(progress)
+    available = functools.cache(lambda device: free_memory.of_host() if device == "cpu" else free_memory.of_gpus(gpus))
     for cell in cells:
         try:
             given = adopt(cell.given, cell.overrides, progress)
             cell.config = resolve.resolved(given, cuda_available=bool(gpus), at_once=at_once)
+            memory_need.check_fits(cell.config, available)
             gpu = gpus[0].name if cell.config.device == "cuda" else None
             cell.config_hash = config_hash(cell.config, identities.of(cell.config, gpu=gpu))
         except ValueError as refusal:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moeexp.config.threads import OWN, granted
+from moeexp.record import disk
 from moeexp.record.process_group import has_ended, kill_group, send
 
 # What a run gets to write its record and to hand it to the tracker, once it has been told to stop.
@@ -90,6 +91,8 @@ class Process:
         else:
             kind, status = "ProcessExit", "failed"
             message = f"the run's process exited with code {code}{during}, without finishing its record"
+        if status == "failed" and disk.says_so(self.tail()):
+            message = f"no space left on a disk that the run writes to: {message}"
         return status, {"type": kind, "message": message, "phase": phase, "traceback": self.tail(), **known}
 
     def tail(self, size: int = 4000) -> str:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from moeexp.config.axes import shares_weights
 from moeexp.config.schema import LauncherConfig
+from moeexp.record import disk
 from moeexp.record.gpus import Gpu, choose, visible_gpus
 from moeexp.record.paths import expanded
 from moeexp.record.phases import bar
@@ -40,6 +41,7 @@ from moeexp.run.job import (
     track,
     write_jobs,
 )
+from moeexp.sweep import groups
 from moeexp.sweep import terminal as sweep_terminal
 from moeexp.sweep.cells import Cell, Composer, cells_of, judge
 from moeexp.sweep.history import Folder, History, close_lost, link, read_running, read_whole
@@ -72,6 +74,7 @@ class Sweep:
     cells: list[Cell] = field(default_factory=list)
     interrupted: bool = False
     stopped: bool = False  # by the first failure, under fail_fast
+    broken: bool = False  # a disk is full, or cannot be written
     settings: LauncherConfig | None = None
     dry_run: bool = False
     gpus: list[Gpu] = field(default_factory=list)
@@ -93,8 +96,8 @@ class Sweep:
         for cell in cells:
             if cell.again and cell.refusal is None:
                 check_surroundings(cell.given)  # a fault of the whole sweep, not of a cell
-        if self._whole_groups():
-            self._repeat_broken_groups(cells)
+        if settings.isolation == "group":
+            groups.repeat_broken(cells)
         if damaged := self.history.left_out:
             say(f"{len(damaged)} damaged records of earlier runs are left out, the first: {damaged[0]}")
         self.cells += cells
@@ -112,13 +115,26 @@ class Sweep:
         if self.dry_run:
             sweep_terminal.print_cells(cells, history=self.history, console=Console())
             return
-        self._close_lost(cells)
-        self._refuse_and_reuse(cells, composer)
-        waiting = self._grouped([cell for cell in cells if cell.record is None])
-        if self.settings.isolation == "none":
-            self._run_here(waiting, composer)
-        else:
-            self._run_apart(waiting, composer)
+        signals.raise_if_received()  # what was imported on the way may have swallowed it
+        self._close_lost()
+        with self._stops_where_it_cannot_write():
+            self._refuse_and_reuse(cells, composer)
+            left = [cell for cell in cells if cell.record is None]
+            waiting = groups.of(left) if self.settings.isolation == "group" else [[cell] for cell in left]
+            if self.settings.isolation == "none":
+                self._run_here(waiting, composer)
+            else:
+                self._run_apart(waiting, composer)
+
+    @contextmanager
+    def _stops_where_it_cannot_write(self, what: str = "the sweep starts no further run") -> Iterator[None]:
+        """One line. The cells that did not run have no record, and the same command runs them."""
+        try:
+            yield
+        except OSError as error:
+            self.broken = True
+            folders = {"hydra.sweep.dir": self.directory, "TMPDIR": Path(tempfile.gettempdir())}
+            say(f"error: {what}: {disk.explained(error, folders)}")
 
     def exit_code(self) -> int:
         """After `finish`."""
@@ -126,6 +142,8 @@ class Sweep:
             return OK
         if self.interrupted:
             return INTERRUPTED
+        if self.broken:
+            return FAILED
         good = ("ok",) if self.settings.strict else ENDED_WELL
         statuses = [_status(cell) for cell in self.cells]
         return OK if all(status in good for status in statuses) else FAILED
@@ -137,7 +155,8 @@ class Sweep:
             return
         path = self.directory / "table.md"
         notes = "".join(f"\n{line}\n" for line in self._notes())
-        write_atomically(path, f"{code(shlex.join(self.command))}\n\n" + table.markdown(records) + notes)
+        with self._stops_where_it_cannot_write("the table is not written"):
+            write_atomically(path, f"{code(shlex.join(self.command))}\n\n" + table.markdown(records) + notes)
         terminal.print_sweep(records, path=path, console=Console())
         for line in self._notes():
             print(line)
@@ -163,12 +182,12 @@ class Sweep:
         check_settings(self.settings, rerun)
         return self.settings, rerun
 
-    def _close_lost(self, cells: Sequence[Cell]) -> None:
-        """Of an earlier call that was killed, the records of these cells."""
-        hashes = {cell.config_hash for cell in cells if cell.config_hash}
+    def _close_lost(self) -> None:
+        """The records of earlier calls that were killed, as far as they may be written: they read as lost in any case."""
         for run in self.history.runs:
-            if run.status == "lost" and run.config_hash in hashes:
-                close_lost(run.path)
+            if run.status == "lost":
+                with suppress(OSError):
+                    close_lost(run.path)
 
     def _refuse_and_reuse(self, cells: Sequence[Cell], composer: Composer) -> None:
         for cell in cells:
@@ -186,25 +205,6 @@ class Sweep:
                 name = composer.subdir(cell.overrides, cell.number)
                 cell.record = link(cell.earlier.path, self.directory, name, suffix=self.id)
                 say(f"[{cell.number}] {cell.title}\n[{cell.number}] {cell.earlier.status}, from an earlier run")
-
-    def _whole_groups(self) -> bool:
-        return self.settings is not None and self.settings.isolation == "group"
-
-    def _repeat_broken_groups(self, cells: Sequence[Cell]) -> None:
-        """Runs are compared within a group because they took turns: unless all did in one earlier group, all run again."""
-        for group in self._grouped([cell for cell in cells if cell.refusal is None]):
-            if len(group) > 1 and (any(cell.again for cell in group) or len(set(map(_earlier_group, group))) > 1):
-                for cell in group:
-                    cell.again = True
-
-    def _grouped(self, cells: Sequence[Cell]) -> list[list[Cell]]:
-        if not self._whole_groups():
-            return [[cell] for cell in cells]
-        groups: dict[str, list[Cell]] = {}
-        for cell in cells:
-            assert cell.config is not None
-            groups.setdefault(shares_weights(cell.config), []).append(cell)
-        return list(groups.values())
 
     def _run_here(self, waiting: Sequence[list[Cell]], composer: Composer) -> None:
         """launcher.isolation=none: in this process, for debugging."""
@@ -228,7 +228,10 @@ class Sweep:
             try:
                 while waiting or running:
                     while waiting and free and not self.stopped:
-                        running.append(self._start(waiting.pop(0), composer, free.pop(0)))
+                        with self._stops_where_it_cannot_write():
+                            running.append(self._start(waiting.pop(0), composer, free.pop(0)))
+                        if self.broken:  # those that are under way may end well
+                            waiting.clear()
                     for ended in [entry for entry in running if entry.process.ended()]:
                         running.remove(ended)
                         free.append(ended.gpu)
@@ -262,38 +265,44 @@ class Sweep:
         assert self.settings is not None
         folders = [self._folder(cell, composer) for cell in cells]
         jobs = [self._job(cell, folder, composer) for cell, folder in zip(cells, folders, strict=True)]
-        for cell, job in zip(cells, jobs, strict=True):
-            # Written here, so that there is one whatever becomes of the process.
-            cell.record = open_record(job).path
-            say(f"[{cell.number}] {cell.title}")
-        file = folders[0].path / "job.json"
-        write_jobs(file, jobs, self.experiment)
-        limit = self.settings.timeout_s
-        process = Process(
-            file,
-            folders[0].path / "output.txt",
-            gpu=gpu.id if gpu else None,
-            timeout_s=None if limit is None else limit * len(cells),
-            at_once=self.at_once,
-        )
+        records = list[Record]()
+        try:
+            for cell, job in zip(cells, jobs, strict=True):
+                # Written here, so that there is one whatever becomes of the process.
+                records.append(open_record(job))
+                cell.record = records[-1].path
+                say(f"[{cell.number}] {cell.title}")
+            file, limit = folders[0].path / "job.json", self.settings.timeout_s
+            write_jobs(file, jobs, self.experiment)
+            process = Process(
+                file, folders[0].path / "output.txt", gpu=gpu.id if gpu else None,
+                timeout_s=None if limit is None else limit * len(cells), at_once=self.at_once,
+            )  # fmt: skip
+        except OSError as error:
+            for record in records:
+                record.finish("failed", error={"type": "OSError", "message": str(error), "phase": None, "traceback": None})
+            raise
         return Running(process, cells, folders, jobs, gpu)
 
     def _conclude(self, entry: Running) -> None:
         """Finishes the record of a run that could not, and says how each ended."""
         for cell, folder, job in zip(entry.cells, entry.folders, entry.jobs, strict=True):
-            path = Path(job.run_dir) / "record.json"
-            record = Record.load(path)
-            if record.data["status"] == "running":
-                status, error = entry.process.cause(record.data["phase"])
-                record.finish(status, error=error)
-                if status != "interrupted":
-                    track(record, FAILED, group=job.group)
-            elif entry.process.describe_end() and not entry.process.interrupted:
-                record.note(f"after the record was complete, the run's process {entry.process.describe_end()}")
-                record.write()
+            record = Record.load(Path(job.run_dir) / "record.json")
+            with self._stops_where_it_cannot_write():
+                self._complete(record, entry.process, job)
             folder.release()
             say(f"[{cell.number}] {terminal.outcome(record.data)}  ({entry.process.seconds():.1f} s)")
         self._stop_if_failed(entry.cells)
+
+    def _complete(self, record: Record, process: Process, job: Job) -> None:
+        if record.data["status"] == "running":
+            status, error = process.cause(record.data["phase"])
+            record.finish(status, error=error)
+            if status != "interrupted":
+                track(record, FAILED, group=job.group)
+        elif process.describe_end() and not process.interrupted:
+            record.note(f"after the record was complete, the run's process {process.describe_end()}")
+            record.write()
 
     def _stop_if_failed(self, cells: Sequence[Cell]) -> None:
         assert self.settings is not None
@@ -331,13 +340,6 @@ def _bar(what: str, *, total: int) -> Iterator[Callable[[int], None]]:
         say(f"{what}: {total} ...")
     with bar(console, what, total=total) as advance:
         yield advance
-
-
-def _earlier_group(cell: Cell) -> str:
-    """Of a run that had no group its own id: it shares that with no other."""
-    assert cell.earlier is not None
-    group = read_running(cell.earlier.path).get("group")
-    return group["id"] if group else cell.earlier.id
 
 
 def _status(cell: Cell) -> str:

@@ -7,6 +7,8 @@ host is what a step waits for.
 
 from __future__ import annotations
 
+import errno
+import os
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -144,4 +146,7 @@ def write_trace(session: Session, prompt: Tensor, path: Path, *, new_tokens: int
         session.generate(prompt, steps)
         synchronize(session.device)
     profiled.export_chrome_trace(str(path))
+    if not path.exists():  # of a full disk torch's writer says nothing, and leaves its part
+        path.with_name(f"{path.name}.tmp").unlink(missing_ok=True)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     return {"file": path.name, "tokens": steps, "bytes": path.stat().st_size}

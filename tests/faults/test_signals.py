@@ -14,8 +14,9 @@ from sabotage import experiment, ran
 
 from moeexp.cli import main
 from moeexp.config.compose import compose
-from moeexp.record import liveness
+from moeexp.record import disk, liveness
 from moeexp.record.head import head
+from moeexp.record.locks import try_lock
 from moeexp.record.record import Record, read_record
 from moeexp.sweep.history import History
 
@@ -213,6 +214,26 @@ def test_a_process_that_nobody_may_look_at_is_there(monkeypatch):
     process = liveness.this_process()
     monkeypatch.setattr(psutil.Process, "status", hidden)
     assert not liveness.is_gone(process)
+
+
+def test_the_next_call_closes_every_lost_record(tmp_path, monkeypatch):
+    """Of any cell, not only of its own; what may not be written, or another sweep holds, stays as it is and reads as lost."""
+    left = [Path(f"multirun/before/{name}") for name in ("other", "held", "there")]
+    for folder in left:
+        folder.mkdir(parents=True)
+        run = Record(folder / "record.json", id=folder.name, config=compose(["model=nano", "seed=77"]), command=[])
+        run.set(process=liveness.this_process() | (GONE if folder.name != "there" else {}), config_hash="0" * 8)
+        disk.keep_space(folder)
+        run.write()
+    held = try_lock(left[1] / ".lock")
+    arguments = ["-m", "model=nano", "tracker=jsonl", "export=eager", "seed=10", "launcher.isolation=none"]
+    assert main(arguments, experiment=experiment) == 0
+    held.release()
+    assert [json.loads((folder / "record.json").read_text())["status"] for folder in left] == ["lost", "running", "running"]
+    assert json.loads((left[0] / "record.json").read_text())["error"]["type"] == "ProcessLost"
+    assert [path.name for path in left[0].iterdir()] == ["record.json"], "the room that was kept is free again"
+    monkeypatch.setattr("moeexp.sweep.history.Record.finish", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "no")))
+    assert main(arguments, experiment=experiment) == 0, "somebody else's folder stops no sweep"
 
 
 def start_sweep():

@@ -1,0 +1,133 @@
+"""The least memory that a run needs on its device, by its config alone: what cannot fit is refused before work.
+
+    needed = weights + state + workspace
+
+Weights: each matrix [N, K] as it is stored: N K bytes times bits / 8, and 4 N K / G bytes of scales, where it is quantised in
+groups of G; else N K elements of `dtype`, like conv filters; norms, A_log and dt_bias are float32. A tied head counts only where
+quantisation makes it a copy.
+State, for each sequence: of linear attention conv_dim (kernel - 1) elements of `dtype` and the recurrent state H_v D_k D_v in
+float32; of full attention 2 H_kv D elements of `dtype` for each position; of each layer the k experts chosen, int32, for each
+position. With `state=explicit` twice: one set goes in while another comes out. transformers keeps its own, which grows.
+Workspace: the largest of what one step has at a time: the logits [B, V], or in prefill the residual stream [B, T, hidden]
+beside what a layer's widest projection makes of it. T is the prompt, where its length is known.
+
+It is a lower bound, so that nothing is refused that fits: a device also holds compiled code, a CUDA context and captured graphs,
+what quantising needs on the way, and the check's reference, one layer at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from moeexp.config.architecture import Architecture
+from moeexp.config.schema import Config, QuantConfig, model_label
+from moeexp.config.sources import load_architecture
+
+GIB = 2.0**30
+FLOAT32 = 4
+SIZES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Need:
+    """In bytes."""
+
+    weights: int
+    state: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.state + self.workspace
+
+
+def need_of(cfg: Config) -> Need:
+    """Of a resolved config."""
+    arch, size = load_architecture(cfg.model), SIZES[cfg.dtype]
+    sets = 0 if cfg.engine == "transformers" else 2 if cfg.state == "explicit" else 1
+    state = sets * cfg.batch * _state_of_sequence(arch, cfg.max_seq_len, size)
+    return Need(_weights(arch, cfg.quant, size), state, cfg.batch * size * _widest(arch, _prompt_length(cfg)))
+
+
+def check_fits(cfg: Config, available: Callable[[str], int | None]) -> None:
+    """`ValueError` for a resolved config that its device cannot hold. `available`: bytes on the cpu or cuda, None: unknown."""
+    need, free = need_of(cfg), available(cfg.device)
+    if free is None or need.total <= free:
+        return
+    numbers = (need.weights, need.state, need.workspace, need.total, free)
+    weights, state, workspace, total, left = (f"{number / GIB:.4g}" for number in numbers)
+    where = "the GPU" if cfg.device == "cuda" else "this machine"
+    raise ValueError(
+        f"model={model_label(cfg.model.name, cfg.model.weights)[:60]} quant={cfg.quant.name[:20]} does not fit: weights "
+        f"{weights} + state {state} + workspace {workspace} = {total} GiB needed, {left} GiB available on {where}: "
+        f"{_advice(cfg, need, free)}"
+    )
+
+
+def _advice(cfg: Config, need: Need, free: int) -> str:
+    if need.weights <= free:
+        return f"use less than batch={cfg.batch} or max_seq_len={cfg.max_seq_len}, a shorter prompt, or a larger device"
+    fewer = "" if cfg.quant.bits == 4 or cfg.engine == "transformers" else "quant=int4, "
+    return f"use {fewer}a smaller model or a larger device"
+
+
+def _weights(arch: Architecture, quant: QuantConfig, size: int) -> int:
+    kept = quant.bits == 16
+
+    def matrix(kind: str, rows: int, features: int) -> int:
+        if kept or kind in quant.skip:
+            return rows * features * size
+        assert quant.group_size is not None, "resolve sets it"
+        return rows * features * quant.bits // 8 + rows * (features // quant.group_size) * 4
+
+    tied = arch.tie_word_embeddings and (kept or "head" in quant.skip)
+    rope = (arch.rotary_dim // 2 + arch.hidden_size) * FLOAT32  # and the last norm
+    ends = matrix("embedding", arch.vocab_size, arch.hidden_size) + rope
+    head = 0 if tied else matrix("head", arch.vocab_size, arch.hidden_size)
+    layers = {kind: sum(_layer(arch, kind, matrix, size)) for kind in set(arch.layer_types)}
+    return ends + head + sum(layers[kind] for kind in arch.layer_types)
+
+
+def _layer(arch: Architecture, kind: str, matrix: Callable[[str, int, int], int], size: int) -> Iterator[int]:
+    hidden, width, shared = arch.hidden_size, arch.moe_intermediate_size, arch.shared_expert_intermediate_size
+    if kind == "linear_attention":
+        yield matrix("linear_attention", _projected(arch, kind), hidden) + matrix("out_proj", hidden, arch.value_dim)
+        yield arch.conv_dim * arch.linear_conv_kernel_dim * size
+        yield (2 * arch.linear_num_value_heads + arch.linear_value_head_dim) * FLOAT32
+    else:
+        yield matrix("attention", _projected(arch, kind), hidden)
+        yield matrix("out_proj", hidden, arch.num_attention_heads * arch.head_dim)
+        yield 2 * arch.head_dim * FLOAT32
+    yield matrix("experts", arch.num_experts * 2 * width, hidden) + matrix("experts", arch.num_experts * hidden, width)
+    yield matrix("shared_expert", 2 * shared, hidden) + matrix("shared_expert", hidden, shared)
+    yield matrix("router", arch.num_experts, hidden) + matrix("shared_expert_gate", 1, hidden)
+    yield 2 * hidden * FLOAT32
+
+
+def _projected(arch: Architecture, kind: str) -> int:
+    """Rows of a layer's input projection."""
+    if kind == "linear_attention":
+        return arch.conv_dim + arch.value_dim + 2 * arch.linear_num_value_heads
+    return 2 * (arch.num_attention_heads + arch.num_key_value_heads) * arch.head_dim
+
+
+def _state_of_sequence(arch: Architecture, positions: int, size: int) -> int:
+    recurrent = arch.linear_num_value_heads * arch.linear_key_head_dim * arch.linear_value_head_dim * FLOAT32
+    linear = arch.conv_dim * (arch.linear_conv_kernel_dim - 1) * size + recurrent
+    full = 2 * arch.num_key_value_heads * arch.head_dim * size * positions
+    kinds = sum(linear if kind == "linear_attention" else full for kind in arch.layer_types)
+    return kinds + arch.num_hidden_layers * arch.num_experts_per_tok * positions * 4
+
+
+def _widest(arch: Architecture, length: int) -> int:
+    """Elements for each sequence."""
+    projected = max(_projected(arch, kind) for kind in arch.layer_types)
+    return max(arch.vocab_size, length * (arch.hidden_size + projected))
+
+
+def _prompt_length(cfg: Config) -> int:
+    """Of a text at least one token, whatever the tokenizer."""
+    if cfg.dispatch == "token_by_token":
+        return 1
+    return cfg.prompt_len or len(cfg.prompt_ids or "1")
