@@ -14,8 +14,8 @@ from typing import Any
 from moeexp.record.json_file import parsed, read_bytes
 from moeexp.record.text import visible
 
-# Tokenizers of 256 k words have 35 MB.
-MOST_BYTES = 1 << 28
+# A tokenizer of 256 k words has 35 MB, an index of 100 k tensors 10; a config that is longer than its bound is none.
+MOST_BYTES, MOST_OF_CONFIG = 1 << 27, 1 << 23
 PART = re.compile(r"(?!\.{1,2}$)[^/\\:]{1,255}")  # of a path: no `..`, no drive
 POINTER = b"version https://git-lfs"
 # What a model is read from. A link to nothing among other files harms nobody.
@@ -66,13 +66,14 @@ def check_pointer(path: Path) -> None:
 
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object, bounded in size and depth, no key twice. `ValueError`, one line with the file's name, for anything else."""
+    most = MOST_OF_CONFIG if path.name in ("config.json", "generation_config.json") else MOST_BYTES
     try:
         check_pointer(path)
-        data = read_bytes(path, MOST_BYTES + 1)
+        data = read_bytes(path, most + 1)
     except FileNotFoundError as error:
         raise ValueError(f"{path} cannot be read: it is not there") from error
-    if len(data) > MOST_BYTES:
-        raise ValueError(f"{path} has more than {MOST_BYTES:,} bytes, and no such file has: fetch it again")
+    if len(data) > most:
+        raise ValueError(f"{path} has more than {most:,} bytes, and no such file has: fetch it again")
     try:
         found = parsed(data, constants=True)
     except ValueError as error:

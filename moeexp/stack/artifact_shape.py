@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from moeexp.config import axes, recorded
 from moeexp.config.files import is_inside
@@ -38,6 +38,8 @@ class Method(Shape):
 
 
 class RunsOn(Shape):
+    model_config = ConfigDict(extra="forbid")  # each of them is compared
+
     torch: str
     machine: str
     cpu_flags: list[str]

@@ -286,6 +286,7 @@ MANIFESTS = {
     "no weights": (lambda m: m.update(weights=[]), "has no value"),
     "auto": (lambda m: m["config"].update(dtype="auto"), "its dtype='auto' is none that a run resolves to"),
     "a device": (lambda m: m["config"].update(device="mps"), "its device='mps' is none"),
+    "a machine of its own": (lambda m: m["runs_on"].update({"\x1b[31m": "x"}), "Extra inputs are not permitted"),
     "a field less": (lambda m: m["config"].pop("batch"), "its config has no batch"),
     "a field of a group less": (lambda m: m["config"]["quant"].pop("skip"), "its config has no quant.skip"),
     "a field more": (lambda m: m["config"].update(_target_="os.system"), "which is no setting of moeexp"),

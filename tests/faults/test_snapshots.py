@@ -140,6 +140,13 @@ def test_what_is_no_file_is_not_waited_for(folders, name):
     assert refusal(folders[0], name) is not None
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_config_of_megabytes_is_not_parsed(folders, name):
+    (folders[0] / name).write_text('{"a": [' + "1," * (1 << 22) + "1]}")
+    with record_fuzz.in_time(name, 2):
+        assert f"{name} has more than 8,388,608 bytes" in refusal(folders[0], name)
+
+
 def strange(tmp_path, folders):
     config(folders[1], num_hidden_layers=10**9)
     (tmp_path / "file").touch()
