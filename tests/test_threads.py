@@ -306,7 +306,7 @@ def test_an_artifact_of_a_cpu_keeps_the_threads_that_it_was_compiled_for(tmp_pat
     made = plain(resolve(compose(["model=nano", "threads=3"]), cuda_available=False))
     manifest = {"config": made, "model": {"weights": False, "heldout": False}}
     monkeypatch.setattr(artifact_manifest, "read_manifest", lambda folder: manifest)
-    for module, name in ((artifact_key, "check"), (artifact_manifest, "verify"), (artifact_manifest, "check_runnable")):
+    for module, name in ((artifact_key, "check"), (artifact_manifest, "check_integrity"), (artifact_manifest, "check_runnable")):
         monkeypatch.setattr(module, name, lambda *_, **__: None)
     assert adopted([f"artifact={tmp_path}"]).threads == 3
     with pytest.raises(ValueError, match=r"threads=2 is not what artifact=.* was made with \(3\)"):

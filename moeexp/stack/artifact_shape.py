@@ -30,7 +30,7 @@ class Tensor(Shape):
     stride: Annotated[list[Small], Field(max_length=8)]
 
 
-class Method(Shape):
+class MethodShape(Shape):
     file: str
     key: Annotated[str, Field(max_length=64)]
     constants: dict[str, Tensor]
@@ -47,12 +47,12 @@ class RunsOn(Shape):
     gpu_arch: str | None = None
 
 
-class Model(Shape):
+class ModelShape(Shape):
     weights: bool
     heldout: bool
 
 
-class Identity(Shape):
+class IdentityShape(Shape):
     weights: Weights
     tokenizer: str | None
 
@@ -62,11 +62,11 @@ class Manifest(Shape):
     config: dict[str, Any]
     runs_on: RunsOn
     ops: dict[str, str]
-    methods: dict[Annotated[str, Field(pattern="^[a-z_]{1,32}$")], Method]
+    methods: dict[Annotated[str, Field(pattern="^[a-z_]{1,32}$")], MethodShape]
     weights: list[str]
     tied: dict[str, str]
-    model: Model
-    identity: Identity
+    model: ModelShape
+    identity: IdentityShape
     files: dict[str, File]
 
     @model_validator(mode="after")
