@@ -407,7 +407,7 @@ OWN_SAMPLE = "ops.sample=moeexp_kernels.ops.sample:reference_greedy"  # named as
 def test_a_sampler_that_makes_no_draws_is_refused():
     with pytest.raises(ValueError, match="makes no draws.*ops.sample=reference or triton, or sampler=greedy"):
         validate(compose([*BASE, *GUMBEL, OWN_SAMPLE]), cuda_available=False)
-    for override, word in (("temperature=0", "1e-6"), ("top_k=0", "at least 1"), ("top_p=1.5", "at most 1")):
+    for override, word in (("temperature=0", "1e-06"), ("top_k=0", "at least 1"), ("top_p=1.5", "at most 1")):
         with pytest.raises(ValueError, match=word):
             validate(compose([*BASE, "sampler=gumbel", f"sampler.{override}"]), cuda_available=False)
 
