@@ -146,8 +146,8 @@ def test_what_fits_80_gb_and_what_does_not():
         (["batch=65536"], "less than batch=65536"),
         (["max_seq_len=16777216", "batch=64"], "max_seq_len=16777216"),
         (["quant=none", "model.architecture.num_experts=4096"], "use quant=int4"),
-        (["model.architecture.hidden_size=2000000000", "quant=none"], "a smaller model"),
-        (["model.architecture.num_hidden_layers=4096"], "a smaller model"),
+        (["model.architecture.hidden_size=65536", "quant=int4"], "a smaller model"),
+        (["model.architecture.num_hidden_layers=512"], "a smaller model"),
         (["batch=4096", "prompt_len=1000000", "max_seq_len=16777216"], "a shorter prompt"),
     ],
 )
