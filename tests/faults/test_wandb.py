@@ -174,6 +174,21 @@ def test_a_machine_that_gives_no_process_or_no_file_costs_no_run(broken, tmp_pat
     assert "No space left on device" in track(run)["warning"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["refuses", "hangs", "401", "500", "rubbish", "empty"])
+def test_sync_to_a_server_that_does_not_take_it_keeps_the_run(kind, tmp_path, online, monkeypatch, capfd):
+    """With W&B's own command."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert track(make(tmp_path / "outputs" / "run", "tracker.timeout_s=120"))["warning"] is None
+    with online(kind):
+        start = time.monotonic()
+        assert sync.main(["--timeout", "10"]) == 1
+        assert time.monotonic() - start < 30
+    (run,) = sync.find([tmp_path / "outputs"])
+    assert not run.synced and "was not uploaded; its record is whole, try again" in capfd.readouterr().err
+
+
 # As the tests' fake of `wandb sync`, which stops in the middle of a batch until it is told to go on.
 PATIENT = WANDB.replace('if "hanging" in', 'if not pathlib.Path("go").exists() and "3" in')
 
