@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import kernels_common  # noqa: F401  sets triton's interpreter up
+import pytest
 import reference_model
 import torch
 from moeexp_kernels import registry
@@ -190,3 +191,9 @@ def same_state(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(
         torch.equal(left[name].view(torch.uint8), right[name].view(torch.uint8)) for name in left
     )
+
+
+def slow_after(count, cases):
+    """The first so many cases as they are, the others as slow ones."""
+    cases = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*case, marks=[pytest.mark.slow] if index >= count else []) for index, case in enumerate(cases)]

@@ -211,7 +211,7 @@ def test_a_row_is_the_same_to_the_bit_alone_and_among_any_others(bits, dtype):
 
 
 @pytest.mark.parametrize("change", [{"COLUMNS": 16}, {"COLUMNS": 32}, {"BLOCK_N": 32}, {"PASSES": 2}, {"num_warps": 8}])
-@pytest.mark.parametrize("features", [512, 192])
+@pytest.mark.parametrize("features", [pytest.param(512, marks=pytest.mark.slow), 192])
 def test_launch_parameters_of_the_tile_change_no_bit(change, features):
     """Eight groups; three, which are padded to four, of which the last lies beyond the row."""
     x, extra = randn(11, features, seed=1), randn(11, 21, seed=4)

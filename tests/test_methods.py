@@ -1,4 +1,4 @@
-"""The compiled methods themselves: two AOTInductor compiles of `nano`, shared by all tests here."""
+"""The compiled methods themselves: two AOTInductor compiles of `nano`, shared by all quick tests here and by all workers."""
 
 import math
 import os
@@ -17,10 +17,12 @@ from moeexp.record.record import Record
 from moeexp.stack.compile_cache import cache_dir
 from moeexp.stack.factory import MethodBuilder, build_model, build_stack
 
+BASE = ["model=nano", "quant=int4", "max_seq_len=160"]
+
 
 @pytest.fixture(scope="module")
 def cfg():
-    return resolve(compose(["model=nano", "quant=int4", "max_seq_len=160", "export=aoti"]), cuda_available=False)
+    return resolve(compose([*BASE, "export=aoti"]), cuda_available=False)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +125,7 @@ def test_binding_refuses_everything_that_does_not_fit(compiled):
 
 @pytest.mark.slow
 def test_second_build_compiles_nothing(cfg, model, phases, compiled, monkeypatch):
-    assert all(not artifact.cached and artifact.compile_s > 0 for artifact in compiled.artifacts.values())
+    assert all(artifact.compile_s > 0 for artifact in compiled.artifacts.values())  # here or by another worker
     folder = compiled.artifacts["decode"].package.parent.parent.parent
     monkeypatch.setenv("MOEEXP_CACHE_DIR", str(folder))
     assert cache_dir() == folder
@@ -150,8 +152,7 @@ OTHERS = [
 @pytest.mark.parametrize("overrides", OTHERS)
 def test_compiled_methods_of_other_axes_equal_eager(model, phases, overrides, tmp_path, monkeypatch):
     monkeypatch.setenv("MOEEXP_CACHE_DIR", str(tmp_path))
-    base = ["model=nano", "quant=int4", "max_seq_len=160"]
-    cfg = resolve(compose([*base, *overrides.split()]), cuda_available=False)
+    cfg = resolve(compose([*BASE, *overrides.split()]), cuda_available=False)
     fast, slow = build_stack(cfg, model, phases), build_stack(cfg, model, phases, export="eager")
     for length in (1, 9, 65):
         prompt = tokens(length, seed=length)

@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 
 import pytest
+from common import slow_after
 from moeexp_runner import stalls
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -67,7 +68,7 @@ def test_a_hiccup_of_4_ms_does_not_change_the_corrected_speed(ahead, place, who,
     assert found["ahead"] == ahead
 
 
-@pytest.mark.parametrize("ahead", AHEAD)
+@pytest.mark.parametrize("ahead", slow_after(1, AHEAD))
 def test_hiccups_under_jitter_anywhere_of_any_length(ahead):
     """A property over random cases; the message has what makes one again."""
     for seed in range(60):
@@ -108,7 +109,7 @@ def test_without_a_loop_nothing_is_recovered():
 
 
 @pytest.mark.parametrize("ahead", AHEAD)
-@pytest.mark.parametrize("jitter", [0.01, 0.03, 0.06])
+@pytest.mark.parametrize("jitter", slow_after(1, [0.03, 0.01, 0.06]))
 def test_jitter_is_no_stall(ahead, jitter):
     for seed in range(25):
         generations = [loop(ahead=ahead, jitter=jitter, seed=f"{seed} {i}") for i in range(8)]

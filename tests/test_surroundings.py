@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from common import slow_after
 
 from moeexp.cli import main
 from moeexp.config import compose, schema
@@ -231,7 +232,7 @@ def test_two_long_texts_that_begin_alike_stay_two(tmp_path):
 
 @pytest.mark.parametrize("arguments", [["{}=1"], ["seed={}"], ["model={}"], ["prompt={}", "new_tokens=0"], ["prompt={}, b"],
                                        ["prompt={}", "seed=1"], ["--{}"], ["-m", "prompt={},a", "new_tokens=0"]])  # fmt: skip
-@pytest.mark.parametrize("size", [3000, 100_000])
+@pytest.mark.parametrize("size", slow_after(1, [100_000, 3000]))
 def test_a_refusal_is_a_line_of_at_most_400_characters(arguments, size, capsys):
     assert run(HERE, *[argument.replace("{}", "word" * (size // 4)) for argument in arguments]) in (0, 1, 2)
     lines = capsys.readouterr().err.splitlines()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import ODD_CONFIG
+from common import ODD_CONFIG, slow_after
 from safetensors.torch import load_file
 
 from moeexp import cli
@@ -39,7 +39,7 @@ def save(folder, outer, inner):
     return model.eval()
 
 
-@pytest.mark.parametrize(("outer", "inner"), CASES)
+@pytest.mark.parametrize(("outer", "inner"), slow_after(2, [(True, False), (False, True), *CASES]))
 def test_it_runs_with_the_tokens_of_transformers(tmp_path, monkeypatch, outer, inner):
     from transformers import Qwen3_5MoeForConditionalGeneration
 

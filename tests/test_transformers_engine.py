@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from common import EVEN
+from common import EVEN, slow_after
 from moeexp_runner.timing import Samples, time_generation
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
@@ -107,7 +107,7 @@ def test_bits_per_byte_are_those_of_our_methods(tmp_path, monkeypatch):
     assert 1 < theirs < 2 and abs(ours - theirs) < 1e-3
 
 
-@pytest.mark.parametrize("cache", [0, 2**40, None])
+@pytest.mark.parametrize("cache", slow_after(1, [None, 0, 2**40]))
 @pytest.mark.parametrize("more", [[], ["dtype=bfloat16", "batch=2"]])
 def test_a_run(tmp_path, monkeypatch, more, cache):
     monkeypatch.chdir(tmp_path)

@@ -26,6 +26,7 @@ HEADLINE = "headline_qwen3_5_35b_a3b_int4_h100"
 LADDER = "ladder_qwen3_5_35b_a3b_int4_h100"
 LADDER_START = "ladder_start_qwen3_5_35b_a3b_int4_h100"
 FIRST_RUN = "first_run_qwen3_5_35b_a3b_int4_h100.json"
+FULLSIZE = "fullsize_qwen3_5_35b_a3b_int4_h100"
 TINY = "tiny_h100"
 EXAMPLE = "readme_example/record.json"
 KERNELS = "kernels_h100.json"
@@ -68,6 +69,36 @@ def headline(results: Path) -> str:
 def _command(record: dict[str, Any]) -> str:
     """As it was given, but for where it wrote."""
     return shlex.join(word for word in record["command"] if not word.startswith(("hydra.", "tracker")))
+
+
+def sequences(results: Path) -> str:
+    """Nothing until it was measured."""
+    folder = results / FULLSIZE
+    if not folder.exists():
+        return ""
+    runs = sorted(
+        runs_of(load_records([folder])), key=lambda run: (run.record["config"]["prompt_len"], run.record["config"]["batch"])
+    )
+    rows = []
+    for run in runs:
+        record = run.record
+        floor, config = record["bytes_per_token"], record["config"]
+        rows.append(
+            [
+                number(config["batch"]), number(config["prompt_len"]), Markdown(f"**{_tok_s(run)}**"), _ms(run),
+                number(floor["distinct_experts"]), percent(record["bandwidth_share"]), _kernels(run), _device_memory_of(record),
+            ]
+        )  # fmt: skip
+    header = [
+        "sequences", "prompt tokens", "decode tok/s, of all", "ms a step", "distinct experts a layer",
+        "of the measured read bandwidth", "kernels a step", "device memory, GiB",
+    ]  # fmt: skip
+    return f"{markdown_table(header, rows)}\n{_stalled(runs)} {ONCE.replace('rungs', 'runs')}"
+
+
+def _device_memory_of(record: dict[str, Any]) -> str:
+    found = _device_memory(record)
+    return "–" if found is None else number(found)
 
 
 def ladder(results: Path) -> str:
@@ -252,6 +283,7 @@ def _cells(line: str) -> list[str]:
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "headline": headline,
+    "sequences": sequences,
     "ladder": ladder,
     "ladder-summary": ladder_summary,
     "ladder-start": ladder_start,

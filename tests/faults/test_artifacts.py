@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import record_fuzz
 import torch
+from common import slow_after
 from record_fuzz import dumped, nodes, replaced, seeded
 from safetensors.torch import load_file, save_file
 from snapshot_fuzz import VALUES, broken
@@ -167,7 +168,7 @@ OUTSIDE = ("../{}", "{}", "a/../../{}", "..", "", "C:\\{}", "\\{}", "a\0", "x" *
 
 
 @pytest.mark.parametrize("name", OUTSIDE, ids=ascii)
-@pytest.mark.parametrize("what", ["a method", "weights", "a file", "a digest"])
+@pytest.mark.parametrize("what", slow_after(1, ["a method", "weights", "a file", "a digest"]))
 def test_a_manifest_names_files_below_its_folder_alone(folder, tmp_path, what, name):
     source = folder / ("methods/decode.pt2" if what == "a method" else "weights/00000.safetensors")
     shutil.copy(source, tmp_path / "outside")  # as it should be, and with the right digest

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from common import slow_after
 from sabotage import experiment, ran
 
 from moeexp.cli import main
@@ -67,7 +68,7 @@ def the_record():
     return read_record(path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", slow_after(1, [signal.SIGTERM, signal.SIGHUP]))
 def test_a_run_is_interrupted(number):
     with start() as run:
         ready(run)
@@ -81,6 +82,7 @@ def test_a_run_is_interrupted(number):
     assert json.loads(Path("outputs/runs.jsonl").read_text())["status"] == "interrupted"
 
 
+@pytest.mark.slow
 def test_nobody_listens_any_more():
     """A terminal that hung up, or a `tee` that got the same signal."""
     with start() as run:
@@ -250,6 +252,7 @@ def start_sweep():
     return run, arguments
 
 
+@pytest.mark.slow
 def test_a_sweep_that_nobody_listens_to_stops_its_runs():
     run, _ = start_sweep()
     run.stdout.close()
