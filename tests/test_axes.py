@@ -21,7 +21,7 @@ from moeexp_runner.explicit import ExplicitState
 from rich.console import Console
 
 from moeexp import cli
-from moeexp.check.verify import check_replay, record_trace, verify
+from moeexp.check.verify import check_replay, generated_ids, record_trace, verify
 from moeexp.config import axes
 from moeexp.config.compose import compose
 from moeexp.config.resolve import resolve
@@ -82,6 +82,25 @@ def test_every_combination_decodes_the_same_tokens(stack, expected, dispatch, st
         assert session.generate(PROMPT, 12) == expected
     token = PROMPT[:, :1].contiguous()
     assert session.generate(token, 3) == build_alone(session, token)
+
+
+def test_a_trace_chooses_its_first_token_as_a_generation_does(stack, monkeypatch):
+    """Of several positions the head is another kernel than of one, and its last bits may decide: those of one are checked."""
+    built = stack(cuda_graph="loop")
+    session, prefill = built.session, built.session.prefill
+
+    def of_several(tokens, positions=None):
+        logits = prefill(tokens, positions)
+        if positions is not None and len(positions) > 1:
+            logits = logits - 2 * logits.max() * torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1])
+        return logits
+
+    wanted = session.generate(PROMPT, 4)
+    monkeypatch.setattr(session, "prefill", of_several)
+    trace = record_trace(built, PROMPT, 4)
+    assert generated_ids(trace) == wanted
+    session.reset()
+    assert torch.equal(trace.logits[:, PROMPT.shape[1] - 1 :][:, :1], prefill(PROMPT))
 
 
 @pytest.mark.parametrize(("dispatch", "state"), LEGAL)

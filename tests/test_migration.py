@@ -21,7 +21,7 @@ from moeexp.report.html import page as html_report
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(__file__).with_name("data")
-RESULTS = sorted(path for path in (ROOT / "results").rglob("*.json") if not path.name.startswith("kernels"))
+RESULTS = sorted(path for path in (ROOT / "results").rglob("*.json") if not path.name.startswith(("kernels", "soak")))
 OLD = DATA / "record_1.json"  # "skipped output copy" of the ladder, as the code of its day wrote it
 NAMED = DATA / "record_2.json"  # whose names have changed since
 NOW = DATA / "record_3.json"

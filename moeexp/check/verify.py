@@ -149,6 +149,9 @@ def record_trace(stack: Stack, prompt: Tensor, new_tokens: int, *, forced: Tenso
     for positions in position_slices(session, prompt.shape[1]):
         session.reset()
         logits.append(session.prefill(prompt, positions))
+    # As a generation asks for them: of one position the head is another kernel, and at a tie it may choose another token.
+    session.reset()
+    logits[-1:] = [logits[-1][:, :-1], session.prefill(prompt).clone()]
     fed = [prompt]
     for step in range(new_tokens - 1):
         token = session.sample(logits[-1][:, -1:]) if forced is None else forced[:, step : step + 1]

@@ -26,7 +26,7 @@ HEADLINE = "headline_qwen3_5_35b_a3b_int4_h100"
 LADDER = "ladder_qwen3_5_35b_a3b_int4_h100"
 LADDER_START = "ladder_start_qwen3_5_35b_a3b_int4_h100"
 FIRST_RUN = "first_run_qwen3_5_35b_a3b_int4_h100.json"
-FULLSIZE = "fullsize_qwen3_5_35b_a3b_int4_h100"
+FULLSIZE = "fullsize_qwen3_5_35b_a3b_int4_h200"
 TINY = "tiny_h100"
 EXAMPLE = "readme_example/record.json"
 KERNELS = "kernels_h100.json"
@@ -93,7 +93,8 @@ def sequences(results: Path) -> str:
         "sequences", "prompt tokens", "decode tok/s, of all", "ms a step", "distinct experts a layer",
         "of the measured read bandwidth", "kernels a step", "device memory, GiB",
     ]  # fmt: skip
-    return f"{markdown_table(header, rows)}\n{_stalled(runs)} {ONCE.replace('rungs', 'runs')}"
+    gpu = escaped(runs[0].record["environment"]["gpu"]["name"])
+    return f"{markdown_table(header, rows)}\n{_prose(f'One {gpu}. {_stalled(runs)} ' + ONCE.replace('rungs', 'runs'))}"
 
 
 def _device_memory_of(record: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """Every kernel's smallest shapes, and one decode of `nano` under a graph, under compute-sanitizer: `make sanitize`.
 
 Once without it first, which compiles the kernels and says whether any of them is left out; then under memcheck, initcheck and
-racecheck. torch's caching allocator is off: within a block that it keeps, an access beyond a tensor's end is none to memcheck.
+racecheck. For the shapes torch's caching allocator is off: within a block that it keeps, an access beyond a tensor's end is
+none to memcheck. A graph can only be captured with it.
 """
 
 from __future__ import annotations
@@ -19,43 +20,51 @@ HERE = Path(__file__).resolve()
 
 
 def main() -> int:
-    if sys.argv[1:] == ["--calls"]:
-        return calls()
+    if sys.argv[1:] in (["calls"], ["decode"]):
+        return run(sys.argv[1])
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not os.access(sanitizer, os.X_OK):
         print("compute-sanitizer is not installed: it comes with the CUDA toolkit; put its folder on PATH", file=sys.stderr)
         return 2
-    itself = [sys.executable, str(HERE), "--calls"]
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    if code := subprocess.run(itself, env=environment).returncode:
-        return code
-    failed = []
-    for tool in TOOLS:
-        command = [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), *itself]
-        ran = subprocess.run(command, env=environment, capture_output=True, text=True)
-        summary = [line for line in ran.stdout.splitlines() if "SUMMARY" in line]
-        print(f"{tool:10} {'clean' if ran.returncode == 0 else f'exit code {ran.returncode}'}  {' '.join(summary)}", flush=True)
-        if ran.returncode:
-            failed.append(tool)
-            print(*[line for line in (ran.stdout + ran.stderr).splitlines() if line.strip()][:60], sep="\n")
+    failed = False
+    for what, uncached in (("calls", {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}), ("decode", {})):
+        itself, environment = [sys.executable, str(HERE), what], os.environ | uncached
+        if code := subprocess.run(itself, env=environment).returncode:
+            return code
+        for tool in TOOLS:
+            command = [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), *itself]
+            ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+            said = " ".join(line for line in ran.stdout.splitlines() if "SUMMARY" in line)
+            print(f"{what:8} {tool:10} {f'exit code {ran.returncode}' if ran.returncode else 'clean'}  {said}", flush=True)
+            if ran.returncode:
+                failed = True
+                print(*[line for line in (ran.stdout + ran.stderr).splitlines() if line.strip()][:60], sep="\n")
     return 1 if failed else 0
 
 
-def calls() -> int:
+def run(what: str) -> int:
     sys.path[:0] = [str(HERE.parents[1]), *(str(HERE.parents[2] / room) for room in ("", "kernels", "runner"))]
     import torch
 
     if not torch.cuda.is_available():
         print("no CUDA device: compute-sanitizer checks kernels on a GPU", file=sys.stderr)
         return 2
+    if what == "decode":
+        print(f"a captured decode, which chose {decode_of_nano()}", flush=True)
+        return 0
+    return calls()
+
+
+def calls() -> int:
     import test_kernels_faults as faults
+    import torch
     from triton.runtime.jit import JITFunction
 
-    launched, run = set(), JITFunction.run
+    launched, launch = set(), JITFunction.run
 
     def watched(kernel, *arguments, **options):
         launched.add(kernel.fn.__name__)
-        return run(kernel, *arguments, **options)
+        return launch(kernel, *arguments, **options)
 
     JITFunction.run = watched
     for name, make in faults.CALLS.items():
@@ -65,9 +74,8 @@ def calls() -> int:
         except Exception as error:
             raise RuntimeError(f"the call {name!r}") from error
         del result
-    ids = decode_of_nano()
     left_out = kernels() - launched
-    print(f"{len(launched)} kernels in {len(faults.CALLS)} calls and a captured decode, which chose {ids}")
+    print(f"{len(launched)} kernels in {len(faults.CALLS)} calls", flush=True)
     if left_out:
         print(
             f"never launched: {', '.join(sorted(left_out))}: a call in tests/test_kernels_faults.py is missing", file=sys.stderr

@@ -79,7 +79,8 @@ def test_a_read_of_everything_is_near_what_a_copy_shows():
     reader = timing.Reader(device)
     source = torch.empty(1 << 28, dtype=torch.int32, device=device)
     target = torch.empty_like(source)
-    samples = timing.graph_samples(lambda copy: target.copy_(copy["x"]), [{"x": source}], calls=4)
+    # A kernel: what copies a tensor from a graph is slower on some GPUs.
+    samples = timing.graph_samples(lambda copy: torch.add(copy["x"], 1, out=target), [{"x": source}], calls=4)
     copied = 2 * source.nbytes / min(samples) * 1e6
     assert 0.8 * copied < reader.bandwidth < 1.5 * copied
     assert reader.microseconds(1 << 20) < reader.microseconds(1 << 26)
