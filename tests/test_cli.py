@@ -136,7 +136,7 @@ def test_check_off_is_ok_and_publishes_no_speed(tmp_path):
         (["~seed"], ["seed is missing"]),
         (["quant=int9"], ["quant=int9", "allowed: int4, int8, none"]),
         (["model=banana"], ["model=banana", "nano", "tiny"]),
-        (["experiment=banana"], ["experiment=banana", "allowed: full_factorial, ladder"]),
+        (["experiment=banana"], ["experiment=banana", "allowed: full_factorial, fullsize, ladder"]),
         (["new_tokens=abc"], ["new_tokens=abc", "Integer"]),
         (["prompt_ids=[a]"], ["prompt_ids[0]=a"]),
         (["shared_stream=banana"], ["shared_stream=banana", "bool"]),

@@ -17,7 +17,7 @@ from moeexp.report.records import load_records
 from moeexp.sweep.history import History
 
 ROOT = Path(__file__).resolve().parents[1]
-STORED = [*(path for path in (ROOT / "results").rglob("*.json") if not path.name.startswith("kernels")),
+STORED = [*(path for path in (ROOT / "results").rglob("*.json") if not path.name.startswith(("kernels", "soak"))),
           *(ROOT / "tests" / "data").glob("*.json")]  # fmt: skip
 
 

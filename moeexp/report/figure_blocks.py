@@ -27,6 +27,7 @@ LADDER = "ladder_qwen3_5_35b_a3b_int4_h100"
 LADDER_START = "ladder_start_qwen3_5_35b_a3b_int4_h100"
 FIRST_RUN = "first_run_qwen3_5_35b_a3b_int4_h100.json"
 FULLSIZE = "fullsize_qwen3_5_35b_a3b_int4_h200"
+SOAK = "soak_h200/soak.json"
 TINY = "tiny_h100"
 EXAMPLE = "readme_example/record.json"
 KERNELS = "kernels_h100.json"
@@ -95,6 +96,19 @@ def sequences(results: Path) -> str:
     ]  # fmt: skip
     gpu = escaped(runs[0].record["environment"]["gpu"]["name"])
     return f"{markdown_table(header, rows)}\n{_prose(f'One {gpu}. {_stalled(runs)} ' + ONCE.replace('rungs', 'runs'))}"
+
+
+def soak(results: Path) -> str:
+    found = json.loads((results / SOAK).read_text(encoding="utf-8"))
+    grown = {name: f"{number(value / 2**20)} MiB" for name, value in found["grown_bytes"].items()}
+    prompts, steps, recaptures = (f"{found[name]:,}" for name in ("prompts_decoded", "decode_steps", "recaptures"))
+    tokens = "the same tokens" if found["same_tokens_as_a_fresh_process"] else "OTHER TOKENS"
+    return _prose(
+        f"One {escaped(found['device'])}, {number(found['minutes'])} minutes: {prompts} prompts, {steps} decode steps, the step "
+        f"captured anew {recaptures} times. After the first tenth of the run device memory grows by {grown['driver']} and the "
+        f"process' host memory by {grown['host']}. The median latency of a step is {number(found['p50_ms'])} ms, and that of no "
+        f"tenth is off by more than {number(100 * found['drift'])} %. A fresh process chooses {tokens} for the last prompt."
+    )
 
 
 def _device_memory_of(record: dict[str, Any]) -> str:
@@ -285,6 +299,7 @@ def _cells(line: str) -> list[str]:
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "headline": headline,
     "sequences": sequences,
+    "soak": soak,
     "ladder": ladder,
     "ladder-summary": ladder_summary,
     "ladder-start": ladder_start,

@@ -106,21 +106,12 @@ def _silent(what, *, total):
     yield lambda steps=1: None
 
 
-# As published; what is not named is as in the 35B.
-LARGE = {
-    "122b": {"hidden_size": 3072, "num_hidden_layers": 48, "num_attention_heads": 32, "linear_num_value_heads": 64,
-             "moe_intermediate_size": 1024, "shared_expert_intermediate_size": 1024},
-    "397b": {"hidden_size": 4096, "num_hidden_layers": 60, "num_attention_heads": 32, "linear_num_value_heads": 64,
-             "num_experts": 512, "num_experts_per_tok": 10, "moe_intermediate_size": 1024,
-             "shared_expert_intermediate_size": 1024},
-}  # fmt: skip
+LARGE = {"35b": "qwen3_5_35b_a3b", "122b": "qwen3_5_122b_a10b", "397b": "qwen3_5_397b_a17b"}
 H100 = int(79.1 * GIB)
 
 
 def large(name, *overrides):
-    given = compose(["model=qwen3_5_35b_a3b", "quant=int4", "device=cuda", *overrides])
-    given.model.architecture |= LARGE.get(name, {})
-    return resolve(given, cuda_available=True)
+    return resolve(compose([f"model={LARGE[name]}", "quant=int4", "device=cuda", *overrides]), cuda_available=True)
 
 
 def test_what_fits_80_gb_and_what_does_not():

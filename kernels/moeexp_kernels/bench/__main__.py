@@ -7,11 +7,11 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pynvml
 import torch
 import triton
 
@@ -59,16 +59,19 @@ def token_counts(text: str) -> list[int]:
 
 
 def environment(command: str, arch: str, read_bandwidth: float) -> dict:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"]
-    try:
-        driver = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.strip() or "unknown"
-    except (OSError, subprocess.TimeoutExpired):
-        driver = "unknown"
     return {
-        "gpu": torch.cuda.get_device_name(), "architecture": arch, "driver": driver, "torch": torch.__version__,
+        "gpu": torch.cuda.get_device_name(), "architecture": arch, "driver": driver_version(), "torch": torch.__version__,
         "triton": triton.__version__, "table": arch if tuning.table(arch) else tuning.DEFAULT,
         "read_tb_s": read_bandwidth * 1e-12, "command": command,
     }  # fmt: skip
+
+
+def driver_version() -> str:
+    try:
+        pynvml.nvmlInit()
+        return pynvml.nvmlSystemGetDriverVersion()
+    except pynvml.NVMLError:
+        return "unknown"
 
 
 def measure_or_say(spec: Spec, cold: int, reader: Reader, arch: str) -> OpTiming:
