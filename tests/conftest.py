@@ -7,6 +7,7 @@ import fnmatch
 import functools
 import os
 import signal
+import tempfile
 from pathlib import Path
 
 # Tests run beside each other, one on each core: read when torch is first imported, and by every process that a test starts.
@@ -46,6 +47,8 @@ SKIPS = Path(__file__).with_name("skips.txt")
 NO_GPU = "no CUDA device"
 
 os.environ["WANDB_MODE"] = "offline"
+STATE = tempfile.TemporaryDirectory()  # a user's key of artifacts is none of a test's
+os.environ["XDG_STATE_HOME"] = STATE.name
 PACKAGE_ROOTS = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "runner")]
 os.environ["PYTHONPATH"] = os.pathsep.join([*PACKAGE_ROOTS, *filter(None, [os.environ.get("PYTHONPATH")])])
 
