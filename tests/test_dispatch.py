@@ -6,7 +6,7 @@ import kernels_common as common
 import pytest
 import torch
 from moeexp_kernels import dispatch, registry
-from moeexp_kernels.ops.gated_delta import reference_gdn_decode, reference_gdn_prefill
+from moeexp_kernels.ops.gated_delta_reference import reference_gdn_decode, reference_gdn_prefill
 from test_kernels_gated_delta import STATE, make_case
 from torch import nn
 from torch.export import Dim

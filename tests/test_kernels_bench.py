@@ -186,14 +186,14 @@ def test_codes_reach_the_peers_in_their_own_layout():
 @pytest.mark.parametrize("spec", [Spec("gdn", "decode", 2), Spec("gdn", "prefill", 20)], ids=str)
 def test_what_delta_rule_peers_get_is_what_our_op_computes(spec):
     """Their inputs, the rule, then the gated norm: our op's output, so that they are timed on the same problem."""
-    from moeexp_kernels.ops.gated_delta import _gated_norm
+    from moeexp_kernels.ops.gated_delta_reference import gated_norm
 
     case = case_of(spec)
     arguments = case.copies[0]
     o, state = delta_expected(arguments, delta_inputs(arguments))
     hv, dv = arguments["num_v_heads"], arguments["head_v_dim"]
     z = arguments["proj"][..., TINY.channels : TINY.channels + hv * dv].float().unflatten(-1, (hv, dv))
-    y = _gated_norm(o.transpose(1, 2), z, arguments["norm_weight"], arguments["eps"])
+    y = gated_norm(o.transpose(1, 2), z, arguments["norm_weight"], arguments["eps"])
     fresh = {k: v.clone() if torch.is_tensor(v) else v for k, v in arguments.items()}
     common.assert_close_ratio(y, case.reference(**fresh).float(), 2e-2)
     common.assert_close_ratio(state, fresh["recurrent_state"], 2e-2)

@@ -13,9 +13,10 @@ import sys
 import kernels_common as common
 import pytest
 import torch
-from moeexp_kernels.ops import gated_delta
-from moeexp_kernels.ops.gated_delta import gdn_decode, reference_gdn_decode, reference_gdn_prefill
+from moeexp_kernels.ops import gated_delta_reference
+from moeexp_kernels.ops.gated_delta import gdn_decode
 from moeexp_kernels.ops.gated_delta_prefill import gdn_prefill
+from moeexp_kernels.ops.gated_delta_reference import reference_gdn_decode, reference_gdn_prefill
 from moeexp_kernels.parts import tuning
 from tolerances import tolerance
 
@@ -49,11 +50,13 @@ def make_case(batch, tokens, heads, dims, dtype=F32, *, width=4, seed=0):
 
 def definition(*, proj, conv_weight, norm_weight, a_log, dt_bias, conv_state, recurrent_state, eps, **heads):
     """The recurrent definition over all T, states updated in place."""
-    q, k, v, z, g, beta, new_conv = gated_delta._inputs(proj, conv_weight, a_log, dt_bias, conv_state, *heads.values())
-    o, state = gated_delta.recurrent_delta_rule(q=q, k=k, v=v, g=g, beta=beta, state=recurrent_state)
+    q, k, v, z, g, beta, new_conv = gated_delta_reference.inputs_of(
+        proj, conv_weight, a_log, dt_bias, conv_state, *heads.values()
+    )
+    o, state = gated_delta_reference.recurrent_delta_rule(q=q, k=k, v=v, g=g, beta=beta, state=recurrent_state)
     conv_state.copy_(new_conv)
     recurrent_state.copy_(state)
-    return gated_delta._gated_norm(o, z, norm_weight, eps).to(proj.dtype)
+    return gated_delta_reference.gated_norm(o, z, norm_weight, eps).to(proj.dtype)
 
 
 def run(op, case, splits=None):

@@ -10,8 +10,8 @@ import kernels_common as common
 import pytest
 import torch
 from moeexp_kernels.ops import attention, qk_norm_rope, router
-from moeexp_kernels.ops.gated_delta import reference_gdn_prefill
 from moeexp_kernels.ops.gated_delta_prefill import gdn_prefill
+from moeexp_kernels.ops.gated_delta_reference import reference_gdn_prefill
 from test_kernels_attention import make_qkv, make_weights, positions_of
 from test_kernels_gated_delta import STATE, make_case
 

@@ -10,6 +10,7 @@ from moeexp_kernels.ops import (
     attention,
     gated_delta,
     gated_delta_prefill,
+    gated_delta_reference,
     linear,
     moe,
     moe_prefill,
@@ -26,13 +27,13 @@ OPS: dict[str, dict[str, Callable]] = {
         "triton": linear.linear,
         "tile": linear.linear_tile,  # as triton, and a row's result does not depend on how many rows there are, up to 32
     },
-    "gdn_prefill": {"reference": gated_delta.reference_gdn_prefill, "triton": gated_delta_prefill.gdn_prefill},
+    "gdn_prefill": {"reference": gated_delta_reference.reference_gdn_prefill, "triton": gated_delta_prefill.gdn_prefill},
     "gdn_decode": {
-        "reference": gated_delta.reference_gdn_decode,
+        "reference": gated_delta_reference.reference_gdn_decode,
         "triton": gated_delta.gdn_decode,
         # The published ladder's names: one fused recurrent kernel, the traced definition, the prefill kernels at T = 1.
         "recurrent": gated_delta.gdn_decode,
-        "einsum": gated_delta.reference_gdn_decode,
+        "einsum": gated_delta_reference.reference_gdn_decode,
         "chunked": gated_delta_prefill.gdn_prefill,
     },
     "qk_norm_rope": {"reference": qk_norm_rope.reference_qk_norm_rope, "triton": qk_norm_rope.qk_norm_rope},

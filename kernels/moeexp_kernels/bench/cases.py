@@ -18,6 +18,7 @@ from moeexp_kernels.ops import (
     attention,
     gated_delta,
     gated_delta_prefill,
+    gated_delta_reference,
     linear,
     moe,
     moe_prefill,
@@ -203,12 +204,13 @@ def build_gdn(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -> C
     sizes = dict(zip(("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim"), (*heads, *dims), strict=True))
     copies = [{**first, **sizes, "eps": EPS}]
     copies += [{**fresh(), **sizes, "eps": EPS} for _ in range(count_for(cold, size) - 1)]
+    reference = gated_delta_reference.reference_gdn_decode if decode else gated_delta_reference.reference_gdn_prefill
     few = "few" if batch * heads[0] <= gated_delta.FEW_PROGRAMS else "many"
     tuned = ("gdn_decode", f"{dims[0]}x{dims[1]}/{few}") if decode else ("gdn_prefill", f"half/{dims[0]}x{dims[1]}")
     return Case(
         op="gdn", shape=f"{heads[0]}/{heads[1]} heads of {dims[0]}, conv, norm", phase=spec.phase, tokens=spec.tokens,
         call=gated_delta.gdn_decode if decode else gated_delta_prefill.gdn_prefill,
-        reference=gated_delta.reference_gdn_decode if decode else gated_delta.reference_gdn_prefill, copies=copies,
+        reference=reference, copies=copies,
         moved=size + size_of(first["conv_state"], first["recurrent_state"]) + output, tolerance=tolerance_of(spec),
         mutated=("conv_state", "recurrent_state"), tuned=(tuned,),
     )  # fmt: skip

@@ -15,161 +15,21 @@ Per value head, with q and k l2-normalised, q scaled by Dk^-0.5, decay a_t = exp
 beta_t = sigmoid(b):   S_t = a_t S_{t-1} + k_t (beta_t (v_t - (a_t S_{t-1})^T k_t))^T,   o_t = S_t^T q_t.
 Source: Yang, Kautz, Hatamizadeh, "Gated Delta Networks" (arXiv:2412.06464), and its chunked form in section 3.3.
 
-Here are the references of both ops and the kernel of `gdn_decode`; that of `gdn_prefill` is in gated_delta_prefill.py.
+Here is the kernel of `gdn_decode`; that of `gdn_prefill` is in gated_delta_prefill.py, the references of both are in
+gated_delta_reference.py.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from moeexp_kernels.ops.gated_delta_reference import L2_EPS
 from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.pdl import after_previous, has_pdl
-
-CHUNK = 64
-L2_EPS = 1e-6
-
-
-def _inputs(
-    proj, conv_weight, a_log, dt_bias, conv_state, num_k_heads, num_v_heads, head_k_dim, head_v_dim, valid_len=None
-):  # fmt: skip
-    """q, k [B,Hv,T,Dk], v [B,Hv,T,Dv], z [B,T,Hv,Dv], log-decay g and beta [B,Hv,T], all float32; new conv state.
-
-    Tokens from `valid_len` [B] on: q = k = v = 0, g = 0 and beta = 0, and the conv state ends before them."""
-    key_dim, value_dim = num_k_heads * head_k_dim, num_v_heads * head_v_dim
-    channels = 2 * key_dim + value_dim
-    mixed, z, b, a = proj.split([channels, value_dim, num_v_heads, num_v_heads], dim=-1)
-    tokens, width = proj.shape[1], conv_weight.shape[-1]
-    window = torch.cat([conv_state, mixed.transpose(1, 2)], dim=-1)  # [B, C, W-1+T]
-    filters = conv_weight.float()
-    mixed = sum(window[..., w : w + tokens].float() * filters[:, w, None] for w in range(width))
-    q, k, v = F.silu(mixed).split([key_dim, key_dim, value_dim], dim=1)
-    q, k = (t.unflatten(1, (num_k_heads, head_k_dim)).transpose(-1, -2) for t in (q, k))
-    v = v.unflatten(1, (num_v_heads, head_v_dim)).transpose(-1, -2)
-    q, k = (t * torch.rsqrt(t.square().sum(-1, keepdim=True) + L2_EPS) for t in (q, k))
-    q, k = (t.repeat_interleave(num_v_heads // num_k_heads, dim=1) for t in (q * head_k_dim**-0.5, k))
-    g = -a_log.float().exp() * F.softplus(a.float() + dt_bias.float())
-    z = z.float().unflatten(-1, (num_v_heads, head_v_dim))
-    beta = b.float().sigmoid()
-    if valid_len is None:
-        new_conv_state = window[..., window.shape[-1] - (width - 1) :]
-    else:
-        counts = torch.arange(tokens, device=proj.device) < valid_len[:, None]  # [B, T]
-        q, k, v = (t.masked_fill(~counts[:, None, :, None], 0.0) for t in (q, k, v))
-        g, beta = (t.masked_fill(~counts[..., None], 0.0) for t in (g, beta))
-        ends = valid_len[:, None] + torch.arange(width - 1, device=proj.device)
-        new_conv_state = window.gather(-1, ends[:, None].expand(-1, channels, -1))
-    return q, k, v, z, g.transpose(1, 2), beta.transpose(1, 2), new_conv_state
-
-
-def _gated_norm(o: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """o [B,Hv,T,Dv], z [B,T,Hv,Dv] -> [B, T, Hv*Dv] float32."""
-    o = o.transpose(1, 2)
-    o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + eps) * weight.float()
-    return (o * F.silu(z)).flatten(-2)
-
-
-def recurrent_delta_rule(*, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor):
-    """The definition, token by token. q, k [B,H,T,Dk], v [B,H,T,Dv], g (log decay), beta [B,H,T], state [B,H,Dk,Dv],
-    float32. Returns (o [B,H,T,Dv], new state)."""
-    outputs = []
-    for t in range(q.shape[2]):
-        state = state * g[:, :, t, None, None].exp()
-        delta = beta[:, :, t, None] * (v[:, :, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, :, t]))
-        state = state + k[:, :, t, :, None] * delta[:, :, None, :]
-        outputs.append(torch.einsum("bhkv,bhk->bhv", state, q[:, :, t]))
-    return torch.stack(outputs, dim=2), state
-
-
-def chunked_delta_rule(*, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor):
-    """Same function, `CHUNK` tokens at a time: within a chunk the updates u solve (I + A) u = beta (v - decayed k S) with
-    A strictly lower triangular, so that one triangular solve replaces the token loop."""
-    outputs = []
-    for start in range(0, q.shape[2], CHUNK):
-        part = slice(start, start + CHUNK)
-        q_c, k_c, v_c, beta_c = q[:, :, part], k[:, :, part], v[:, :, part], beta[:, :, part, None]
-        decay = g[:, :, part].cumsum(-1)  # log of the decay since the chunk's start
-        # Masked before exp: above the diagonal the difference is positive and may overflow.
-        pair = (decay[..., :, None] - decay[..., None, :]).masked_fill(
-            torch.ones(q_c.shape[2], q_c.shape[2], dtype=torch.bool, device=q.device).triu(1), float("-inf")
-        )
-        pair = pair.exp()
-        from_start = decay.exp()[..., None]
-        system = (beta_c * k_c) @ k_c.transpose(-1, -2) * pair
-        rhs = beta_c * (v_c - (k_c * from_start) @ state)
-        # Of `system` the solver reads only what lies below the diagonal, which it takes as ones.
-        u = torch.linalg.solve_triangular(system, rhs, upper=False, unitriangular=True)
-        outputs.append((q_c * from_start) @ state + (q_c @ k_c.transpose(-1, -2) * pair) @ u)
-        to_end = (decay[..., -1:] - decay).exp()[..., None]
-        state = state * decay[..., -1, None, None].exp() + (k_c * to_end).transpose(-1, -2) @ u
-    return torch.cat(outputs, dim=2), state
-
-
-def reference_gdn_decode(
-    *,
-    proj: Tensor,
-    conv_weight: Tensor,
-    a_log: Tensor,
-    dt_bias: Tensor,
-    norm_weight: Tensor,
-    conv_state: Tensor,
-    recurrent_state: Tensor,
-    num_k_heads: int,
-    num_v_heads: int,
-    head_k_dim: int,
-    head_v_dim: int,
-    eps: float,
-) -> Tensor:
-    """T = 1. A handful of traced torch ops; the recurrent definition."""
-    q, k, v, z, g, beta, new_conv_state = _inputs(
-        proj, conv_weight, a_log, dt_bias, conv_state, num_k_heads, num_v_heads, head_k_dim, head_v_dim
-    )
-    o, state = recurrent_delta_rule(q=q, k=k, v=v, g=g, beta=beta, state=recurrent_state)
-    conv_state.copy_(new_conv_state)
-    recurrent_state.copy_(state)
-    return _gated_norm(o, z, norm_weight, eps).to(proj.dtype)
-
-
-@torch.library.custom_op("moeexp::reference_gdn_prefill", mutates_args=("conv_state", "recurrent_state"))
-def reference_gdn_prefill(
-    proj: Tensor,
-    conv_weight: Tensor,
-    a_log: Tensor,
-    dt_bias: Tensor,
-    norm_weight: Tensor,
-    conv_state: Tensor,
-    recurrent_state: Tensor,
-    num_k_heads: int,
-    num_v_heads: int,
-    head_k_dim: int,
-    head_v_dim: int,
-    eps: float,
-    valid_len: Tensor | None = None,
-) -> Tensor:
-    """Any T >= 1. Opaque to export: the number of chunks follows from T, which is symbolic there.
-
-    valid_len [B] int64 in 1..T: only so many tokens of each row count; the rest leave no trace in the state, and their own
-    rows of the result mean nothing. None: all T."""
-    q, k, v, z, g, beta, new_conv_state = _inputs(
-        proj, conv_weight, a_log, dt_bias, conv_state, num_k_heads, num_v_heads, head_k_dim, head_v_dim, valid_len
-    )
-    o, state = chunked_delta_rule(q=q, k=k, v=v, g=g, beta=beta, state=recurrent_state)
-    conv_state.copy_(new_conv_state)
-    recurrent_state.copy_(state)
-    return _gated_norm(o, z, norm_weight, eps).to(proj.dtype)
-
-
-@reference_gdn_prefill.register_fake
-def _(
-    proj, conv_weight, a_log, dt_bias, norm_weight, conv_state, recurrent_state,
-    num_k_heads, num_v_heads, head_k_dim, head_v_dim, eps, valid_len=None,
-):  # fmt: skip
-    return proj.new_empty(proj.shape[0], proj.shape[1], num_v_heads * head_v_dim)
-
 
 FEW_PROGRAMS = 64  # batch * Hk up to which an H100 is far from full: the table's key says `few`, else `many`
 MAX_HEAD_DIM = 128  # a whole [Dk, Dv] float32 state tile stays in registers

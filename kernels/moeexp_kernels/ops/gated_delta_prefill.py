@@ -1,7 +1,8 @@
-"""`gdn_prefill` in Triton: the chunked form of gated_delta.py, whose legend and references hold here too.
+"""`gdn_prefill` in Triton: the chunked form of gated_delta.py, whose legend holds here too.
 
 Four kernels, of which only the scan is sequential, so that only what needs the state is in it:
-*conv*, per (block of tokens, head): causal conv, SiLU and l2 norm, once per key head and not once per value head.
+*conv* (gated_delta_conv.py), per (block of tokens, head): causal conv, SiLU and l2 norm, once per key head and not once per
+value head.
 *local*, per (chunk, value head), what a chunk knows without the state: with A the strictly lower triangular matrix of
 `chunked_delta_rule` and X = (I + A)^-1,   w = -X (beta * decay * k)   and   u = X (beta * v).
 *scan*, per (value head, rows of S^T), walks over the chunks with the state in registers; `to_end` is the decay from a token
@@ -19,7 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moeexp_kernels.ops.gated_delta import L2_EPS, _gates, _next_conv_state, _store_conv_state, check_gdn
+from moeexp_kernels.ops.gated_delta import _gates, _next_conv_state, _store_conv_state, check_gdn
+from moeexp_kernels.ops.gated_delta_conv import CONV_RUN, conv_kernel
+from moeexp_kernels.ops.gated_delta_reference import L2_EPS
 from moeexp_kernels.parts import tuning
 
 # The table's rows, by activation class and head dims. `chunk`: tokens per chunk, a power of two from 16. `conv_tokens`: tokens
@@ -32,7 +35,6 @@ from moeexp_kernels.parts import tuning
 # cp.async buffers of w and k, (stages - 1) * 34 KB at 128 x 128; one warp spills, two hold 232 registers, four 136.
 # Worth sweeping: conv_tokens 32 / 64 (conv warps 2 / 4), local warps 4 / 8, block_v 16 / 32, scan warps 2 / 4 / 8 and stages
 # 2 / 3 / 4, output warps 4 / 8, chunk 32 / 64.
-CONV_RUN = 8  # successive tokens per thread of the conv, which loads an input 1 + (W - 1) / 8 times; at least W - 1
 MIN_DOT = 16  # tl.dot's smallest side
 MAX_ROW_STRIDE = 1 << 24  # elements; offsets within a chunk are 32 bits
 
@@ -49,95 +51,6 @@ def _dot(a, b, PRECISION: tl.constexpr, WIDEN: tl.constexpr, acc=None):
         b = b.to(tl.float32)
     INPUT: tl.constexpr = "ieee" if PRECISION == "fp16" else PRECISION
     return tl.dot(a, b, acc=acc, input_precision=INPUT)
-
-
-@triton.jit
-def _conv_inputs(
-    proj, conv_weight, start, T, stride_t, DIM: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, RUN: tl.constexpr,
-    WIDTH: tl.constexpr, TAPS: tl.constexpr,
-):  # fmt: skip
-    """Tuples for DIM channels, at which the pointers are: RUN + WIDTH - 1 inputs [ROWS, BD], of which the i-th holds in row r
-    token start + r * RUN + i - (WIDTH - 1); and WIDTH filter taps [BD] float32. Zero outside 0 .. T and past DIM.
-    So an input is loaded once for all its taps, and all loads go out before one waits."""
-    proj += start.to(tl.int64) * stride_t
-    run = tl.arange(0, ROWS) * RUN
-    dim = tl.arange(0, BD)
-    in_dim = (dim < DIM)[None, :]
-    inputs = ()
-    for i in tl.static_range(RUN + WIDTH - 1):
-        step = run + (i - (WIDTH - 1))
-        inside = ((start + step >= 0) & (start + step < T))[:, None] & in_dim
-        inputs = inputs + (tl.load(proj + (step[:, None] * stride_t + dim[None, :]), mask=inside, other=0.0),)  # type: ignore[assignment]
-    # A channel's taps lie together: one wide load, then a column each.
-    tap = tl.arange(0, TAPS)[None, :]
-    inside = (dim < DIM)[:, None] & (tap < WIDTH)
-    weights = tl.load(conv_weight + (dim[:, None] * WIDTH + tap), mask=inside, other=0.0).to(tl.float32)
-    taps = ()
-    for i in tl.static_range(WIDTH):
-        taps = taps + (tl.sum(tl.where(tap == i, weights, 0.0), axis=1),)  # type: ignore[assignment]
-    return inputs, taps
-
-
-@triton.jit
-def _conv_token(
-    inputs, taps, conv_state, start, T, i: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
-    RUN: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """SiLU of the causal conv at the i-th token of every run: [ROWS, BD] float32, zero past T."""
-    token = start + tl.arange(0, ROWS) * RUN + i
-    mixed = inputs[i].to(tl.float32) * taps[0][None, :]
-    for tap in tl.static_range(1, WIDTH):
-        mixed += inputs[i + tap].to(tl.float32) * taps[tap][None, :]
-    if i < WIDTH - 1:
-        if start == 0:  # the window of the first run reaches into the state
-            dim = tl.arange(0, BD)
-            past = tl.zeros([BD], dtype=tl.float32)
-            for tap in tl.static_range(WIDTH - 1 - i):
-                kept = tl.load(conv_state + (dim * (WIDTH - 1) + (i + tap)), mask=dim < DIM, other=0.0)
-                past += kept.to(tl.float32) * taps[tap]
-            mixed += tl.where((token == i)[:, None], past[None, :], 0.0)
-    return tl.where((token < T)[:, None], mixed * tl.sigmoid(mixed), 0.0)
-
-
-@triton.jit
-def _conv_kernel(
-    proj, conv_weight, conv_state, lengths, qk_out, v_out, T, N, stride_b, stride_t,
-    L2_EPS: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr,
-    TAPS: tl.constexpr, SIZE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr, RUN: tl.constexpr,
-    HAS_VALID_LEN: tl.constexpr,
-):  # fmt: skip
-    """Grid (N * SIZE / (ROWS * RUN), 2 Hk + Hv, B). Writes q (scaled) and k to `qk_out` [B, 2 Hk, N, SIZE, BK], v to `v_out`
-    [B, Hv, N, SIZE, BV]; zeros past T, or past `lengths` [B]: such tokens leave the state as it is."""
-    head = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
-    if HAS_VALID_LEN:
-        T = tl.load(lengths + batch).to(tl.int32)
-    start = tl.program_id(0) * (ROWS * RUN)
-    proj += batch * stride_b
-    conv_state += batch * (2 * HK * DK + HV * DV) * (WIDTH - 1)
-    run = tl.arange(0, ROWS) * RUN
-    if head < 2 * HK:
-        first = head * DK
-        inputs, taps = _conv_inputs(proj + first, conv_weight + first * WIDTH, start, T, stride_t, DK, BK, ROWS, RUN, WIDTH, TAPS)
-        conv_state += first * (WIDTH - 1)
-        scale = tl.where(head < HK, DK**-0.5, 1.0)
-        out = qk_out + ((batch * (2 * HK) + head) * N * SIZE + start) * BK
-        for i in tl.static_range(RUN):
-            x = _conv_token(inputs, taps, conv_state, start, T, i, DK, BK, ROWS, RUN, WIDTH)
-            x *= (tl.rsqrt(tl.sum(x * x, axis=1) + L2_EPS) * scale)[:, None]
-            tl.store(out + ((run + i)[:, None] * BK + tl.arange(0, BK)[None, :]), x.to(qk_out.dtype.element_ty))
-    else:
-        # Names of their own: where Dk and Dv differ, a name that both branches assign would have two types.
-        value = head - 2 * HK
-        first_v = 2 * HK * DK + value * DV
-        inputs_v, taps_v = _conv_inputs(
-            proj + first_v, conv_weight + first_v * WIDTH, start, T, stride_t, DV, BV, ROWS, RUN, WIDTH, TAPS
-        )
-        state_v = conv_state + first_v * (WIDTH - 1)
-        out_v = v_out + ((batch * HV + value) * N * SIZE + start) * BV
-        for i in tl.static_range(RUN):
-            y = _conv_token(inputs_v, taps_v, state_v, start, T, i, DV, BV, ROWS, RUN, WIDTH)
-            tl.store(out_v + ((run + i)[:, None] * BV + tl.arange(0, BV)[None, :]), y.to(v_out.dtype.element_ty))
 
 
 @triton.jit
@@ -356,7 +269,7 @@ def gdn_prefill(
 
     qk, v = scratch(2 * num_k_heads, size, pad_k), scratch(num_v_heads, size, pad_v)
     conv_tokens = min(tuned["conv_tokens"], size)
-    torch.library.wrap_triton(_conv_kernel)[(chunks * (size // conv_tokens), 2 * num_k_heads + num_v_heads, batch)](
+    torch.library.wrap_triton(conv_kernel)[(chunks * (size // conv_tokens), 2 * num_k_heads + num_v_heads, batch)](
         proj, conv_weight, conv_state, lengths, qk, v, tokens, chunks, *strides, L2_EPS=L2_EPS, **heads, WIDTH=width,
         TAPS=triton.next_power_of_2(width), SIZE=size, BK=pad_k, BV=pad_v, ROWS=conv_tokens // CONV_RUN, RUN=CONV_RUN,
         **counts, **tuned["conv"],

@@ -63,7 +63,7 @@ def delta_inputs(arguments: dict) -> dict[str, Tensor]:
 
 def delta_expected(arguments: dict, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """(o [B,T,Hv,Dv], state [B,Hv,Dk,Dv]) of the delta rule alone on `delta_inputs`, float32."""
-    from moeexp_kernels.ops.gated_delta import L2_EPS, chunked_delta_rule, recurrent_delta_rule
+    from moeexp_kernels.ops.gated_delta_reference import L2_EPS, chunked_delta_rule, recurrent_delta_rule
 
     ratio = arguments["num_v_heads"] // arguments["num_k_heads"]
     q, k = (inputs[name].float() for name in ("q", "k"))
