@@ -94,7 +94,7 @@ def test_a_server_that_never_answers_costs_bounded_time(tmp_path, monkeypatch):
 def test_an_unreachable_server_is_one_warning_and_an_offline_run(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    result = track(make(tmp_path / "run", "tracker.mode=online", "tracker.timeout_s=45"))
+    result = track(make(tmp_path / "run", "tracker.mode=online", "tracker.timeout_s=90"))
     assert result["mode"] == "offline" and "could not be reached" in result["warning"]
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
 

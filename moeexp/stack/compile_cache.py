@@ -65,7 +65,7 @@ class Artifact:
 def key_of(spec: MethodSpec) -> str:
     parts = {
         "spec": spec.plain(),
-        "sources": _source_digest(),
+        "sources": source_digest(),
         "environment": compiling(),
         "inductor": inductor_config(method=spec.method, device=spec.device),
         "toolchain": toolchain(spec.device),
@@ -176,7 +176,8 @@ def sources() -> dict[str, Path]:
     return kernels | {module: path for module, path in traced.items() if path not in set(kernels.values())}
 
 
-def _source_digest() -> str:
+def source_digest() -> str:
+    """Of all `sources`."""
     total = hashlib.sha256()
     for name, path in sources().items():
         total.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())

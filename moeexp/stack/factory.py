@@ -27,7 +27,7 @@ from moeexp.model.weights import Random, Source, load
 from moeexp.record.environment import compute_capability
 from moeexp.record.phases import Phases
 from moeexp.stack import allocator, artifact
-from moeexp.stack.compile_cache import Artifact, MethodSpec, get_or_compile
+from moeexp.stack.compile_cache import Artifact, MethodSpec, get_or_compile, source_digest
 from moeexp.stack.inductor import loading
 from moeexp.stack.methods import (
     MODULES,
@@ -259,6 +259,8 @@ def _torch_compiled_methods(builder: MethodBuilder, phases: Phases):
     """Compiled here, for one token and for several, so that no later phase pays for it. Of a slice dynamo would expect the
     next time that it is a slice, and compile anew for what is none."""
     cfg, methods = builder.cfg, {}
+    # Of our ops Inductor\'s own cache knows the name alone: code that an earlier version\'s were compiled into would run.
+    torch.compiler.config.cache_key_tag = source_digest()
     for name in builder.methods:
         methods[name] = torch_compiled(builder.module(name))
         inputs = example_inputs(
