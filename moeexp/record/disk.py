@@ -52,8 +52,8 @@ def says_so(text: str) -> bool:
 
 def explained(error: BaseException, folders: Mapping[str, Path]) -> BaseException:
     """`NoSpace` for an error that comes of a full disk; any other as it is, as is a `ValueError`, which says what to do, and an
-    interrupt. `folders`: {what moves it: where a run writes}; of
-    those on the disk of the file that the error names, or of all, the one with the least space left is named."""
+    interrupt. `folders`: {what moves it: where a run writes}; of those on the disk of the file that the error names, or of all,
+    the one with the least space left is named."""
     if not isinstance(error, Exception) or isinstance(error, ValueError) or not is_full(error):
         return error
     there = {how: path for how, path in folders.items() if _device(path) is not None}

@@ -34,7 +34,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--minutes", type=float, default=8, help="at least so long")
     parser.add_argument("--steps", type=int, default=200_000, help="and at least so many decode steps")
-    parser.add_argument("--out", type=Path, default=Path("soak"), help="folder for soak.json and soak.svg")
+    parser.add_argument("--out", type=Path, default=Path("outputs/soak"), help="folder for soak.json and soak.svg (outputs/soak)")
     parser.add_argument("--only", type=int, help="decode this prompt alone and print its tokens")
     parser.add_argument("overrides", nargs="*", help=f"of the config; by default {' '.join(CONFIG)}")
     arguments = parser.parse_args()
@@ -43,7 +43,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("no CUDA device: a soak is of a captured step on a GPU", file=sys.stderr)
         return 2
-    stack, cfg = build(arguments.overrides or CONFIG)
+    stack = build(arguments.overrides or CONFIG)
     if arguments.only is not None:
         print(json.dumps(decode(stack, arguments.only)[0]))
         return 0
@@ -77,7 +77,7 @@ def build(overrides):
     cfg = resolve(cfg, cuda_available=True)
     record = Record(Path(tempfile.mkdtemp()) / "record.json", id="soak", config=cfg, command=[])
     phases = Phases(record, Console(file=StringIO()))
-    return build_stack(cfg, build_model(cfg, phases), phases), cfg
+    return build_stack(cfg, build_model(cfg, phases), phases)
 
 
 def decode(stack, prompt):
