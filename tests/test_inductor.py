@@ -217,7 +217,7 @@ for method in ("prefill", "decode"):
         run_time = {parameter.name for parameter in kernel.params if not parameter.is_constexpr}
         floats = [name for name, *kind in filter(None, arguments) if name in run_time and kind[0][0] == "float"]
         assert not floats, (kernel.fn.__name__, floats)
-    told = any(name == "AHEAD" and kind[0][1] > 0 for _, *arguments in known for name, *kind in filter(None, arguments))
+    told = any(name == "AHEAD" and max(kind[0][1]) > 0 for _, *arguments in known for name, *kind in filter(None, arguments))
     assert told == (method == "decode"), "a decode step's projections alone are told what comes next"
     for key, result in known.items():
         # Names up to torch 2.12, and after: the dependences of each access.

@@ -78,21 +78,21 @@ def test_offsets_beyond_2_to_the_31(rows):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_fast_conversion_equals_the_interpreted_one_bitwise(bits, monkeypatch):
+def test_the_gemv_computes_what_the_interpreted_one_does_bitwise(bits, monkeypatch):
     """The PTX path and the one that CI interprets: the same launch, with that one constant changed."""
     from moeexp_kernels.ops import linear as module
 
     x = randn(1, 2048, seed=1, dtype=torch.bfloat16)
     weight, scales = quantised(512, 2048, bits=bits, group=128, seed=2, dtype=torch.bfloat16)
     outputs = []
-    for fast in (True, False):
+    for interpreted in (False, True):
 
         class Launch:
             def __init__(self, kernel):
                 self.kernel = kernel
 
-            def __getitem__(self, grid, fast=fast):
-                return lambda *arguments, **constants: self.kernel[grid](*arguments, **(constants | {"FAST": fast}))
+            def __getitem__(self, grid, interpreted=interpreted):
+                return lambda *arguments, **constants: self.kernel[grid](*arguments, **(constants | {"INTERPRETED": interpreted}))
 
         monkeypatch.setattr(module, "wrap_triton", Launch)
         y = torch.full((1, 512), float("nan"), dtype=torch.bfloat16, device="cuda")
@@ -165,7 +165,7 @@ def test_the_tile_computes_what_the_interpreted_one_does_bitwise(bits, monkeypat
     x = randn(5, 2048, seed=1, dtype=torch.bfloat16)
     weight, scales = quantised(512, 2048, bits=bits, group=128, seed=2, dtype=torch.bfloat16)
     outputs, wrap = [], module.wrap_triton
-    for changes in ({}, {"FAST": False, "SPLIT": 1}):
+    for changes in ({}, {"INTERPRETED": True, "SPLIT": 1}):
 
         class Launch:
             def __init__(self, kernel):

@@ -105,7 +105,7 @@ def test_the_experts_tile_computes_what_the_interpreted_one_does_bitwise(monkeyp
     from moeexp_kernels.ops import moe_tile as module
 
     arguments, outputs, wrap = many_tokens(torch.bfloat16, tokens=11), [], module.wrap_triton
-    for changes in ({}, {"FAST": False, "SPLIT": 1}):
+    for changes in ({}, {"INTERPRETED": True, "SPLIT": 1}):
 
         class Launch:
             def __init__(self, kernel):

@@ -20,7 +20,6 @@ The op `linear_tile` leaves 1 to 32 rows to the tile whatever the table says: th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +34,7 @@ from moeexp_kernels.ops.linear_tile import launch_tile, tile_serves
 from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.checks import FLOATS, check_argument
 from moeexp_kernels.parts.int_dot import dot_rows, load_norm, load_row_features, load_rows
+from moeexp_kernels.parts.matrix import ROWS, at_row, matrix_format
 from moeexp_kernels.parts.pdl import after_previous, has_pdl
 from moeexp_kernels.parts.prefetch import ahead_lengths, bring_into_l2
 
@@ -102,49 +102,42 @@ def reference_linear(
 
 @triton.jit
 def gemv_kernel(
-    x_ptr, w_ptr, s_ptr, norm_ptr, res_ptr, y_ptr, ahead_ptr, ahead_s_ptr, x_stride, res_stride,
-    EPS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
-    HALF: tl.constexpr, WORDS: tl.constexpr, VECTOR: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    LIMBS: tl.constexpr, FAST: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr, AHEAD_SCALES: tl.constexpr,
-    BLOCK_N: tl.constexpr, TILES: tl.constexpr, CACHE: tl.constexpr,
+    x_ptr, w_ptr, s_ptr, norm_ptr, res_ptr, y_ptr, ahead_ptr, ahead_s_ptr, x_stride,
+    EPS: tl.constexpr, M: tl.constexpr, FORMAT: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    INTERPRETED: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+    CACHE: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] for one m and TILES x BLOCK_N outputs n. Grid (blocks * M), m fastest: programs that share weights start
     together. One dimension, because only the first may exceed 65,535.
 
-    BITS is 32 for float32 weights; WORDS = words of a row, rounded up to a power of 2; AHEAD and AHEAD_SCALES bytes at
-    `ahead_ptr` and `ahead_s_ptr` are brought into L2."""
+    AHEAD: so many bytes at `ahead_ptr` and at `ahead_s_ptr` are brought into L2."""
+    LIMBS: tl.constexpr = 2 if x_ptr.dtype.element_ty == tl.float32 else 1  # as `int16_limbs`
     program = tl.program_id(0).to(tl.int64)
     m, start = program % M, program // M * (BLOCK_N * TILES)
     # From here offsets are relative to the program's first row: int32 is enough within it.
-    w_ptr += start * (K // 2 if BITS == 4 else K)
-    if BITS <= 8:
-        s_ptr += start * (2 * (K // GROUP))
-    rows_left = tl.minimum(N - start, BLOCK_N * TILES).to(tl.int32)
+    w_ptr, s_ptr = at_row(w_ptr, s_ptr, start, FORMAT)
+    rows_left = tl.minimum(FORMAT[ROWS] - start, BLOCK_N * TILES).to(tl.int32)
     row = tl.arange(0, BLOCK_N)
-    words, pair = load_rows(w_ptr, s_ptr, row, row < rows_left, K, GROUP, BITS, WORDS, VECTOR, CACHE)
-    norm_low, norm_high = load_norm(norm_ptr, HAS_NORM, K, GROUP, BITS, WORDS)
-    if AHEAD:  # behind this program's own reads, and before it waits
-        rows_left += bring_into_l2(ahead_ptr, AHEAD)
-    if AHEAD_SCALES:
-        rows_left += bring_into_l2(ahead_s_ptr, AHEAD_SCALES)
+    words, pair = load_rows(w_ptr, s_ptr, row, row < rows_left, FORMAT, CACHE)
+    norm = load_norm(norm_ptr, HAS_NORM, FORMAT)
+    if AHEAD[0]:  # behind this program's own reads, and before it waits
+        rows_left += bring_into_l2(ahead_ptr, AHEAD[0])
+    if AHEAD[1]:
+        rows_left += bring_into_l2(ahead_s_ptr, AHEAD[1])
     ready = after_previous(PDL)
     x_ptr += ready
-    res_ptr += m * res_stride + start + ready
-    y_ptr += m * N + start + ready
-    extra = load_extra(res_ptr, row, rows_left, HAS_RESIDUAL, "")  # at once: after the sums all would wait for it
-    x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit, r = load_row_features(
-        x_ptr + m * x_stride, norm_low, norm_high, EPS, HAS_NORM, K, GROUP, BITS, WORDS, VECTOR, LIMBS
-    )
+    res_ptr += m * FORMAT[ROWS] + start + ready
+    y_ptr += m * FORMAT[ROWS] + start + ready
+    extra = load_extra(res_ptr, row, rows_left, HAS_RESIDUAL)  # at once: after the sums all would wait for it
+    features, r = load_row_features(x_ptr + m * x_stride, norm, EPS, HAS_NORM, FORMAT, LIMBS)
     for tile in range(TILES):
         here = row + tile * BLOCK_N
         ahead_words, ahead_pair, ahead_extra = words, pair, extra
         if TILES > 1:  # the next rows are on their way while these are summed; beyond the last nothing is read
             ahead = here + BLOCK_N
-            ahead_words, ahead_pair = load_rows(w_ptr, s_ptr, ahead, ahead < rows_left, K, GROUP, BITS, WORDS, VECTOR, CACHE)
-            ahead_extra = load_extra(res_ptr, ahead, rows_left, HAS_RESIDUAL, "")
-        y = r * dot_rows(
-            words, pair, x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit, BITS, HALF, FAST, BLOCK_N, WORDS, VECTOR, LIMBS
-        )
+            ahead_words, ahead_pair = load_rows(w_ptr, s_ptr, ahead, ahead < rows_left, FORMAT, CACHE)
+            ahead_extra = load_extra(res_ptr, ahead, rows_left, HAS_RESIDUAL)
+        y = r * dot_rows(words, pair, features, FORMAT, LIMBS, INTERPRETED)
         if HAS_RESIDUAL:
             y += extra
         tl.store(y_ptr + here, y.to(y_ptr.dtype.element_ty), mask=here < rows_left)
@@ -152,28 +145,17 @@ def gemv_kernel(
 
 
 @triton.jit
-def load_extra(res_ptr, row, rows_left, HAS_RESIDUAL: tl.constexpr, CACHE: tl.constexpr):
+def load_extra(res_ptr, row, rows_left, HAS_RESIDUAL: tl.constexpr):
     """What is added to the products of `row` [rows], float32; without a residual 0, which is not used."""
     extra = 0.0
     if HAS_RESIDUAL:
-        extra = tl.load(res_ptr + row, mask=row < rows_left, other=0.0, cache_modifier=CACHE).to(tl.float32)
+        extra = tl.load(res_ptr + row, mask=row < rows_left, other=0.0).to(tl.float32)
     return extra
 
 
 # --- launch ---
 
 GEMV_ROWS = 8  # beyond, a weight is used often enough for tensor cores
-
-
-def word_counts(*, bits: int, in_features: int, group: int, most: int = 4) -> tuple[int, int]:
-    """(WORDS, VECTOR) of the GEMV: words of a row, rounded up to a power of 2, and the vector width, the words
-    that a thread loads at once: `most` (a power of 2), fewer where a scale is for fewer."""
-    return triton.next_power_of_2(in_features * bits // 32), math.gcd(most, group * bits // 32)
-
-
-def int16_limbs(dtype: torch.dtype) -> int:
-    """16-bit limbs of an activation: one is finer than a 2-byte dtype, float32 takes two."""
-    return 2 if dtype == torch.float32 else 1
 
 
 def gemv_config(*, bits: int, rows: int, in_features: int, arch: str | None = None) -> dict:
@@ -243,20 +225,17 @@ def launch_gemv(
     residual: Tensor | None, out: Tensor, bits: int, group: int, config: dict | None = None,
     ahead: Tensor | None = None, ahead_scales: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """out [M, N] = residual + norm(x [M, K]) @ weight.T; all flat, checked, and out contiguous."""
+    """out [M, N] = residual + norm(x [M, K]) @ weight.T; all flat, checked, residual and out contiguous."""
     rows, features = weight.shape[0], x.shape[1]
-    words, vector = word_counts(bits=bits, in_features=features, group=group)
     config = config or gemv_config(bits=bits, rows=rows, in_features=features, arch=tuning.architecture(x.device))
     grid = (x.shape[0] * triton.cdiv(rows, config["BLOCK_N"] * config["TILES"]),)
-    bring, bring_scales = ahead_lengths(ahead, ahead_scales) if has_pdl(x) else (0, 0)  # both need Hopper
     wrap_triton(gemv_kernel)[grid](
         x, weight, weight if scales is None else scales, x if norm_weight is None else norm_weight,
         x if residual is None else residual, out, weight if ahead is None else ahead,
-        weight if ahead_scales is None else ahead_scales, x.stride(0), 0 if residual is None else residual.stride(0),
-        EPS=eps, M=x.shape[0], N=rows, K=features, GROUP=group, BITS=bits, HALF=weight.dtype == torch.float16,
-        WORDS=words, VECTOR=vector,
-        HAS_NORM=norm_weight is not None, HAS_RESIDUAL=residual is not None, FAST=x.is_cuda,
-        LIMBS=int16_limbs(x.dtype), PDL=has_pdl(x), AHEAD=bring, AHEAD_SCALES=bring_scales, **config,
+        weight if ahead_scales is None else ahead_scales, x.stride(0),
+        EPS=eps, M=x.shape[0], FORMAT=matrix_format(weight, bits=bits, group=group), HAS_NORM=norm_weight is not None,
+        HAS_RESIDUAL=residual is not None, INTERPRETED=not x.is_cuda, PDL=has_pdl(x),
+        AHEAD=ahead_lengths(ahead, ahead_scales) if has_pdl(x) else (0, 0), **config,  # both need Hopper
     )  # fmt: skip
 
 

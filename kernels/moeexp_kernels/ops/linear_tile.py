@@ -18,6 +18,7 @@ from torch.library import wrap_triton
 from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.int8_tile import GROUPS_SERVED, load_tile, multiply_tile
 from moeexp_kernels.parts.limbs import empty_limbs, limbs_of, store_limbs
+from moeexp_kernels.parts.matrix import FEATURES, GROUP, ROWS, at_row, matrix_format
 from moeexp_kernels.parts.pdl import after_previous, has_pdl, start_next
 from moeexp_kernels.parts.prefetch import ahead_lengths, bring_into_l2
 
@@ -58,24 +59,24 @@ def limbs_kernel(
 @triton.jit
 def linear_tile_kernel(
     limbs_ptr, units_ptr, w_ptr, s_ptr, res_ptr, y_ptr, ahead_ptr, ahead_s_ptr, M,
-    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, FAST: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr, AHEAD_SCALES: tl.constexpr,
-    BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr,
-    PASSES: tl.constexpr, CACHE: tl.constexpr,
+    FORMAT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr,
+    BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, PASSES: tl.constexpr,
+    CACHE: tl.constexpr,
 ):  # fmt: skip
-    """y[m, n] of all M rows, COLUMNS at a time, BLOCKS times, and BLOCK_N outputs n a program. AHEAD and AHEAD_SCALES as in
-    `gemv_kernel`. Before the wait it reads weights and nothing else: `limbs_kernel` relies on that."""
-    LIMBS: tl.constexpr = 3 if y_ptr.dtype.element_ty == tl.float32 else 2
+    """y[m, n] of all M rows, COLUMNS at a time, BLOCKS times, and BLOCK_N outputs n a program. AHEAD as in `gemv_kernel`. Before
+    the wait it reads weights and nothing else: `limbs_kernel` relies on that."""
+    LIMBS: tl.constexpr = 3 if y_ptr.dtype.element_ty == tl.float32 else 2  # as `limbs_of`
+    N: tl.constexpr = FORMAT[ROWS]
+    K: tl.constexpr = FORMAT[FEATURES]
     start = tl.program_id(0).to(tl.int64) * BLOCK_N
     # From here offsets are relative to the program's first row: int32 is enough within it.
-    w_ptr += start * (K // 2 if BITS == 4 else K)
-    s_ptr += start * (2 * (K // GROUP))
+    w_ptr, s_ptr = at_row(w_ptr, s_ptr, start, FORMAT)
     rows_left = tl.minimum(N - start, BLOCK_N).to(tl.int32)
-    tile = load_tile(w_ptr, s_ptr, rows_left, K, GROUP, GROUPS, BITS, BLOCK_N, PASSES, CACHE)
-    if AHEAD:  # behind this program's own reads, and before it waits
-        rows_left += bring_into_l2(ahead_ptr, AHEAD)
-    if AHEAD_SCALES:
-        rows_left += bring_into_l2(ahead_s_ptr, AHEAD_SCALES)
+    tile = load_tile(w_ptr, s_ptr, rows_left, FORMAT, BLOCK_N, PASSES, CACHE)
+    if AHEAD[0]:  # behind this program's own reads, and before it waits
+        rows_left += bring_into_l2(ahead_ptr, AHEAD[0])
+    if AHEAD[1]:
+        rows_left += bring_into_l2(ahead_s_ptr, AHEAD[1])
     ready = after_previous(PDL)
     limbs_ptr += ready
     units_ptr += ready
@@ -89,10 +90,8 @@ def linear_tile_kernel(
         extra = 0.0
         if HAS_RESIDUAL:  # at once: after the sums all would wait for it
             extra = tl.load(res_ptr + m * N + column * N + n, mask=mask, other=0.0).to(tl.float32)
-        y = multiply_tile(
-            tile, limbs_ptr + m * (LIMBS * K), units_ptr + m * (K // GROUP * 2), left, K, GROUP, GROUPS, BITS, LIMBS, BLOCK_N,
-            COLUMNS, SPLIT, PASSES, FAST,
-        )  # fmt: skip
+        limbs, units = limbs_ptr + m * (LIMBS * K), units_ptr + m * (K // FORMAT[GROUP] * 2)
+        y = multiply_tile(tile, limbs, units, left, FORMAT, LIMBS, COLUMNS, SPLIT, INTERPRETED)
         if HAS_RESIDUAL:
             y += extra
         tl.store(y_ptr + m * N + column * N + n, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -145,18 +144,16 @@ def launch_product(
 ) -> None:  # fmt: skip
     """out [M, N] = residual + activations in limbs [M, LIMBS, K] @ weight.T; all flat, checked, and out contiguous."""
     rows, _, features = limbs.shape
-    out_features, cuda, pdl = weight.shape[0], limbs.is_cuda, has_pdl(limbs)
+    out_features, pdl = weight.shape[0], has_pdl(limbs)
     key = tile_key(bits=bits, out_features=out_features, features=features, rows=rows)
     config = config or tuning.lookup("linear_tile", key, tuning.architecture(limbs.device))
-    bring, bring_scales = ahead_lengths(ahead, ahead_scales) if pdl else (0, 0)
-    groups = triton.next_power_of_2(features // group)
     wrap_triton(linear_tile_kernel)[(triton.cdiv(out_features, config["BLOCK_N"]),)](
         limbs, units, weight, scales, out if residual is None else residual, out, weight if ahead is None else ahead,
         scales if ahead_scales is None else ahead_scales, rows,
-        N=out_features, K=features, GROUP=group, GROUPS=groups, BITS=bits, HAS_RESIDUAL=residual is not None,
-        FAST=cuda, PDL=pdl, AHEAD=bring, AHEAD_SCALES=bring_scales,
+        FORMAT=matrix_format(weight, bits=bits, group=group), HAS_RESIDUAL=residual is not None,
+        INTERPRETED=not limbs.is_cuda, PDL=pdl, AHEAD=ahead_lengths(ahead, ahead_scales) if pdl else (0, 0),
         BLOCKS=triton.cdiv(rows, config["COLUMNS"]), num_stages=1,
-        **tile_constants(groups=groups, config=config, cuda=cuda),
+        **tile_constants(groups=triton.next_power_of_2(features // group), config=config, cuda=limbs.is_cuda),
     )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ from moeexp_kernels.ops.linear_tile import MOST_ROWS, launch_limbs, tile_constan
 from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.int8_tile import load_tile, multiply_tile
 from moeexp_kernels.parts.limbs import limbs_of
+from moeexp_kernels.parts.matrix import FEATURES, GROUP, ROWS, at_row, matrix_format
 from moeexp_kernels.parts.pdl import after_previous, has_pdl
 
 COLUMNS = 8  # tokens of a program: the least that the instruction takes, and more than an expert mostly has
@@ -45,7 +46,7 @@ def pair_of(program, M, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def place_of(pair, p, ids, expert, M, TOP_K: tl.constexpr, PAIRS: tl.constexpr, COLUMNS: tl.constexpr):
+def place_of(pair, p, ids, expert, M, TOP_K: tl.constexpr, COLUMNS: tl.constexpr):
     """What the programs of a pair serve: the first row, how many rows (0: leave) and the tokens, a bit each. ids [PAIRS] of all
     pairs p, expert: the pair's own; they are loaded by the kernel itself, as torch takes a pointer whose values lead to
     an address of a store through a function for one that is written."""
@@ -66,78 +67,76 @@ def place_of(pair, p, ids, expert, M, TOP_K: tl.constexpr, PAIRS: tl.constexpr, 
 
 
 @triton.jit
-def weights_of(
-    w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, pair, expert, first, ROWS: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
-    BITS: tl.constexpr,
-):  # fmt: skip
-    """Where row `first` of the pair's expert's matrix [ROWS, K] and of its scales begins."""
-    row_bytes: tl.constexpr = K // 2 if BITS == 4 else K
+def weights_of(w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, pair, expert, first, FORMAT: tl.constexpr):
+    """Where row `first` of the matrix of the pair's expert, and of its scales, begins."""
     if pair < 0:
         w_ptr, s_ptr = shared_w_ptr, shared_s_ptr
     else:
-        w_ptr += expert.to(tl.int64) * (ROWS * row_bytes)
-        s_ptr += expert.to(tl.int64) * (ROWS * 2 * (K // GROUP))
-    return w_ptr + first * row_bytes, s_ptr + first * (2 * (K // GROUP))
+        w_ptr, s_ptr = at_row(w_ptr, s_ptr, expert.to(tl.int64) * FORMAT[ROWS], FORMAT)
+    return at_row(w_ptr, s_ptr, first, FORMAT)
 
 
 @triton.jit
 def gate_up_tile_kernel(
     limbs_ptr, units_ptr, ids_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, act_ptr, M,
-    TOP_K: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
-    GROUPS: tl.constexpr, BITS: tl.constexpr, LIMBS: tl.constexpr, FAST: tl.constexpr, PDL: tl.constexpr,
-    COLUMNS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_I: tl.constexpr, PASSES: tl.constexpr, CACHE: tl.constexpr,
+    TOP_K: tl.constexpr, PAIRS: tl.constexpr, FORMAT: tl.constexpr, LIMBS: tl.constexpr, INTERPRETED: tl.constexpr,
+    PDL: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_I: tl.constexpr, PASSES: tl.constexpr,
+    CACHE: tl.constexpr,
 ):  # fmt: skip
-    """act [A + M, I] float32, without the pairs' shares. Grid (blocks of I, pairs + blocks of tokens). Before the wait it reads
-    weights and ids; the previous kernel, which writes the limbs, must wait before it lets this one start."""
+    """act [A + M, I] float32, without the pairs' shares; FORMAT: one expert's, [2*I, K]. Grid (blocks of I, pairs + blocks of
+    tokens). Before the wait it reads weights and ids; the previous kernel, which writes the limbs, must wait before it lets
+    this one start."""
+    width: tl.constexpr = FORMAT[ROWS] // 2
     pair, p = pair_of(tl.program_id(1), M, COLUMNS), tl.arange(0, PAIRS)
     # Past L1, which may hold an older step's: the ids are the result of a kernel before the previous one.
     ids = tl.load(ids_ptr + p, mask=p < M * TOP_K, other=0x7FFFFFFF, cache_modifier=".cg")
     expert = tl.load(ids_ptr + tl.maximum(pair, 0), cache_modifier=".cg")
     start = tl.program_id(0) * BLOCK_I
-    w_ptr, s_ptr = weights_of(w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, pair, expert, start, 2 * WIDTH, K, GROUP, BITS)
-    place, count, tokens = place_of(pair, p, ids, expert, M, TOP_K, PAIRS, COLUMNS)
+    w_ptr, s_ptr = weights_of(w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, pair, expert, start, FORMAT)
+    place, count, tokens = place_of(pair, p, ids, expert, M, TOP_K, COLUMNS)
     if count == 0:  # without a wait: the shared expert's programs wait for all
         return
-    tile = load_tile(w_ptr, s_ptr, WIDTH - start, K, GROUP, GROUPS, BITS, 2 * BLOCK_I, PASSES, CACHE, APART=WIDTH)
+    tile = load_tile(w_ptr, s_ptr, width - start, FORMAT, 2 * BLOCK_I, PASSES, CACHE, APART=width)
     ready = after_previous(PDL)
     limbs_ptr += ready
     units_ptr += ready
     act_ptr += ready
     both = multiply_tile(
-        tile, limbs_ptr, units_ptr, count, K, GROUP, GROUPS, BITS, LIMBS, 2 * BLOCK_I, COLUMNS, SPLIT, PASSES, FAST, tokens,
-        True,
-    )  # fmt: skip
+        tile, limbs_ptr, units_ptr, count, FORMAT, LIMBS, COLUMNS, SPLIT, INTERPRETED, chosen=tokens, CHOSEN=True
+    )
     # Rows i and i + 8 of a product are in the same thread, so that its gate row finds its up row there.
     gate, up = tl.split(tl.permute(tl.reshape(both, [2, BLOCK_I, COLUMNS]), [1, 2, 0]))
     i, column = start + tl.arange(0, BLOCK_I)[:, None], tl.arange(0, COLUMNS)[None, :]
     act = gate * tl.sigmoid(gate) * up
-    tl.store(act_ptr + (place + column) * WIDTH + i, act, mask=(column < count) & (i < WIDTH))
+    tl.store(act_ptr + (place + column) * width + i, act, mask=(column < count) & (i < width))
 
 
 @triton.jit
 def down_tile_kernel(
     limbs_ptr, units_ptr, ids_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, out_ptr, M,
-    TOP_K: tl.constexpr, PAIRS: tl.constexpr, D: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
-    BITS: tl.constexpr, LIMBS: tl.constexpr, FAST: tl.constexpr, PDL: tl.constexpr, COLUMNS: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_D: tl.constexpr, PASSES: tl.constexpr, CACHE: tl.constexpr,
+    TOP_K: tl.constexpr, PAIRS: tl.constexpr, FORMAT: tl.constexpr, LIMBS: tl.constexpr, INTERPRETED: tl.constexpr,
+    PDL: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr, PASSES: tl.constexpr,
+    CACHE: tl.constexpr,
 ):  # fmt: skip
-    """out [A + M, D] float32 of act in limbs [A + M, LIMBS, K]; K is the experts' width. Grid (blocks of D, pairs + blocks of
-    tokens). Before the wait it reads weights, and ids, which are older than the kernel before the previous one."""
+    """out [A + M, D] float32 of act in limbs [A + M, LIMBS, I]; FORMAT: one expert's, [D, I]. Grid (blocks of D, pairs + blocks
+    of tokens). Before the wait it reads weights, and ids, which are older than the kernel before the previous one."""
+    D: tl.constexpr = FORMAT[ROWS]
+    width: tl.constexpr = FORMAT[FEATURES]
     pair, p = pair_of(tl.program_id(1), M, COLUMNS), tl.arange(0, PAIRS)
     # Past L1, which may hold an older step's: the ids are the result of a kernel before the previous one.
     ids = tl.load(ids_ptr + p, mask=p < M * TOP_K, other=0x7FFFFFFF, cache_modifier=".cg")
     expert = tl.load(ids_ptr + tl.maximum(pair, 0), cache_modifier=".cg")
     start = tl.program_id(0) * BLOCK_D
-    w_ptr, s_ptr = weights_of(w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, pair, expert, start, D, K, GROUP, BITS)
-    place, count, _ = place_of(pair, p, ids, expert, M, TOP_K, PAIRS, COLUMNS)
+    w_ptr, s_ptr = weights_of(w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, pair, expert, start, FORMAT)
+    place, count, _ = place_of(pair, p, ids, expert, M, TOP_K, COLUMNS)
     if count == 0:
         return
-    tile = load_tile(w_ptr, s_ptr, D - start, K, GROUP, GROUPS, BITS, BLOCK_D, PASSES, CACHE)
+    tile = load_tile(w_ptr, s_ptr, D - start, FORMAT, BLOCK_D, PASSES, CACHE)
     ready = after_previous(PDL)
-    limbs_ptr += place * (LIMBS * K) + ready
-    units_ptr += place * (2 * (K // GROUP)) + ready
+    limbs_ptr += place * (LIMBS * width) + ready
+    units_ptr += place * (2 * (width // FORMAT[GROUP])) + ready
     out_ptr += ready
-    y = multiply_tile(tile, limbs_ptr, units_ptr, count, K, GROUP, GROUPS, BITS, LIMBS, BLOCK_D, COLUMNS, SPLIT, PASSES, FAST)
+    y = multiply_tile(tile, limbs_ptr, units_ptr, count, FORMAT, LIMBS, COLUMNS, SPLIT, INTERPRETED)
     d, column = start + tl.arange(0, BLOCK_D)[:, None], tl.arange(0, COLUMNS)[None, :]
     tl.store(out_ptr + (place + column) * D + d, y, mask=(column < count) & (d < D))
 
@@ -197,20 +196,14 @@ def launch_moe_tile(
     routed = torch.empty((pairs + rows, features), **wide)
     # Enough for any number of tokens, so that the sums' code is the same for all.
     places = {"TOP_K": top_k, "PAIRS": triton.next_power_of_2(MOST_ROWS * top_k), "PDL": pdl}
-    common = places | {"LIMBS": limbs_of(x.dtype), "FAST": cuda, "COLUMNS": COLUMNS, "num_stages": 1}
+    common = places | {"LIMBS": limbs_of(x.dtype), "INTERPRETED": not cuda, "COLUMNS": COLUMNS, "num_stages": 1}
 
-    def product(kernel, limbs, stored, result, *, block, launch, groups, **shape):
-        wrap_triton(kernel)[(block, pairs + triton.cdiv(rows, COLUMNS))](
-            *limbs,
-            ids,
-            *stored,
-            result,
-            rows,
-            **shape,
-            GROUPS=groups,
-            **common,
+    def product(kernel, limbs, stored, result, *, bits, group, blocks, launch):
+        groups = triton.next_power_of_2(limbs[0].shape[-1] // group)
+        wrap_triton(kernel)[(blocks, pairs + triton.cdiv(rows, COLUMNS))](
+            *limbs, ids, *stored, result, rows, FORMAT=matrix_format(stored[0], bits=bits, group=group), **common,
             **tile_constants(groups=groups, config=launch, cuda=cuda),
-        )
+        )  # fmt: skip
 
     first, second = config["gate_up"], config["down"]
     product(
@@ -219,16 +212,14 @@ def launch_moe_tile(
         launch_limbs(
             x=x, norm_weight=norm_weight, eps=eps, group=up[1], gate=shared_gate, gates=gates, START_NEXT=False
         ),
-        (gate_up, gate_up_scales, shared_gate_up, shared_gate_up_scales), act,
-        block=triton.cdiv(width, first["BLOCK_I"]), launch=first, groups=triton.next_power_of_2(features // up[1]),
-        WIDTH=width, K=features, BITS=up[0], GROUP=up[1],
+        (gate_up, gate_up_scales, shared_gate_up, shared_gate_up_scales), act, bits=up[0], group=up[1],
+        blocks=triton.cdiv(width, first["BLOCK_I"]), launch=first,
     )  # fmt: skip
     product(
         down_tile_kernel,
         launch_limbs(x=act, norm_weight=None, eps=eps, group=back[1], dtype=x.dtype),
-        (down, down_scales, shared_down, shared_down_scales), routed,
-        block=triton.cdiv(features, second["BLOCK_D"]), launch=second, groups=triton.next_power_of_2(width // back[1]),
-        D=features, K=width, BITS=back[0], GROUP=back[1],
+        (down, down_scales, shared_down, shared_down_scales), routed, bits=back[0], group=back[1],
+        blocks=triton.cdiv(features, second["BLOCK_D"]), launch=second,
     )  # fmt: skip
     last = config["combine"]
     wrap_triton(combine_tile_kernel)[(triton.cdiv(features, last["BLOCK_D"]), rows)](

@@ -18,7 +18,7 @@ nibbles; so that nothing is repacked).
 Each of four neighbouring threads loads 16 consecutive bytes, while an instruction (mma.m16n8k32) wants 4 + 4 bytes of each
 thread. Which features meet in an instruction does not matter as long as weights and activations agree: `fragment` takes the
 4-byte words of all threads in turn. So a thread multiplies what its loads bring into its registers, of weights and of limbs,
-and neither goes through shared memory.
+and neither goes through shared memory. FORMAT: `matrix.py`.
 """
 
 from __future__ import annotations
@@ -28,46 +28,51 @@ import triton.language as tl
 
 from moeexp_kernels.parts.int_dot import unpack_scales
 from moeexp_kernels.parts.limbs import FINER, ROUND, ROUND_BITS
+from moeexp_kernels.parts.matrix import BITS, FEATURES, GROUP, WORDS
 
 GROUPS_SERVED = (64, 128)  # the instruction takes 32 bytes of a half at a time; sums of larger groups are not tested
 
 
 @triton.jit
-def fragment(x, ROWS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr):
-    """[8, GROUPS, ROWS / 8, HALF] as loaded -> [GROUPS, ROWS, HALF], features in the order in which threads hold them."""
-    x = tl.reshape(x, [8, GROUPS, ROWS // 8, 4, HALF // 16, 4])
-    return tl.reshape(tl.permute(x, [1, 2, 0, 4, 3, 5]), [GROUPS, ROWS, HALF])
+def fragment(x):
+    """[8, groups, rows / 8, GROUP / 2] as loaded -> [groups, rows, GROUP / 2], features in the order in which threads hold
+    them."""
+    groups: tl.constexpr = x.shape[1]
+    rows: tl.constexpr = 8 * x.shape[2]
+    half: tl.constexpr = x.shape[3]
+    x = tl.reshape(x, [8, groups, rows // 8, 4, half // 16, 4])
+    return tl.reshape(tl.permute(x, [1, 2, 0, 4, 3, 5]), [groups, rows, half])
 
 
 @triton.jit
-def low_nibbles(q, FAST: tl.constexpr):
+def low_nibbles(q, INTERPRETED: tl.constexpr):
     """Low nibbles of packed bytes, int8 0 .. 15: one instruction for four."""
-    if FAST:
-        return tl.inline_asm_elementwise("and.b32 $0, $1, 0x0F0F0F0F;", "=r,r", args=[q], dtype=tl.int8, is_pure=True, pack=4)
-    return (q & 0xF).to(tl.int8)
+    if INTERPRETED:
+        return (q & 0xF).to(tl.int8)
+    return tl.inline_asm_elementwise("and.b32 $0, $1, 0x0F0F0F0F;", "=r,r", args=[q], dtype=tl.int8, is_pure=True, pack=4)
 
 
 @triton.jit
-def high_nibbles(q, FAST: tl.constexpr):
+def high_nibbles(q, INTERPRETED: tl.constexpr):
     """High nibbles of packed bytes, int8 0 .. 15: two instructions for four."""
-    if FAST:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 w; shr.u32 w, $1, 4; and.b32 $0, w, 0x0F0F0F0F; }",
-            "=r,r",
-            args=[q],
-            dtype=tl.int8,
-            is_pure=True,
-            pack=4,
-        )
-    return (q >> 4).to(tl.int8)
+    if INTERPRETED:
+        return (q >> 4).to(tl.int8)
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 w; shr.u32 w, $1, 4; and.b32 $0, w, 0x0F0F0F0F; }",
+        "=r,r",
+        args=[q],
+        dtype=tl.int8,
+        is_pure=True,
+        pack=4,
+    )
 
 
 @triton.jit
-def centred_bytes(q, FAST: tl.constexpr):
+def centred_bytes(q, INTERPRETED: tl.constexpr):
     """Bytes -> code - 128, int8."""
-    if FAST:
-        return tl.inline_asm_elementwise("xor.b32 $0, $1, 0x80808080;", "=r,r", args=[q], dtype=tl.int8, is_pure=True, pack=4)
-    return (q ^ 0x80).to(tl.int8, bitcast=True)
+    if INTERPRETED:
+        return (q ^ 0x80).to(tl.int8, bitcast=True)
+    return tl.inline_asm_elementwise("xor.b32 $0, $1, 0x80808080;", "=r,r", args=[q], dtype=tl.int8, is_pure=True, pack=4)
 
 
 @triton.jit
@@ -82,49 +87,50 @@ def stored_row(row, BLOCK: tl.constexpr, APART: tl.constexpr):
 
 @triton.jit
 def load_groups(
-    w_ptr, s_ptr, rows_left, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BEGIN: tl.constexpr,
-    BITS: tl.constexpr, BLOCK: tl.constexpr, CACHE: tl.constexpr, APART: tl.constexpr,
+    w_ptr, s_ptr, rows_left, BEGIN: tl.constexpr, GROUPS: tl.constexpr, FORMAT: tl.constexpr, BLOCK: tl.constexpr,
+    CACHE: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """Of GROUPS groups from BEGIN on: stored bytes (int8: of the groups' first halves, and of their second ones; int4: the same
     twice) [8, GROUPS, BLOCK / 8, GROUP / 2], and scale pairs int32 [GROUPS, BLOCK].
 
     Rows of eight stand in the last but one dimension and groups before it, so that the compiler gives eight rows to a warp, and
     to each warp groups of its own."""
-    half: tl.constexpr = GROUP // 2
-    bytes_of_group: tl.constexpr = half if BITS == 4 else GROUP
+    half: tl.constexpr = FORMAT[GROUP] // 2
+    in_row: tl.constexpr = FORMAT[FEATURES] // FORMAT[GROUP]
+    bytes_of_group: tl.constexpr = half if FORMAT[BITS] == 4 else FORMAT[GROUP]
     row = tl.arange(0, 8)[:, None, None, None] + tl.arange(0, BLOCK // 8)[None, None, :, None] * 8
     group, byte = BEGIN + tl.arange(0, GROUPS)[None, :, None, None], tl.arange(0, half)[None, None, None, :]
     stored, of_half = stored_row(row, BLOCK, APART)
-    offsets = stored * (K // GROUP * bytes_of_group) + group * bytes_of_group + byte
-    mask = (of_half < rows_left) & (group < K // GROUP)
+    offsets = stored * (in_row * bytes_of_group) + group * bytes_of_group + byte
+    mask = (of_half < rows_left) & (group < in_row)
     first = tl.load(w_ptr + offsets, mask=mask, other=0, cache_modifier=CACHE)
     second = first
-    if BITS == 8:
+    if FORMAT[BITS] == 8:
         second = tl.load(w_ptr + half + offsets, mask=mask, other=0, cache_modifier=CACHE)
     group = BEGIN + tl.arange(0, GROUPS)[:, None]
     stored, of_half = stored_row(tl.arange(0, BLOCK)[None, :], BLOCK, APART)
-    mask = (of_half < rows_left) & (group < K // GROUP)
-    pair = tl.load(s_ptr.to(tl.pointer_type(tl.int32)) + stored * (K // GROUP) + group, mask=mask, other=0)
+    mask = (of_half < rows_left) & (group < in_row)
+    pair = tl.load(s_ptr.to(tl.pointer_type(tl.int32)) + stored * in_row + group, mask=mask, other=0)
     return first, second, pair
 
 
 @triton.jit
 def load_tile(
-    w_ptr, s_ptr, rows_left, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
-    BLOCK: tl.constexpr, PASSES: tl.constexpr, CACHE: tl.constexpr, APART: tl.constexpr = 0,
+    w_ptr, s_ptr, rows_left, FORMAT: tl.constexpr, BLOCK: tl.constexpr, PASSES: tl.constexpr, CACHE: tl.constexpr,
+    APART: tl.constexpr = 0,
 ):  # fmt: skip
     """BLOCK rows of the matrix at w_ptr, of which rows_left exist, as `multiply_tile` takes them: a tuple of what `load_groups`
-    finds in each pass. GROUPS is K / GROUP, rounded up to a power of 2.
+    finds in each of PASSES, 1 or 2.
 
     With APART the second half of the rows stands APART rows below the first (up rows below gate rows), and rows_left counts
     those of a half."""
-    each: tl.constexpr = GROUPS // PASSES
-    first, second, pair = load_groups(w_ptr, s_ptr, rows_left, K, GROUP, each, 0, BITS, BLOCK, CACHE, APART)
+    # Of K / GROUP groups, rounded up to a power of 2, as WORDS is.
+    each: tl.constexpr = FORMAT[WORDS] * 32 // (FORMAT[BITS] * FORMAT[GROUP]) // PASSES
+    first = load_groups(w_ptr, s_ptr, rows_left, 0, each, FORMAT, BLOCK, CACHE, APART)
     if PASSES == 1:
-        return first, second, pair
+        return (first,)
     else:
-        more, further, pairs = load_groups(w_ptr, s_ptr, rows_left, K, GROUP, each, each, BITS, BLOCK, CACHE, APART)
-        return first, second, pair, more, further, pairs
+        return first, load_groups(w_ptr, s_ptr, rows_left, each, each, FORMAT, BLOCK, CACHE, APART)
 
 
 @triton.jit
@@ -133,9 +139,9 @@ def row_of(column, chosen, CHOSEN: tl.constexpr):
     columns, 32 rows): each thread finds it by itself, without a load. A column without a bit gives row 0."""
     if CHOSEN:
         bits = column * 0 + chosen
-        for i in tl.static_range(7):
+        for i in tl.static_range(7):  # 8 columns - 1
             bits = tl.where(column > i, bits & (bits - 1), bits)
-        lowest = (bits & (0 - bits)).to(tl.uint32).to(tl.float32)  # a power of 2: its exponent is the bit's place
+        lowest = (bits & (0 - bits)).to(tl.uint32).to(tl.float32)  # 2^place, a float32 of bits (127 + place) << 23
         return tl.where(bits != 0, (lowest.to(tl.int32, bitcast=True) >> 23) - 127, 0)
     else:
         return column
@@ -143,19 +149,18 @@ def row_of(column, chosen, CHOSEN: tl.constexpr):
 
 @triton.jit
 def add_products(
-    codes, limb_ptr, sums, M, chosen, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, LEFT: tl.constexpr,
-    LIMBS: tl.constexpr, COLUMNS: tl.constexpr, CHOSEN: tl.constexpr,
+    codes, limb_ptr, sums, M, chosen, LEFT: tl.constexpr, FORMAT: tl.constexpr, LIMBS: tl.constexpr, CHOSEN: tl.constexpr
 ):  # fmt: skip
-    """sums + codes [GROUPS, BLOCK, GROUP / 2] times one limb of the half groups that begin at limb_ptr; zeros beyond M
-    columns and LEFT groups."""
-    half: tl.constexpr = GROUP // 2
-    column = tl.arange(0, 8)[:, None, None, None] + tl.arange(0, COLUMNS // 8)[None, None, :, None] * 8
-    group, byte = tl.arange(0, GROUPS)[None, :, None, None], tl.arange(0, half)[None, None, None, :]
+    """sums [groups, BLOCK, COLUMNS] + codes [groups, BLOCK, GROUP / 2] times one limb of the half groups that begin at limb_ptr;
+    zeros beyond M columns and LEFT groups."""
+    columns: tl.constexpr = sums.shape[2]
+    column = tl.arange(0, 8)[:, None, None, None] + tl.arange(0, columns // 8)[None, None, :, None] * 8
+    group = tl.arange(0, codes.shape[0])[None, :, None, None]
+    byte = tl.arange(0, codes.shape[2])[None, None, None, :]
     mask = (column < M) & (group < LEFT)
     m = row_of(column, chosen, CHOSEN)
-    x = tl.load(limb_ptr + m * (LIMBS * K) + group * GROUP + byte, mask=mask, other=0)
-    x = tl.permute(fragment(x, COLUMNS, GROUPS, half), [0, 2, 1])
-    return tl.dot(codes, x, sums, out_dtype=tl.int32)
+    x = tl.load(limb_ptr + m * (LIMBS * FORMAT[FEATURES]) + group * FORMAT[GROUP] + byte, mask=mask, other=0)
+    return tl.dot(codes, tl.permute(fragment(x), [0, 2, 1]), sums, out_dtype=tl.int32)
 
 
 @triton.jit
@@ -165,56 +170,53 @@ def value_of(total):
 
 
 @triton.jit
-def sum_groups(x, GROUPS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr):
-    """[GROUPS, BLOCK, COLUMNS] -> [BLOCK, COLUMNS]: groups g and g + GROUPS / 2 first, then the sums g and g + GROUPS / 4, ...
+def sum_groups(x, SPLIT: tl.constexpr):
+    """[groups, BLOCK, COLUMNS] -> [BLOCK, COLUMNS]: groups g and g + groups / 2 first, then the sums g and g + groups / 4, ...
 
     The last SPLIT, one a warp, are left to `tl.sum`, which joins warps in that same order (a GPU test compares)."""
-    if GROUPS > SPLIT:
-        pairs = tl.sum(tl.reshape(x, [2, GROUPS // 2, BLOCK, COLUMNS]), axis=0)
-        return sum_groups(pairs, GROUPS // 2, BLOCK, COLUMNS, SPLIT)
+    if x.shape[0] > SPLIT:
+        return sum_groups(tl.sum(tl.reshape(x, [2, x.shape[0] // 2, x.shape[1], x.shape[2]]), axis=0), SPLIT)
     else:
         return tl.sum(x, axis=0)
 
 
 @triton.jit
 def products_of_groups(
-    first, second, pair, limbs_ptr, units_ptr, M, chosen, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
-    BEGIN: tl.constexpr, BITS: tl.constexpr, LIMBS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
-    FAST: tl.constexpr, CHOSEN: tl.constexpr,
+    loaded, limbs_ptr, units_ptr, M, chosen, BEGIN: tl.constexpr, FORMAT: tl.constexpr, LIMBS: tl.constexpr,
+    COLUMNS: tl.constexpr, INTERPRETED: tl.constexpr, CHOSEN: tl.constexpr,
 ):  # fmt: skip
-    """Each of GROUPS groups from BEGIN on by itself: float32 [GROUPS, BLOCK, COLUMNS]. first, second, pair: of these groups."""
-    half: tl.constexpr = GROUP // 2
-    left: tl.constexpr = K // GROUP - BEGIN
-    limbs_ptr += BEGIN * GROUP
-    start = tl.full([GROUPS, BLOCK, COLUMNS], ROUND_BITS, tl.int32)
+    """Each of the groups that `load_groups` loaded, from BEGIN on, by itself: float32 [groups, BLOCK, COLUMNS]."""
+    first, second, pair = loaded
+    shape: tl.constexpr = [pair.shape[0], pair.shape[1], COLUMNS]
+    features: tl.constexpr = FORMAT[FEATURES]
+    left: tl.constexpr = features // FORMAT[GROUP] - BEGIN
+    limbs_ptr += BEGIN * FORMAT[GROUP]
+    start = tl.full(shape, ROUND_BITS, tl.int32)
     rest = start
     # The first halves with all limbs, then the second ones: so that both need not be in registers at once.
-    codes = low_nibbles(first, FAST) if BITS == 4 else centred_bytes(first, FAST)
-    codes = fragment(codes, BLOCK, GROUPS, half)
-    high = add_products(codes, limbs_ptr, start, M, chosen, K, GROUP, GROUPS, left, LIMBS, COLUMNS, CHOSEN)
-    low = add_products(codes, limbs_ptr + K, start, M, chosen, K, GROUP, GROUPS, left, LIMBS, COLUMNS, CHOSEN)
+    codes = fragment(low_nibbles(first, INTERPRETED) if FORMAT[BITS] == 4 else centred_bytes(first, INTERPRETED))
+    high = add_products(codes, limbs_ptr, start, M, chosen, left, FORMAT, LIMBS, CHOSEN)
+    low = add_products(codes, limbs_ptr + features, start, M, chosen, left, FORMAT, LIMBS, CHOSEN)
     if LIMBS == 3:
-        rest = add_products(codes, limbs_ptr + 2 * K, start, M, chosen, K, GROUP, GROUPS, left, LIMBS, COLUMNS, CHOSEN)
-    codes = high_nibbles(second, FAST) if BITS == 4 else centred_bytes(second, FAST)
-    codes = fragment(codes, BLOCK, GROUPS, half)
-    limbs_ptr += half
-    high = add_products(codes, limbs_ptr, high, M, chosen, K, GROUP, GROUPS, left, LIMBS, COLUMNS, CHOSEN)
-    low = add_products(codes, limbs_ptr + K, low, M, chosen, K, GROUP, GROUPS, left, LIMBS, COLUMNS, CHOSEN)
+        rest = add_products(codes, limbs_ptr + 2 * features, start, M, chosen, left, FORMAT, LIMBS, CHOSEN)
+    codes = fragment(high_nibbles(second, INTERPRETED) if FORMAT[BITS] == 4 else centred_bytes(second, INTERPRETED))
+    limbs_ptr += FORMAT[GROUP] // 2
+    high = add_products(codes, limbs_ptr, high, M, chosen, left, FORMAT, LIMBS, CHOSEN)
+    low = add_products(codes, limbs_ptr + features, low, M, chosen, left, FORMAT, LIMBS, CHOSEN)
     # Every rounding is written out: if the compiler were to choose what it fuses, it might choose another way for another shape.
-    value = tl.fma(value_of(high), 256.0, value_of(low))
+    value = tl.fma(value_of(high), 256.0, value_of(low))  # X = 256 * high + low
     if LIMBS == 3:
-        rest = add_products(codes, limbs_ptr + 2 * K, rest, M, chosen, K, GROUP, GROUPS, left, LIMBS, COLUMNS, CHOSEN)
+        rest = add_products(codes, limbs_ptr + 2 * features, rest, M, chosen, left, FORMAT, LIMBS, CHOSEN)
         value = tl.fma(value_of(rest), 1.0 / FINER, value)
     # Per group and output, and per group and row: widened before they are taken apart, so that one conversion each brings them
     # to where the products are. The compiler takes equal values apart once.
-    shape: tl.constexpr = [GROUPS, BLOCK, COLUMNS]
     scale, shift = unpack_scales(tl.broadcast_to(pair[:, :, None], shape))
-    if BITS == 4:
-        shift = tl.fma(scale, -8.0, shift)
-    column, group = tl.arange(0, COLUMNS)[None, :], tl.arange(0, GROUPS)[:, None]
+    if FORMAT[BITS] == 4:
+        shift = tl.fma(scale, -8.0, shift)  # 8 = 2^(BITS - 1); int8's codes are centred already
+    column, group = tl.arange(0, COLUMNS)[None, :], tl.arange(0, pair.shape[0])[:, None]
     m = row_of(column, chosen, CHOSEN)
     mask = (column < M) & (group < left)
-    both = tl.load(units_ptr.to(tl.pointer_type(tl.int64)) + m * (K // GROUP) + BEGIN + group, mask=mask, other=0)
+    both = tl.load(units_ptr.to(tl.pointer_type(tl.int64)) + m * (features // FORMAT[GROUP]) + BEGIN + group, mask=mask, other=0)
     both = tl.broadcast_to(both[:, None, :], shape)
     unit, total = both.to(tl.int32).to(tl.float32, bitcast=True), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     return tl.fma(value, scale * unit, shift * total)
@@ -222,23 +224,16 @@ def products_of_groups(
 
 @triton.jit
 def multiply_tile(
-    tile, limbs_ptr, units_ptr, M, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
-    LIMBS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr, PASSES: tl.constexpr,
-    FAST: tl.constexpr, chosen=0, CHOSEN: tl.constexpr = False,
+    tile, limbs_ptr, units_ptr, M, FORMAT: tl.constexpr, LIMBS: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr,
+    INTERPRETED: tl.constexpr, chosen=0, CHOSEN: tl.constexpr = False,
 ):  # fmt: skip
     """What `load_tile` found times M rows in limbs: float32 [BLOCK, COLUMNS]; columns from M on are zero. The rows are the first
     ones from limbs_ptr and units_ptr on, or with CHOSEN those of the bits in `chosen`, of which M are set.
 
-    PASSES 2: the first half of the groups, then the second, which needs fewer registers. The sums' order is the same."""
-    each: tl.constexpr = GROUPS // PASSES
-    first, second, pair = tile[0], tile[1], tile[2]
-    values = products_of_groups(
-        first, second, pair, limbs_ptr, units_ptr, M, chosen, K, GROUP, each, 0, BITS, LIMBS, BLOCK, COLUMNS, FAST, CHOSEN
-    )
-    if PASSES == 2:
-        first, second, pair = tile[3], tile[4], tile[5]
+    Two passes: the first half of the groups, then the second, which needs fewer registers. The sums' order is the same."""
+    values = products_of_groups(tile[0], limbs_ptr, units_ptr, M, chosen, 0, FORMAT, LIMBS, COLUMNS, INTERPRETED, CHOSEN)
+    if len(tile) == 2:
         values += products_of_groups(
-            first, second, pair, limbs_ptr, units_ptr, M, chosen, K, GROUP, each, each, BITS, LIMBS, BLOCK, COLUMNS, FAST,
-            CHOSEN,
-        )  # fmt: skip
-    return sum_groups(values, each, BLOCK, COLUMNS, SPLIT)
+            tile[1], limbs_ptr, units_ptr, M, chosen, values.shape[0], FORMAT, LIMBS, COLUMNS, INTERPRETED, CHOSEN
+        )
+    return sum_groups(values, SPLIT)

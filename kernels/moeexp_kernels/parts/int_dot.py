@@ -1,281 +1,236 @@
 """Integer dot products of packed weights and activations: what the GEMVs of `linear` and of the experts share on the device.
 
-A *packed word* is 32 bits, 32 / BITS weights of a row. A *vector* is what a thread loads with one instruction: VECTOR words,
-four at most (the vector width), of one quantisation group, so that it costs one scale. An int4 row in groups of 128:
+A *word* is 32 bits, 32 / BITS weights of a row. A *vector* is what a thread loads with one instruction: VECTOR words, four at
+most, of one quantisation *group*, so that it costs one scale. An int4 row in groups of 128:
 
-    group    | weights 0 .. 127 under one pair (scale s, shift c): 64 bytes                              |
-    vector   | 16 bytes            | 16 bytes            | 16 bytes            | 16 bytes                |
+    group    | 64 bytes: weights 0 .. 127, under one pair of float16 (scale s, shift c)                |
+    vector   | bytes 0 .. 15       | 16 .. 31            | 32 .. 47            | 48 .. 63            |
     word     | w0 | w1  | w2  | w3 | w4 | w5  | w6  | w7 | w8 | w9  | w10 | w11 | w12 | w13 | w14 | w15   |
 
-    word w1, bytes 4 .. 7:   low nibbles  weights  4 ..  7
-                             high nibbles weights 68 .. 71, GROUP / 2 further
+    word w1      byte 4         byte 5         byte 6         byte 7
+    low nibble   weight  4      weight  5      weight  6      weight  7    <- first quad of activations
+    high nibble  weight 68      weight 69      weight 70      weight 71    <- second quad, GROUP / 2 further
+                 `-- first pair of a quad --'  `-- its second pair -----'
 
-Quantised weights are multiplied as integers: a vector's activations become 16-bit integers x_i times one float scale, so that
-    sum_k x_k w_k = scale * (s * (sum_k x_k q_k - m sum_k x_k) + c * sum_k x_k),
+The bytes of an int8 word are four weights, which meet one quad. Words of plain weights hold two, or one float32.
+
+Quantised weights are multiplied as integers: a vector's activations become 16-bit integers x_i times one float unit, so that
+    sum_k x_k w_k = unit * (s * (sum_k x_k q_k - m sum_k x_k) + c * sum_k x_k),   m = 2^(BITS - 1)
 where both sums are exact. An instruction (dp2a) multiplies and adds two 16-bit by 8-bit products, which needs 7
 instructions a word of int4 where float32 arithmetic needs 25. These integers are 16-bit *limbs* (those of `limbs.py` have 8):
 one holds a vector's activations to 1.5e-5 of its largest, a hundred times finer than bfloat16 holds them. With LIMBS = 2, for
 float32 activations, a second limb holds what the first leaves over, to 5e-10.
+
+Activations are handed on as one tuple, *features*: (unit, limb) or (unit, limb, limb), where a limb is (pairs, total): two or
+four int32 [words], two integers in each, and their sum by vector. For plain weights: (x,) or (x, x), float32 [words].
+FORMAT: `matrix.py`.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
+from moeexp_kernels.parts.limbs import TINY, integer_of
+from moeexp_kernels.parts.matrix import BITS, FEATURES, FLOAT16, GROUP, VECTOR, WORDS
+
+LARGEST_INT16: tl.constexpr = tl.constexpr(32767.0)  # 2^15 - 1
+FINER_INT16: tl.constexpr = tl.constexpr(32768.0)  # 2^15 units of the second limb in one of the first: half of one is 2^14
+NIBBLES: tl.constexpr = tl.constexpr(0x0F0F0F0F)  # the low one of each byte
+
+
+def int16_limbs(dtype: torch.dtype) -> int:
+    """16-bit limbs of an activation: one is finer than a 2-byte dtype, float32 takes two."""
+    return 2 if dtype == torch.float32 else 1
+
+
+# --- activations ---
+
 
 @triton.jit
-def dot_bytes(bytes4, low, high, total, FAST: tl.constexpr):
-    """total + the four unsigned bytes of `bytes4` times four int16: the pair `low` with bytes 0, 1, `high` with 2, 3."""
-    if FAST:
-        return tl.inline_asm_elementwise(
-            "dp2a.lo.s32.u32 $0, $1, $3, $4; dp2a.hi.s32.u32 $0, $2, $3, $0;",
-            "=&r,r,r,r,r",
-            args=[low, high, bytes4, total],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
-    total += ((low << 16) >> 16) * (bytes4 & 0xFF) + (low >> 16) * ((bytes4 >> 8) & 0xFF)
-    return total + ((high << 16) >> 16) * ((bytes4 >> 16) & 0xFF) + (high >> 16) * ((bytes4 >> 24) & 0xFF)
+def round_quad(x, factor):
+    """round(x * factor) of a quad, int32, their sum, and the quad that is left over."""
+    i0, left0 = integer_of(x[0] * factor)
+    i1, left1 = integer_of(x[1] * factor)
+    i2, left2 = integer_of(x[2] * factor)
+    i3, left3 = integer_of(x[3] * factor)
+    return (i0, i1, i2, i3), (i0 + i1) + (i2 + i3), (left0, left1, left2, left3)
 
 
 @triton.jit
-def dot_words(words, x0, x1, x2, x3, BITS: tl.constexpr, FAST: tl.constexpr):
-    """Codes of int32 words times the integers of `integers_of`, summed within the word; broadcasts. int32."""
-    if BITS == 4:
-        total = dot_bytes(words & 0x0F0F0F0F, x0, x1, 0, FAST)
-        return dot_bytes((words >> 4) & 0x0F0F0F0F, x2, x3, total, FAST)
+def pack_quad(i):
+    """Four integers of 16 bits as two int32 pairs."""
+    return (i[0] & 0xFFFF) | (i[1] << 16), (i[2] & 0xFFFF) | (i[3] << 16)
+
+
+@triton.jit
+def by_vector(x, FORMAT: tl.constexpr):
+    """[words] -> [words / VECTOR, VECTOR]"""
+    return tl.reshape(x, [x.shape[0] // FORMAT[VECTOR], FORMAT[VECTOR]])
+
+
+@triton.jit
+def limb_of(quads, factor, FORMAT: tl.constexpr):
+    """round(x * factor) of one quad a word, or two, as a limb; and the quads that are left over."""
+    i, total, left = round_quad(quads[0], factor)
+    if FORMAT[BITS] == 4:
+        j, others, last = round_quad(quads[1], factor)
+        total = tl.sum(by_vector(total + others, FORMAT), axis=1)
+        return (pack_quad(i) + pack_quad(j), total), (left, last)
     else:
-        return dot_bytes(words, x0, x1, 0, FAST)
+        return (pack_quad(i), tl.sum(by_vector(total, FORMAT), axis=1)), (left,)
 
 
 @triton.jit
-def float_products(words, x0, x1, BITS: tl.constexpr, HALF: tl.constexpr):
-    """Plain weights of int32 words times their features, float32, summed within the word. HALF: float16, else bfloat16."""
-    if BITS == 32:
-        return words.to(tl.float32, bitcast=True) * x0
-    elif HALF:
-        w0 = (words & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        w1 = (words >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        return w0 * x0 + w1 * x1
-    else:
-        return (words << 16).to(tl.float32, bitcast=True) * x0 + ((words >> 16) << 16).to(tl.float32, bitcast=True) * x1
+def largest_of(x):
+    """The largest magnitude of a quad."""
+    return tl.maximum(tl.maximum(tl.abs(x[0]), tl.abs(x[1])), tl.maximum(tl.abs(x[2]), tl.abs(x[3])))
 
 
 @triton.jit
-def pack_pair(low, high):
-    """Two float32 tensors of `1.5 * 2^23 + integer`, whose low 16 bits are the integer, as one int32 tensor."""
-    return (low.to(tl.int32, bitcast=True) & 0xFFFF) | (high.to(tl.int32, bitcast=True) << 16)
-
-
-@triton.jit
-def value_of(shifted):
-    return shifted.to(tl.int32, bitcast=True) - 0x4B400000
-
-
-@triton.jit
-def limb_of(x0, x1, x2, x3, x4, x5, x6, x7, factor, VECTORS: tl.constexpr, VECTOR: tl.constexpr):
-    """round(x * factor) of eight features a word as four int32 pairs, their sum over each vector, and the eight remainders."""
-    shift: tl.constexpr = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer, to nearest even
-    s0, s1, s2, s3 = x0 * factor + shift, x1 * factor + shift, x2 * factor + shift, x3 * factor + shift
-    s4, s5, s6, s7 = x4 * factor + shift, x5 * factor + shift, x6 * factor + shift, x7 * factor + shift
-    total = (value_of(s0) + value_of(s1)) + (value_of(s2) + value_of(s3))
-    total += (value_of(s4) + value_of(s5)) + (value_of(s6) + value_of(s7))
-    total = tl.sum(tl.reshape(total, [VECTORS, VECTOR]), axis=1)
-    return (
-        pack_pair(s0, s1), pack_pair(s2, s3), pack_pair(s4, s5), pack_pair(s6, s7), total,
-        x0 * factor - (s0 - shift), x1 * factor - (s1 - shift), x2 * factor - (s2 - shift), x3 * factor - (s3 - shift),
-        x4 * factor - (s4 - shift), x5 * factor - (s5 - shift), x6 * factor - (s6 - shift), x7 * factor - (s7 - shift),
-    )  # fmt: skip
-
-
-@triton.jit
-def integers_of(
-    x0, x1, x2, x3, x4, x5, x6, x7, VECTORS: tl.constexpr, VECTOR: tl.constexpr, LIMBS: tl.constexpr
-):  # fmt: skip
-    """Features of VECTORS * VECTOR words (float32; int8 weights: x4 to x7 are zeros) as integers: four pairs, their sum by
-    vector, four pairs and the sum of the second limb (2^-15 of the first's unit), the unit [VECTORS] float32.
+def integers_of(quads, FORMAT: tl.constexpr, LIMBS: tl.constexpr):
+    """Features of words of quantised weights from one float32 quad a word, or two.
 
     A feature that is not finite makes its vector's unit NaN, and so the result."""
-    largest = tl.maximum(tl.maximum(tl.abs(x0), tl.abs(x1)), tl.maximum(tl.abs(x2), tl.abs(x3)))
-    largest = tl.maximum(largest, tl.maximum(tl.maximum(tl.abs(x4), tl.abs(x5)), tl.maximum(tl.abs(x6), tl.abs(x7))))
-    largest = tl.max(tl.reshape(largest, [VECTORS, VECTOR]), axis=1)
-    poison = ((x0 + x1) + (x2 + x3) + (x4 + x5) + (x6 + x7)) * 0.0
-    unit = largest * (1.0 / 32767.0) + tl.sum(tl.reshape(poison, [VECTORS, VECTOR]), axis=1)
-    inverse = tl.where(largest > 1e-30, 32767.0 / tl.where(largest > 1e-30, largest, 1.0), 0.0)
-    factor = tl.reshape(tl.broadcast_to(inverse[:, None], [VECTORS, VECTOR]), [VECTORS * VECTOR])
-    p0, p1, p2, p3, total, l0, l1, l2, l3, l4, l5, l6, l7 = limb_of(x0, x1, x2, x3, x4, x5, x6, x7, factor, VECTORS, VECTOR)
-    q0, q1, q2, q3, rest = p0, p1, p2, p3, total
-    if LIMBS == 2:
-        more = factor * 0.0 + 32768.0
-        q0, q1, q2, q3, rest, l0, l1, l2, l3, l4, l5, l6, l7 = limb_of(
-            l0, l1, l2, l3, l4, l5, l6, l7, more, VECTORS, VECTOR
-        )  # fmt: skip
-    return p0, p1, p2, p3, total, q0, q1, q2, q3, rest, unit
+    x = quads[0]
+    largest, total = largest_of(x), (x[0] + x[1]) + (x[2] + x[3])
+    if FORMAT[BITS] == 4:
+        x = quads[1]
+        largest = tl.maximum(largest, largest_of(x))
+        total = total + (x[0] + x[1]) + (x[2] + x[3])
+    largest = tl.max(by_vector(largest, FORMAT), axis=1)
+    unit = largest * (1.0 / LARGEST_INT16) + tl.sum(by_vector(total * 0.0, FORMAT), axis=1)
+    inverse = tl.where(largest > TINY, LARGEST_INT16 / tl.where(largest > TINY, largest, 1.0), 0.0)
+    factor = tl.reshape(tl.broadcast_to(inverse[:, None], by_vector(x[0], FORMAT).shape), x[0].shape)
+    first, rest = limb_of(quads, factor, FORMAT)
+    if LIMBS == 1:
+        return unit, first
+    else:
+        second, _ = limb_of(rest, FINER_INT16, FORMAT)
+        return unit, first, second
 
 
 @triton.jit
-def scaled(sums, rest_sums, total, rest, pair, unit, BITS: tl.constexpr, LIMBS: tl.constexpr):
-    """Weights times features by vector, float32, from the integer sums of codes and features; all broadcast."""
-    middle: tl.constexpr = 8 if BITS == 4 else 128
-    scale, shift = unpack_scales(pair)
-    product = (sums - middle * total).to(tl.float32)
-    whole = total.to(tl.float32)
-    if LIMBS == 2:
-        product += (rest_sums - middle * rest).to(tl.float32) * (1.0 / 32768.0)
-        whole += rest.to(tl.float32) * (1.0 / 32768.0)
-    return (product * scale + whole * shift) * unit
-
-
-@triton.jit
-def split_words(x, BITS: tl.constexpr, WORDS: tl.constexpr):
-    """[WORDS x features in a word], of any shape -> one [WORDS] tensor for each place in the word, up to four."""
+def split_words(x, BITS: tl.constexpr):
+    """[words x features in a word] -> one [words] tensor for each place in the word, up to four: a quad, for 4 and 8 bits."""
     if BITS <= 8:
-        even, odd = tl.split(tl.reshape(x, [WORDS, 2, 2]))  # places 0 and 2, 1 and 3
+        even, odd = tl.split(tl.reshape(x, [x.shape[0] // 4, 2, 2]))  # places 0 and 2, 1 and 3
         x0, x2 = tl.split(even)
         x1, x3 = tl.split(odd)
         return x0, x1, x2, x3
     elif BITS == 16:
-        x0, x1 = tl.split(tl.reshape(x, [WORDS, 2]))
-        return x0, x1, x0, x0
+        return tl.split(tl.reshape(x, [x.shape[0] // 2, 2]))
     else:
-        x = tl.reshape(x, [WORDS])
-        return x, x, x, x
+        return (x,)
 
 
 @triton.jit
-def features_of_words(
-    low, high, BITS: tl.constexpr, WORDS: tl.constexpr, VECTOR: tl.constexpr, LIMBS: tl.constexpr
-):  # fmt: skip
-    """Features in the order of the stored words, as `dot_rows` takes them: from low [WORDS x 4] (int4: of the low nibbles)
-    and high (int4: of the high ones), float32. Plain weights: two float tensors [WORDS], and nine that stay unused."""
-    x0, x1, x2, x3 = split_words(low, BITS, WORDS)
-    if BITS == 4:
-        x4, x5, x6, x7 = split_words(high, BITS, WORDS)
-        return integers_of(x0, x1, x2, x3, x4, x5, x6, x7, WORDS // VECTOR, VECTOR, LIMBS)
-    elif BITS == 8:
-        none = x0 * 0.0
-        return integers_of(x0, x1, x2, x3, none, none, none, none, WORDS // VECTOR, VECTOR, LIMBS)
+def features_of_words(low, high, FORMAT: tl.constexpr, LIMBS: tl.constexpr):
+    """Features as `dot_rows` takes them from activations in the order of the stored words, float32: low (int4: of the low
+    nibbles) and high (int4: of the high ones), in each the four of a word, or what a word of plain weights has."""
+    places = split_words(low, FORMAT[BITS])
+    if FORMAT[BITS] == 4:
+        return integers_of((places, split_words(high, 4)), FORMAT, LIMBS)
+    elif FORMAT[BITS] == 8:
+        return integers_of((places,), FORMAT, LIMBS)
     else:
-        return x0, x1, x0, x0, x0, x0, x0, x0, x0, x0, x0
+        return places
 
 
 @triton.jit
-def stored_features(
-    K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, PERIOD: tl.constexpr = 0
-):  # fmt: skip
-    """Which feature stands where in the words of a row; int4: that of the low nibble, GROUP / 2 before the high one's. With
-    PERIOD the same row again after so many words. The compiler sees that neighbours are contiguous."""
-    each: tl.constexpr = 4 if BITS <= 8 else 32 // BITS  # int4: stored bytes, each two features
-    i = tl.arange(0, WORDS * each)
-    half: tl.constexpr = GROUP // 2
-    if BITS == 4:
+def stored_features(FORMAT: tl.constexpr, FOLD: tl.constexpr = 1):
+    """Which feature stands where in the words of a row; int4: that of the low nibble, GROUP / 2 before the high one's. Where
+    the format's row is FOLD rows side by side: which of its own. The compiler sees that neighbours are contiguous."""
+    each: tl.constexpr = 4 if FORMAT[BITS] <= 8 else 32 // FORMAT[BITS]  # int4: stored bytes, each two features
+    stored: tl.constexpr = FORMAT[WORDS] * each
+    i = tl.arange(0, stored)
+    half: tl.constexpr = FORMAT[GROUP] // 2
+    if FORMAT[BITS] == 4:
         block = i // half
-        if PERIOD:
-            block = block % (PERIOD * each // half)
-        return block * GROUP + i % half
-    elif PERIOD:
-        return i % (PERIOD * each)
+        if FOLD > 1:
+            block = block % (stored // FOLD // half)
+        return block * FORMAT[GROUP] + i % half
+    elif FOLD > 1:
+        return i % (stored // FOLD)
     else:
         return i
 
 
 @triton.jit
-def load_norm(
-    norm_ptr, HAS_NORM: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr
-):  # fmt: skip
+def load_norm(norm_ptr, HAS_NORM: tl.constexpr, FORMAT: tl.constexpr):
     """1 + the norm's weights in the order of the stored words, float32: those of low nibbles and of high ones (other formats:
     the same twice). Weights lie in memory since long before, so that this needs to wait for no kernel."""
     low, high = 1.0, 1.0
     if HAS_NORM:
-        k = stored_features(K, GROUP, BITS, WORDS)
-        low = 1.0 + tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+        k = stored_features(FORMAT)
+        low = 1.0 + tl.load(norm_ptr + k, mask=k < FORMAT[FEATURES], other=0.0).to(tl.float32)
         high = low
-        if BITS == 4:
-            high = 1.0 + tl.load(norm_ptr + k + GROUP // 2, mask=k < K, other=0.0).to(tl.float32)
+        if FORMAT[BITS] == 4:
+            k += FORMAT[GROUP] // 2
+            high = 1.0 + tl.load(norm_ptr + k, mask=k < FORMAT[FEATURES], other=0.0).to(tl.float32)
     return low, high
 
 
 @triton.jit
 def load_row_features(
-    x_ptr, norm_low, norm_high, EPS: tl.constexpr, HAS_NORM: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
-    BITS: tl.constexpr, WORDS: tl.constexpr, VECTOR: tl.constexpr, LIMBS: tl.constexpr,
+    x_ptr, norm, EPS: tl.constexpr, HAS_NORM: tl.constexpr, FORMAT: tl.constexpr, LIMBS: tl.constexpr
 ):  # fmt: skip
-    """One row x [K] as `features_of_words`, and r: the normed row is r * x. The factor r = 1 / rms need not be known before
-    the products. norm_low, norm_high: what `load_norm` found."""
-    k = stored_features(K, GROUP, BITS, WORDS)
-    low = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    """Features of one row x [K], and r: the normed row is r * x. The factor r = 1 / rms need not be known before the products.
+    norm: what `load_norm` found."""
+    k = stored_features(FORMAT)
+    low = tl.load(x_ptr + k, mask=k < FORMAT[FEATURES], other=0.0).to(tl.float32)
     high = low
-    if BITS == 4:
-        high = tl.load(x_ptr + k + GROUP // 2, mask=k < K, other=0.0).to(tl.float32)
+    if FORMAT[BITS] == 4:
+        k += FORMAT[GROUP] // 2
+        high = tl.load(x_ptr + k, mask=k < FORMAT[FEATURES], other=0.0).to(tl.float32)
     r = 1.0
     if HAS_NORM:
-        squares = low * low + high * high if BITS == 4 else low * low
-        r = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / K + EPS)
-        low *= norm_low
-        if BITS == 4:
-            high *= norm_high
-    x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit = features_of_words(low, high, BITS, WORDS, VECTOR, LIMBS)
-    return x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit, r
+        squares = low * low + high * high if FORMAT[BITS] == 4 else low * low
+        r = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / FORMAT[FEATURES] + EPS)
+        low *= norm[0]
+        if FORMAT[BITS] == 4:
+            high *= norm[1]
+    return features_of_words(low, high, FORMAT, LIMBS), r
+
+
+# --- weights ---
 
 
 @triton.jit
-def words_in_vectors(WORDS: tl.constexpr, VECTOR: tl.constexpr):
+def words_in_vectors(FORMAT: tl.constexpr):
     """0 .. WORDS - 1, written so that the compiler sees no runs longer than VECTOR, the words that a thread loads at once."""
-    i = tl.arange(0, WORDS)
-    return (i // VECTOR) * VECTOR + i % VECTOR
+    i = tl.arange(0, FORMAT[WORDS])
+    return (i // FORMAT[VECTOR]) * FORMAT[VECTOR] + i % FORMAT[VECTOR]
 
 
 @triton.jit
-def load_rows(
-    w_ptr, s_ptr, row, row_mask,
-    K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, VECTOR: tl.constexpr,
-    CACHE: tl.constexpr,
-):  # fmt: skip
+def load_rows(w_ptr, s_ptr, row, row_mask, FORMAT: tl.constexpr, CACHE: tl.constexpr):
     """Rows of the matrix at w_ptr: words int32 [rows, WORDS] and their scale pairs int32 [rows, WORDS / VECTOR].
 
     Offsets must fit the type of `row`. 16 bytes a thread where VECTOR, the words under one scale, is 4."""
-    width: tl.constexpr = K * BITS // 32
-    column = words_in_vectors(WORDS, VECTOR)
+    width: tl.constexpr = FORMAT[FEATURES] * FORMAT[BITS] // 32
+    column = words_in_vectors(FORMAT)
     mask = row_mask[:, None] & (column < width)[None, :]
     words = tl.load(
         w_ptr.to(tl.pointer_type(tl.int32)) + (row * width)[:, None] + column[None, :],
         mask=mask, other=0, cache_modifier=CACHE,
     )  # fmt: skip
     pair = row
-    if BITS <= 8:
-        group = (tl.arange(0, WORDS // VECTOR) * VECTOR) // (GROUP * BITS // 32)
+    if FORMAT[BITS] <= 8:
+        groups: tl.constexpr = FORMAT[FEATURES] // FORMAT[GROUP]
+        group = group_of_vector(FORMAT)
         # Vectors first, then transposed: of two dimensions without contiguous addresses the first is spread over lanes.
-        mask = (group < K // GROUP)[:, None] & row_mask[None, :]
-        offsets = group[:, None] + (row * (K // GROUP))[None, :]
+        mask = (group < groups)[:, None] & row_mask[None, :]
+        offsets = group[:, None] + (row * groups)[None, :]
         pair = tl.trans(tl.load(s_ptr.to(tl.pointer_type(tl.int32)) + offsets, mask=mask, other=0))
     return words, pair
 
 
 @triton.jit
-def dot_rows(
-    words, pair, x0, x1, x2, x3, t0, x4, x5, x6, x7, t1, unit,
-    BITS: tl.constexpr, HALF: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
-    VECTOR: tl.constexpr, LIMBS: tl.constexpr, FOLD: tl.constexpr = 1,
-):  # fmt: skip
-    """Weights [ROWS, WORDS] times features [WORDS]: float32 [ROWS], every sum in a fixed order. With FOLD each row is FOLD
-    rows side by side: float32 [ROWS * FOLD]."""
-    if BITS <= 8:
-        sums = dot_words(words, x0[None, :], x1[None, :], x2[None, :], x3[None, :], BITS, FAST)
-        sums = tl.sum(tl.reshape(sums, [ROWS, WORDS // VECTOR, VECTOR]), axis=2)
-        rest = sums
-        if LIMBS == 2:
-            rest = dot_words(words, x4[None, :], x5[None, :], x6[None, :], x7[None, :], BITS, FAST)
-            rest = tl.sum(tl.reshape(rest, [ROWS, WORDS // VECTOR, VECTOR]), axis=2)
-        part = scaled(sums, rest, t0[None, :], t1[None, :], pair, unit[None, :], BITS, LIMBS)
-    else:
-        part = float_products(words, x0[None, :], x1[None, :], BITS, HALF)
-    if FOLD == 1:
-        return tl.sum(part, axis=1)
-    else:
-        each: tl.constexpr = (WORDS // VECTOR if BITS <= 8 else WORDS) // FOLD
-        return tl.reshape(tl.sum(tl.reshape(part, [ROWS, FOLD, each]), axis=2), [ROWS * FOLD])
+def group_of_vector(FORMAT: tl.constexpr):
+    """The group of each vector of a row, [WORDS / VECTOR]."""
+    return (tl.arange(0, FORMAT[WORDS] // FORMAT[VECTOR]) * FORMAT[VECTOR]) // (FORMAT[GROUP] * FORMAT[BITS] // 32)
 
 
 @triton.jit
@@ -284,3 +239,87 @@ def unpack_scales(pair):
     scale = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     shift = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     return scale, shift
+
+
+# --- products ---
+
+
+@triton.jit
+def dot_bytes(bytes4, pair0, pair1, total, INTERPRETED: tl.constexpr):
+    """total + the four unsigned bytes of `bytes4` times four int16: `pair0` with bytes 0 and 1, `pair1` with 2 and 3."""
+    if not INTERPRETED:
+        return tl.inline_asm_elementwise(
+            "dp2a.lo.s32.u32 $0, $1, $3, $4; dp2a.hi.s32.u32 $0, $2, $3, $0;",
+            "=&r,r,r,r,r",
+            args=[pair0, pair1, bytes4, total],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    total += ((pair0 << 16) >> 16) * (bytes4 & 0xFF) + (pair0 >> 16) * ((bytes4 >> 8) & 0xFF)
+    return total + ((pair1 << 16) >> 16) * ((bytes4 >> 16) & 0xFF) + (pair1 >> 16) * ((bytes4 >> 24) & 0xFF)
+
+
+@triton.jit
+def dot_limb(words, pairs, FORMAT: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Codes of words int32 [rows, WORDS] times the integers of a limb, summed by vector: int32 [rows, WORDS / VECTOR]."""
+    vector: tl.constexpr = FORMAT[VECTOR]
+    if FORMAT[BITS] == 4:
+        sums = dot_bytes(words & NIBBLES, pairs[0][None, :], pairs[1][None, :], 0, INTERPRETED)
+        sums = dot_bytes((words >> 4) & NIBBLES, pairs[2][None, :], pairs[3][None, :], sums, INTERPRETED)
+    else:
+        sums = dot_bytes(words, pairs[0][None, :], pairs[1][None, :], 0, INTERPRETED)
+    return tl.sum(tl.reshape(sums, [words.shape[0], words.shape[1] // vector, vector]), axis=2)
+
+
+@triton.jit
+def integer_products(
+    words, pair, features, FORMAT: tl.constexpr, LIMBS: tl.constexpr, INTERPRETED: tl.constexpr
+):  # fmt: skip
+    """Quantised weights times features, float32, summed by vector."""
+    middle: tl.constexpr = 1 << (FORMAT[BITS] - 1)
+    sums = dot_limb(words, features[1][0], FORMAT, INTERPRETED)
+    rest = sums
+    if LIMBS == 2:
+        rest = dot_limb(words, features[2][0], FORMAT, INTERPRETED)
+    scale, shift = unpack_scales(pair)
+    total = features[1][1][None, :]
+    product = (sums - middle * total).to(tl.float32)
+    whole = total.to(tl.float32)
+    if LIMBS == 2:
+        total = features[2][1][None, :]
+        product += (rest - middle * total).to(tl.float32) * (1.0 / FINER_INT16)
+        whole += total.to(tl.float32) * (1.0 / FINER_INT16)
+    return (product * scale + whole * shift) * features[0][None, :]
+
+
+@triton.jit
+def float_products(words, features, FORMAT: tl.constexpr):
+    """Plain weights of words int32 [rows, WORDS] times features, float32, summed within the word."""
+    if FORMAT[BITS] == 32:
+        return words.to(tl.float32, bitcast=True) * features[0][None, :]
+    elif FORMAT[FLOAT16]:
+        w0 = (words & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        w1 = (words >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        return w0 * features[0][None, :] + w1 * features[1][None, :]
+    else:  # bfloat16 is the upper half of a float32
+        w0 = (words << 16).to(tl.float32, bitcast=True)
+        w1 = ((words >> 16) << 16).to(tl.float32, bitcast=True)
+        return w0 * features[0][None, :] + w1 * features[1][None, :]
+
+
+@triton.jit
+def dot_rows(
+    words, pair, features, FORMAT: tl.constexpr, LIMBS: tl.constexpr, INTERPRETED: tl.constexpr, FOLD: tl.constexpr = 1
+):  # fmt: skip
+    """Weights [rows, WORDS] times features [WORDS]: float32 [rows], every sum in a fixed order. With FOLD each row is FOLD
+    rows side by side: float32 [rows * FOLD]."""
+    if FORMAT[BITS] <= 8:
+        part = integer_products(words, pair, features, FORMAT, LIMBS, INTERPRETED)
+    else:
+        part = float_products(words, features, FORMAT)
+    if FOLD == 1:
+        return tl.sum(part, axis=1)
+    else:
+        rows: tl.constexpr = part.shape[0]
+        return tl.reshape(tl.sum(tl.reshape(part, [rows, FOLD, part.shape[1] // FOLD]), axis=2), [rows * FOLD])

@@ -20,12 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LARGEST: tl.constexpr = tl.constexpr(32639.0)
-# 1.5 * 2^23: a float of this size has 1 as the unit of its last place, so that adding it rounds to an integer, to nearest
-# even, which the low bits of the sum then hold.
-ROUND: tl.constexpr = tl.constexpr(12582912.0)
-ROUND_BITS: tl.constexpr = tl.constexpr(0x4B400000)
-FINER: tl.constexpr = tl.constexpr(254.0)  # half a unit is 127
+LARGEST: tl.constexpr = tl.constexpr(32639.0)  # 256 * 127 + 127
+FINER: tl.constexpr = tl.constexpr(254.0)  # units of the third limb in one of the integers: half of one is 127
+TINY: tl.constexpr = tl.constexpr(1e-30)  # a group without larger values counts as zeros: LARGEST / TINY is a float32 still
+# A float of this size has 1 as the unit of its last place, so that adding it rounds to an integer, to nearest even, which the
+# low bits of the sum then hold.
+ROUND: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23
+ROUND_BITS: tl.constexpr = tl.constexpr(0x4B400000)  # of that float: exponent 127 + 23, mantissa 2^22
 
 
 def limbs_of(dtype: torch.dtype) -> int:
@@ -58,10 +59,10 @@ def store_limbs(limbs_ptr, units_ptr, x, factor, K: tl.constexpr, GROUP: tl.cons
     mask = tl.broadcast_to(inside[:, None], [GROUPS, GROUP])
     largest = tl.max(tl.abs(x), axis=1)
     poison = tl.sum(x * 0.0, axis=1)
-    scale = tl.where(largest > 1e-30, LARGEST / tl.where(largest > 1e-30, largest, 1.0), 0.0)
+    scale = tl.where(largest > TINY, LARGEST / tl.where(largest > TINY, largest, 1.0), 0.0)
     integer, rest = integer_of(x * scale[:, None])
     total = tl.sum(integer, axis=1).to(tl.float32)
-    tl.store(limbs_ptr + offsets, ((integer + 128) >> 8).to(tl.int8), mask=mask)
+    tl.store(limbs_ptr + offsets, ((integer + 128) >> 8).to(tl.int8), mask=mask)  # 128: as the low limb is signed
     tl.store(limbs_ptr + K + offsets, integer.to(tl.int8), mask=mask)
     if LIMBS == 3:
         integer, _ = integer_of(rest * FINER)
