@@ -29,6 +29,7 @@ from moeexp_kernels.ops import (
     sample,
 )
 from moeexp_kernels.ops.linear_tile import tile_key, tile_serves
+from moeexp_kernels.parts import tuning
 
 EPS = 1e-6
 
@@ -89,6 +90,7 @@ def build_linear(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -
     bits, group = linear.weight_format(weight=weight, scales=scales, in_features=features, name="weight")
     table = {
         "gemv": ("gemv", f"{key}{out}x{features}"), "gemm": ("gemm", f"{key}half/{out}x{features}"),
+        "matmul": ("dequantise", tuning.weight_class(spec.bits)),
         "tile": ("linear_tile", tile_key(bits=bits, out_features=out, features=features, rows=spec.tokens)),
     }[linear.kernel_for(rows=spec.tokens, bits=bits, group=group, out_features=out, features=features)]  # fmt: skip
     return Case(
@@ -113,7 +115,7 @@ def build_router(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -
     x = source.randn(batch, tokens, shapes.hidden)
     weight = source.randn(shapes.experts, shapes.hidden, scale=shapes.hidden**-0.5)
     key = f"plain16/{shapes.experts}x{shapes.hidden}"
-    row = "router_gemv" if router.gemv_serves(rows=spec.tokens, key=key) else "router_gemm"
+    row = "router_gemv" if router.gemv_serves(rows=spec.tokens, key=key) else "router_limbs"
     trace = torch.zeros(batch, tokens, shapes.top_k, dtype=torch.int32, device=source.device)
     shared = {
         "x": x, "norm_weight": source.randn(shapes.hidden, dtype=torch.float32, scale=0.2), "eps": EPS,
