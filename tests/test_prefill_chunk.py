@@ -123,11 +123,14 @@ def test_the_check_compares_the_pieces_with_the_whole_prompt(model, phases, monk
     """In two sets of positions, since a piece's logits are two slices; and a fault where pieces meet is seen."""
     cfg = configured("state=explicit", f"prefill_chunk={CHUNK}", "prefill_graph_lengths=[8]", cuda_graph=cuda_graph)
     monkeypatch.setattr(bits_per_byte, "SLICE_ELEMENTS", 4 * 256)
+    sizes = []
+    monkeypatch.setattr(verify, "on_host", lambda size: sizes.append(size) or True)
     stack = build_stack(cfg, model, phases)
     sets = verify._position_sets(stack.session, 40)
     assert len(sets) == 2 and torch.equal(torch.cat(sets).sort().values, torch.arange(40))
     found = verify.verify(cfg, stack, PROMPT, phases)
     assert found["passed"], found["failures"]
+    assert sizes == [45 * 256 * 4], "what the estimate counts of a check: the logits of all positions"
     run = stack.session._run_prefill
 
     def forgetful(tokens, logit_positions):

@@ -154,7 +154,7 @@ def record_trace(stack: Stack, prompt: Tensor, new_tokens: int, *, forced: Tenso
     kept = torch.empty(batch, length, vocab, dtype=dtype, device=where)
     for positions in _position_sets(session, count):
         session.reset()
-        kept[:, positions.to(where)] = session.prefill(prompt, positions).to(where)
+        kept.index_copy_(1, positions.to(where), session.prefill(prompt, positions).to(where))
     # As a generation asks for them: of one position the head is another kernel, and at a tie it may choose another token.
     session.reset()
     logits = session.prefill(prompt).clone()

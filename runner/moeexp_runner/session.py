@@ -103,8 +103,8 @@ class Session:
         self.length = self.overrun = 0
 
     def prefill(self, tokens: Tensor, logit_positions: Tensor | None = None) -> Tensor:
-        """tokens [B, T] int64 continue what the session has seen; logit_positions [n] int64 within 0..T-1, by default
-        the last. Returns logits [B, n, V]."""
+        """tokens [B, T] int64 continue what the session has seen, in pieces of at most `prefill_chunk`; logit_positions [n] int64
+        within 0..T-1, by default the last. Returns logits [B, n, V], and no piece makes others."""
         self._require_ready()
         inputs.check_tokens(self.limits, tokens, tokens.shape[-1] if tokens.ndim == 2 else 1, start=self.length)
         self.arena.check_addresses()
