@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any, get_args
 
+from moeexp_runner.pieces import piece_sizes
+
 from moeexp.config import axes, end_of_sequence
 from moeexp.config.architecture import Architecture
 from moeexp.config.axes import get
@@ -126,14 +128,15 @@ def _check_prompt(cfg: Config, arch: Architecture) -> None:
     if beyond_graphs(cfg, length):
         raise ValueError(
             f"prompt of {length} tokens with cuda_graph=all is longer than every one of "
-            f"prefill_graph_lengths=[{_list(cfg.prefill_graph_lengths)}]: name one of {length} or more, or use cuda_graph=loop"
+            f"prefill_graph_lengths=[{_list(cfg.prefill_graph_lengths)}]: name one of {length} or more, or use "
+            f"prefill_chunk={max(cfg.prefill_graph_lengths)}, or cuda_graph=loop"
         )
 
 
 def beyond_graphs(cfg: Config, length: int) -> bool:
-    """Whether prefill should run as a graph, and a prompt of so many tokens is too long for all of them."""
+    """Whether prefill should run as graphs, and the pieces of a prompt of so many tokens are too long for all of them."""
     captured = cfg.cuda_graph == "all" and cfg.dispatch != "token_by_token"
-    return captured and length > max(cfg.prefill_graph_lengths)
+    return captured and max(piece_sizes(length, cfg.prefill_chunk)) > max(cfg.prefill_graph_lengths)
 
 
 def check_lengths(*, prompt: int, new_tokens: int, max_seq_len: int) -> None:

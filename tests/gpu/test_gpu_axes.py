@@ -108,6 +108,15 @@ def test_the_whole_check_passes(stack, models, phases, overrides):
     assert verdict["passed"], verdict["failures"]
 
 
+@pytest.mark.parametrize("state", ["shared", "explicit"])
+def test_a_prompt_in_pieces_passes_the_whole_check(stack, phases, state):
+    """Three of 7 tokens, each a replay of the graph of 16."""
+    overrides = [f"state={state}", "cuda_graph=all", "prefill_chunk=8", "shared_stream=false", "dtype=bfloat16"]
+    built = stack(*overrides[:-1], dtype="bfloat16")
+    verdict = verify(configured(*overrides), built, tokens(21), phases)
+    assert verdict["passed"], verdict["failures"]
+
+
 @pytest.mark.parametrize("overrides", COMPILED)
 def test_compiled_methods_decode_the_same_tokens(stack, expected, overrides):
     built = stack(*overrides.split())
