@@ -30,7 +30,8 @@ WHOLE, GATE_UP, DOWN, NOTHING = "whole", "gate_up", "down", ""
 # experts' bytes are two parts; of other ops one kernel moves what must be moved, and the others what it handed to them.
 KERNELS: dict[str, dict[str, str]] = {
     "linear": {
-        "gemv_kernel": WHOLE, "linear_tile_kernel": WHOLE, "gemm_kernel": WHOLE, "limbs_kernel": NOTHING, "rms_norm_kernel": NOTHING,
+        "gemv_kernel": WHOLE, "linear_tile_kernel": WHOLE, "gemm_kernel": WHOLE, "limbs_kernel": NOTHING,
+        "rms_norm_kernel": NOTHING,
     },
     "gdn": {
         "_decode_kernel": WHOLE, "_finish_kernel": NOTHING, "_scan_kernel": WHOLE, "conv_kernel": NOTHING,
@@ -105,6 +106,6 @@ def traffic(
     return dict(found)
 
 
-def moved(op: str, arguments: Mapping[str, Any], **how: float) -> int:
+def moved(op: str, arguments: Mapping[str, Any], *, slots: float = 0, experts: float = 0) -> int:
     """All bytes of such a call."""
-    return sum(part.total() for part in traffic(op, arguments, **how).values())
+    return sum(sum(part.values()) for part in traffic(op, arguments, slots=slots, experts=experts).values())

@@ -188,6 +188,28 @@ class TimeSplit(Shape):
     by_kernel: list[Kernel] | None = None
 
 
+class BudgetRow(Shape):
+    op: str | None
+    kernel: str | None
+    calls: Amount
+    bytes: Count
+    activations: Count
+    us: Amount
+    adds_us: Amount
+
+
+class BudgetLayers(Shape):
+    name: str
+    count: Annotated[int, Field(ge=1, le=LARGEST)]
+    bytes: Count
+    adds_us: Amount
+
+
+class StepBudget(Shape):
+    rows: list[BudgetRow]
+    layers: list[BudgetLayers] | None
+
+
 class BytesPerToken(Shape):
     total: Annotated[int | float, Field(ge=1, le=LARGEST)]
     read_bandwidth_gb_s: Positive | None = None
@@ -314,6 +336,7 @@ class Whole(Shape):
     bandwidth_share: Amount | None = None
     kernels_per_token: Amount | None = None
     time_split: TimeSplit | None = None
+    step_budget: StepBudget | None = None
     joules_per_token: Amount | None = None
     energy: dict[str, Any] | None = None
     phases_s: dict[str, Number] | None = None

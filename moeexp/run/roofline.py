@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import statistics
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -47,11 +46,10 @@ class OpCall:
     parts: dict[str, Counter[str]]
 
 
-def step_calls(model: Qwen35MoE, *, batch: int, length: int, experts: Sequence[float]) -> list[OpCall]:
-    """The ops of a decode step of `batch` sequences at context `length`, in order, from the embedding to the sampling. experts:
-    how many distinct ones each layer reads. What several ops read counts with the first. Of the model only shapes are read: it
-    may be on meta."""
-    dtype = model.embed_tokens.weight.dtype
+def step_calls(model: Qwen35MoE, *, batch: int, length: int, ids: Tensor | None = None) -> list[OpCall]:
+    """The ops of a decode step of `batch` sequences at context `length`, in order, from the embedding to the sampling. ids as in
+    `experts_per_layer`. What several ops read counts with the first. Of the model only shapes are read: it may be on meta."""
+    experts, dtype = experts_per_layer(model.arch, batch=batch, ids=ids), model.embed_tokens.weight.dtype
     buffers = {name: buffer.to("meta") for name, buffer in model.named_buffers()}
     shapes = state_shapes(model.arch, batch=batch, max_seq_len=length + 1, dtype=dtype)
     state = {name: torch.empty(shape, dtype=kind, device="meta") for name, (shape, kind) in shapes.items()}
@@ -60,16 +58,18 @@ def step_calls(model: Qwen35MoE, *, batch: int, length: int, experts: Sequence[f
     calls = [OpCall("embedding", "", None, {traffic.WHOLE: Counter(weights=row, activations=row)})]
     read: set[str] = set()
 
+    def name_of(value: Any) -> str | None:
+        """Of a buffer, or of a row of one, which is a view of it."""
+        base = getattr(value, "_base", None)
+        return names.get(id(value if base is None else base))
+
     def run(op: str, **arguments: Any) -> Any:
-        # A view, a row of a buffer, stands for the buffer.
-        tensors = {key: value for key, value in arguments.items() if isinstance(value, Tensor)}
-        named = {key: name for key, value in tensors.items()
-                 if (name := names.get(id(value if value._base is None else value._base))) and key not in traffic.NOT_READ}  # fmt: skip
+        named = {key: name for key, value in arguments.items() if key not in traffic.NOT_READ and (name := name_of(value))}
         layer = next((int(found[1]) for name in named.values() if (found := LAYER.match(name))), None)
         role = "" if op != "linear" else "head" if layer is None else named["weight"].split(".")[-2]
         parts = traffic.traffic(
             traffic.base(op), arguments, slots=length, experts=0 if layer is None else experts[layer],
-            without={key for key, name in named.items() if name in buffers and name in read},
+            without=[key for key, name in named.items() if name in buffers and name in read],
         )  # fmt: skip
         read.update(named.values())
         calls.append(OpCall(op, role, layer, parts))
@@ -86,8 +86,9 @@ def step_calls(model: Qwen35MoE, *, batch: int, length: int, experts: Sequence[f
 def experts_per_layer(arch: Architecture, *, batch: int, ids: Tensor | None) -> list[float]:
     """Distinct experts that a step reads in each layer, of the choices `ids` [L, B, N, k] of N steps on average; without a step
     as many as uniform choice is expected to."""
-    counted = ids is not None and ids.shape[2]
-    return distinct_experts(ids) if counted else [expected_experts(arch, batch)] * arch.num_hidden_layers
+    if ids is not None and ids.shape[2]:
+        return distinct_experts(ids)
+    return [expected_experts(arch, batch)] * arch.num_hidden_layers
 
 
 def bytes_per_step(model: Qwen35MoE, *, batch: int, length: int, ids: Tensor | None = None) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def bytes_per_step(model: Qwen35MoE, *, batch: int, length: int, ids: Tensor | N
     step, `counted` is false."""
     steps = 0 if ids is None else ids.shape[2]
     experts = experts_per_layer(model.arch, batch=batch, ids=ids)
-    calls = step_calls(model, batch=batch, length=length, experts=experts)
+    calls = step_calls(model, batch=batch, length=length, ids=ids)
     of_kind = {kind: sum(part[kind] for call in calls for part in call.parts.values()) for kind in traffic.KINDS}
     return of_kind | {
         "total": sum(of_kind[kind] for kind in traffic.STORED),
@@ -114,4 +115,3 @@ def bandwidth_share(floor: dict[str, Any], *, step_s: float) -> float | None:
     if cache is None or floor["total"] <= cache:
         return None
     return floor["total"] / step_s / (floor["read_bandwidth_gb_s"] * 1e9)
-

@@ -45,7 +45,9 @@ def place(kernels: Iterable[Event], ops: Sequence[str], *, steps: int, without: 
     for key, totals in start.items():
         found[key] = [value - other for value, other in zip(found[key], totals, strict=True)]
     return [
-        OpKernel(*key, *(round(value / steps, 3) for value in totals)) for key, totals in found.items() if round(totals[0]) > 0
+        OpKernel(*key, *(max(0.0, round(value / steps, 3)) for value in totals))
+        for key, totals in found.items()
+        if round(totals[0]) > 0
     ]
 
 
