@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from moeexp.report.format import number, percent
+from moeexp.report.format import number
 
 KERNELS = ("op", "kernel", "calls", "MB", "floor µs", "µs", "share", "× floor", "adds µs", "activations KB")
 LAYERS = ("layer", "count", "MB each", "its bytes, µs", "adds µs each", "beyond its bytes, µs", "in all, µs")
@@ -28,7 +28,7 @@ def kernel_rows(record: dict[str, Any]) -> list[list[str]]:
     whole = {"op": "sum of kernels", "kernel": ""} | {key: sum(row[key] for row in rows) for key in SUMMED}
     lines = [_kernel(row, whole["us"], record) for row in (*rows, whole)]
     rest = {"copies": "copies_us", "gaps": "gaps_us", "host": "host_us", "wall": "wall_us"}
-    return lines + [[name, *[""] * 7, number(split[key]), ""] for name, key in rest.items()]
+    return lines + [[name, *[""] * 7, _tenths(split[key]), ""] for name, key in rest.items()]
 
 
 def layer_rows(record: dict[str, Any]) -> list[list[str]]:
@@ -36,9 +36,8 @@ def layer_rows(record: dict[str, Any]) -> list[list[str]]:
     found = []
     for part in record["step_budget"]["layers"] or ():
         each, floor = part["adds_us"] / part["count"], _floor(part["bytes"], record) / part["count"]
-        found.append([NAMES.get(part["name"], part["name"]), *map(number, (
-            part["count"], part["bytes"] / part["count"] / 1e6, floor, each, each - floor, part["adds_us"],
-        ))])  # fmt: skip
+        figures = map(_tenths, (part["bytes"] / part["count"] / 1e6, floor, each, each - floor, part["adds_us"]))
+        found.append([NAMES.get(part["name"], part["name"]), number(part["count"]), *figures])
     return found
 
 
@@ -56,8 +55,8 @@ def kernel_notes(record: dict[str, Any]) -> list[str]:
     ]
     if total > OVERLAP * adds:
         notes.append(
-            "Kernels overlap: one that starts early (PDL) waits for those before it, and its µs count from its start, so that they "
-            f"add up to {number(total)} µs where a step takes {number(split['wall_us'])} µs. What a kernel adds is its part of that."
+            "Kernels overlap: one that starts early (PDL) waits for those before it, and its µs count from its start. They add "
+            f"up to {_tenths(total)} µs where a step takes {_tenths(split['wall_us'])} µs; what each adds leaves the waiting out."
         )
     if any(row["kernel"] is None for row in budget["rows"]):
         notes.append("A row without a kernel: bytes of an op that no kernel known to be its own was seen for.")
@@ -69,13 +68,18 @@ def kernel_notes(record: dict[str, Any]) -> list[str]:
 
 
 def _kernel(row: dict[str, Any], total: float, record: dict[str, Any]) -> list[str]:
-    floor, us = _floor(row["bytes"], record), row["us"]
+    size, us, activations = row["bytes"], row["us"], row["activations"]
+    floor = _floor(size, record)
     return [
         row["op"] or "–", "–" if row["kernel"] is None else short(row["kernel"]), number(row["calls"]),
-        *((number(row["bytes"] / 1e6), number(floor)) if row["bytes"] else ("–", "–")), number(us),
-        percent(us / total) if total else "–", number(us / floor) if row["bytes"] and us else "–", number(row["adds_us"]),
-        number(row["activations"] / 1e3) if row["activations"] else "–",
+        _tenths(size / 1e6) if size else "–", _tenths(floor) if size else "–", _tenths(us),
+        f"{100 * us / total:.1f} %" if total else "–", _tenths(us / floor) if size and us else "–", _tenths(row["adds_us"]),
+        _tenths(activations / 1e3) if activations else "–",
     ]  # fmt: skip
+
+
+def _tenths(value: float) -> str:
+    return f"{value:,.1f}"
 
 
 def _floor(size: int, record: dict[str, Any]) -> float:

@@ -48,8 +48,13 @@ def budget_of(record: dict[str, Any], of: str = "") -> list[Table]:
     if not budget.has_budget(record):
         return []
     layers = budget.layer_rows(record)
-    kernels = Table(budget.KERNELS, budget.kernel_rows(record), budget.kernel_notes(record), of=of, css=["", "wrap"])
-    return [kernels, *([Table(budget.LAYERS, layers, of=of)] if layers else [])]
+    figures = ["number"] * (len(budget.KERNELS) - 2)
+    found = [Table(budget.KERNELS, budget.kernel_rows(record), budget.kernel_notes(record), of=of, css=["", "wrap", *figures])]
+    if layers:
+        found.append(
+            Table(budget.LAYERS, layers, of=f"{of}, by layer".removeprefix(", "), css=["", *figures[: len(budget.LAYERS) - 1]])
+        )
+    return found
 
 
 def step_tables(runs: Sequence[Run]) -> list[Table]:
