@@ -171,9 +171,9 @@ def model_of(record):
     return model
 
 
-def events_of(record, calls, *, overlap=0.0):
+def events_of(record, calls, *, early=0.0):
     """(a start, then STEPS steps, of the record's kernels, each as long as it is on average there; the start alone). A kernel
-    starts `overlap` microseconds before the one before it ends."""
+    starts `early` microseconds before the one before it ends."""
     mean = {one["name"]: one["us"] / one["calls"] for one in record["time_split"]["by_kernel"]}
     names = [name for call in calls for name in ROWS[record["config"]["batch"]].get(traffic.base(call.op), [])]
     others = [
@@ -183,15 +183,15 @@ def events_of(record, calls, *, overlap=0.0):
     others.remove(first)
     events, at = [("a fill", -20.0, -18.0), ("a fill", -17.0, -16.0)], 0.0
     for name in [first, *names, *others] * STEPS:
-        at -= overlap
+        at -= early
         events.append((name, at, at + mean[name]))
         at += mean[name]
     return events, events[:2]
 
 
-def budget_of(record, *, overlap=0.0, change=lambda events: events):
+def budget_of(record, *, early=0.0, change=lambda events: events):
     calls = step_calls(model_of(record), batch=record["config"]["batch"], length=512 + 64)
-    events, start = events_of(record, calls, overlap=overlap)
+    events, start = events_of(record, calls, early=early)
     kernels = place(change(events), [traffic.base(call.op) for call in calls], steps=STEPS, without=start)
     return calls, step_budget(calls, kernels, model_of(record).arch.layer_types)
 
@@ -235,7 +235,7 @@ def test_rows_sum_up_to_the_roofline_and_to_all_kernels(index):
 
 def test_layers_cost_what_their_kernels_add():
     record = stored(0)
-    _, budget = budget_of(record, overlap=0.5)
+    _, budget = budget_of(record, early=0.5)
     layers = {part["name"]: part for part in budget["layers"]}
     assert [(name, part["count"]) for name, part in layers.items()] == [
         ("linear_attention", 30), ("full_attention", 10), (HEAD, 1), (REST, 1),
@@ -296,7 +296,7 @@ def shown(record):
 
 
 def test_a_run_prints_its_budget():
-    record = with_budget(synthetic.record() | {key: stored(0)[key] for key in stored(0)}, overlap=0.5)
+    record = with_budget(synthetic.record() | {key: stored(0)[key] for key in stored(0)}, early=0.5)
     conformance.check(record)
     text = shown(record)
 
@@ -348,7 +348,9 @@ def test_a_kernel_s_name_loses_what_all_of_torch_share():
 ])  # fmt: skip
 def test_a_budget_is_refused_where_there_are_no_kernels_to_tell_apart(overrides, cuda):
     validate(compose(["model=nano", *overrides]), cuda_available=cuda)
-    with pytest.raises(ValueError, match="^profile=budget .* it needs device=cuda, engine=moeexp and new_tokens=2 or more$"):
+    with pytest.raises(
+        ValueError, match="^profile=budget .* runs none: use device=cuda, engine=moeexp and new_tokens=2 or more, or profile=off$"
+    ):
         validate(compose(["model=nano", "experiment=profile", *overrides]), cuda_available=cuda)
     validate(compose(["model=nano", "experiment=profile"]), cuda_available=True)
 

@@ -13,7 +13,7 @@ SUMMED = ("calls", "bytes", "activations", "us", "adds_us")
 NAMES = {"linear_attention": "delta net", "full_attention": "attention"}
 NOISE = re.compile(r"^void |at::native::|\(anonymous namespace\)::")
 LONG = 40  # characters of a kernel's name
-OVERLAP = 1.02  # times the time in which kernels run, from which on their sum says that they overlap
+CONCURRENT = 1.02  # times the time in which kernels run, from which on their sum says that they run together
 
 
 def has_budget(record: dict[str, Any]) -> bool:
@@ -53,7 +53,7 @@ def kernel_notes(record: dict[str, Any]) -> list[str]:
         "the sum of kernels. Adds: without the time in which a kernel that started earlier still ran. Kernels are timed in a "
         "profiled pass, the wall without a profiler."
     ]
-    if total > OVERLAP * adds:
+    if total > CONCURRENT * adds:
         notes.append(
             "Kernels overlap: one that starts early (PDL) waits for those before it, and its µs count from its start. They add "
             f"up to {_tenths(total)} µs where a step takes {_tenths(split['wall_us'])} µs; what each adds leaves the waiting out."
