@@ -144,6 +144,7 @@ def test_kernels_of_real_ops_are_placed(name, monkeypatch):
         assert mine and set(mine) <= set(traffic.KERNELS[op]), (op, mine)
         if op in ("linear", "router"):
             assert sum(mine[product] for product in products) == 1, "one product each"
+            assert mine["limbs_kernel"] == mine["linear_tile_kernel"], "and what prepares it"
     assert sum(kernel.us for kernel in placed) == pytest.approx(len(names) * 0.5)
 
 
