@@ -164,8 +164,9 @@ class Config:
     )
     # Part of a run's identity: a run without its trace is no result for who asks for one.
     profile: str = axis(
-        "what is left beside the record", default="off", role=HOUSEKEEPING, identity=VALUE,
-        values={"off": "nothing", "trace": "a Chrome trace of a few decode steps"},
+        "what a run says of its decode steps beside their time", default="off", role=HOUSEKEEPING, identity=VALUE,
+        values={"off": "nothing more", "trace": "a Chrome trace of a few, beside the record",
+                "budget": "on a GPU: bytes, floor and time of each kernel, printed and in the record"},
     )  # fmt: skip
     engine: str = axis(
         "who decodes", default="moeexp", role=AXIS, part_of=[WEIGHTS, ARTIFACT],

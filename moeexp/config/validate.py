@@ -91,6 +91,11 @@ def _check_axes(cfg: Config, device: str) -> None:
             "dispatch=cond with state=shared would mutate the state inside the branches of torch.cond, which cannot be "
             "compiled: use state=explicit, where it is an output of both branches"
         )
+    if cfg.profile == "budget" and (device == "cpu" or cfg.engine != "moeexp" or cfg.new_tokens < 2):
+        raise ValueError(
+            f"profile=budget times our CUDA kernels of a decode step, and device={device} with engine={cfg.engine} and "
+            f"new_tokens={cfg.new_tokens} runs none: use device=cuda, engine=moeexp and new_tokens=2 or more, or profile=off"
+        )
     if cfg.cuda_graph == "all" and not cfg.prefill_graph_lengths:
         raise ValueError("cuda_graph=all needs prefill_graph_lengths, and it is empty: name one, or use cuda_graph=loop")
 
