@@ -254,6 +254,31 @@ def test_formats_of_routed_and_shared_may_differ(op, rows, bits, dtype):
     check_experts(op, rows=rows, D=48, E=5, k=3, width=32, shared=16, bits=bits, group=16, dtype=dtype)
 
 
+@pytest.mark.parametrize("bits", [4, 16, (4, 16), (8, 16), (16, 4)])
+def test_prefill_hands_a_kernel_weights_of_one_type(bits, monkeypatch):
+    """The compiled kernel takes one of two pointers; the interpreter would take any two."""
+    from moeexp_kernels.ops import moe_prefill as module
+
+    pairs, wrap = [], module.wrap_triton
+
+    class Launch:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def launch(*arguments, **constants):
+                named = dict(zip(self.kernel.arg_names, arguments, strict=False))
+                if "shared_w_ptr" in named:
+                    pairs.extend((named[name], named[f"shared_{name}"]) for name in ("w_ptr", "s_ptr"))
+                wrap(self.kernel)[grid](*arguments, **constants)
+
+            return launch
+
+    monkeypatch.setattr(module, "wrap_triton", Launch)
+    check_experts(moe_prefill, rows=(1, 5), bits=bits, dtype=torch.bfloat16)
+    assert pairs and all(one.dtype == other.dtype for one, other in pairs)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 4])
 def test_decode_one_and_all_experts(k):

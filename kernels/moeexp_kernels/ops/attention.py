@@ -80,19 +80,17 @@ def _split_range(kv_len, split, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr):
 
 @triton.jit
 def _attend_block(
-    q_tile, keys, values, n, last, kv_len, acc, largest, total, CAUSAL: tl.constexpr,
-    DH: tl.constexpr, SCALE: tl.constexpr, WIDEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    q_tile, keys, values, n, last, kv_len, acc, largest, total,
+    CAUSAL: tl.constexpr, DH: tl.constexpr, SCALE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One step of the running softmax (base 2) over slots [n, n + BLOCK_N), where `keys` and `values` point at slot n.
 
-    Slots at or beyond `kv_len` are never loaded."""
+    Slots at or beyond `kv_len` are never loaded. Products are of q_tile's dtype."""
     column, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     cells = column[:, None] * DH + d[None, :]
     inside = (n + column < kv_len)[:, None] & (d < DH)[None, :]
-    key = tl.load(keys + cells, mask=inside, other=0.0)
-    value = tl.load(values + cells, mask=inside, other=0.0)
-    if WIDEN:
-        key, value = key.to(tl.float32), value.to(tl.float32)
+    key = tl.load(keys + cells, mask=inside, other=0.0).to(q_tile.dtype)
+    value = tl.load(values + cells, mask=inside, other=0.0).to(q_tile.dtype)
     score = tl.dot(q_tile, tl.trans(key), input_precision="ieee") * SCALE
     if CAUSAL:
         score = tl.where((n + column)[None, :] <= last[:, None], score, float("-inf"))
@@ -109,12 +107,12 @@ def _attend_kernel(
     q, qkv, k_cache, v_cache, positions, lengths, out, partial_sums, partial_stats, tokens, slots,
     q_stride_b, q_stride_t, qkv_stride_b, qkv_stride_t, cache_stride_b, cache_stride_h,
     HKV: tl.constexpr, GROUP: tl.constexpr, DH: tl.constexpr, SCALE: tl.constexpr, SPLITS: tl.constexpr,
-    WIDEN: tl.constexpr, HAS_VALID_LEN: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    INTERPRETED: tl.constexpr, HAS_VALID_LEN: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Grid (Hkv, tiles * SPLITS, B). Row r of a key-value head is token r // GROUP, query head r % GROUP of its group.
 
-    WIDEN: float32 products, because Triton's interpreter has no bfloat16 dot (it multiplies the bit patterns)."""
+    INTERPRETED: float32 products of bfloat16, of which Triton's interpreter multiplies the bit patterns."""
     ready = after_previous(PDL)
     q += ready
     qkv += ready
@@ -146,7 +144,7 @@ def _attend_kernel(
     t_wide = t.to(tl.int64)
     q_cells = b * q_stride_b + t_wide[:, None] * q_stride_t + (head * DH)[:, None] + d[None, :]
     q_tile = tl.load(q + q_cells, mask=used, other=0.0)
-    if WIDEN:
+    if INTERPRETED and q.dtype.element_ty == tl.bfloat16:
         q_tile = q_tile.to(tl.float32)
     cache = b * cache_stride_b + kv_head.to(tl.int64) * cache_stride_h + begin.to(tl.int64) * DH
     keys, values = k_cache + cache, v_cache + cache
@@ -156,13 +154,13 @@ def _attend_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     for n in range(begin, tl.minimum(plain, end), BLOCK_N):
         acc, largest, total = _attend_block(
-            q_tile, keys, values, n, last, kv_len, acc, largest, total, False, DH, SCALE, WIDEN, BLOCK_N, BLOCK_D
+            q_tile, keys, values, n, last, kv_len, acc, largest, total, False, DH, SCALE, BLOCK_N, BLOCK_D
         )  # fmt: skip
         keys += BLOCK_N * DH
         values += BLOCK_N * DH
     for n in range(tl.maximum(plain, begin), end, BLOCK_N):
         acc, largest, total = _attend_block(
-            q_tile, keys, values, n, last, kv_len, acc, largest, total, True, DH, SCALE, WIDEN, BLOCK_N, BLOCK_D
+            q_tile, keys, values, n, last, kv_len, acc, largest, total, True, DH, SCALE, BLOCK_N, BLOCK_D
         )  # fmt: skip
         keys += BLOCK_N * DH
         values += BLOCK_N * DH
@@ -270,7 +268,7 @@ def _attend(q, qkv, k_cache, v_cache, positions, out, sums, stats, *, splits, ti
         q, qkv, k_cache, v_cache, positions, positions if valid_len is None else valid_len, out, sums, stats, tokens, slots,
         q.stride(0), q.stride(1), qkv.stride(0), qkv.stride(1), k_cache.stride(0), k_cache.stride(1),
         HKV=kv_heads, GROUP=heads // kv_heads, DH=head_dim, SCALE=head_dim**-0.5 * LOG2_E, SPLITS=splits,
-        WIDEN=q.dtype == torch.bfloat16 and triton.knobs.runtime.interpret, HAS_VALID_LEN=valid_len is not None,
+        INTERPRETED=not q.is_cuda, HAS_VALID_LEN=valid_len is not None,
         PDL=has_pdl(q), BLOCK_D=block_d(head_dim), **config,
     )  # fmt: skip
 

@@ -10,6 +10,15 @@ import triton.language as tl
 
 CONV_RUN = 8  # successive tokens per thread of the conv, which loads an input 1 + (W - 1) / 8 times; at least W - 1
 
+# NET: the net's sizes as one constexpr, read by these names; a plain tuple, as FORMAT of `matrix.py` is, and why.
+KEY_HEADS: tl.constexpr = tl.constexpr(0)  # Hk
+VALUE_HEADS: tl.constexpr = tl.constexpr(1)  # Hv
+KEY_DIM: tl.constexpr = tl.constexpr(2)  # Dk
+VALUE_DIM: tl.constexpr = tl.constexpr(3)  # Dv
+CONV_WIDTH: tl.constexpr = tl.constexpr(4)  # W
+PADDED_KEY: tl.constexpr = tl.constexpr(5)  # Dk and Dv, rounded up to powers of 2: the tiles' sizes
+PADDED_VALUE: tl.constexpr = tl.constexpr(6)
+
 
 @triton.jit
 def _conv_inputs(
@@ -62,12 +71,18 @@ def _conv_token(
 @triton.jit
 def conv_kernel(
     proj, conv_weight, conv_state, lengths, qk_out, v_out, T, N, stride_b, stride_t,
-    L2_EPS: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr,
-    TAPS: tl.constexpr, SIZE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr, RUN: tl.constexpr,
+    L2_EPS: tl.constexpr, NET: tl.constexpr, TAPS: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, RUN: tl.constexpr,
     HAS_VALID_LEN: tl.constexpr,
 ):  # fmt: skip
     """Grid (N * SIZE / (ROWS * RUN), 2 Hk + Hv, B). Writes q (scaled) and k to `qk_out` [B, 2 Hk, N, SIZE, BK], v to `v_out`
     [B, Hv, N, SIZE, BV]; zeros past T, or past `lengths` [B]: such tokens leave the state as it is."""
+    HK: tl.constexpr = NET[KEY_HEADS]
+    HV: tl.constexpr = NET[VALUE_HEADS]
+    DK: tl.constexpr = NET[KEY_DIM]
+    DV: tl.constexpr = NET[VALUE_DIM]
+    WIDTH: tl.constexpr = NET[CONV_WIDTH]
+    BK: tl.constexpr = NET[PADDED_KEY]
+    BV: tl.constexpr = NET[PADDED_VALUE]
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     if HAS_VALID_LEN:

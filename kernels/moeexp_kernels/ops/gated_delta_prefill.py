@@ -21,7 +21,17 @@ import triton.language as tl
 from torch import Tensor
 
 from moeexp_kernels.ops.gated_delta import _gates, _next_conv_state, _store_conv_state, check_gdn
-from moeexp_kernels.ops.gated_delta_conv import CONV_RUN, conv_kernel
+from moeexp_kernels.ops.gated_delta_conv import (
+    CONV_RUN,
+    CONV_WIDTH,
+    KEY_DIM,
+    KEY_HEADS,
+    PADDED_KEY,
+    PADDED_VALUE,
+    VALUE_DIM,
+    VALUE_HEADS,
+    conv_kernel,
+)
 from moeexp_kernels.ops.gated_delta_reference import L2_EPS
 from moeexp_kernels.parts import tuning
 
@@ -40,13 +50,13 @@ MAX_ROW_STRIDE = 1 << 24  # elements; offsets within a chunk are 32 bits
 
 
 @triton.jit
-def _dot(a, b, PRECISION: tl.constexpr, WIDEN: tl.constexpr, acc=None):
-    """a @ b, or acc + a @ b, in float32. PRECISION "fp16": operands rounded to float16. WIDEN: the interpreter has no
+def _dot(a, b, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, acc=None):
+    """a @ b, or acc + a @ b, in float32. PRECISION "fp16": operands rounded to float16. INTERPRETED: the interpreter has no
     product of bfloat16 or float16, and gets the same rounded values as float32."""
     if PRECISION == "fp16":
         a = a.to(tl.float16)
         b = b.to(tl.float16)
-    if WIDEN:
+    if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     INPUT: tl.constexpr = "ieee" if PRECISION == "fp16" else PRECISION
@@ -54,7 +64,7 @@ def _dot(a, b, PRECISION: tl.constexpr, WIDEN: tl.constexpr, acc=None):
 
 
 @triton.jit
-def _inverse(a, row, col, LEVELS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+def _inverse(a, row, col, LEVELS: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
     """(I + a)^-1 of a strictly lower triangular [2^LEVELS, 2^LEVELS] matrix, from its diagonal blocks of 2, 4, ...: with the
     inverses P, Q of a block's two halves and c the part of `a` below the first, the corner is -Q c P. This is block forward
     substitution, as stable as the row-wise one; a Neumann product would have to cancel large powers of a.
@@ -68,20 +78,23 @@ def _inverse(a, row, col, LEVELS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: 
         same_block = row // (2 << level) == col // (2 << level)
         across_halves = row // (1 << level) != col // (1 << level)
         corner = tl.where(same_block & across_halves, a, 0.0)
-        x = _dot(-x, _dot(corner, x, PRECISION, WIDEN), PRECISION, WIDEN, acc=x)
+        x = _dot(-x, _dot(corner, x, PRECISION, INTERPRETED), PRECISION, INTERPRETED, acc=x)
     return x
 
 
 @triton.jit
 def _local_kernel(
     proj, a_log, dt_bias, lengths, qk_in, v_in, w_out, u_out, decay_out, to_end_out, T, stride_b, stride_t,
-    HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, SIZE: tl.constexpr, LEVELS: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr, WIDEN: tl.constexpr,
-    HAS_VALID_LEN: tl.constexpr,
+    NET: tl.constexpr, SIZE: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
+    INTERPRETED: tl.constexpr, HAS_VALID_LEN: tl.constexpr,
 ):  # fmt: skip
     """Grid (N, Hv, B). Writes w [SIZE, BK], u^T [BV, SIZE], and per token the log-decay since the chunk's start and the decay
     until its end, float32. Tokens past T, or past `lengths`, have k = v = 0, get beta = 0 and do not decay."""
-    GATES: tl.constexpr = 2 * HK * DK + 2 * HV * DV
+    HK: tl.constexpr = NET[KEY_HEADS]
+    HV: tl.constexpr = NET[VALUE_HEADS]
+    BK: tl.constexpr = NET[PADDED_KEY]
+    BV: tl.constexpr = NET[PADDED_VALUE]
+    GATES: tl.constexpr = 2 * HK * NET[KEY_DIM] + 2 * HV * NET[VALUE_DIM]
     dtype = w_out.dtype.element_ty
     chunk = tl.program_id(0)
     head = tl.program_id(1)
@@ -112,12 +125,12 @@ def _local_kernel(
     # Masked before exp: above the diagonal the difference is positive and may overflow.
     below = row > col
     between = tl.exp(tl.where(below, decay[:, None] - decay[None, :], 0.0))
-    system = tl.where(below, _dot(k, tl.trans(k), PRECISION, WIDEN) * between * beta[:, None], 0.0)
-    x = _inverse(system, row, col, LEVELS, SOLVE, WIDEN)
+    system = tl.where(below, _dot(k, tl.trans(k), PRECISION, INTERPRETED) * between * beta[:, None], 0.0)
+    x = _inverse(system, row, col, LEVELS, SOLVE, INTERPRETED)
 
-    w = _dot((x * (-beta * tl.exp(decay))[None, :]).to(dtype), k, PRECISION, WIDEN)
+    w = _dot((x * (-beta * tl.exp(decay))[None, :]).to(dtype), k, PRECISION, INTERPRETED)
     tl.store(w_out + slot * (SIZE * BK) + (row * BK + dim_k[None, :]), w.to(dtype))
-    u = _dot((x * beta[None, :]).to(dtype), v, PRECISION, WIDEN)
+    u = _dot((x * beta[None, :]).to(dtype), v, PRECISION, INTERPRETED)
     tl.store(u_out + slot * (SIZE * BV) + (dim_v[None, :] * SIZE + row), u.to(dtype))
 
 
@@ -125,12 +138,19 @@ def _local_kernel(
 def _scan_kernel(
     qk_in, w_in, u_in, decay_in, to_end_in, proj, conv_state, lengths, state, fresh_out, start_out, T, N, stride_b,
     stride_t,
-    HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
-    SIZE: tl.constexpr, BK: tl.constexpr, PAD_V: tl.constexpr, BV: tl.constexpr, SLICE: tl.constexpr, FLAT: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr, HAS_VALID_LEN: tl.constexpr,
+    NET: tl.constexpr, SIZE: tl.constexpr, BV: tl.constexpr, SLICE: tl.constexpr, FLAT: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, HAS_VALID_LEN: tl.constexpr,
 ):  # fmt: skip
     """Grid (PAD_V / BV, Hv, B). Writes fresh^T [PAD_V, SIZE] and S^T at the chunk's start [PAD_V, BK] per chunk, the final
     state, and a slice of the conv state, which only the first kernel reads."""
+    HK: tl.constexpr = NET[KEY_HEADS]
+    HV: tl.constexpr = NET[VALUE_HEADS]
+    DK: tl.constexpr = NET[KEY_DIM]
+    DV: tl.constexpr = NET[VALUE_DIM]
+    WIDTH: tl.constexpr = NET[CONV_WIDTH]
+    BK: tl.constexpr = NET[PADDED_KEY]
+    PAD_V: tl.constexpr = NET[PADDED_VALUE]
+    CHANNELS: tl.constexpr = 2 * HK * DK + HV * DV
     block = tl.program_id(0)
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
@@ -159,8 +179,8 @@ def _scan_kernel(
         next_u = tl.load(u_in + following * (SIZE * PAD_V) + values)
         next_total = tl.load(decay_in + following * SIZE + (SIZE - 1))
         rounded = s.to(dtype)
-        fresh = _dot(rounded, tl.trans(w), PRECISION, WIDEN, acc=u.to(tl.float32))
-        s = _dot((fresh * to_end[None, :]).to(dtype), k, PRECISION, WIDEN, acc=s * tl.exp(total))
+        fresh = _dot(rounded, tl.trans(w), PRECISION, INTERPRETED, acc=u.to(tl.float32))
+        s = _dot((fresh * to_end[None, :]).to(dtype), k, PRECISION, INTERPRETED, acc=s * tl.exp(total))
         tl.store(start_out + slot * (PAD_V * BK) + states, rounded)
         tl.store(fresh_out + slot * (SIZE * PAD_V) + values, fresh.to(dtype))
         u = next_u
@@ -181,11 +201,15 @@ def _scan_kernel(
 @triton.jit
 def _output_kernel(
     qk_in, fresh_in, start_in, decay_in, proj, norm_weight, out, T, stride_b, stride_t,
-    EPS: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, SIZE: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    EPS: tl.constexpr, NET: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Grid (N, Hv, B): o of the chunk from its fresh^T and start state, rmsnorm(o) * norm_weight * silu(z) to `out`."""
-    CHANNELS: tl.constexpr = 2 * HK * DK + HV * DV
+    HK: tl.constexpr = NET[KEY_HEADS]
+    HV: tl.constexpr = NET[VALUE_HEADS]
+    DV: tl.constexpr = NET[VALUE_DIM]
+    BK: tl.constexpr = NET[PADDED_KEY]
+    BV: tl.constexpr = NET[PADDED_VALUE]
+    CHANNELS: tl.constexpr = 2 * HK * NET[KEY_DIM] + HV * DV
     chunk = tl.program_id(0)
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
@@ -204,9 +228,9 @@ def _output_kernel(
 
     lower = step[:, None] >= step[None, :]
     between = tl.exp(tl.where(lower, decay[:, None] - decay[None, :], 0.0))  # masked before exp, as in the local kernel
-    pair = tl.where(lower, _dot(q, tl.trans(k), PRECISION, WIDEN) * between, 0.0)
-    o = _dot(q, tl.trans(s), PRECISION, WIDEN) * tl.exp(decay)[:, None]
-    o = _dot(pair.to(q.dtype), tl.trans(fresh), PRECISION, WIDEN, acc=o)
+    pair = tl.where(lower, _dot(q, tl.trans(k), PRECISION, INTERPRETED) * between, 0.0)
+    o = _dot(q, tl.trans(s), PRECISION, INTERPRETED) * tl.exp(decay)[:, None]
+    o = _dot(pair.to(q.dtype), tl.trans(fresh), PRECISION, INTERPRETED, acc=o)
 
     tokens = (chunk * SIZE + step).to(tl.int64)
     inside = (tokens < T)[:, None] & (dim_v < DV)[None, :]
@@ -257,12 +281,11 @@ def gdn_prefill(
     tuned = tuning.lookup("gdn_prefill", key, tuning.architecture(proj.device))
     size = tuned["chunk"]
     chunks = (tokens + size - 1) // size
-    heads = {"HK": num_k_heads, "HV": num_v_heads, "DK": head_k_dim, "DV": head_v_dim}
+    net = {"NET": (num_k_heads, num_v_heads, head_k_dim, head_v_dim, width, pad_k, pad_v)}
     strides = (proj.stride(0), proj.stride(1))
     lengths = proj if valid_len is None else valid_len  # not read without `valid_len`
     counts = {"HAS_VALID_LEN": valid_len is not None}
-    # WIDEN: only the interpreter runs on the CPU.
-    products = {"PRECISION": tuned["precision"], "WIDEN": proj.device.type == "cpu"}
+    products = {"PRECISION": tuned["precision"], "INTERPRETED": not proj.is_cuda}
 
     def scratch(heads: int, *tile: int, dtype: torch.dtype = proj.dtype) -> Tensor:
         return torch.empty(batch, heads, chunks, *tile, dtype=dtype, device=proj.device)
@@ -270,28 +293,27 @@ def gdn_prefill(
     qk, v = scratch(2 * num_k_heads, size, pad_k), scratch(num_v_heads, size, pad_v)
     conv_tokens = min(tuned["conv_tokens"], size)
     torch.library.wrap_triton(conv_kernel)[(chunks * (size // conv_tokens), 2 * num_k_heads + num_v_heads, batch)](
-        proj, conv_weight, conv_state, lengths, qk, v, tokens, chunks, *strides, L2_EPS=L2_EPS, **heads, WIDTH=width,
-        TAPS=triton.next_power_of_2(width), SIZE=size, BK=pad_k, BV=pad_v, ROWS=conv_tokens // CONV_RUN, RUN=CONV_RUN,
-        **counts, **tuned["conv"],
+        proj, conv_weight, conv_state, lengths, qk, v, tokens, chunks, *strides, L2_EPS=L2_EPS, **net,
+        TAPS=triton.next_power_of_2(width), SIZE=size, ROWS=conv_tokens // CONV_RUN, RUN=CONV_RUN, **counts, **tuned["conv"],
     )  # fmt: skip
     w, u = scratch(num_v_heads, size, pad_k), scratch(num_v_heads, pad_v, size)
     decay, to_end = (scratch(num_v_heads, size, dtype=torch.float32) for _ in range(2))
     torch.library.wrap_triton(_local_kernel)[(chunks, num_v_heads, batch)](
-        proj, a_log, dt_bias, lengths, qk, v, w, u, decay, to_end, tokens, *strides, **heads, SIZE=size,
-        LEVELS=size.bit_length() - 1, BK=pad_k, BV=pad_v, SOLVE=tuned["solve"], **counts, **products, **tuned["local"],
+        proj, a_log, dt_bias, lengths, qk, v, w, u, decay, to_end, tokens, *strides, **net, SIZE=size,
+        LEVELS=size.bit_length() - 1, SOLVE=tuned["solve"], **counts, **products, **tuned["local"],
     )  # fmt: skip
     fresh, start = v, scratch(num_v_heads, pad_v, pad_k)  # v has been read: its memory takes fresh^T
     block_v = min(tuned["block_v"], pad_v)
     blocks = pad_v // block_v
     per_program = triton.cdiv(channels, num_v_heads * blocks)
     torch.library.wrap_triton(_scan_kernel)[(blocks, num_v_heads, batch)](
-        qk, w, u, decay, to_end, proj, conv_state, lengths, recurrent_state, fresh, start, tokens, chunks, *strides, **heads,
-        CHANNELS=channels, WIDTH=width, SIZE=size, BK=pad_k, PAD_V=pad_v, BV=block_v, SLICE=per_program,
-        FLAT=triton.next_power_of_2(per_program * (width - 1)), **counts, **products, **tuned["scan"],
+        qk, w, u, decay, to_end, proj, conv_state, lengths, recurrent_state, fresh, start, tokens, chunks, *strides, **net,
+        SIZE=size, BV=block_v, SLICE=per_program, FLAT=triton.next_power_of_2(per_program * (width - 1)),
+        **counts, **products, **tuned["scan"],
     )  # fmt: skip
     out = torch.empty(batch, tokens, num_v_heads * head_v_dim, dtype=proj.dtype, device=proj.device)
     torch.library.wrap_triton(_output_kernel)[(chunks, num_v_heads, batch)](
-        qk, fresh, start, decay, proj, norm_weight, out, tokens, *strides, EPS=eps, **heads, SIZE=size, BK=pad_k, BV=pad_v,
+        qk, fresh, start, decay, proj, norm_weight, out, tokens, *strides, EPS=eps, **net, SIZE=size,
         **products, **tuned["output"],
     )  # fmt: skip
     return out

@@ -15,6 +15,7 @@ from torch.library import wrap_triton
 
 from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.int_dot import unpack_scales
+from moeexp_kernels.parts.matrix import BITS, FEATURES, GROUP, ROWS, matrix_format
 
 
 @triton.jit
@@ -30,13 +31,13 @@ def rms_norm_kernel(
 
 
 @triton.jit
-def centred_int4(q, HIGH: tl.constexpr, FAST: tl.constexpr):
+def centred_int4(q, HIGH: tl.constexpr, INTERPRETED: tl.constexpr):
     """Packed bytes -> low (or high) nibble - 8, float32 and exact.
 
-    FAST: four bytes at a time, a nibble is put in place into the mantissa of a float whose exponent makes its unit 1
+    On a GPU four bytes at a time: a nibble is put in place into the mantissa of a float whose exponent makes its unit 1
     (2^23 + q, or 2^19 + q for the nibble four bits up, ...) and the offset subtracted: 1.3 integer operations and one
     addition a weight, no conversion instruction."""
-    if not FAST:
+    if INTERPRETED:
         return ((q >> 4) if HIGH else (q & 0xF)).to(tl.float32) - 8.0
     elif HIGH:
         return tl.inline_asm_elementwise(
@@ -85,9 +86,9 @@ def centred_int4(q, HIGH: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
-def centred_int8(q, FAST: tl.constexpr):
-    """Bytes -> code - 128, float32 and exact; FAST as in `centred_int4`."""
-    if FAST:
+def centred_int8(q, INTERPRETED: tl.constexpr):
+    """Bytes -> code - 128, float32 and exact; as in `centred_int4`."""
+    if not INTERPRETED:
         return tl.inline_asm_elementwise(
             """
             prmt.b32 $0, $4, 0x4B000000, 0x7650;
@@ -110,12 +111,12 @@ def centred_int8(q, FAST: tl.constexpr):
 
 @triton.jit
 def stored_tile(
-    w_ptr, row, row_mask, start, K: tl.constexpr, BITS: tl.constexpr, FITS: tl.constexpr, BLOCK_K: tl.constexpr
+    w_ptr, row, row_mask, start, FORMAT: tl.constexpr, FITS: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
     """Weights [rows, BLOCK_K] as they are stored. row [rows]; start: first column of the *stored* row, a multiple of BLOCK_K;
     FITS: all rows are there. Addresses are what does not change from tile to tile, plus a scalar: registers decide how many
     programs an SM holds."""
-    width: tl.constexpr = K // 2 if BITS == 4 else K
+    width: tl.constexpr = FORMAT[FEATURES] // 2 if FORMAT[BITS] == 4 else FORMAT[FEATURES]
     column = tl.arange(0, BLOCK_K)
     place = w_ptr + start + (row[:, None] * width + column[None, :])
     if FITS and width % BLOCK_K == 0:
@@ -126,72 +127,72 @@ def stored_tile(
 
 @triton.jit
 def scale_tile(
-    s_ptr, row, row_mask, start, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, FITS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    s_ptr, row, row_mask, start, FORMAT: tl.constexpr, FITS: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
     """(scale, shift) of `stored_tile`, [rows, 1] where a group fills the tile or more, else [rows, BLOCK_K]; plain weights: 0."""
-    if BITS >= 16:
+    if FORMAT[BITS] >= 16:
         return 0.0, 0.0
     else:
-        stored: tl.constexpr = GROUP // 2 if BITS == 4 else GROUP
-        width: tl.constexpr = K // 2 if BITS == 4 else K
+        stored: tl.constexpr = FORMAT[GROUP] // 2 if FORMAT[BITS] == 4 else FORMAT[GROUP]
+        width: tl.constexpr = FORMAT[FEATURES] // 2 if FORMAT[BITS] == 4 else FORMAT[FEATURES]
+        groups: tl.constexpr = FORMAT[FEATURES] // FORMAT[GROUP]
         column = start + tl.arange(0, BLOCK_K)
         pairs = s_ptr.to(tl.pointer_type(tl.int32))
         if stored % BLOCK_K == 0:
-            pairs += start // stored + row[:, None] * (K // GROUP)
+            pairs += start // stored + row[:, None] * groups
             pair = tl.load(pairs) if FITS else tl.load(pairs, mask=row_mask[:, None], other=0)
         else:
             mask = row_mask[:, None] & (column < width)[None, :]
-            pair = tl.load(pairs + row[:, None] * (K // GROUP) + (column // stored)[None, :], mask=mask, other=0)
+            pair = tl.load(pairs + row[:, None] * groups + (column // stored)[None, :], mask=mask, other=0)
         return unpack_scales(pair)
 
 
 @triton.jit
 def activation_tile(
-    rows, row_mask, start, dtype: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, BLOCK_K: tl.constexpr
+    rows, row_mask, start, dtype: tl.constexpr, FORMAT: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
     """Of each row (pointers [M]) the features that stored columns [start, start + BLOCK_K) hold: (low, high) [BLOCK_K, M] in
     dtype. int4: a column's low nibble is a feature, its high one that half a group on; else both are the same."""
-    width: tl.constexpr = K // 2 if BITS == 4 else K
-    half: tl.constexpr = GROUP // 2
+    width: tl.constexpr = FORMAT[FEATURES] // 2 if FORMAT[BITS] == 4 else FORMAT[FEATURES]
+    half: tl.constexpr = FORMAT[GROUP] // 2
     column = tl.arange(0, BLOCK_K)
     mask = row_mask[None, :]
     if width % BLOCK_K:
         mask = mask & (start + column < width)[:, None]
-    if BITS != 4:
+    if FORMAT[BITS] != 4:
         low = tl.load((rows + start)[None, :] + column[:, None], mask=mask, other=0.0).to(dtype)
         return low, low
     else:
         if half % BLOCK_K == 0:
             # Triton 3.6 does not see by itself that loads of 16 bytes may be made.
-            first = tl.multiple_of(start // half * GROUP + start % half, BLOCK_K)
+            first = tl.multiple_of(start // half * FORMAT[GROUP] + start % half, BLOCK_K)
             place = (rows + first)[None, :] + column[:, None]
         else:
-            place = rows[None, :] + ((start + column) // half * GROUP + (start + column) % half)[:, None]
+            place = rows[None, :] + ((start + column) // half * FORMAT[GROUP] + (start + column) % half)[:, None]
         low = tl.load(place, mask=mask, other=0.0).to(dtype)
         high = tl.load(place + half, mask=mask, other=0.0).to(dtype)
         return low, high
 
 
 @triton.jit
-def widened(q, scale, shift, HIGH: tl.constexpr, dtype: tl.constexpr, BITS: tl.constexpr, FAST: tl.constexpr):
+def widened(q, scale, shift, HIGH: tl.constexpr, dtype: tl.constexpr, bits: tl.constexpr, INTERPRETED: tl.constexpr):
     """What `stored_tile` returned as weights in dtype; HIGH: of int4 the high nibbles, which are half a group on."""
-    if BITS >= 16:
+    if bits >= 16:
         return q.to(dtype)
-    elif BITS == 4:
-        return (centred_int4(q, HIGH, FAST) * scale + shift).to(dtype)
+    elif bits == 4:
+        return (centred_int4(q, HIGH, INTERPRETED) * scale + shift).to(dtype)
     else:
-        return (centred_int8(q, FAST) * scale + shift).to(dtype)
+        return (centred_int8(q, INTERPRETED) * scale + shift).to(dtype)
 
 
 @triton.jit
-def nibbles(q, HIGH: tl.constexpr, FAST: tl.constexpr):
+def nibbles(q, HIGH: tl.constexpr, INTERPRETED: tl.constexpr):
     """Packed bytes -> low (or high) nibble - 8, exact, as a product's operand that is scaled afterwards: bfloat16, or float32
-    when not FAST.
+    when INTERPRETED.
 
-    FAST: a nibble is put into the mantissa of a bfloat16 whose unit is 1 (128 + q), two at a time, and 136 subtracted."""
-    if not FAST:
-        return centred_int4(q, HIGH, FAST)
+    On a GPU a nibble is put into the mantissa of a bfloat16 whose unit is 1 (128 + q), two at a time, and 136 subtracted."""
+    if INTERPRETED:
+        return centred_int4(q, HIGH, INTERPRETED)
     elif HIGH:
         return tl.inline_asm_elementwise(
             """
@@ -237,46 +238,46 @@ def nibbles(q, HIGH: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def add_product(
-    acc, q, scale, shift, x, x_high, BITS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr
+    acc, q, scale, shift, x, x_high, FORMAT: tl.constexpr, INTERPRETED: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """acc + a stored tile times activations. x: the features of the stored columns, of int4 those in the low nibbles; x_high
     those in the high ones."""
-    acc = tl.dot(widened(q, scale, shift, False, x.dtype, BITS, FAST), x, acc, input_precision=PRECISION)
-    if BITS == 4:
-        acc = tl.dot(widened(q, scale, shift, True, x.dtype, BITS, FAST), x_high, acc, input_precision=PRECISION)
+    acc = tl.dot(widened(q, scale, shift, False, x.dtype, FORMAT[BITS], INTERPRETED), x, acc, input_precision=PRECISION)
+    if FORMAT[BITS] == 4:
+        acc = tl.dot(widened(q, scale, shift, True, x.dtype, FORMAT[BITS], INTERPRETED), x_high, acc, input_precision=PRECISION)
     return acc
 
 
 @triton.jit
-def add_scaled(acc, q, scale, shift, x, x_high, sums, FAST: tl.constexpr):
+def add_scaled(acc, q, scale, shift, x, x_high, sums, INTERPRETED: tl.constexpr):
     """`add_product` of an int4 tile that is one group, scaled after the product of the integers: half the instructions a weight,
     two more for each result, and no weight is rounded. sums: of the group's activations, [1, columns]."""
-    part = tl.dot(nibbles(q, False, FAST), x, tl.zeros_like(acc))
-    part = tl.dot(nibbles(q, True, FAST), x_high, part)
+    part = tl.dot(nibbles(q, False, INTERPRETED), x, tl.zeros_like(acc))
+    part = tl.dot(nibbles(q, True, INTERPRETED), x_high, part)
     return part * scale + (sums * shift + acc)
 
 
 @triton.jit
 def gemm_kernel(
     x_ptr, w_ptr, s_ptr, res_ptr, y_ptr, M, x_stride, res_stride,
-    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    FORMAT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, INTERPRETED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] in tiles, computed as weights x activations: the weights are dequantised in registers, from where only
     the first operand of a Hopper tensor-core product can come. BLOCK_K counts stored columns."""
+    N: tl.constexpr = FORMAT[ROWS]
+    width: tl.constexpr = FORMAT[FEATURES] // 2 if FORMAT[BITS] == 4 else FORMAT[FEATURES]
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    width: tl.constexpr = K // 2 if BITS == 4 else K
-    # Triton's interpreter cannot multiply bfloat16; with FAST off everything is widened.
-    dtype = x_ptr.dtype.element_ty if FAST else tl.float32
+    # Triton's interpreter cannot multiply bfloat16; for it everything is widened.
+    dtype = tl.float32 if INTERPRETED else x_ptr.dtype.element_ty
     x_row = x_ptr + m * x_stride
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for start in range(0, width, BLOCK_K):
-        q = stored_tile(w_ptr, n, n < N, start, K, BITS, N % BLOCK_N == 0, BLOCK_K)
-        scale, shift = scale_tile(s_ptr, n, n < N, start, K, GROUP, BITS, N % BLOCK_N == 0, BLOCK_K)
-        x, high = activation_tile(x_row, m < M, start, dtype, K, GROUP, BITS, BLOCK_K)
-        acc = add_product(acc, q, scale, shift, x, high, BITS, FAST, PRECISION)
+        q = stored_tile(w_ptr, n, n < N, start, FORMAT, N % BLOCK_N == 0, BLOCK_K)
+        scale, shift = scale_tile(s_ptr, n, n < N, start, FORMAT, N % BLOCK_N == 0, BLOCK_K)
+        x, high = activation_tile(x_row, m < M, start, dtype, FORMAT, BLOCK_K)
+        acc = add_product(acc, q, scale, shift, x, high, FORMAT, INTERPRETED, PRECISION)
     mask = (n < N)[:, None] & (m < M)[None, :]
     if HAS_RESIDUAL:
         acc += tl.load(res_ptr + (m * res_stride)[None, :] + n[:, None], mask=mask, other=0.0).to(tl.float32)
@@ -310,6 +311,6 @@ def launch_gemm(
     wrap_triton(gemm_kernel)[grid](
         x, weight, weight if scales is None else scales, x if residual is None else residual, out, rows,
         x.stride(0), 0 if residual is None else residual.stride(0),
-        N=out_features, K=x.shape[1], GROUP=group, BITS=bits, HAS_RESIDUAL=residual is not None, FAST=x.is_cuda,
+        FORMAT=matrix_format(weight, bits=bits, group=group), HAS_RESIDUAL=residual is not None, INTERPRETED=not x.is_cuda,
         PRECISION=precision or dot_precision(x.dtype), **config,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from moeexp_kernels.parts.int_dot import unpack_scales
 
 @triton.jit
 def dequantise_kernel(
-    w_ptr, s_ptr, y_ptr, groups, GROUP: tl.constexpr, BITS: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr,
+    w_ptr, s_ptr, y_ptr, groups, GROUP: tl.constexpr, BITS: tl.constexpr, COLUMNS: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y = the weights of BLOCK groups, rounded once. COLUMNS: stored bytes of a group, rounded up to a power of 2."""
@@ -33,9 +33,9 @@ def dequantise_kernel(
     scale, shift = unpack_scales(tl.load(s_ptr.to(tl.pointer_type(tl.int32)) + group[:, None], mask=there[:, None], other=0))
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     place = y_ptr + group[:, None] * GROUP + column[None, :]
-    tl.store(place, widened(q, scale, shift, False, dtype, BITS, FAST), mask=mask)
+    tl.store(place, widened(q, scale, shift, False, dtype, BITS, INTERPRETED), mask=mask)
     if BITS == 4:
-        tl.store(place + stored, widened(q, scale, shift, True, dtype, BITS, FAST), mask=mask)
+        tl.store(place + stored, widened(q, scale, shift, True, dtype, BITS, INTERPRETED), mask=mask)
 
 
 def dequantised(*, weight: Tensor, scales: Tensor | None, features: int, bits: int, group: int, dtype: torch.dtype) -> Tensor:
@@ -47,8 +47,9 @@ def dequantised(*, weight: Tensor, scales: Tensor | None, features: int, bits: i
     config = tuning.lookup("dequantise", tuning.weight_class(bits), tuning.architecture(weight.device))
     groups, stored = out_features * features // group, group // 2 if bits == 4 else group
     wrap_triton(dequantise_kernel)[(triton.cdiv(groups, config["BLOCK"]),)](
-        weight, scales, y, groups, GROUP=group, BITS=bits, COLUMNS=triton.next_power_of_2(stored), FAST=weight.is_cuda, **config
-    )
+        weight, scales, y, groups, GROUP=group, BITS=bits, COLUMNS=triton.next_power_of_2(stored),
+        INTERPRETED=not weight.is_cuda, **config,
+    )  # fmt: skip
     return y
 
 

@@ -23,11 +23,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from moeexp_kernels.ops.gemm import activation_tile, add_product, add_scaled, dot_precision, scale_tile, stored_tile
+from moeexp_kernels.ops.gemm import activation_tile, add_product, add_scaled, scale_tile, stored_tile
 from moeexp_kernels.ops.linear import flat_rows
 from moeexp_kernels.ops.moe import check_vectors, expert_formats
 from moeexp_kernels.ops.moe_sort import sort_by_expert
 from moeexp_kernels.parts import tuning
+from moeexp_kernels.parts.matrix import BITS, FEATURES, GROUP, ROWS, at_row, matrix_format
 
 # Weight and scales of gate_up, then of down; a weight without scales stands for them too.
 Weights = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -59,16 +60,17 @@ def norm_kernel(
 
 @triton.jit
 def block_of(
-    list_ptr, block, shared_blocks, A, M, LEAST: tl.constexpr, BEYOND: tl.constexpr, BLOCK_M: tl.constexpr
+    list_ptr, block, shared_blocks, A, M, SHARED_RANGE: tl.constexpr, BLOCK_M: tl.constexpr
 ):  # fmt: skip
     """(is it the shared expert's, expert, first place, pairs): of `block`, the shared expert's blocks first. No pairs: nothing to
-    do. The shared expert's places begin at A; this height serves it for LEAST to BEYOND - 1 tokens."""
+    do. The shared expert's places begin at A; this height serves it for the numbers of tokens in SHARED_RANGE, of
+    which the second is the first that it leaves to a taller one."""
     shared = block < shared_blocks
     if shared:
         expert = 0
         first = A + block * BLOCK_M
         pairs = tl.minimum(A + M - first, BLOCK_M)
-        pairs = tl.where((M >= LEAST) & (M < BEYOND), pairs, 0)
+        pairs = tl.where((M >= SHARED_RANGE[0]) & (M < SHARED_RANGE[1]), pairs, 0)
     else:
         row = list_ptr + (block - shared_blocks) * 3
         expert = tl.load(row)
@@ -81,8 +83,7 @@ def block_of(
 def grouped_gate_up_kernel(
     h_ptr, sums_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, order_ptr, list_ptr, weights_ptr, share_ptr, act_ptr,
     shared_blocks, A, M,
-    WIDTH: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
-    LEAST: tl.constexpr, BEYOND: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    TOP_K: tl.constexpr, FORMAT: tl.constexpr, SHARED_RANGE: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AFTER: tl.constexpr,
 ):  # fmt: skip
     """act [A + M, I] = share * silu(gate) * up, for one block of pairs and BLOCK_N of the expert's I rows.
@@ -90,51 +91,52 @@ def grouped_gate_up_kernel(
     Grid (rows of the expert, blocks), the former fast: a block's programs read the same tokens. As in `gemm_kernel` the
     weights are the first operand, and BLOCK_K counts stored columns. AFTER: as in `add_scaled`, a group at a time, whose scales
     are loaded one group ahead."""
-    shared, expert, first, pairs = block_of(list_ptr, tl.program_id(1), shared_blocks, A, M, LEAST, BEYOND, BLOCK_M)
+    shared, expert, first, pairs = block_of(list_ptr, tl.program_id(1), shared_blocks, A, M, SHARED_RANGE, BLOCK_M)
     if pairs == 0:
         return
-    width: tl.constexpr = K // 2 if BITS == 4 else K
+    PRECISION: tl.constexpr = "ieee" if h_ptr.dtype.element_ty == tl.float32 else "tf32"  # as `dot_precision`
+    K: tl.constexpr = FORMAT[FEATURES]
+    WIDTH: tl.constexpr = FORMAT[ROWS] // 2
+    width: tl.constexpr = K // 2 if FORMAT[BITS] == 4 else K
     fits: tl.constexpr = WIDTH % BLOCK_N == 0
     if shared:
         w_ptr = shared_w_ptr
         s_ptr = shared_s_ptr
     else:
-        w_ptr += expert.to(tl.int64) * (2 * WIDTH * width)
-        if BITS < 16:
-            s_ptr += expert.to(tl.int64) * (4 * WIDTH * (K // GROUP))
+        w_ptr, s_ptr = at_row(w_ptr, s_ptr, expert.to(tl.int64) * FORMAT[ROWS], FORMAT)
     i = tl.arange(0, BLOCK_M)
     used = i < pairs
     place = (first + i).to(tl.int64)
     pair = tl.load(order_ptr + place, mask=used & (place < A), other=0)
     token = tl.where(shared, place - A, pair // TOP_K).to(tl.int64)
-    dtype = h_ptr.dtype.element_ty if FAST else tl.float32
+    dtype = tl.float32 if INTERPRETED else h_ptr.dtype.element_ty
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     h_row = h_ptr + token * K
     gate = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     if AFTER:
-        sums_row = sums_ptr + token * (K // GROUP)
-        gate_scale, gate_shift = scale_tile(s_ptr, n, n < WIDTH, 0, K, GROUP, BITS, fits, BLOCK_K)
-        up_scale, up_shift = scale_tile(s_ptr, WIDTH + n, n < WIDTH, 0, K, GROUP, BITS, fits, BLOCK_K)
+        sums_row = sums_ptr + token * (K // FORMAT[GROUP])
+        gate_scale, gate_shift = scale_tile(s_ptr, n, n < WIDTH, 0, FORMAT, fits, BLOCK_K)
+        up_scale, up_shift = scale_tile(s_ptr, WIDTH + n, n < WIDTH, 0, FORMAT, fits, BLOCK_K)
         sums = tl.load(sums_row, mask=used, other=0.0)
     for start in range(0, width, BLOCK_K):
-        gate_q = stored_tile(w_ptr, n, n < WIDTH, start, K, BITS, fits, BLOCK_K)
-        up_q = stored_tile(w_ptr, WIDTH + n, n < WIDTH, start, K, BITS, fits, BLOCK_K)
-        h, high = activation_tile(h_row, used, start, dtype, K, GROUP, BITS, BLOCK_K)
+        gate_q = stored_tile(w_ptr, n, n < WIDTH, start, FORMAT, fits, BLOCK_K)
+        up_q = stored_tile(w_ptr, WIDTH + n, n < WIDTH, start, FORMAT, fits, BLOCK_K)
+        h, high = activation_tile(h_row, used, start, dtype, FORMAT, BLOCK_K)
         if AFTER:
             ahead = tl.minimum(start + BLOCK_K, width - BLOCK_K)
-            gate_scale_ahead, gate_shift_ahead = scale_tile(s_ptr, n, n < WIDTH, ahead, K, GROUP, BITS, fits, BLOCK_K)
-            up_scale_ahead, up_shift_ahead = scale_tile(s_ptr, WIDTH + n, n < WIDTH, ahead, K, GROUP, BITS, fits, BLOCK_K)
+            gate_scale_ahead, gate_shift_ahead = scale_tile(s_ptr, n, n < WIDTH, ahead, FORMAT, fits, BLOCK_K)
+            up_scale_ahead, up_shift_ahead = scale_tile(s_ptr, WIDTH + n, n < WIDTH, ahead, FORMAT, fits, BLOCK_K)
             sums_ahead = tl.load(sums_row + ahead // BLOCK_K, mask=used, other=0.0)
-            gate = add_scaled(gate, gate_q, gate_scale, gate_shift, h, high, sums[None, :], FAST)
-            up = add_scaled(up, up_q, up_scale, up_shift, h, high, sums[None, :], FAST)
+            gate = add_scaled(gate, gate_q, gate_scale, gate_shift, h, high, sums[None, :], INTERPRETED)
+            up = add_scaled(up, up_q, up_scale, up_shift, h, high, sums[None, :], INTERPRETED)
             gate_scale, gate_shift, up_scale, up_shift = gate_scale_ahead, gate_shift_ahead, up_scale_ahead, up_shift_ahead
             sums = sums_ahead
         else:
-            gate_scale, gate_shift = scale_tile(s_ptr, n, n < WIDTH, start, K, GROUP, BITS, fits, BLOCK_K)
-            up_scale, up_shift = scale_tile(s_ptr, WIDTH + n, n < WIDTH, start, K, GROUP, BITS, fits, BLOCK_K)
-            gate = add_product(gate, gate_q, gate_scale, gate_shift, h, high, BITS, FAST, PRECISION)
-            up = add_product(up, up_q, up_scale, up_shift, h, high, BITS, FAST, PRECISION)
+            gate_scale, gate_shift = scale_tile(s_ptr, n, n < WIDTH, start, FORMAT, fits, BLOCK_K)
+            up_scale, up_shift = scale_tile(s_ptr, WIDTH + n, n < WIDTH, start, FORMAT, fits, BLOCK_K)
+            gate = add_product(gate, gate_q, gate_scale, gate_shift, h, high, FORMAT, INTERPRETED, PRECISION)
+            up = add_product(up, up_q, up_scale, up_shift, h, high, FORMAT, INTERPRETED, PRECISION)
     share = tl.load(weights_ptr + pair, mask=used & (place < A), other=0.0)
     share += tl.load(share_ptr + token, mask=used & (place >= A), other=0.0)
     act = gate * tl.sigmoid(gate) * up * share[None, :]
@@ -148,35 +150,35 @@ def grouped_gate_up_kernel(
 @triton.jit
 def grouped_down_kernel(
     act_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, order_ptr, list_ptr, out_ptr, shared_blocks, A, M,
-    D: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
-    LEAST: tl.constexpr, BEYOND: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    FORMAT: tl.constexpr, SHARED_RANGE: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out [A + M, D] = act @ down.T for one block of pairs and BLOCK_N features; K is the expert's width."""
-    shared, expert, first, pairs = block_of(list_ptr, tl.program_id(1), shared_blocks, A, M, LEAST, BEYOND, BLOCK_M)
+    """out [A + M, D] = act @ down.T for one block of pairs and BLOCK_N features; FORMAT: one expert's, [D, I]."""
+    shared, expert, first, pairs = block_of(list_ptr, tl.program_id(1), shared_blocks, A, M, SHARED_RANGE, BLOCK_M)
     if pairs == 0:
         return
-    width: tl.constexpr = K // 2 if BITS == 4 else K
+    PRECISION: tl.constexpr = "ieee" if act_ptr.dtype.element_ty == tl.float32 else "tf32"  # as `dot_precision`
+    D: tl.constexpr = FORMAT[ROWS]
+    K: tl.constexpr = FORMAT[FEATURES]
+    width: tl.constexpr = K // 2 if FORMAT[BITS] == 4 else K
     fits: tl.constexpr = D % BLOCK_N == 0
     if shared:
         w_ptr = shared_w_ptr
         s_ptr = shared_s_ptr
     else:
-        w_ptr += expert.to(tl.int64) * (D * width)
-        if BITS < 16:
-            s_ptr += expert.to(tl.int64) * (2 * D * (K // GROUP))
+        w_ptr, s_ptr = at_row(w_ptr, s_ptr, expert.to(tl.int64) * D, FORMAT)
     i = tl.arange(0, BLOCK_M)
     used = i < pairs
     place = (first + i).to(tl.int64)
-    dtype = act_ptr.dtype.element_ty if FAST else tl.float32
+    dtype = tl.float32 if INTERPRETED else act_ptr.dtype.element_ty
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     act_row = act_ptr + place * K
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for start in range(0, width, BLOCK_K):
-        q = stored_tile(w_ptr, n, n < D, start, K, BITS, fits, BLOCK_K)
-        scale, shift = scale_tile(s_ptr, n, n < D, start, K, GROUP, BITS, fits, BLOCK_K)
-        act, high = activation_tile(act_row, used, start, dtype, K, GROUP, BITS, BLOCK_K)
-        acc = add_product(acc, q, scale, shift, act, high, BITS, FAST, PRECISION)
+        q = stored_tile(w_ptr, n, n < D, start, FORMAT, fits, BLOCK_K)
+        scale, shift = scale_tile(s_ptr, n, n < D, start, FORMAT, fits, BLOCK_K)
+        act, high = activation_tile(act_row, used, start, dtype, FORMAT, BLOCK_K)
+        acc = add_product(acc, q, scale, shift, act, high, FORMAT, INTERPRETED, PRECISION)
     pair = tl.load(order_ptr + place, mask=used & (place < A), other=0)
     row = tl.where(shared, place, pair.to(tl.int64))
     tl.store(out_ptr + (row * D)[None, :] + n[:, None], acc.to(out_ptr.dtype.element_ty), mask=(n < D)[:, None] & used[None, :])
@@ -198,7 +200,7 @@ def combine_kernel(
 
 
 def shared_ranges(heights: Sequence[int]) -> list[tuple[int, int]]:
-    """[LEAST, BEYOND) of each height, tallest first: how many tokens' shared expert it serves. A height needs 16 blocks of them,
+    """SHARED_RANGE of each height, tallest first: how many tokens' shared expert it serves. A height needs 16 blocks of them,
     which with the parts of an expert are a program for each SM; the lowest takes what is less."""
     found, beyond = [], 2**31 - 1
     for height in heights:
@@ -223,25 +225,25 @@ def launch_experts(
 
     sums: of h over groups, None where `can_scale_after` says no; lists: blocks by height, None where there are none."""
     features, (width, up, back) = h.shape[1], kind
+    up_format = matrix_format(routed[0], bits=up[0], group=up[1])
+    down_format = matrix_format(routed[2], bits=back[0], group=back[1])
     act = torch.empty((pairs + tokens, width), dtype=h.dtype, device=h.device)
     out = torch.empty((pairs + tokens, features), dtype=h.dtype, device=h.device)
     heights = [config[name] for name in HEIGHTS]
     ranges = shared_ranges([rows["height"] for rows in heights])
-    for rows, blocks, (least, beyond) in zip(heights, lists, ranges, strict=True):
+    for rows, blocks, shared_range in zip(heights, lists, ranges, strict=True):
         shared_blocks = triton.cdiv(tokens, rows["height"])
         count = shared_blocks + (0 if blocks is None else blocks.shape[0])
         blocks = order if blocks is None else blocks
         first, second = rows["gate_up"] | {"AFTER": rows["gate_up"]["AFTER"] and sums is not None}, rows["down"]
-        common: dict[str, Any] = {
-            "LEAST": least, "BEYOND": beyond, "FAST": h.is_cuda, "PRECISION": dot_precision(h.dtype), "BLOCK_M": rows["height"],
-        }  # fmt: skip
+        common = {"SHARED_RANGE": shared_range, "INTERPRETED": not h.is_cuda, "BLOCK_M": rows["height"]}
         wrap_triton(grouped_gate_up_kernel)[(triton.cdiv(width, first["BLOCK_N"]), count)](
             h, h if sums is None else sums, *routed[:2], *shared[:2], order, blocks, choices, share, act,
-            shared_blocks, pairs, tokens, WIDTH=width, K=features, TOP_K=top_k, GROUP=up[1], BITS=up[0], **common, **first,
+            shared_blocks, pairs, tokens, TOP_K=top_k, FORMAT=up_format, **common, **first,
         )  # fmt: skip
         wrap_triton(grouped_down_kernel)[(triton.cdiv(features, second["BLOCK_N"]), count)](
             act, *routed[2:], *shared[2:], order, blocks, out, shared_blocks, pairs, tokens,
-            D=features, K=width, GROUP=back[1], BITS=back[0], **common, **second,
+            FORMAT=down_format, **common, **second,
         )  # fmt: skip
     return out
 
@@ -280,7 +282,7 @@ def moe_prefill(
     config = tuning.lookup("moe_prefill", key, tuning.architecture(x.device))
     group, rows = formats[1][1], flat.shape[0]
     after = can_scale_after(dtype=x.dtype, kind=formats, config=config)
-    together = formats == shared_formats and gate_up.dtype == shared_gate_up.dtype
+    together = formats == shared_formats and (gate_up.dtype, down.dtype) == (shared_gate_up.dtype, shared_down.dtype)
     h = torch.empty((rows, features), dtype=x.dtype, device=x.device)
     sums = torch.empty((rows, features // group), dtype=torch.float32, device=x.device) if after else None
     share = torch.empty((rows,), dtype=torch.float32, device=x.device)
@@ -297,13 +299,19 @@ def moe_prefill(
     order, lists = sort_by_expert(ids=ids, experts=gate_up.shape[0], heights=tuple(config[name]["height"] for name in HEIGHTS))
     pairs = rows * top_k
     common: dict[str, Any] = {
-        "h": h, "order": order, "choices": weights, "share": share, "routed": routed, "shared": shared, "top_k": top_k,
-        "config": config,
+        "h": h, "order": order, "choices": weights, "share": share, "top_k": top_k, "config": config,
     }  # fmt: skip
-    out = launch_experts(sums=sums, lists=lists, pairs=pairs, tokens=rows if together else 0, kind=formats, **common)
-    own = out
-    if not together:
-        own = launch_experts(sums=None, lists=[None] * len(lists), pairs=0, tokens=rows, kind=shared_formats, **common)
+    if together:
+        own = out = launch_experts(
+            sums=sums, lists=lists, pairs=pairs, tokens=rows, routed=routed, shared=shared, kind=formats, **common
+        )
+    else:  # what a launch has none of is stood for by what it has: both weights of a kernel must be of one type
+        out = launch_experts(
+            sums=sums, lists=lists, pairs=pairs, tokens=0, routed=routed, shared=routed, kind=formats, **common
+        )  # fmt: skip
+        own = launch_experts(
+            sums=None, lists=[None] * len(lists), pairs=0, tokens=rows, routed=shared, shared=shared, kind=shared_formats, **common
+        )  # fmt: skip
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block_d = min(1024, triton.next_power_of_2(features))
     wrap_triton(combine_kernel)[(rows, triton.cdiv(features, block_d))](
