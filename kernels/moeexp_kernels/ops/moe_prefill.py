@@ -310,7 +310,8 @@ def moe_prefill(
             sums=sums, lists=lists, pairs=pairs, tokens=0, routed=routed, shared=routed, kind=formats, **common
         )  # fmt: skip
         own = launch_experts(
-            sums=None, lists=[None] * len(lists), pairs=0, tokens=rows, routed=shared, shared=shared, kind=shared_formats, **common
+            sums=None, lists=[None] * len(lists), pairs=0, tokens=rows, routed=shared, shared=shared, kind=shared_formats,
+            **common,
         )  # fmt: skip
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block_d = min(1024, triton.next_power_of_2(features))
