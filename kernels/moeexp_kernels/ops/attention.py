@@ -67,7 +67,13 @@ def _(q, qkv, k_cache, v_cache, positions, valid_len=None):
 
 
 MAX_HEAD_DIM, MAX_GROUP = 256, 64
-LOG2_E = 1.4426950408889634
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+# HEADS: the layer's heads as one constexpr, read by these names; a plain tuple, as FORMAT of `matrix.py` is, and why.
+KV_HEADS: tl.constexpr = tl.constexpr(0)  # Hkv
+QUERIES: tl.constexpr = tl.constexpr(1)  # query heads of a key-value head
+HEAD_DIM: tl.constexpr = tl.constexpr(2)  # Dh
+PADDED_HEAD: tl.constexpr = tl.constexpr(3)  # Dh, rounded up to a power of 2 that a product takes
 
 
 @triton.jit
@@ -81,12 +87,14 @@ def _split_range(kv_len, split, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr):
 @triton.jit
 def _attend_block(
     q_tile, keys, values, n, last, kv_len, acc, largest, total,
-    CAUSAL: tl.constexpr, DH: tl.constexpr, SCALE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr, HEADS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One step of the running softmax (base 2) over slots [n, n + BLOCK_N), where `keys` and `values` point at slot n.
 
     Slots at or beyond `kv_len` are never loaded. Products are of q_tile's dtype."""
-    column, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    DH: tl.constexpr = HEADS[HEAD_DIM]
+    SCALE: tl.constexpr = DH**-0.5 * LOG2_E
+    column, d = tl.arange(0, BLOCK_N), tl.arange(0, HEADS[PADDED_HEAD])
     cells = column[:, None] * DH + d[None, :]
     inside = (n + column < kv_len)[:, None] & (d < DH)[None, :]
     key = tl.load(keys + cells, mask=inside, other=0.0).to(q_tile.dtype)
@@ -106,13 +114,16 @@ def _attend_block(
 def _attend_kernel(
     q, qkv, k_cache, v_cache, positions, lengths, out, partial_sums, partial_stats, tokens, slots,
     q_stride_b, q_stride_t, qkv_stride_b, qkv_stride_t, cache_stride_b, cache_stride_h,
-    HKV: tl.constexpr, GROUP: tl.constexpr, DH: tl.constexpr, SCALE: tl.constexpr, SPLITS: tl.constexpr,
-    INTERPRETED: tl.constexpr, HAS_VALID_LEN: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    HEADS: tl.constexpr, SPLITS: tl.constexpr, INTERPRETED: tl.constexpr, HAS_VALID_LEN: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (Hkv, tiles * SPLITS, B). Row r of a key-value head is token r // GROUP, query head r % GROUP of its group.
 
     INTERPRETED: float32 products of bfloat16, of which Triton's interpreter multiplies the bit patterns."""
+    HKV: tl.constexpr = HEADS[KV_HEADS]
+    GROUP: tl.constexpr = HEADS[QUERIES]
+    DH: tl.constexpr = HEADS[HEAD_DIM]
+    BLOCK_D: tl.constexpr = HEADS[PADDED_HEAD]
     ready = after_previous(PDL)
     q += ready
     qkv += ready
@@ -154,13 +165,13 @@ def _attend_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     for n in range(begin, tl.minimum(plain, end), BLOCK_N):
         acc, largest, total = _attend_block(
-            q_tile, keys, values, n, last, kv_len, acc, largest, total, False, DH, SCALE, BLOCK_N, BLOCK_D
+            q_tile, keys, values, n, last, kv_len, acc, largest, total, False, HEADS, BLOCK_N
         )  # fmt: skip
         keys += BLOCK_N * DH
         values += BLOCK_N * DH
     for n in range(tl.maximum(plain, begin), end, BLOCK_N):
         acc, largest, total = _attend_block(
-            q_tile, keys, values, n, last, kv_len, acc, largest, total, True, DH, SCALE, BLOCK_N, BLOCK_D
+            q_tile, keys, values, n, last, kv_len, acc, largest, total, True, HEADS, BLOCK_N
         )  # fmt: skip
         keys += BLOCK_N * DH
         values += BLOCK_N * DH
@@ -267,9 +278,8 @@ def _attend(q, qkv, k_cache, v_cache, positions, out, sums, stats, *, splits, ti
     wrap_triton(_attend_kernel)[(kv_heads, tiles * splits, batch)](
         q, qkv, k_cache, v_cache, positions, positions if valid_len is None else valid_len, out, sums, stats, tokens, slots,
         q.stride(0), q.stride(1), qkv.stride(0), qkv.stride(1), k_cache.stride(0), k_cache.stride(1),
-        HKV=kv_heads, GROUP=heads // kv_heads, DH=head_dim, SCALE=head_dim**-0.5 * LOG2_E, SPLITS=splits,
-        INTERPRETED=not q.is_cuda, HAS_VALID_LEN=valid_len is not None,
-        PDL=has_pdl(q), BLOCK_D=block_d(head_dim), **config,
+        HEADS=(kv_heads, heads // kv_heads, head_dim, block_d(head_dim)), SPLITS=splits, INTERPRETED=not q.is_cuda,
+        HAS_VALID_LEN=valid_len is not None, PDL=has_pdl(q), **config,
     )  # fmt: skip
 
 

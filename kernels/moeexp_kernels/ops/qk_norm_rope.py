@@ -11,7 +11,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from moeexp_kernels.ops.attention import block_d, check_cache, tuned
+from moeexp_kernels.ops.attention import (
+    HEAD_DIM,
+    KV_HEADS,
+    PADDED_HEAD,
+    QUERIES,
+    block_d,
+    check_cache,
+    tuned,
+)
 from moeexp_kernels.ops.linear import rms_norm
 from moeexp_kernels.parts.checks import check_argument
 from moeexp_kernels.parts.pdl import after_previous, has_pdl
@@ -64,14 +72,22 @@ def reference_qk_norm_rope(
     return q
 
 
+# ROTATION: how a head is rotated, as one constexpr, read by these names; a plain tuple, as FORMAT of `matrix.py` is, and why.
+ROTATED_HALF: tl.constexpr = tl.constexpr(0)  # half the dims that are rotated
+ATTENTION_FACTOR: tl.constexpr = tl.constexpr(1)  # of cosine and sine
+PADDED_HALF: tl.constexpr = tl.constexpr(2)  # that half, and the dims that are not rotated, rounded up to powers of 2
+PADDED_REST: tl.constexpr = tl.constexpr(3)
+
+
 @triton.jit
 def _load_rotation(
-    norm, inv_freq, slot, DH: tl.constexpr, HALF: tl.constexpr, FACTOR: tl.constexpr,
-    BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+    norm, inv_freq, slot, DH: tl.constexpr, ROTATION: tl.constexpr
 ):  # fmt: skip
     """1 + the norm's weights of the two rotary halves and of the rest, cosine and sine: what no kernel of a step makes."""
-    half = tl.arange(0, BLOCK_HALF)
-    rest = 2 * HALF + tl.arange(0, BLOCK_REST)
+    HALF: tl.constexpr = ROTATION[ROTATED_HALF]
+    FACTOR: tl.constexpr = ROTATION[ATTENTION_FACTOR]
+    half = tl.arange(0, ROTATION[PADDED_HALF])
+    rest = 2 * HALF + tl.arange(0, ROTATION[PADDED_REST])
     first = 1.0 + tl.load(norm + half, mask=half < HALF, other=0.0).to(tl.float32)
     second = 1.0 + tl.load(norm + HALF + half, mask=half < HALF, other=0.0).to(tl.float32)
     tail = 1.0 + tl.load(norm + rest, mask=rest < DH, other=0.0).to(tl.float32)
@@ -85,14 +101,16 @@ def _load_rotation(
 
 @triton.jit
 def _norm_rotate_store(
-    source, target, first_norm, second_norm, tail_norm, cos, sin, stored,
-    DH: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+    source, target, loaded, stored, DH: tl.constexpr, ROTATION: tl.constexpr, EPS: tl.constexpr
 ):  # fmt: skip
     """RMSNorm of one head, then rotation of its first 2 * HALF dims; only dims below `stored` (DH or 0) are stored.
+    loaded: what `_load_rotation` found.
 
     The two rotary halves and the rest are separate loads: no element is gathered from its partner's place."""
-    half = tl.arange(0, BLOCK_HALF)
-    rest = 2 * HALF + tl.arange(0, BLOCK_REST)
+    HALF: tl.constexpr = ROTATION[ROTATED_HALF]
+    first_norm, second_norm, tail_norm, cos, sin = loaded
+    half = tl.arange(0, ROTATION[PADDED_HALF])
+    rest = 2 * HALF + tl.arange(0, ROTATION[PADDED_REST])
     in_half, in_rest = half < HALF, rest < DH
     first = tl.load(source + half, mask=in_half, other=0.0).to(tl.float32)
     second = tl.load(source + HALF + half, mask=in_half, other=0.0).to(tl.float32)
@@ -112,24 +130,23 @@ def _norm_rotate_store(
 def _qk_norm_rope_kernel(
     qkv, q_norm, k_norm, inv_freq, positions, lengths, k_cache, v_cache, out, tokens, slots,
     qkv_stride_b, qkv_stride_t, cache_stride_b, cache_stride_h,
-    H: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr, FACTOR: tl.constexpr,
-    BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_D: tl.constexpr, HAS_VALID_LEN: tl.constexpr,
-    PDL: tl.constexpr,
+    HEADS: tl.constexpr, ROTATION: tl.constexpr, EPS: tl.constexpr, HAS_VALID_LEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (T, H + Hkv, B): one query head, or one key head with its value head.
 
     Positions are older than a step; past L1, which may hold the last token's."""
+    HKV: tl.constexpr = HEADS[KV_HEADS]
+    H: tl.constexpr = HKV * HEADS[QUERIES]
+    DH: tl.constexpr = HEADS[HEAD_DIM]
     t, head, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = qkv + b * qkv_stride_b + t * qkv_stride_t
     slot = tl.load(positions + b, cache_modifier=".cg") + t
     if head < H:
-        first, second, tail, cos, sin = _load_rotation(q_norm, inv_freq, slot, DH, HALF, FACTOR, BLOCK_HALF, BLOCK_REST)
+        loaded = _load_rotation(q_norm, inv_freq, slot, DH, ROTATION)
         ready = after_previous(PDL)
         source = row + ready + head * 2 * DH
         target = out + ready + ((b * tokens + t) * H + head) * DH
-        _norm_rotate_store(
-            source, target, first, second, tail, cos, sin, DH, DH, HALF, EPS, BLOCK_HALF, BLOCK_REST
-        )  # fmt: skip
+        _norm_rotate_store(source, target, loaded, DH, DH, ROTATION, EPS)
     else:
         kv_head = head - H
         # A slot outside the cache is refused before launch; should one get here, no other memory is harmed.
@@ -138,15 +155,13 @@ def _qk_norm_rope_kernel(
             counts = counts & (t < tl.load(lengths + b, cache_modifier=".cg"))
         stored = tl.where(counts, DH, 0)
         cell = b * cache_stride_b + kv_head.to(tl.int64) * cache_stride_h + slot * DH
-        first, second, tail, cos, sin = _load_rotation(k_norm, inv_freq, slot, DH, HALF, FACTOR, BLOCK_HALF, BLOCK_REST)
+        loaded = _load_rotation(k_norm, inv_freq, slot, DH, ROTATION)
         ready = after_previous(PDL)
         source = row + ready + 2 * H * DH + kv_head * DH
         cell += ready
-        d = tl.arange(0, BLOCK_D)
+        d = tl.arange(0, HEADS[PADDED_HEAD])
         value = tl.load(source + HKV * DH + d, mask=d < DH, other=0.0)
-        _norm_rotate_store(
-            source, k_cache + cell, first, second, tail, cos, sin, stored, DH, HALF, EPS, BLOCK_HALF, BLOCK_REST
-        )  # fmt: skip
+        _norm_rotate_store(source, k_cache + cell, loaded, stored, DH, ROTATION, EPS)
         tl.store(v_cache + cell + d, value, mask=d < stored)
 
 
@@ -183,12 +198,11 @@ def qk_norm_rope(
     check_argument(inv_freq, name="inv_freq", shape=(half,), dtypes=(torch.float32,))
     check_argument(positions, name="positions", shape=(batch,), dtypes=(torch.int64,))
     out = torch.empty((batch, tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    padded = triton.next_power_of_2(half), triton.next_power_of_2(max(head_dim - 2 * half, 1))
     wrap_triton(_qk_norm_rope_kernel)[(tokens, num_heads + kv_heads, batch)](
         qkv, q_norm, k_norm, inv_freq, positions, positions if valid_len is None else valid_len, k_cache, v_cache, out, tokens,
         slots, qkv.stride(0), qkv.stride(1), k_cache.stride(0), k_cache.stride(1),
-        H=num_heads, HKV=kv_heads, DH=head_dim, HALF=half, EPS=eps, FACTOR=attention_factor,
-        BLOCK_HALF=triton.next_power_of_2(half), BLOCK_REST=triton.next_power_of_2(max(head_dim - 2 * half, 1)),
-        BLOCK_D=block_d(head_dim),
+        HEADS=(kv_heads, num_heads // kv_heads, head_dim, block_d(head_dim)), ROTATION=(half, attention_factor, *padded), EPS=eps,
         HAS_VALID_LEN=valid_len is not None, PDL=has_pdl(qkv), num_warps=tuned("qk_norm_rope", out)["num_warps"],
     )  # fmt: skip
     return out
