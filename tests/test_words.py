@@ -26,6 +26,7 @@ OLD = {
     r"\brace_of\b": "Gumbel-argmax check",
     r"\bRecipe\b|\bMAKERS\b": "MethodBuilder, EXPORTERS",
     r"\bPLANES\b|\bplane_of\b|\bwords_in_runs\b": "limbs, vector width",
+    r"\bFAST\b|\bWIDEN\b": "INTERPRETED",
     r"nothing to act on|something to act on": "no effect on this device",
     r"choose for themselves|norms for itself": "router fused into the expert kernels, gated RMSNorm fused into out_proj",
 }
