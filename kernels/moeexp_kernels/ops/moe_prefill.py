@@ -63,8 +63,8 @@ def block_of(
     list_ptr, block, shared_blocks, A, M, SHARED_RANGE: tl.constexpr, BLOCK_M: tl.constexpr
 ):  # fmt: skip
     """(is it the shared expert's, expert, first place, pairs): of `block`, the shared expert's blocks first. No pairs: nothing to
-    do. The shared expert's places begin at A; this height serves it for the numbers of tokens in SHARED_RANGE, of
-    which the second is the first that it leaves to a taller one."""
+    do. The shared expert's places begin at A; this height serves it for SHARED_RANGE[0] to SHARED_RANGE[1] - 1
+    tokens."""
     shared = block < shared_blocks
     if shared:
         expert = 0
