@@ -15,7 +15,8 @@ from moeexp.config.resolve import resolve
 from moeexp.record.phases import Phases
 from moeexp.record.record import Record
 from moeexp.stack.compile_cache import cache_dir
-from moeexp.stack.factory import MethodBuilder, build_model, build_stack
+from moeexp.stack.factory import build_model, build_stack
+from moeexp.stack.packages import names_in
 
 BASE = ["model=nano", "quant=int4", "max_seq_len=160"]
 
@@ -129,7 +130,7 @@ def test_second_build_compiles_nothing(cfg, model, phases, compiled, monkeypatch
     folder = compiled.artifacts["decode"].package.parent.parent.parent
     monkeypatch.setenv("MOEEXP_CACHE_DIR", str(folder))
     assert cache_dir() == folder
-    monkeypatch.setattr("moeexp.stack.factory.export_method", lambda *a, **k: pytest.fail("exported again"))
+    monkeypatch.setattr("moeexp.stack.packages.export_method", lambda *a, **k: pytest.fail("exported again"))
     again = build_stack(cfg, model, phases)
     assert all(artifact.cached for artifact in again.artifacts.values())
     prompt = tokens(9)
@@ -169,7 +170,7 @@ def test_a_package_depends_on_the_ops_that_its_method_has():
 
     def names(method, **chosen):
         resolved = registry.resolve(default="triton", chosen=chosen, device="cuda")
-        return MethodBuilder(None, None, resolved, {}, None).names_in(method)
+        return names_in(method, resolved)
 
     assert names("prefill", gdn_decode="chunked") == names("prefill")
     assert names("decode", gdn_decode="chunked") != names("decode")

@@ -91,6 +91,11 @@ def toolchain(device: str) -> dict[str, str | None]:
     return versions
 
 
+def find(spec: MethodSpec) -> Artifact | None:
+    """The artifact of `spec`, if the cache holds it as it should be."""
+    return _read(cache_dir() / "compiled" / key_of(spec), spec)
+
+
 def get_or_compile(spec: MethodSpec, export: Callable[[], ExportedProgram]) -> Artifact:
     """The artifact of `spec`, from the cache or made now. Jobs that need the same one wait for the first to make it; an
     artifact whose files do not fit its manifest is made again."""
