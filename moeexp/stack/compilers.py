@@ -55,6 +55,8 @@ class Compilers:
     def __exit__(self, *_: object) -> None:
         self._waiting.clear()
         end_groups([process for _, process, _ in self._running.values()], GRACE_S)
+        for _, _, answer in self._running.values():
+            answer.close()
         self._running.clear()
 
     def join(self, key: str) -> bool:
