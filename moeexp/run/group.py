@@ -95,7 +95,7 @@ def _run(members: list[Member]) -> None:
         for member in ready:
             member.step(lambda member: confirm(member.config, member.record.data["identity"]))
         for member in ready:
-            member.step(lambda member: _run_of(member).build(model, compilers))
+            member.step(lambda member: _run_of(member).build(model, compilers.join))
             if member.alive and member.config.check == "inline":
                 member.step(lambda member: _check(member, references))
     _take_turns([member for member in ready if member.alive])

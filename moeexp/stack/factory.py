@@ -27,7 +27,7 @@ from moeexp.stack import allocator, artifact
 from moeexp.stack.compile_cache import Artifact, key_of, source_digest
 from moeexp.stack.inductor import loading
 from moeexp.stack.methods import AtOne, example_inputs, session_methods, torch_compiled
-from moeexp.stack.packages import MethodBuilder, acts, device_of, op_names, package, package_specs
+from moeexp.stack.packages import MethodBuilder, acts, by_none, device_of, op_names, package, package_specs
 
 # Share of the quantisable weight bytes (embedding apart) that default settings must quantise: below it, something was
 # skipped without a word. Small models have relatively large routers.
@@ -125,7 +125,7 @@ def build_stack(
     *,
     export: str | None = None,
     cuda_graph: bool | str | None = None,
-    made_ahead: Callable[[str], bool] = lambda key: False,
+    made_ahead: Callable[[str], bool] = by_none,
 ) -> Stack:
     """State, methods and session over `model`, which other stacks may share: state is this one's own, and attached to the
     model only while methods are bound. `export` and `cuda_graph` override the config's, for the check's float32 twin.

@@ -50,6 +50,11 @@ def names_in(method: str, names: dict[str, str]) -> dict[str, str]:
     return {op: name for op, name in names.items() if op != "sample" and not op.endswith(other)}
 
 
+def by_none(key: str) -> bool:
+    """Where no other process makes packages for this one."""
+    return False
+
+
 @dataclass
 class MethodBuilder:
     """What the methods of one stack are made from; `names` of ops, `tensors` of its state, `made_ahead` as of `build_stack`."""
@@ -58,7 +63,7 @@ class MethodBuilder:
     model: Qwen35MoE
     names: dict[str, str]
     tensors: dict[str, Tensor]
-    made_ahead: Callable[[str], bool] = lambda key: False
+    made_ahead: Callable[[str], bool] = by_none
 
     @property
     def state(self) -> dict[str, Tensor]:
