@@ -66,7 +66,7 @@ def until(condition, seconds=60.0):
 @pytest.mark.parametrize("there", [[], ["prefill"], ["prefill", "decode"]])
 def test_one_process_for_each_method_that_the_cache_lacks(play, monkeypatch, there):
     logged = play(MADE)
-    monkeypatch.setattr(compile_cache, "find", lambda spec: spec if spec.method in there else None)
+    monkeypatch.setattr(compile_cache, "find", lambda key, spec: spec if spec.method in there else None)
     with compilers.Compilers([CFG]) as running:
         made = {method: running.join(key) for method, key in keys().items()}
     assert made == {method: method not in there for method in ("prefill", "decode")}
@@ -102,7 +102,7 @@ def test_its_job(play, tmp_path, monkeypatch):
     logged = play(f"log(*sys.argv[1:], os.environ['PYTHONPATH']); open('job', 'wb').write(sys.stdin.buffer.read()); {MADE}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", ["", *sys.path])
-    monkeypatch.setattr(compile_cache, "find", lambda spec: spec if spec.method == "prefill" else None)
+    monkeypatch.setattr(compile_cache, "find", lambda key, spec: spec if spec.method == "prefill" else None)
     with compilers.Compilers([CFG]) as running:
         running.join(keys()["decode"])
     path = os.pathsep.join([str(tmp_path), *sys.path[1:]])

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._higher_order_ops import triton_kernel_wrap
-from torch._inductor import config, graph
+from torch._inductor import codecache, config, graph
 
 from moeexp.stack import inductor
 
@@ -134,6 +134,17 @@ def test_every_switch_exists(device, method):
         assert config.allow_buffer_reuse is (method != "cond")
     with inductor.loading(device):
         assert config.cpp.vec_isa_ok is (False if device == "cuda" else None)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_loading_does_not_describe_the_machine(monkeypatch, there):
+    """Also where a torch has no such function."""
+    if not there:
+        monkeypatch.delattr(codecache, "get_device_information")
+    described = getattr(codecache, "get_device_information", None)
+    with inductor.loading("cpu"):
+        assert codecache.get_device_information("cpu") == {}
+    assert getattr(codecache, "get_device_information", None) is described
 
 
 TRACED = """

@@ -41,7 +41,8 @@ class Compilers:
         self._answers: dict[str, bool | Exception] = {}
         for cfg in configs:
             if cfg.export == "aoti" and cfg.artifact is None:
-                self._waiting |= {key_of(spec): (cfg, spec) for spec in package_specs(cfg) if find(spec) is None}
+                wanted = {key_of(spec): (cfg, spec) for spec in package_specs(cfg)}
+                self._waiting |= {key: job for key, job in wanted.items() if find(key, job[1]) is None}
         self._at_once = min(len(self._waiting), granted().cores)
 
     def __enter__(self) -> Compilers:
@@ -52,7 +53,7 @@ class Compilers:
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._waiting.clear()
         end_groups([process for _, process, _ in self._running.values()], GRACE_S)
         for _, _, answer in self._running.values():

@@ -56,10 +56,12 @@ def compiling() -> dict[str, str]:
 
 @contextlib.contextmanager
 def loading(device: str) -> Iterator[None]:
-    """For loading packages: Inductor describes this machine then, to compare."""
-    from torch._inductor import config
+    """For loading packages: torch describes this machine then, to log what differs from where a package was made, for which it
+    tries the CPU's instructions. We know already: by the cache's key, or by the artifact's manifest."""
+    from torch._inductor import codecache, config
 
-    with config.patch({"cpp.vec_isa_ok": False} if device == "cuda" else {}):
+    described: Any = mock.patch.object(codecache, "get_device_information", lambda device: {}, create=True)
+    with config.patch({"cpp.vec_isa_ok": False} if device == "cuda" else {}), described:
         yield
 
 
