@@ -8,6 +8,7 @@ import pytest
 import synthetic
 
 from moeexp import figures
+from moeexp.report.curves import LONG
 from moeexp.report.figure_blocks import BLOCKS, HEADLINE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,6 +105,27 @@ def test_a_headline_of_fewer_processes_is_refused(checkout, capsys):
     assert figures.main(["--check", "README.md"]) == 2
     said = capsys.readouterr().err
     assert "holds 2 measured processes, and a headline figure needs 3" in said and said.count("\n") == 1
+
+
+def test_curves_by_prompt_and_by_depth_where_they_were_measured(tmp_path):
+    blocks = {"prompt": BLOCKS["prefill-by-prompt"], "depth": BLOCKS["decode-by-depth"]}
+    assert [block(tmp_path) for block in blocks.values()] == ["", ""]
+    records = []
+    for kind, length in (("prompt", 32768), ("depth", 4096), ("prompt", 4096), ("prompt", 262144)):
+        chosen = [f"prompt_len={length}", f"max_seq_len={length + 128}", "quant=int4"]
+        records.append(synthetic.record(*chosen, id=f"r{len(records)}", ms=1.25, noise=0.0, bandwidth_share=0.25))
+        records[-1]["design"] = {"name": "fullsize", "cell": f"{kind} {length}", "index": len(records)}
+    records[-1] |= dict.fromkeys(("check", "prefill_tok_s", "ttft_s", "decode_tok_s", "bandwidth_share"))
+    synthetic.write(tmp_path / LONG, records)
+    lines = blocks["prompt"](tmp_path).splitlines()
+    assert lines[2:5] == [
+        "| 4,096 | 1 | 9,000 | 0.01 | 14 | passed |",
+        "| 32,768 | 4 | 9,000 | 0.01 | 14 | passed |",
+        "| 262,144 | 32 | – | – | 14 | off |",
+    ]
+    assert lines[-1].startswith("One NVIDIA H100") and "a run shows that it fits, and publishes no speed" in lines[-1]
+    depth = blocks["depth"](tmp_path)
+    assert "| 4,096 | 800 | 1.25 | 25 % | 14 | passed |" in depth and "publishes no speed" not in depth
 
 
 def stray(text):

@@ -16,6 +16,7 @@ from moeexp_kernels.ops import attention, moe, moe_prefill, qk_norm_rope, router
 from moeexp_kernels.ops.gated_delta import gdn_decode
 from moeexp_kernels.ops.gated_delta_prefill import gdn_prefill
 from moeexp_kernels.ops.linear import linear, linear_tile
+from moeexp_kernels.parts import tuning
 from test_kernels_attention import make_attention_case, make_qkv, make_weights, positions_of
 from test_kernels_gated_delta import BF16, DECODE_TOL, F32, PREFILL_TOL, STATE, check, definition, make_case, run
 from test_kernels_linear import quantised
@@ -114,9 +115,20 @@ def routed(op, tokens, D=64, width=32, group=32):
     return lambda: op(x=x, **arguments)
 
 
-def router_of(rows):
-    x = common.randn(1, rows, 64, seed=1)
-    return lambda: route(router.router, x, E=7, k=3)
+def dequantised_in_memory(rows):
+    weight, scales = quantised(37, 64, bits=4, group=32, seed=2, dtype=torch.bfloat16)
+    x, norm = common.randn(1, rows, 64, seed=1, dtype=torch.bfloat16), common.randn(64, seed=3)
+
+    def call():
+        with tuning.override("linear_rows", "", {"TILE_FROM": 2, "GEMM_FROM": 3, "MATMUL_FROM": 9}):
+            return linear(x=x, weight=weight, scales=scales, norm_weight=norm, eps=1e-6, residual=None)
+
+    return call
+
+
+def router_of(rows, dtype=F32):
+    x = common.randn(1, rows, 64, seed=1, dtype=dtype)
+    return lambda: route(router.router, x, E=7, k=3, S=64)
 
 
 def attend(op, tokens, position):
@@ -145,11 +157,13 @@ CALLS = {
     "linear, one row": lambda: dense(1),
     "linear, many rows": lambda: dense(11),
     "linear, on the tile": lambda: on_the_tile(3),
+    "linear, dequantised in memory": lambda: dequantised_in_memory(11),
     "moe decode": lambda: routed(moe.moe_decode, 2),
     "moe decode, on the tile": lambda: routed(moe.moe_decode_tile, 3, D=128, width=64, group=64),
     "moe prefill": lambda: routed(moe_prefill.moe_prefill, 9),
     "router, few rows": lambda: router_of(2),
-    "router, many rows": lambda: router_of(11),
+    "router, many rows": lambda: router_of(35),
+    "router, many rows in limbs": lambda: router_of(35, torch.bfloat16),
     "gdn decode": lambda: delta(gdn_decode, 1),
     "gdn prefill": lambda: delta(gdn_prefill, 19),
     "attention, splitk": lambda: attend(attention.sdpa_decode_splitk, 1, 36),

@@ -20,6 +20,7 @@ from kernels_common import (
 from moeexp_kernels.ops.linear import (
     GEMV_ROWS,
     MIDDLE_CODE,
+    dequantise,
     few_rows,
     flat_rows,
     gemv_config,
@@ -31,6 +32,7 @@ from moeexp_kernels.ops.linear import (
     rms_norm,
 )
 from moeexp_kernels.ops.linear_tile import launch_limbs, launch_tile
+from moeexp_kernels.ops.matmul import dequantised
 from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.prefetch import AHEAD_BYTES, ahead_lengths
 from tolerances import tolerance
@@ -164,6 +166,20 @@ def test_several_rows_share_one_read_of_the_weights(rows, bits, group, dtype):
     check(rows=(rows,), out=27, features=3 * group, bits=bits, group=group, dtype=dtype, residual=rows % 2 == 1)
 
 
+@pytest.mark.parametrize(("bits", "group"), [(4, 16), (4, 48), (8, 16), (16, 48)])
+def test_very_many_rows_multiply_a_weight_that_is_dequantised_in_memory(bits, group):
+    with tuning.override("linear_rows", "", {"TILE_FROM": 2, "GEMM_FROM": 3, "MATMUL_FROM": 9}):
+        assert served_by(9, bits=bits, group=group) == "matmul"
+        for residual in (False, True):
+            check(rows=(2, 11), out=27, features=96, bits=bits, group=group, dtype=torch.bfloat16, residual=residual)
+    weight, scales = quantised(20, 96, bits=bits, group=group, seed=2, dtype=torch.bfloat16)
+    wide = dequantised(weight=weight, scales=scales, features=96, bits=bits, group=group, dtype=torch.bfloat16)
+    exact = dequantise(weight=weight, scales=scales, in_features=96)
+    if DEVICE == "cuda":
+        assert torch.equal(wide, exact.bfloat16()), "rounded once"
+    assert ((wide.float() - exact).abs() <= exact.abs() * 2**-7).all(), "Triton's interpreter truncates"
+
+
 @pytest.mark.parametrize("norm", [True, False])
 def test_one_row_may_go_to_the_tile_too(norm):
     x, norm_weight = randn(1, 1, 256, seed=1), randn(256, seed=3, scale=0.2) if norm else None
@@ -189,9 +205,11 @@ def test_the_table_says_which_rows_of_a_shape_go_to_the_tile():
 
     assert kernels(1, 2, 3, 32, 33) == ["gemv", "gemv", "tile", "tile", "gemm"]
     assert kernels(2, 24, 25, 32, shape=(248320, 2048)) == ["tile", "tile", "gemm", "gemm"]
+    assert kernels(511, 512) == ["gemm", "matmul"] and kernels(512, half=False) == ["gemm"]
+    assert kernels(512, shape=(248320, 2048)) == ["gemm"], "a vocabulary is not dequantised in memory"
     assert kernels(1, 2, 32, always=True) == ["tile", "tile", "tile"], "the op linear_tile asks no table"
-    with tuning.override("linear_rows", "int4/12352x2048", {"TILE_FROM": 5, "GEMM_FROM": 7}):
-        assert kernels(4, 5, 6, 7, 8, 9) == ["gemv", "tile", "tile", "gemv", "gemv", "gemm"]
+    with tuning.override("linear_rows", "int4/12352x2048", {"TILE_FROM": 5, "GEMM_FROM": 7, "MATMUL_FROM": 9}):
+        assert kernels(4, 5, 6, 7, 8, 9) == ["gemv", "tile", "tile", "gemv", "gemv", "matmul"]
 
 
 @pytest.mark.parametrize(

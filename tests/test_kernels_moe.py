@@ -15,9 +15,11 @@ from kernels_common import (
     randn,
 )
 from moeexp_kernels.ops.moe import moe_decode
-from moeexp_kernels.ops.moe_prefill import block_bound, moe_prefill, sort_by_expert
+from moeexp_kernels.ops.moe_prefill import HEIGHTS, moe_prefill, shared_ranges
 from moeexp_kernels.ops.moe_reference import reference_moe_decode
+from moeexp_kernels.ops.moe_sort import block_bounds, sort_by_expert
 from moeexp_kernels.ops.router import reference_router, router
+from moeexp_kernels.parts import tuning
 from test_kernels_linear import quantised
 from tolerances import tolerance
 
@@ -205,6 +207,38 @@ def test_prefill_bfloat16_and_odd_sizes():
     check_experts(moe_prefill, rows=(1, 11), D=48, E=5, k=3, width=24, shared=16, group=8, dtype=torch.bfloat16)
 
 
+def heights_row(heights, blocks, *, after):
+    both = {"gate_up": blocks | {"AFTER": after}, "down": blocks}
+    return {name: {"height": height, **both} for name, height in zip(HEIGHTS, heights, strict=True)}
+
+
+@pytest.mark.parametrize("tokens", [15, 100, 130])
+def test_prefill_where_blocks_of_each_height_serve(tokens):
+    """Heights of 8, 4 and 2: whole blocks, what is left of each size, and the shared expert in each height's launch."""
+    blocks = {"BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
+    row = heights_row((8, 4, 2), blocks, after=False)
+    served = [least <= tokens < beyond for least, beyond in shared_ranges((8, 4, 2))]
+    assert served == {15: [False, False, True], 100: [False, True, False], 130: [True, False, False]}[tokens]
+    with tuning.override("moe_prefill", "single", row):
+        check_experts(moe_prefill, rows=(1, tokens))
+
+
+def test_prefill_scales_after_the_product():
+    """int4 in bfloat16 whose tile is one group; the same row serves float32 and int8, which are scaled before."""
+    blocks = {"BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
+    row = heights_row((16, 16, 16), blocks, after=True)
+    with tuning.override("moe_prefill", "", row):
+        check_experts(moe_prefill, rows=(1, 21), dtype=torch.bfloat16)
+        check_experts(moe_prefill, rows=(1, 21))
+        check_experts(moe_prefill, rows=(1, 21), dtype=torch.bfloat16, bits=8)
+
+
+def test_each_number_of_tokens_has_one_height_for_the_shared_expert():
+    for heights in ((128, 64, 32), (32, 32, 16), (16, 16, 16)):
+        ranges = shared_ranges(heights)
+        assert all(sum(least <= tokens < beyond for least, beyond in ranges) == 1 for tokens in range(1, 5000, 7))
+
+
 @pytest.mark.parametrize("op", [moe_decode, moe_prefill])
 def test_all_tokens_to_one_expert(op):
     rows = (1, 1) if op is moe_decode else (1, 40)
@@ -258,10 +292,11 @@ def test_decode_repeats_bitwise():
 # --- the sort by expert ---
 
 
+@pytest.mark.parametrize("heights", [(8, 4, 2), (4, 4, 4), (16, 4, 4)])
 @pytest.mark.parametrize("case", ["random", "one expert", "last expert", "each once", "none of most"])
-def test_sort_by_expert(case):
-    """Every assignment once, in its expert's blocks and in token order; padding marked; unused blocks marked."""
-    E, block_m = 6, 4
+def test_sort_by_expert(case, heights):
+    """Every pair once, its expert's together and in token order; tallest blocks first, then the lowest that holds the rest."""
+    E = 6
     ids = {
         "random": torch.randint(0, E, (17, 2), generator=torch.Generator().manual_seed(1)),
         "one expert": torch.zeros(33, 1),
@@ -271,14 +306,17 @@ def test_sort_by_expert(case):
     }[case].to(device=DEVICE, dtype=torch.int32)
     total = ids.numel()
     with poisoned_empty():
-        order, block_expert = sort_by_expert(ids=ids, experts=E, block_m=block_m)
-    bound = block_bound(assignments=total, experts=E, block_m=block_m)
-    assert block_expert.shape == (bound,) and order.shape == (bound * block_m,)
-    flat, blocks = ids.flatten().cpu(), order.view(bound, block_m).cpu()
-    expected = []
+        order, lists = sort_by_expert(ids=ids, experts=E, heights=heights)
+    assert order.tolist() == ids.flatten().argsort(stable=True).tolist()
+    expected, first = [[], [], []], 0
     for e in range(E):
-        mine = (flat == e).nonzero().flatten().tolist()
-        mine += [total] * (-len(mine) % block_m)
-        expected += [(e, mine[i : i + block_m]) for i in range(0, len(mine), block_m)]
-    assert block_expert.tolist() == [e for e, _ in expected] + [-1] * (bound - len(expected))
-    assert [row.tolist() for row in blocks[: len(expected)]] == [rows for _, rows in expected]
+        count = (ids == e).sum().item()
+        whole = count // heights[0] * heights[0]
+        expected[0] += [[e, first + start, heights[0]] for start in range(0, whole, heights[0])]
+        if left := count - whole:
+            height = max(which for which in range(3) if heights[which] >= left)
+            expected[height].append([e, first + whole, left])
+        first += count
+    bounds = block_bounds(pairs=total, experts=E, heights=heights)
+    for found, wanted, bound in zip(lists, expected, bounds, strict=True):
+        assert found.tolist() == wanted + [[0, 0, 0]] * (bound - len(wanted))

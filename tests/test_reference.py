@@ -10,6 +10,7 @@ import torch
 from reference_model import ARCHITECTURE, ModelWeights, build_model, config_of, run_model, tokens
 from torch import nn
 
+from moeexp.check import reference as reference_module
 from moeexp.check.pure_torch import (
     KERNEL_FUNCTIONS,
     assert_pure_torch,
@@ -52,6 +53,26 @@ def test_equals_one_forward_of_the_whole_model(model):
     with torch.no_grad():
         expected = model(ids).logits
     torch.testing.assert_close(reference(model, ids, 66).logits(0, 70), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "dtype, close", [(torch.float32, {"rtol": 1e-5, "atol": 5e-6}), (torch.bfloat16, {"rtol": 0, "atol": 0.04})]
+)
+def test_full_attention_in_pieces_of_queries_is_the_same(model, monkeypatch, dtype, close):
+    """Of 20 positions, 16 in one call of all: here in calls of 3, none of which holds more scores than it may."""
+    ids, called = tokens(2, 20), []
+    mask = reference_module._causal_mask
+    monkeypatch.setattr(reference_module, "_causal_mask", lambda *a: called.append(a[:2]) or mask(*a))
+    whole = reference(model, ids, 12, dtype)
+    layers = ARCHITECTURE.layer_types.count("full_attention")
+    assert called == layers * [(0, 16)]
+    called.clear()
+    monkeypatch.setattr(reference_module, "SCORES", 3 * 20 * 2 * ARCHITECTURE.num_attention_heads)
+    pieces = reference(model, ids, 12, dtype, expert_ids=whole.expert_ids)
+    assert called == layers * [(0, 3), (3, 6), (6, 9), (9, 12), (12, 15)], "the last piece is a single query"
+    torch.testing.assert_close(pieces.logits(0, 20), whole.logits(0, 20), **close)
+    for name, state in whole.states.items():
+        torch.testing.assert_close(pieces.states[name], state, **close, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_logits_of_a_slice_and_shapes(model):

@@ -124,9 +124,9 @@ def test_an_end_that_the_model_names_is_taken():
 @pytest.mark.parametrize("prompt", ["prompt='äb'", "prompt_ids=[1,2,3]", "prompt_len=3"])
 def test_a_prompt_that_no_prefill_graph_holds_is_refused(prompt):
     message = refusal(prompt, "cuda_graph=all", "prefill_graph_lengths=[2,1]", cuda=True)
-    for part in ("prompt of 3 tokens", "prefill_graph_lengths=[2, 1]", "3 or more", "cuda_graph=loop"):
+    for part in ("prompt of 3 tokens", "prefill_graph_lengths=[2, 1]", "3 or more", "prefill_chunk=2", "cuda_graph=loop"):
         assert part in message
-    for fine in (["prefill_graph_lengths=[3]"], ["cuda_graph=loop"], ["dispatch=token_by_token"]):
+    for fine in (["prefill_graph_lengths=[3]"], ["cuda_graph=loop"], ["dispatch=token_by_token"], ["prefill_chunk=2"]):
         validate(nano(prompt, "cuda_graph=all", "prefill_graph_lengths=[2]", *fine), cuda_available=True)
 
 

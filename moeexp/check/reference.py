@@ -4,6 +4,8 @@ Layer-major: each layer runs all positions but the last few as one call and then
 transformers' own cache, before the next layer is loaded. A 35B model so needs one dequantised layer (3.3 GB in float32), not
 itself. Which call a position belongs to changes its result by the rounding of the run's dtype alone; a call costs 2.5 ms a
 layer however short it is, so that one for each of 256 generated tokens would be half of a check's time at full size.
+Full attention, whose scores are heads x queries x positions, takes a long call in pieces: each query still has all positions
+before it in one softmax of transformers' own.
 Shape letters: B batch, S sequence, L layers, D hidden, V vocabulary, E experts, k experts per token.
 """
 
@@ -21,6 +23,9 @@ from moeexp.check.pure_torch import assert_pure_torch, eager, full_precision, mo
 
 # Positions at the end that are calls of their own: transformers' own decode path, from a state that its prompt path left.
 SINGLE_STEPS = 4
+# Scores of one call of full attention, of which transformers holds three tensors at a time, in float32 2 GiB each. At full size
+# 5,792 positions are one call.
+SCORES = 1 << 29
 
 
 class ReferenceWeights(Protocol):
@@ -169,12 +174,14 @@ def _run_layer(
     output = torch.full_like(hidden, float("nan"))
     length = hidden.shape[1]
     first = max(prompt_len, length - SINGLE_STEPS)
-    calls = [(0, first)] + [(position, position + 1) for position in range(first, length)]
-    for route.start, route.stop in calls:
+    attends = config.layer_types[index] == "full_attention"
+    most = max(1, SCORES // (hidden.shape[0] * config.num_attention_heads * length)) if attends else first
+    starts = [*range(0, first, most), *range(first, length)]
+    for route.start, route.stop in zip(starts, [*starts[1:], length], strict=True):
         here = slice(route.start, route.stop)
         mask = None
-        if config.layer_types[index] == "full_attention" and route.stop - route.start > 1:
-            mask = _causal_mask(route.stop, hidden)
+        if attends and route.stop - route.start > 1:
+            mask = _causal_mask(route.start, route.stop, hidden)
         output[:, here] = layer(
             hidden[:, here],
             position_embeddings=(rope[0][:, here], rope[1][:, here]),
@@ -183,18 +190,18 @@ def _run_layer(
         )
     entry: Any = cache.layers[index]  # of another class for each kind of layer
     prefix = f"layers.{index}"
-    if config.layer_types[index] == "full_attention":
+    if attends:
         return output, {f"{prefix}.k_cache": entry.keys, f"{prefix}.v_cache": entry.values}
     # transformers keeps as many inputs as the convolution is wide; the oldest is never read again.
     conv_state = entry.conv_states[0][..., 1:].contiguous()
     return output, {f"{prefix}.conv_state": conv_state, f"{prefix}.recurrent_state": entry.recurrent_states[0]}
 
 
-def _causal_mask(length: int, like: Tensor) -> Tensor:
-    """Additive [1, 1, length, length]. Built here because transformers' own builder asks the cache of the *first*
-    attention layer how long the past is, which is empty in a layer-major run."""
-    full = torch.full((length, length), torch.finfo(like.dtype).min, dtype=like.dtype, device=like.device)
-    return full.triu(1)[None, None]
+def _causal_mask(start: int, stop: int, like: Tensor) -> Tensor:
+    """Additive [1, 1, stop - start, stop], of queries from `start` on. Built here because transformers' own builder asks the
+    cache of the *first* attention layer how long the past is, which is empty in a layer-major run."""
+    full = torch.full((stop - start, stop), torch.finfo(like.dtype).min, dtype=like.dtype, device=like.device)
+    return full.triu(start + 1)[None, None]
 
 
 def _load_layer(config: Any, index: int, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device):

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from moeexp_kernels.ops.sample import reference_scores, reference_support
+from moeexp_runner.pieces import piece_sizes
+from moeexp_runner.session import Session
 from torch import Tensor
 
 from moeexp.check.bits_per_byte import position_slices
@@ -18,6 +20,7 @@ from moeexp.check.check import Trace, check_float32, check_timed, check_tokens, 
 from moeexp.check.reference import ReferenceRun, generate_reference, run_reference
 from moeexp.check.tolerances import Part, make_part, measured
 from moeexp.check.weight_agreement import check_weights
+from moeexp.config.memory_need import on_host
 from moeexp.config.schema import Config
 from moeexp.config.sources import weights_folder
 from moeexp.model.config_agreement import text_config
@@ -144,30 +147,41 @@ def generated_ids(trace: Trace) -> list[list[int]]:
 def record_trace(stack: Stack, prompt: Tensor, new_tokens: int, *, forced: Tensor | None = None) -> Trace:
     """Decodes `new_tokens` from prompt [B, T] through the session, keeping every logit and the final state. `forced`
     [B, >= new_tokens - 1] is fed instead of what the sampler chooses."""
-    session = stack.session
-    logits = []
-    for positions in position_slices(session, prompt.shape[1]):
+    session, (batch, count) = stack.session, prompt.shape
+    length = count + new_tokens - 1
+    vocab, dtype = session.vocab_size, stack.model.embed_tokens.weight.dtype
+    where = "cpu" if on_host(batch * length * vocab * dtype.itemsize) else stack.device
+    kept = torch.empty(batch, length, vocab, dtype=dtype, device=where)
+    for positions in _position_sets(session, count):
         session.reset()
-        logits.append(session.prefill(prompt, positions))
+        kept.index_copy_(1, positions.to(where), session.prefill(prompt, positions).to(where))
     # As a generation asks for them: of one position the head is another kernel, and at a tie it may choose another token.
     session.reset()
-    logits[-1:] = [logits[-1][:, :-1], session.prefill(prompt).clone()]
+    logits = session.prefill(prompt).clone()
+    kept[:, count - 1 : count] = logits
     fed = [prompt]
     for step in range(new_tokens - 1):
-        token = session.sample(logits[-1][:, -1:]) if forced is None else forced[:, step : step + 1]
+        token = session.sample(logits) if forced is None else forced[:, step : step + 1]
         fed.append(token)
-        logits.append(session.decode(token).clone())
-    length = prompt.shape[1] + new_tokens - 1
+        logits = session.decode(token).clone()
+        kept[:, count + step : count + step + 1] = logits
     state = stack.arena.snapshot()
     ids = [state.pop(f"layers.{i}.expert_ids")[:, :length] for i in range(stack.arch.num_hidden_layers)]
     return Trace(
         token_ids=torch.cat(fed, dim=1),
         prompt_len=prompt.shape[1],
-        logits=torch.cat(logits, dim=1),
+        logits=kept,
         expert_ids=torch.stack(ids).long(),
         states=state,
-        next_token=session.sample(logits[-1][:, -1:])[:, 0] if forced is None else None,
+        next_token=session.sample(logits)[:, 0] if forced is None else None,
     )
+
+
+def _position_sets(session: Session, count: int) -> list[Tensor]:
+    """Positions 0..count-1 in as few sets as there are slices of a piece: a prefill for each, and each piece's logits small."""
+    step = len(position_slices(session, count)[0])
+    places = torch.cat([torch.arange(size, device=session.device) for size in piece_sizes(count, session.prefill_chunk)])
+    return [(places // step == i).nonzero()[:, 0] for i in range(int(places.max()) // step + 1)]
 
 
 @torch.no_grad()

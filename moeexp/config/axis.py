@@ -50,6 +50,7 @@ BEFORE_HOPPER = RunKind("on a GPU before Hopper", lambda cfg, capability: capabi
 TRANSFORMERS = RunKind("with `engine=transformers`", lambda cfg, capability: cfg.engine == "transformers")
 WITHOUT_GRAPH = RunKind("with `cuda_graph=false`", lambda cfg, capability: cfg.cuda_graph is False)
 SINGLE = RunKind("with `dispatch=single`", lambda cfg, capability: cfg.dispatch == "single")
+TOKEN_BY_TOKEN = RunKind("with `dispatch=token_by_token`", lambda cfg, capability: cfg.dispatch == "token_by_token")
 NO_PREFILL = RunKind(
     "with `cuda_graph=all` and `dispatch=token_by_token`",
     lambda cfg, capability: cfg.cuda_graph == "all" and cfg.dispatch == "token_by_token",

@@ -8,11 +8,14 @@ quantisation makes it a copy.
 State, for each sequence: of linear attention conv_dim (kernel - 1) elements of `dtype` and the recurrent state H_v D_k D_v in
 float32; of full attention 2 H_kv D elements of `dtype` for each position; of each layer the k experts chosen, int32, for each
 position. With `state=explicit` twice: one set goes in while another comes out. transformers keeps its own, which grows.
-Workspace: the largest of what one step has at a time: the logits [B, V], or in prefill the residual stream [B, T, hidden]
-beside what a layer's widest projection makes of it. T is the prompt, where its length is known.
+Workspace: the largest of what one step has at a time: the logits [B, V], or in prefill, for each of its B T tokens, elements of
+`dtype`. T is the prompt, where its length is known, or the longest piece that `prefill_chunk` cuts it into. A mixer has the
+residual stream, its input projection and its output; `ops.gdn_prefill=triton` has q, k, v, and of each value head w and u, beside
+them. `ops.moe_prefill=triton` has the stream, its norm, and of each expert chosen an activation of its width and an output.
 
 It is a lower bound, so that nothing is refused that fits: a device also holds compiled code, a CUDA context and captured graphs,
-what quantising needs on the way, and the check's reference, one layer at a time.
+what quantising needs on the way, and the check's reference, one layer at a time. Of the check its logits count, of all positions
+[B, S, V], the run's and those of its float32 twin: beyond `ON_DEVICE` bytes they lie in the host's memory.
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from moeexp_runner.pieces import piece_sizes
+
+from moeexp.config import axes
 from moeexp.config.architecture import Architecture
 from moeexp.config.schema import Config, QuantConfig, model_label
 from moeexp.config.sources import load_architecture
@@ -27,6 +33,7 @@ from moeexp.config.sources import load_architecture
 GIB = 2.0**30
 FLOAT32 = 4
 SIZES = {"float32": 4, "bfloat16": 2}
+ON_DEVICE = 8 << 30
 
 
 @dataclass(frozen=True)
@@ -47,13 +54,15 @@ def need_of(cfg: Config) -> Need:
     arch, size = load_architecture(cfg.model), SIZES[cfg.dtype]
     sets = 0 if cfg.engine == "transformers" else 2 if cfg.state == "explicit" else 1
     state = sets * cfg.batch * _state_of_sequence(arch, cfg.max_seq_len, size)
-    return Need(_weights(arch, cfg.quant, size), state, cfg.batch * size * _widest(arch, _prompt_length(cfg)))
+    workspace = cfg.batch * size * max(arch.vocab_size, _piece(cfg) * _held(cfg, arch))
+    return Need(_weights(arch, cfg.quant, size), state, workspace)
 
 
 def check_fits(cfg: Config, available: Callable[[str], int | None]) -> None:
     """`ValueError` for a resolved config that its device cannot hold. `available`: bytes on the cpu or cuda, None: unknown."""
     need, free = need_of(cfg), available(cfg.device)
     if free is None or need.total <= free:
+        _check_logits(cfg, available("cpu"))
         return
     numbers = (need.weights, need.state, need.workspace, need.total, free)
     weights, state, workspace, total, left = (f"{number / GIB:.4g}" for number in numbers)
@@ -65,9 +74,29 @@ def check_fits(cfg: Config, available: Callable[[str], int | None]) -> None:
     )
 
 
+def on_host(size: int) -> bool:
+    """Whether so many bytes of logits of a check lie in the host's memory."""
+    return size > ON_DEVICE
+
+
+def _check_logits(cfg: Config, free: int | None) -> None:
+    """Of the check's logits, before a long prompt has been timed in vain."""
+    if cfg.check == "off" or cfg.engine == "transformers" or free is None:
+        return
+    positions = _prompt_length(cfg) + cfg.new_tokens - 1
+    sizes = {SIZES[cfg.dtype], FLOAT32}  # the twin's too
+    need = [cfg.batch * positions * load_architecture(cfg.model).vocab_size * size for size in sizes]
+    if sum(filter(on_host, need)) > free:
+        raise ValueError(
+            f"check={cfg.check} of {cfg.batch} x {positions} positions keeps {sum(need) / GIB:.4g} GiB of logits in host memory, "
+            f"{free / GIB:.4g} GiB available: use check=off, which publishes no speed, or a shorter prompt"
+        )
+
+
 def _advice(cfg: Config, need: Need, free: int) -> str:
     if need.weights <= free:
-        return f"use less than batch={cfg.batch} or max_seq_len={cfg.max_seq_len}, a shorter prompt, or a larger device"
+        shorter = "a shorter prompt" if "prefill_chunk" in axes.not_applicable(cfg) else f"less than prefill_chunk={_piece(cfg)}"
+        return f"use less than batch={cfg.batch} or max_seq_len={cfg.max_seq_len}, {shorter}, or a larger device"
     fewer = "" if cfg.quant.bits == 4 or cfg.engine == "transformers" else "quant=int4, "
     return f"use {fewer}a smaller model or a larger device"
 
@@ -120,14 +149,29 @@ def _state_of_sequence(arch: Architecture, positions: int, size: int) -> int:
     return kinds + arch.num_hidden_layers * arch.num_experts_per_tok * positions * 4
 
 
-def _widest(arch: Architecture, length: int) -> int:
-    """Elements for each sequence."""
-    projected = max(_projected(arch, kind) for kind in arch.layer_types)
-    return max(arch.vocab_size, length * (arch.hidden_size + projected))
+def _held(cfg: Config, arch: Architecture) -> int:
+    """Elements for each token of a prefill."""
+    from moeexp_kernels import registry  # imports torch; `--help` does not need it
+
+    chosen = {op: getattr(cfg.ops, op) for op in ("gdn_prefill", "moe_prefill")}
+    names = registry.resolve(default=cfg.ops.default, chosen=chosen, device=cfg.device) if cfg.engine == "moeexp" else {}
+    hidden, outputs = arch.hidden_size, {"linear_attention": arch.value_dim}
+    outputs["full_attention"] = arch.num_attention_heads * arch.head_dim
+    mixers = {kind: hidden + _projected(arch, kind) + outputs[kind] for kind in outputs}
+    if names.get("gdn_prefill") == "triton":
+        mixers["linear_attention"] += 2 * (arch.key_dim + arch.value_dim) + arch.linear_num_value_heads * arch.linear_key_head_dim
+    pairs = arch.num_experts_per_tok * (arch.moe_intermediate_size + hidden)
+    experts = 2 * hidden + pairs if names.get("moe_prefill") == "triton" else 0
+    return max(experts, *(mixers[kind] for kind in arch.layer_types))
 
 
 def _prompt_length(cfg: Config) -> int:
     """Of a text at least one token, whatever the tokenizer."""
+    return cfg.prompt_len or len(cfg.prompt_ids or "1")
+
+
+def _piece(cfg: Config) -> int:
+    """Tokens of the longest call that the prompt takes."""
     if cfg.dispatch == "token_by_token":
         return 1
-    return cfg.prompt_len or len(cfg.prompt_ids or "1")
+    return max(piece_sizes(_prompt_length(cfg), 0 if cfg.engine == "transformers" else cfg.prefill_chunk))

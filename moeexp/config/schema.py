@@ -29,6 +29,7 @@ from moeexp.config.axis import (
     ON_CPU,
     OTHER_LINEAR,
     SINGLE,
+    TOKEN_BY_TOKEN,
     TRANSFORMERS,
     VALUE,
     WEIGHTS,
@@ -87,8 +88,12 @@ class Config:
         only={ON_CPU: False, TRANSFORMERS: False},
     )  # fmt: skip
     prefill_graph_lengths: list[int] = axis(
-        "of `cuda_graph=all`: a shorter prompt is padded, which leaves no trace in the state; a longer one is refused",
+        "of `cuda_graph=all`: a shorter prompt is padded, which leaves no trace in the state; pieces longer than all are refused",
         default=lambda: [128, 512], role=AXIS, least=1, most=MANY, no_effect=(NO_PREFILL,),
+    )  # fmt: skip
+    prefill_chunk: int = axis(
+        "tokens of a prompt that one call of prefill takes; a longer one goes through in even pieces; 0: the whole prompt in one",
+        default=8192, role=AXIS, least=0, most=MANY, no_effect=(TOKEN_BY_TOKEN, TRANSFORMERS),
     )  # fmt: skip
     pdl: bool = axis(
         "programmatic dependent launch: in a captured decode step a kernel fetches its weights while the one before it runs",
@@ -159,8 +164,9 @@ class Config:
     )
     # Part of a run's identity: a run without its trace is no result for who asks for one.
     profile: str = axis(
-        "what is left beside the record", default="off", role=HOUSEKEEPING, identity=VALUE,
-        values={"off": "nothing", "trace": "a Chrome trace of a few decode steps"},
+        "what a run says of its decode steps beside their time", default="off", role=HOUSEKEEPING, identity=VALUE,
+        values={"off": "nothing more", "trace": "a Chrome trace of a few, beside the record",
+                "budget": "on a GPU: bytes, floor and time of each kernel, printed and in the record"},
     )  # fmt: skip
     engine: str = axis(
         "who decodes", default="moeexp", role=AXIS, part_of=[WEIGHTS, ARTIFACT],

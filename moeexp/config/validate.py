@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any, get_args
 
+from moeexp_runner.pieces import piece_sizes
+
 from moeexp.config import axes, end_of_sequence
 from moeexp.config.architecture import Architecture
 from moeexp.config.axes import get
@@ -89,6 +91,11 @@ def _check_axes(cfg: Config, device: str) -> None:
             "dispatch=cond with state=shared would mutate the state inside the branches of torch.cond, which cannot be "
             "compiled: use state=explicit, where it is an output of both branches"
         )
+    if cfg.profile == "budget" and (device == "cpu" or cfg.engine != "moeexp" or cfg.new_tokens < 2):
+        raise ValueError(
+            f"profile=budget times our CUDA kernels of a decode step, and device={device} with engine={cfg.engine} and "
+            f"new_tokens={cfg.new_tokens} runs none: use device=cuda, engine=moeexp and new_tokens=2 or more, or profile=off"
+        )
     if cfg.cuda_graph == "all" and not cfg.prefill_graph_lengths:
         raise ValueError("cuda_graph=all needs prefill_graph_lengths, and it is empty: name one, or use cuda_graph=loop")
 
@@ -126,14 +133,15 @@ def _check_prompt(cfg: Config, arch: Architecture) -> None:
     if beyond_graphs(cfg, length):
         raise ValueError(
             f"prompt of {length} tokens with cuda_graph=all is longer than every one of "
-            f"prefill_graph_lengths=[{_list(cfg.prefill_graph_lengths)}]: name one of {length} or more, or use cuda_graph=loop"
+            f"prefill_graph_lengths=[{_list(cfg.prefill_graph_lengths)}]: name one of {length} or more, or use "
+            f"prefill_chunk={max(cfg.prefill_graph_lengths)}, or cuda_graph=loop"
         )
 
 
 def beyond_graphs(cfg: Config, length: int) -> bool:
-    """Whether prefill should run as a graph, and a prompt of so many tokens is too long for all of them."""
+    """Whether prefill should run as graphs, and the pieces of a prompt of so many tokens are too long for all of them."""
     captured = cfg.cuda_graph == "all" and cfg.dispatch != "token_by_token"
-    return captured and length > max(cfg.prefill_graph_lengths)
+    return captured and max(piece_sizes(length, cfg.prefill_chunk)) > max(cfg.prefill_graph_lengths)
 
 
 def check_lengths(*, prompt: int, new_tokens: int, max_seq_len: int) -> None:

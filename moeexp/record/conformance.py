@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from moeexp.record.shape import ConfigShape, Shape, Whole
+from moeexp.record.quantities import Shape
+from moeexp.record.shape import ConfigShape, Whole
 from moeexp.record.text import brief, one_line
 
 

@@ -85,6 +85,7 @@ KEYS = (
     "bandwidth_share",
     "kernels_per_token",
     "time_split",
+    "step_budget",
     "trace",
     "joules_per_token",
     "energy",

@@ -3,55 +3,28 @@ lengths that fit each other. Keys that are not named here are nobody's to rely o
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from moeexp.record.names import DATE, ID, STATUSES
+from moeexp.record.names import STATUSES
+from moeexp.record.quantities import (
+    LARGEST,
+    Amount,
+    Count,
+    Date,
+    Id,
+    Number,
+    Outcome,
+    Positive,
+    Shape,
+    TextRows,
+    Texts,
+    measured,
+)
 from moeexp.record.text import brief
 
-LARGEST = 1e15  # bytes, tokens, seconds, watts
-SMALLEST = 1e-6  # tokens per second, milliseconds, GB: below it is nothing
 MAX_SAMPLES = 4000  # of a kind; a record keeps no more
-
-
-def _text_like(pattern: Any, what: str) -> AfterValidator:
-    def check(text: str) -> str:
-        if not pattern.fullmatch(text):
-            raise ValueError(what)
-        return text
-
-    return AfterValidator(check)
-
-
-def _date(text: str) -> str:
-    if not DATE.fullmatch(text):
-        raise ValueError("it should be a date with a zone, as 2026-01-31T12:00:00+00:00")
-    datetime.fromisoformat(text)
-    return text
-
-
-def _measured(value: float) -> float:
-    if 0 < value < SMALLEST:
-        raise ValueError(f"it should be 0, or {SMALLEST:g} or more")
-    return value
-
-
-Id = Annotated[str, _text_like(ID, "it should be letters, digits, dots, dashes and underscores")]
-Date = Annotated[str, AfterValidator(_date)]
-Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
-Amount = Annotated[float, Field(ge=0, le=LARGEST), AfterValidator(_measured)]
-Positive = Annotated[float, Field(ge=SMALLEST, le=LARGEST)]
-Count = Annotated[int, Field(ge=0, le=LARGEST)]
-# Of a broken run: any number, or the text or null in the place of one that is not finite.
-Outcome = float | Literal["nan", "inf", "-inf"] | None
-Texts = list[str]
-TextRows = list[str] | str | None
-
-
-class Shape(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
 class Model(Shape):
@@ -106,7 +79,7 @@ class Latencies(Shape):
             raise ValueError(f"n={self.n} is less than its {len(self.samples)} samples")
         if not self.p50 <= self.p90 <= self.p99:
             raise ValueError("p50, p90 and p99 are not in this order")
-        _measured(min(filter(None, self.samples), default=0.0))
+        measured(min(filter(None, self.samples), default=0.0))
         return self
 
 
@@ -186,6 +159,28 @@ class TimeSplit(Shape):
     host_us: Amount
     kernels: Amount
     by_kernel: list[Kernel] | None = None
+
+
+class BudgetRow(Shape):
+    op: str | None
+    kernel: str | None
+    calls: Amount
+    bytes: Count
+    activations: Count
+    us: Amount
+    adds_us: Amount
+
+
+class BudgetLayers(Shape):
+    name: str
+    count: Annotated[int, Field(ge=1, le=LARGEST)]
+    bytes: Count
+    adds_us: Amount
+
+
+class StepBudget(Shape):
+    rows: list[BudgetRow]
+    layers: list[BudgetLayers] | None
 
 
 class BytesPerToken(Shape):
@@ -314,6 +309,7 @@ class Whole(Shape):
     bandwidth_share: Amount | None = None
     kernels_per_token: Amount | None = None
     time_split: TimeSplit | None = None
+    step_budget: StepBudget | None = None
     joules_per_token: Amount | None = None
     energy: dict[str, Any] | None = None
     phases_s: dict[str, Number] | None = None

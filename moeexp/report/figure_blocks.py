@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moeexp.record.record import read_record
-from moeexp.report import axes_table, processes
+from moeexp.report import axes_table, curves, processes
 from moeexp.report.effects import main_effects
 from moeexp.report.format import number, percent
 from moeexp.report.intervals import tokens_per_step
@@ -299,6 +299,8 @@ def _cells(line: str) -> list[str]:
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "headline": headline,
     "sequences": sequences,
+    "prefill-by-prompt": curves.prefill_by_prompt,
+    "decode-by-depth": curves.decode_by_depth,
     "soak": soak,
     "ladder": ladder,
     "ladder-summary": ladder_summary,

@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moeexp.report import processes
+from moeexp.report import budget, processes
 from moeexp.report.ablation import Ablation, Factor, stacks
 from moeexp.report.effects import MEANING, interactions, main_effects
 from moeexp.report.format import STALLS, number, stalls_text
 from moeexp.report.intervals import tokens_per_step
 from moeexp.report.ratios import UNSAID, by_medians, legend, marks, three, times, without_stalls
+from moeexp.report.records import cell_of
 from moeexp.report.runs import Run, settings_text
 from moeexp.report.waterfall import Step, waterfalls
 
@@ -36,6 +37,24 @@ class Table:
 def process_tables(runs: Sequence[Run]) -> list[Table]:
     found = processes.processes(runs)
     return [Table(processes.HEADER, processes.rows(found), [processes.NOTE], css=["wrap"])] if found else []
+
+
+def budget_tables(runs: Sequence[Run]) -> list[Table]:
+    return [one for run in runs for one in budget_of(run.record, cell_of(run.record) or settings_text(run.settings.items()))]
+
+
+def budget_of(record: dict[str, Any], of: str = "") -> list[Table]:
+    """The two tables of a record that has a budget."""
+    if not budget.has_budget(record):
+        return []
+    layers = budget.layer_rows(record)
+    figures = ["number"] * (len(budget.KERNELS) - 2)
+    found = [Table(budget.KERNELS, budget.kernel_rows(record), budget.kernel_notes(record), of=of, css=["", "wrap", *figures])]
+    if layers:
+        found.append(
+            Table(budget.LAYERS, layers, of=f"{of}, by layer".removeprefix(", "), css=["", *figures[: len(budget.LAYERS) - 1]])
+        )
+    return found
 
 
 def step_tables(runs: Sequence[Run]) -> list[Table]:
@@ -174,4 +193,5 @@ TABLES: dict[str, Callable[[Sequence[Run]], list[Table]]] = {
     "Effects": effect_tables,
     "Interactions": interaction_tables,
     "Alone and in the full stack": stack_tables,
+    "Budget of a step": budget_tables,
 }

@@ -20,6 +20,7 @@ from moeexp.report.table import footnotes, markdown, table
 COLOURS = {"ok": "green", "running": "yellow", "unsupported": "yellow", "interrupted": "yellow", "lost": "yellow"}
 MAX_TEXT = 600
 LABEL = 14
+TEXTS = ("op", "kernel", "layer")  # of the budget's columns those that are no figures
 
 LabelledText = tuple[str, str | Text]
 
@@ -40,6 +41,21 @@ def print_run(record: dict[str, Any], *, path: Path, console: Console) -> None:
     # One line each, whatever the width: a path broken over two lines cannot be copied or searched for.
     for label, value in findings + places:
         console.print(Text.assemble((f"{label:<{LABEL}}", "dim"), "  ", value), soft_wrap=True)
+    if record["step_budget"]:
+        _print_budget(record, console)
+
+
+def _print_budget(record: dict[str, Any], console: Console) -> None:
+    from moeexp.report.tables import budget_of  # here: few runs have one, and what tables are made of takes a while to import
+
+    for one in budget_of(record):
+        widths = [max(map(len, column)) for column in zip(one.header, *one.rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) if name in TEXTS else cell.rjust(width)
+                      for name, cell, width in zip(one.header, row, widths, strict=True)) for row in (one.header, *one.rows)
+        ]  # fmt: skip
+        for text in ("", *lines, *one.notes):
+            console.print(Text(visible(text)), soft_wrap=True)
 
 
 def print_sweep(records: Sequence[dict[str, Any]], *, path: Path, console: Console) -> None:

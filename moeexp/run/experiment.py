@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moeexp_kernels import user_ops
+from moeexp_kernels import traffic, user_ops
 from moeexp_kernels.parts import tuning
 from moeexp_runner import timing
 from moeexp_runner.profiler import STEPS, kernels_per_token, token_split, write_trace
@@ -31,10 +31,11 @@ from moeexp.record.phases import Phases
 from moeexp.record.record import Record
 from moeexp.record.telemetry import Telemetry, watch
 from moeexp.run.benchmark import Benchmark
+from moeexp.run.budget import step_budget
 from moeexp.run.cache_size import cache_bytes
 from moeexp.run.identity import confirm
 from moeexp.run.memory import memory
-from moeexp.run.roofline import bandwidth_share, bytes_per_step
+from moeexp.run.roofline import bandwidth_share, bytes_per_step, step_calls
 from moeexp.run.transformers_baseline import run_transformers
 from moeexp.stack.compilers import Compilers
 from moeexp.stack.factory import Stack, build_model, build_stack, check_coverage, python_callbacks
@@ -135,7 +136,11 @@ class Experiment:
         floor = self.floor(bandwidth)
         values, steps = self.benchmark.values(), min(cfg.new_tokens - 1, STEPS)
         step_s = self.benchmark.step_s()
-        split = token_split(stack.session, self.on_device, steps, step_us=1e6 * step_s) if step_s else None
+        calls = step_calls(stack.model, **self.step()) if cfg.profile == "budget" else []
+        ops = [traffic.base(call.op) for call in calls]
+        split = token_split(stack.session, self.on_device, steps, step_us=1e6 * step_s, ops=ops) if step_s else None
+        if split and calls:
+            self.record.set(step_budget=step_budget(calls, split.pop("by_op"), self.arch.layer_types))
         self.record.set(
             **values,
             telemetry=telemetry.summary(),
@@ -146,11 +151,16 @@ class Experiment:
         )
 
     def floor(self, bandwidth: float) -> dict[str, Any]:
-        """The record's `bytes_per_token`, with the experts that the last timed generation chose."""
-        cfg, device = self.cfg, self.stack.device
-        length = self.prompt.shape[1] + cfg.new_tokens // 2
-        found = bytes_per_step(self.stack.model, batch=cfg.batch, length=length, ids=self.chosen)
-        return found | {"cache_bytes": cache_bytes(device), "read_bandwidth_gb_s": round(bandwidth / 1e9, 2)}
+        """The record's `bytes_per_token`."""
+        device = self.stack.device
+        return bytes_per_step(self.stack.model, **self.step()) | {
+            "cache_bytes": cache_bytes(device),
+            "read_bandwidth_gb_s": round(bandwidth / 1e9, 2),
+        }
+
+    def step(self) -> dict[str, Any]:
+        """The decode step that stands for all: in the middle of a generation, with the experts that the last timed one chose."""
+        return {"batch": self.cfg.batch, "length": self.prompt.shape[1] + self.cfg.new_tokens // 2, "ids": self.chosen}
 
     def finish(self) -> None:
         """After check and timing: their ids, the text, its quality, a trace where one is wanted."""

@@ -10,7 +10,8 @@ from pydantic import ConfigDict, Field, model_validator
 from moeexp.config import axes, recorded
 from moeexp.config.files import is_inside
 from moeexp.record.conformance import conforms
-from moeexp.record.shape import Amount, Count, Shape, Weights
+from moeexp.record.quantities import Amount, Count, Shape
+from moeexp.record.shape import Weights
 from moeexp.record.text import brief
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]

@@ -160,6 +160,7 @@ def build_stack(
             shared_stream=cfg.shared_stream,
             padded=builder.padded,
             prefill_graph_lengths=cfg.prefill_graph_lengths,
+            prefill_chunk=cfg.prefill_chunk,
             ahead=cfg.loop_ahead,
             pdl=pdl_of(cfg),
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from moeexp_runner.op_kernels import Event, place
 from moeexp_runner.session import Session
 from moeexp_runner.timing import synchronize
 
@@ -29,22 +30,23 @@ TOP = 20
 STEPS = 16  # enough to watch: more say the same
 COPIES = ("Memcpy", "Memset")
 
-Event = tuple[str, float, float]  # name, start and end in microseconds
 
-
-def token_split(session: Session, prompt: Tensor, steps: int, *, step_us: float) -> dict[str, Any] | None:
+def token_split(
+    session: Session, prompt: Tensor, steps: int, *, step_us: float, ops: Sequence[str] = ()
+) -> dict[str, Any] | None:
     """Decodes `steps` tokens after prompt [B, T]. step_us: what a decode step takes, timed without a profiler in the process.
     Microseconds per token: {wall_us = step_us = kernels_us + copies_us + gaps_us + host_us, by_kernel: the longest [{name,
     calls, us}]}, and what runs on the GPU for one token, whether a graph replays it or the host launches it: `kernels` and
-    `copies` (with fills), from the token that is fed to the next one's arrival on the host. None where there is no GPU to
-    profile."""
+    `copies` (with fills), from the token that is fed to the next one's arrival on the host. With the `ops` of a step, as
+    `op_kernels.place` takes them, also what that finds, as `by_op`. None where there is no GPU to profile."""
     if session.device.type != "cuda":
         return None
     session.decode_tokens(_prefilled(session, prompt), steps + 1)  # warm: lazy loading is no part of a token
     # Of a generation without a step: what starts a loop, and the first token's way to the host.
     without, whole = (_profiled(session, prompt, count) for count in (1, steps + 1))
     session.reset()
-    return split(whole, wall_us=step_us * steps, steps=steps, without=without)
+    found = split(whole, wall_us=step_us * steps, steps=steps, without=without)
+    return found | {"by_op": place(_kernels(whole), ops, steps=steps, without=_kernels(without))} if ops else found
 
 
 def kernels_per_token(time_split: dict[str, Any] | None) -> float | None:
@@ -77,7 +79,7 @@ def split(events: Iterable[Event], *, wall_us: float, steps: int, without: Itera
     events = sorted(events, key=lambda event: event[1])
     if not events:
         raise RuntimeError("the profiler saw no work on the GPU; is another profiler attached?")
-    kernels = [event for event in events if not event[0].startswith(COPIES)]
+    kernels = _kernels(events)
     kernel_us = _covered(kernels)
     copies_us = _covered(events) - kernel_us
     gaps_us, end = 0.0, events[0][2]
@@ -113,6 +115,10 @@ def split(events: Iterable[Event], *, wall_us: float, steps: int, without: Itera
             {"name": name[:120], "calls": per_token(calls), "us": per_token(us)} for name, (calls, us) in longest[:TOP]
         ],
     }
+
+
+def _kernels(events: Iterable[Event]) -> list[Event]:
+    return [event for event in events if not event[0].startswith(COPIES)]
 
 
 def _covered(events: list[Event]) -> float:

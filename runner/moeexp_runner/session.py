@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moeexp_runner import inputs, token_by_token
 from moeexp_runner.loop import Loop, OnToken
+from moeexp_runner.pieces import piece_sizes
 from moeexp_runner.prefill_graphs import PrefillGraphs
 from moeexp_runner.step_graph import State, StepGraph
 from moeexp_runner.streams import MethodStream
@@ -27,6 +28,7 @@ class Session:
     arena       an `Arena`, or an `ExplicitState`: then both methods take and return the state tensors as well
     cuda_graph  False, "decode" (or True), "loop" (sampling and feedback inside), "all" (and prefill, at given lengths)
     padded      prefill has one more input, valid_len [B]: how many of its tokens count
+    prefill_chunk   tokens of a prompt that one call of prefill takes at most, see `piece_sizes`; 0: all
     ahead       steps that "loop" runs beyond the token that the host has read
     pdl         makes edges of a captured decode step programmatic, as in `GraphedMethod`
     """
@@ -47,13 +49,14 @@ class Session:
         shared_stream: bool = True,
         padded: bool = False,
         prefill_graph_lengths: Sequence[int] = (),
+        prefill_chunk: int = 0,
         ahead: int = 8,
         pdl: Callable[[int], int] | None = None,
     ):
         assert not (copy_outputs and cuda_graph in ("loop", "all")), "sampling inside a graph reads no host copy"
         self.arena, self.batch, self.max_seq_len, self.vocab_size = arena, batch, max_seq_len, vocab_size
         self.limits = inputs.Limits(batch, max_seq_len, vocab_size, device)
-        self.device, self.copy_outputs, self.padded = device, copy_outputs, padded
+        self.device, self.copy_outputs, self.padded, self.prefill_chunk = device, copy_outputs, padded, prefill_chunk
         self._prefill, self._decode, self._sample = prefill, decode, sample
         self._on_prefill, self._on_decode = (MethodStream(device, own=not shared_stream) for _ in range(2))
         self._token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
@@ -100,8 +103,8 @@ class Session:
         self.length = self.overrun = 0
 
     def prefill(self, tokens: Tensor, logit_positions: Tensor | None = None) -> Tensor:
-        """tokens [B, T] int64 continue what the session has seen; logit_positions [n] int64 within 0..T-1, by default
-        the last. Returns logits [B, n, V]."""
+        """tokens [B, T] int64 continue what the session has seen, in pieces of at most `prefill_chunk`; logit_positions [n] int64
+        within 0..T-1, by default the last. Returns logits [B, n, V], and no piece makes others."""
         self._require_ready()
         inputs.check_tokens(self.limits, tokens, tokens.shape[-1] if tokens.ndim == 2 else 1, start=self.length)
         self.arena.check_addresses()
@@ -110,9 +113,7 @@ class Session:
             if self._prefill is None:
                 return token_by_token.feed(self.decode, tokens, logit_positions)
             with self._on_prefill():
-                logits = self._run_prefill(tokens, logit_positions)
-        self.length += tokens.shape[1]
-        return logits
+                return self._prefill_pieces(tokens, logit_positions)
 
     def decode(self, token: Tensor) -> Tensor:
         """token [B, 1] int64, on the device. Returns logits [B, 1, V]."""
@@ -175,6 +176,27 @@ class Session:
 
     def _graphs(self) -> list[StepGraph | Loop | PrefillGraphs]:
         return [graph for graph in (self.prefill_graphs, self.graph, self.loop) if graph is not None]
+
+    def _prefill_pieces(self, tokens: Tensor, logit_positions: Tensor | None) -> Tensor:
+        """Each piece from the position that the one before it reached. It makes logits of the wanted positions in it; where
+        there are none of its last one, since a method makes some, and they are dropped."""
+        first, found, pieces = self.length, None, [tokens]
+        sizes = piece_sizes(tokens.shape[1], self.prefill_chunk)
+        if len(sizes) > 1:  # copies: for views torch.compile compiles anew, and a package copies what is not aligned
+            pieces = [piece.clone(memory_format=torch.contiguous_format) for piece in tokens.split(sizes, 1)]
+        for size, piece in zip(sizes, pieces, strict=True):
+            if logit_positions is None or len(sizes) == 1:
+                found = self._run_prefill(piece, logit_positions)
+            else:
+                here = logit_positions - (self.length - first)
+                inside = ((here >= 0) & (here < size)).nonzero()[:, 0]
+                logits = self._run_prefill(piece, here[inside] if len(inside) else here.new_tensor([size - 1]))
+                if found is None:
+                    found = logits.new_empty(self.batch, len(logit_positions), logits.shape[2])
+                found[:, inside] = logits[:, : len(inside)]
+            self.length += size
+        assert found is not None, "no prompt is empty"
+        return found
 
     def _run_prefill(self, tokens: Tensor, logit_positions: Tensor | None) -> Tensor:
         """A prompt that a graph holds is padded, whether the graph runs or, for other logits than the last, the method."""

@@ -91,7 +91,7 @@ def test_bench_writes_a_table_and_its_numbers(tmp_path, capsys):
     assert main(["router", "sample", "--quick", "--json", str(path), "--jobs", "1"]) == 0
     document = json.loads(path.read_text())
     assert [row["op"] for row in document["rows"]] == ["router", "router", "sample"]
-    assert [row["tables"].keys() for row in document["rows"][:2]] == [{"router_gemv"}, {"router_gemm"}]
+    assert [row["tables"].keys() for row in document["rows"][:2]] == [{"router_gemv"}, {"router_limbs"}]
     for row in document["rows"]:
         assert row["problem"] is None and row["us"] > 0 and 0 < row["share"] < 1.2 and len(row["samples"]) >= 10
     assert [peer["name"] for peer in document["rows"][2]["peers"]] == ["argmax"]

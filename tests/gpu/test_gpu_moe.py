@@ -7,8 +7,9 @@ import torch
 from kernels_common import TOLERANCE, assert_bitwise_equal, assert_close_ratio, poisoned_empty, randn
 from moeexp_kernels.bench import candidates
 from moeexp_kernels.ops.moe import moe_decode, moe_decode_tile
-from moeexp_kernels.ops.moe_prefill import moe_prefill, sort_by_expert
+from moeexp_kernels.ops.moe_prefill import moe_prefill
 from moeexp_kernels.ops.moe_reference import reference_moe_decode
+from moeexp_kernels.ops.moe_sort import sort_by_expert
 from moeexp_kernels.ops.router import reference_router, router
 from moeexp_kernels.parts import tuning
 from test_kernels_moe import choices, experts, route
@@ -209,12 +210,13 @@ def test_router_chooses_as_float32_would_on_the_same_bfloat16_weights(tokens):
 
 def test_sort_at_size():
     ids = choices(4, 1024, k=8, E=256)["ids"]
-    order, block_expert = sort_by_expert(ids=ids, experts=256, block_m=32)
-    flat, used = ids.flatten(), block_expert >= 0
-    rows, owner = order.view(-1, 32)[used], block_expert[used]
-    real = rows < flat.numel()
-    assert torch.equal(rows[real].sort().values, torch.arange(flat.numel(), device="cuda", dtype=torch.int32))
-    assert torch.equal(flat[rows[real].long()], owner[:, None].expand_as(rows)[real])
+    order, lists = sort_by_expert(ids=ids, experts=256, heights=(128, 64, 32))
+    flat = ids.flatten()
+    assert torch.equal(order.long(), flat.argsort(stable=True))
+    rows = torch.cat([blocks[blocks[:, 2] > 0] for blocks in lists])
+    assert rows[:, 2].sum() == flat.numel() and all(blocks[:, 2].max() > 0 for blocks in lists)
+    for expert, first, pairs in rows.tolist():
+        assert (flat[order[first : first + pairs].long()] == expert).all()
 
 
 def test_in_a_cuda_graph():

@@ -56,3 +56,21 @@ def test_transformers_own_decode_is_timed_and_split(tmp_path, monkeypatch):
     split = record["time_split"]
     assert record["kernels_per_token"] > 0 and 0 < split["kernels_us"] < split["wall_us"]
     assert split["wall_us"] == pytest.approx(1e6 / record["decode_tok_s"], rel=1e-3), "the step that is published"
+
+
+@pytest.mark.parametrize(
+    "cell", ["cuda_graph=loop export=aoti", "cuda_graph=true export=eager batch=4", "cuda_graph=false export=eager"]
+)
+def test_a_budget_places_every_kernel_of_ours(cell, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["experiment=profile", "model=tiny", "quant=int4", *cell.split(), "tracker=jsonl", "new_tokens=12"]) == 0
+    record = json.loads(next(Path("outputs").rglob("record.json")).read_text())
+    budget, layers = record["step_budget"], load_architecture(compose(["model=tiny"]).model).num_hidden_layers
+    assert sum(row["bytes"] for row in budget["rows"]) == record["bytes_per_token"]["total"]
+    assert sum(row["calls"] for row in budget["rows"]) == pytest.approx(record["kernels_per_token"], abs=0.5)
+    assert budget["layers"] is not None and not [row for row in budget["rows"] if row["bytes"] and row["kernel"] is None]
+    calls = {(row["op"], row["kernel"]): row["calls"] for row in budget["rows"]}
+    assert calls["router", "choose_experts_kernel"] == calls["router", "gemv_kernel"] == layers
+    adds = [sum(one["adds_us"] for one in budget[key]) for key in ("rows", "layers")]
+    assert adds == pytest.approx([record["time_split"]["kernels_us"]] * 2, rel=0.05)
+    assert "sum of kernels" in capsys.readouterr().out

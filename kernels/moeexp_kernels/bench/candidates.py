@@ -71,16 +71,28 @@ GEMM = tuple(
         (128, 64, 64, 8, 3), (64, 128, 64, 4, 4), (128, 128, 32, 8, 4), (256, 64, 64, 8, 3),
     ]
 )  # fmt: skip
+
+
+def _blocks(n: int, k: int, warps: int, stages: int) -> dict[str, Any]:
+    return {"BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+
+
+# Of each height the kernels one after the other, the other one as it was best; two groups of warps (8) lost everywhere.
 MOE_PREFILL = tuple(
-    {
-        "block_m": m, "gate_up": {"BLOCK_N": n, "BLOCK_K": 64, "num_warps": warps, "num_stages": stages},
-        "down": {"BLOCK_N": down, "BLOCK_K": 64, "num_warps": warps, "num_stages": stages},
-    }
-    for m, n, down, warps, stages in [
-        (32, 64, 128, 4, 3), (16, 64, 128, 4, 3), (16, 64, 64, 4, 4), (32, 64, 64, 4, 3), (32, 128, 128, 8, 3),
-        (64, 64, 128, 4, 3), (32, 64, 128, 4, 4), (16, 128, 128, 8, 3),
+    {name: {"height": height, "gate_up": _blocks(*up) | {"AFTER": after}, "down": _blocks(*down)}}
+    for name, height, firsts, seconds in [
+        ("tall", 128, [((64, 64, 4, 3), False), ((64, 32, 4, 4), False)], [(128, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 4)]),
+        ("middle", 64, [((64, 32, 4, 4), False), ((64, 64, 4, 3), False)], [(128, 64, 4, 3), (128, 32, 8, 4), (64, 64, 4, 3)]),
+        ("low", 32, [((64, 64, 4, 3), True), ((64, 64, 4, 3), False), ((64, 32, 4, 4), False)],
+         [(128, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 4)]),
     ]
+    for up, after in firsts for down in seconds
 )  # fmt: skip
+DEQUANTISE = tuple({"BLOCK": block, "num_warps": warps} for block, warps in [(16, 4), (32, 4), (64, 4), (128, 8), (256, 8)])
+ROUTER_LIMBS = tuple(
+    {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": 64, "num_warps": 4, "num_stages": stages}
+    for m, n, stages in [(16, 64, 4), (32, 64, 4), (64, 64, 3), (32, 128, 3), (64, 128, 3)]
+)
 GDN_DECODE = tuple(
     {"split": split, "num_warps": warps}
     for split, warps in [(1, 8), (1, 4), (2, 8), (2, 4), (2, 2), (4, 4), (4, 2), (4, 1), (8, 2), (8, 1), (16, 1)]
@@ -117,8 +129,9 @@ def targets(ops: list[str]) -> list[Target]:
     head = f"half/{FULL.head_dim}"
     expert = f"{FULL.hidden}x{FULL.expert_width}"
     kv_lens = tuple(Spec("attention", "decode", 1, str(n)) for n in FULL.kv_lens)
-    gemm = Spec("linear", "prefill", FULL.prefill[0], "gdn in")
-    moe, moe_prefill = Spec("moe", "decode", 1), Spec("moe", "prefill", FULL.prefill[0])
+    gemm, matmul = (Spec("linear", "prefill", tokens, "gdn in") for tokens in (256, FULL.prefill[0]))
+    moe = Spec("moe", "decode", 1)
+    moe_prefill, router_prefill = (tuple(Spec(op, "prefill", length) for length in FULL.prefill) for op in ("moe", "router"))
     gdn_prefill = tuple(Spec("gdn", "prefill", length) for length in FULL.prefill)
     found = [
         Target("gemv", f"int4/{out}x{features}", (Spec("linear", "decode", 1, name),), HEAD if name == "head" else GEMV)
@@ -145,7 +158,9 @@ def targets(ops: list[str]) -> list[Target]:
             Target("moe_tile", f"int4/{expert}/{tokens}", (Spec("moe", "decode", tokens),), MOE_TILE)
             for tokens in (8, 16, 24, 32)
         ),
-        Target("moe_prefill", f"half/int4/{expert}", (moe_prefill,), MOE_PREFILL),
+        Target("moe_prefill", f"half/int4/{expert}", moe_prefill, MOE_PREFILL),
+        Target("dequantise", "int4", (matmul,), DEQUANTISE),
+        Target("router_limbs", f"plain16/{FULL.experts}x{FULL.hidden}", router_prefill, ROUTER_LIMBS),
         Target("gdn_decode", f"{dims}/few", (Spec("gdn", "decode", 1),), GDN_DECODE),
         Target("gdn_decode", f"{dims}/many", (Spec("gdn", "decode", 8),), GDN_DECODE),
         Target("gdn_prefill", f"half/{dims}", gdn_prefill, GDN_PREFILL),

@@ -29,6 +29,8 @@ from moeexp_kernels.ops import (
     sample,
 )
 from moeexp_kernels.ops.linear_tile import tile_key, tile_serves
+from moeexp_kernels.parts import tuning
+from moeexp_kernels.traffic import moved
 
 EPS = 1e-6
 
@@ -89,12 +91,13 @@ def build_linear(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -
     bits, group = linear.weight_format(weight=weight, scales=scales, in_features=features, name="weight")
     table = {
         "gemv": ("gemv", f"{key}{out}x{features}"), "gemm": ("gemm", f"{key}half/{out}x{features}"),
+        "matmul": ("dequantise", tuning.weight_class(spec.bits)),
         "tile": ("linear_tile", tile_key(bits=bits, out_features=out, features=features, rows=spec.tokens)),
     }[linear.kernel_for(rows=spec.tokens, bits=bits, group=group, out_features=out, features=features)]  # fmt: skip
     return Case(
         op="linear", shape=f"{spec.variant} {out}x{features} {'bf16' if spec.bits == 16 else f'int{spec.bits}'}",
         phase=spec.phase, tokens=spec.tokens, call=linear.linear, reference=linear.reference_linear, copies=copies,
-        moved=size + size_of(x, norm, residual) + 2 * spec.tokens * out, tolerance=tolerance_of(spec),
+        moved=moved("linear", copies[0]), tolerance=tolerance_of(spec),
         flops=2 * spec.tokens * out * features, tuned=(table,), info={"group": shapes.group, "bits": spec.bits},
     )  # fmt: skip
 
@@ -113,7 +116,7 @@ def build_router(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -
     x = source.randn(batch, tokens, shapes.hidden)
     weight = source.randn(shapes.experts, shapes.hidden, scale=shapes.hidden**-0.5)
     key = f"plain16/{shapes.experts}x{shapes.hidden}"
-    row = "router_gemv" if router.gemv_serves(rows=spec.tokens, key=key) else "router_gemm"
+    row = "router_gemv" if router.gemv_serves(rows=spec.tokens, key=key) else "router_limbs"
     trace = torch.zeros(batch, tokens, shapes.top_k, dtype=torch.int32, device=source.device)
     shared = {
         "x": x, "norm_weight": source.randn(shapes.hidden, dtype=torch.float32, scale=0.2), "eps": EPS,
@@ -126,7 +129,7 @@ def build_router(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -
         shape=f"{shapes.experts}x{shapes.hidden} bf16, top {shapes.top_k}", call=router.router,
         reference=router.reference_router, copies=copies,
         mutated=("expert_ids",),
-        moved=size_of(x, weight) + 12 * spec.tokens * shapes.top_k, tolerance=tolerance_of(spec), compare=same_choice,
+        moved=moved("router", copies[0]), tolerance=tolerance_of(spec), compare=same_choice,
         flops=2 * spec.tokens * shapes.experts * shapes.hidden,
         tuned=((row, key),),
     )  # fmt: skip
@@ -164,7 +167,6 @@ def build_moe(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -> C
         }.items():  # fmt: skip
             copy[name], copy[f"{name}_scales"] = source.weight(*stored, bits=bits, group=shapes.group)
         copies.append({**shared, **copy})
-    shared_size = size_of(*(v for k, v in copies[0].items() if k.startswith(("shared_gate_up", "shared_down"))))
     size, flops_width = f"{shapes.hidden}x{shapes.expert_width}", top_k * shapes.expert_width + shapes.shared_width
     key = f"int{bits}/{size}"
     tuned: tuple[tuple[str, str], ...] = (("moe_gate_up", key), ("moe_down", key))
@@ -176,7 +178,7 @@ def build_moe(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -> C
         op="moe", shape=f"{top_k} of {count} + shared, {size} int{bits}", phase=spec.phase, tokens=spec.tokens,
         call=moe.moe_decode if decode else moe_prefill.moe_prefill,
         reference=moe_reference.reference_moe_decode if decode else moe_reference.reference_moe_prefill, copies=copies,
-        moved=read * expert + shared_size + 2 * size_of(x), tolerance=tolerance_of(spec),
+        moved=moved("moe", copies[0], experts=read), tolerance=tolerance_of(spec),
         flops=6 * spec.tokens * shapes.hidden * flops_width,
         tuned=tuned if decode else (("moe_prefill", f"half/int{bits}/{size}"),), info={"group": shapes.group},
     )  # fmt: skip
@@ -199,7 +201,6 @@ def build_gdn(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -> C
         }  # fmt: skip
 
     first = fresh()
-    output = 2 * batch * tokens * heads[1] * dims[1]
     size = size_of(*first.values())
     sizes = dict(zip(("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim"), (*heads, *dims), strict=True))
     copies = [{**first, **sizes, "eps": EPS}]
@@ -211,7 +212,7 @@ def build_gdn(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -> C
         op="gdn", shape=f"{heads[0]}/{heads[1]} heads of {dims[0]}, conv, norm", phase=spec.phase, tokens=spec.tokens,
         call=gated_delta.gdn_decode if decode else gated_delta_prefill.gdn_prefill,
         reference=reference, copies=copies,
-        moved=size + size_of(first["conv_state"], first["recurrent_state"]) + output, tolerance=tolerance_of(spec),
+        moved=moved("gdn", copies[0]), tolerance=tolerance_of(spec),
         mutated=("conv_state", "recurrent_state"), tuned=(tuned,),
     )  # fmt: skip
 
@@ -237,11 +238,11 @@ def build_rope(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -> 
         }
         for _ in range(count_for(cold, size + 4 * batch * shapes.kv_heads * slots * dim))
     ]  # fmt: skip
-    read = 2 * spec.tokens * (shapes.heads + 2 * shapes.kv_heads) * dim  # the gate is not read here
     return Case(
         op="rope", shape=f"{shapes.heads}+{shapes.kv_heads} heads of {dim}, {shapes.rotary} rotary", phase=spec.phase,
         tokens=spec.tokens, call=qk_norm_rope.qk_norm_rope, reference=qk_norm_rope.reference_qk_norm_rope, copies=copies,
-        moved=2 * read, tolerance=DECODE_TOLERANCE, mutated=("k_cache", "v_cache"), tuned=(("qk_norm_rope", f"half/{dim}"),),
+        moved=moved("qk_norm_rope", copies[0]), tolerance=DECODE_TOLERANCE, mutated=("k_cache", "v_cache"),
+        tuned=(("qk_norm_rope", f"half/{dim}"),),
     )  # fmt: skip
 
 
@@ -265,7 +266,8 @@ def build_attention(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int
     return Case(
         op="attention", shape=f"{shapes.heads}/{shapes.kv_heads} heads of {dim}, {kv_len} slots", phase=spec.phase,
         tokens=spec.tokens, call=attention.sdpa_decode_splitk if decode else attention.sdpa_prefill,
-        reference=attention.reference_sdpa, copies=copies, moved=size + 3 * size_of(shared["q"]), tolerance=tolerance_of(spec),
+        reference=attention.reference_sdpa, copies=copies, moved=moved("sdpa", copies[0], slots=kv_len),
+        tolerance=tolerance_of(spec),
         flops=4 * shapes.heads * dim * (batch * kv_len if decode else tokens * (tokens + 1) // 2),
         tuned=tuple((op, table) for op in tuned),
     )  # fmt: skip
@@ -281,7 +283,7 @@ def build_sample(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -
     copies = [{"logits": logits.clone()} for _ in range(count_for(cold, size_of(logits)))]
     return Case(
         op="sample", shape=f"greedy of {shapes.vocab} bf16", phase="decode", tokens=spec.tokens, call=sample.greedy,
-        reference=sample.reference_greedy, copies=copies, moved=size_of(logits), tolerance=0.0, compare=same_token,
+        reference=sample.reference_greedy, copies=copies, moved=moved("sample", copies[0]), tolerance=0.0, compare=same_token,
         tuned=(("sample", f"half/{shapes.vocab}"),),
     )  # fmt: skip
 

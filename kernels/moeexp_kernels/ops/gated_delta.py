@@ -245,12 +245,14 @@ def gdn_decode(
     key = f"{pad_k}x{pad_v}/{'few' if batch * num_k_heads <= FEW_PROGRAMS else 'many'}"
     tuned = tuning.lookup("gdn_decode", key, tuning.architecture(proj.device))
     split, per_program = min(tuned["split"], pad_v), triton.cdiv(channels, num_v_heads)
+    # At least four elements of the tile a thread: with fewer, threads hold the same ones and write them to the same places.
+    warps = max(1, min(tuned["num_warps"], pad_k * pad_v // split // (32 * 4)))
     raw = torch.empty(batch, num_v_heads, head_v_dim, dtype=torch.float32, device=proj.device)
     out = torch.empty(batch, 1, num_v_heads * head_v_dim, dtype=proj.dtype, device=proj.device)
     common = {"HV": num_v_heads, "DV": head_v_dim, "WIDTH": width, "PDL": has_pdl(proj)}
     wrap_triton(_decode_kernel)[(num_v_heads * split, batch, 1)](
         proj, conv_weight, a_log, dt_bias, conv_state, recurrent_state, raw, proj.stride(0), L2_EPS=L2_EPS,
-        HK=num_k_heads, DK=head_k_dim, SPLIT=split, BK=pad_k, BV=pad_v // split, num_warps=tuned["num_warps"], **common,
+        HK=num_k_heads, DK=head_k_dim, SPLIT=split, BK=pad_k, BV=pad_v // split, num_warps=warps, **common,
     )  # fmt: skip
     wrap_triton(_finish_kernel)[(num_v_heads, batch, 1)](
         proj, norm_weight, conv_state, raw, out, proj.stride(0), EPS=eps, CHANNELS=channels, SLICE=per_program, BV=pad_v,

@@ -30,43 +30,58 @@ def rms_norm_kernel(
 
 
 @triton.jit
-def centred_int4(q, FAST: tl.constexpr):
-    """Packed bytes -> (low nibble - 8, high nibble - 8), both float32 and exact.
+def centred_int4(q, HIGH: tl.constexpr, FAST: tl.constexpr):
+    """Packed bytes -> low (or high) nibble - 8, float32 and exact.
 
     FAST: four bytes at a time, a nibble is put in place into the mantissa of a float whose exponent makes its unit 1
-    (2^23 + q, or 2^19 + q for the nibble four bits up, ...) and the offset subtracted: 1.1 integer operations and one
+    (2^23 + q, or 2^19 + q for the nibble four bits up, ...) and the offset subtracted: 1.3 integer operations and one
     addition a weight, no conversion instruction."""
-    if FAST:
+    if not FAST:
+        return ((q >> 4) if HIGH else (q & 0xF)).to(tl.float32) - 8.0
+    elif HIGH:
         return tl.inline_asm_elementwise(
             """
             {
             .reg .b32 w;
-            shr.u32 w, $8, 12;
-            lop3.b32 $0, $8, 0x0000000F, 0x4B000000, 0xEA;
-            lop3.b32 $4, $8, 0x000000F0, 0x49000000, 0xEA;
-            lop3.b32 $1, $8, 0x00000F00, 0x47000000, 0xEA;
-            lop3.b32 $5, $8, 0x0000F000, 0x45000000, 0xEA;
-            lop3.b32 $2, $8, 0x000F0000, 0x43000000, 0xEA;
-            lop3.b32 $6, w, 0x00000F00, 0x47000000, 0xEA;
-            lop3.b32 $3, w, 0x0000F000, 0x45000000, 0xEA;
-            lop3.b32 $7, w, 0x000F0000, 0x43000000, 0xEA;
-            add.rn.f32 $0, $0, 0fCB000008;
-            add.rn.f32 $4, $4, 0fC9000080;
-            add.rn.f32 $1, $1, 0fC7000800;
-            add.rn.f32 $5, $5, 0fC5008000;
-            add.rn.f32 $2, $2, 0fC3080000;
-            add.rn.f32 $6, $6, 0fC7000800;
-            add.rn.f32 $3, $3, 0fC5008000;
-            add.rn.f32 $7, $7, 0fC3080000;
+            shr.u32 w, $4, 12;
+            lop3.b32 $0, $4, 0x000000F0, 0x49000000, 0xEA;
+            lop3.b32 $1, $4, 0x0000F000, 0x45000000, 0xEA;
+            lop3.b32 $2, w, 0x00000F00, 0x47000000, 0xEA;
+            lop3.b32 $3, w, 0x000F0000, 0x43000000, 0xEA;
+            add.rn.f32 $0, $0, 0fC9000080;
+            add.rn.f32 $1, $1, 0fC5008000;
+            add.rn.f32 $2, $2, 0fC7000800;
+            add.rn.f32 $3, $3, 0fC3080000;
             }
             """,
-            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r",
+            "=&r,=&r,=&r,=&r,r",
             args=[q],
-            dtype=(tl.float32, tl.float32),
+            dtype=tl.float32,
             is_pure=True,
             pack=4,
         )
-    return (q & 0xF).to(tl.float32) - 8.0, (q >> 4).to(tl.float32) - 8.0
+    else:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 w;
+            shr.u32 w, $4, 12;
+            lop3.b32 $0, $4, 0x0000000F, 0x4B000000, 0xEA;
+            lop3.b32 $1, $4, 0x00000F00, 0x47000000, 0xEA;
+            lop3.b32 $2, $4, 0x000F0000, 0x43000000, 0xEA;
+            lop3.b32 $3, w, 0x0000F000, 0x45000000, 0xEA;
+            add.rn.f32 $0, $0, 0fCB000008;
+            add.rn.f32 $1, $1, 0fC7000800;
+            add.rn.f32 $2, $2, 0fC3080000;
+            add.rn.f32 $3, $3, 0fC5008000;
+            }
+            """,
+            "=&r,=&r,=&r,=&r,r",
+            args=[q],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=4,
+        )
 
 
 @triton.jit
@@ -94,44 +109,151 @@ def centred_int8(q, FAST: tl.constexpr):
 
 
 @triton.jit
-def weight_tile(
-    w_ptr, s_ptr, row, row_mask, start, dtype: tl.constexpr,
-    K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, BLOCK_K: tl.constexpr, FAST: tl.constexpr,
+def stored_tile(
+    w_ptr, row, row_mask, start, K: tl.constexpr, BITS: tl.constexpr, FITS: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """Dequantised weights [rows, BLOCK_K] in dtype, as a pair (int4: low and high nibbles; else twice the same).
-
-    row int64 [rows]; start: first column of the *stored* row, a multiple of BLOCK_K."""
+    """Weights [rows, BLOCK_K] as they are stored. row [rows]; start: first column of the *stored* row, a multiple of BLOCK_K;
+    FITS: all rows are there. Addresses are what does not change from tile to tile, plus a scalar: registers decide how many
+    programs an SM holds."""
     width: tl.constexpr = K // 2 if BITS == 4 else K
-    column = start + tl.arange(0, BLOCK_K)
-    mask = row_mask[:, None] & (column < width)[None, :]
-    q = tl.load(w_ptr + row[:, None] * width + column[None, :], mask=mask, other=0)
-    if BITS >= 16:
-        w = q.to(dtype)
-        return w, w
+    column = tl.arange(0, BLOCK_K)
+    place = w_ptr + start + (row[:, None] * width + column[None, :])
+    if FITS and width % BLOCK_K == 0:
+        return tl.load(place)
     else:
-        stored: tl.constexpr = GROUP // 2 if BITS == 4 else GROUP
-        pairs = s_ptr.to(tl.pointer_type(tl.int32)) + row[:, None] * (K // GROUP)
-        if stored % BLOCK_K == 0:  # one group for the whole tile, so one scale a row
-            pair = tl.load(pairs + start // stored, mask=row_mask[:, None], other=0)
-        else:
-            pair = tl.load(pairs + (column // stored)[None, :], mask=mask, other=0)
-        scale, shift = unpack_scales(pair)
-        if BITS == 4:
-            a, b = centred_int4(q, FAST)
-            return (a * scale + shift).to(dtype), (b * scale + shift).to(dtype)
-        else:
-            w = (centred_int8(q, FAST) * scale + shift).to(dtype)
-            return w, w
+        return tl.load(place, mask=row_mask[:, None] & (start + column < width)[None, :], other=0)
 
 
 @triton.jit
-def features_of(column, GROUP: tl.constexpr, BITS: tl.constexpr):
-    """Input feature that the stored column holds (int4: in its low nibble; the high one is GROUP / 2 on)."""
-    if BITS == 4:
-        half: tl.constexpr = GROUP // 2
-        return (column // half) * GROUP + column % half
+def scale_tile(
+    s_ptr, row, row_mask, start, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, FITS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """(scale, shift) of `stored_tile`, [rows, 1] where a group fills the tile or more, else [rows, BLOCK_K]; plain weights: 0."""
+    if BITS >= 16:
+        return 0.0, 0.0
     else:
-        return column
+        stored: tl.constexpr = GROUP // 2 if BITS == 4 else GROUP
+        width: tl.constexpr = K // 2 if BITS == 4 else K
+        column = start + tl.arange(0, BLOCK_K)
+        pairs = s_ptr.to(tl.pointer_type(tl.int32))
+        if stored % BLOCK_K == 0:
+            pairs += start // stored + row[:, None] * (K // GROUP)
+            pair = tl.load(pairs) if FITS else tl.load(pairs, mask=row_mask[:, None], other=0)
+        else:
+            mask = row_mask[:, None] & (column < width)[None, :]
+            pair = tl.load(pairs + row[:, None] * (K // GROUP) + (column // stored)[None, :], mask=mask, other=0)
+        return unpack_scales(pair)
+
+
+@triton.jit
+def activation_tile(
+    rows, row_mask, start, dtype: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """Of each row (pointers [M]) the features that stored columns [start, start + BLOCK_K) hold: (low, high) [BLOCK_K, M] in
+    dtype. int4: a column's low nibble is a feature, its high one that half a group on; else both are the same."""
+    width: tl.constexpr = K // 2 if BITS == 4 else K
+    half: tl.constexpr = GROUP // 2
+    column = tl.arange(0, BLOCK_K)
+    mask = row_mask[None, :]
+    if width % BLOCK_K:
+        mask = mask & (start + column < width)[:, None]
+    if BITS != 4:
+        low = tl.load((rows + start)[None, :] + column[:, None], mask=mask, other=0.0).to(dtype)
+        return low, low
+    else:
+        if half % BLOCK_K == 0:
+            # Triton 3.6 does not see by itself that loads of 16 bytes may be made.
+            first = tl.multiple_of(start // half * GROUP + start % half, BLOCK_K)
+            place = (rows + first)[None, :] + column[:, None]
+        else:
+            place = rows[None, :] + ((start + column) // half * GROUP + (start + column) % half)[:, None]
+        low = tl.load(place, mask=mask, other=0.0).to(dtype)
+        high = tl.load(place + half, mask=mask, other=0.0).to(dtype)
+        return low, high
+
+
+@triton.jit
+def widened(q, scale, shift, HIGH: tl.constexpr, dtype: tl.constexpr, BITS: tl.constexpr, FAST: tl.constexpr):
+    """What `stored_tile` returned as weights in dtype; HIGH: of int4 the high nibbles, which are half a group on."""
+    if BITS >= 16:
+        return q.to(dtype)
+    elif BITS == 4:
+        return (centred_int4(q, HIGH, FAST) * scale + shift).to(dtype)
+    else:
+        return (centred_int8(q, FAST) * scale + shift).to(dtype)
+
+
+@triton.jit
+def nibbles(q, HIGH: tl.constexpr, FAST: tl.constexpr):
+    """Packed bytes -> low (or high) nibble - 8, exact, as a product's operand that is scaled afterwards: bfloat16, or float32
+    when not FAST.
+
+    FAST: a nibble is put into the mantissa of a bfloat16 whose unit is 1 (128 + q), two at a time, and 136 subtracted."""
+    if not FAST:
+        return centred_int4(q, HIGH, FAST)
+    elif HIGH:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 w, c;
+            mov.b32 c, 0x43084308;
+            shr.u32 w, $2, 4;
+            prmt.b32 $0, w, 0, 0x4140;
+            prmt.b32 $1, w, 0, 0x4342;
+            lop3.b32 $0, $0, 0x000F000F, 0x43004300, 0xEA;
+            lop3.b32 $1, $1, 0x000F000F, 0x43004300, 0xEA;
+            sub.rn.bf16x2 $0, $0, c;
+            sub.rn.bf16x2 $1, $1, c;
+            }
+            """,
+            "=&r,=&r,r",
+            args=[q],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 c;
+            mov.b32 c, 0x43084308;
+            prmt.b32 $0, $2, 0, 0x4140;
+            prmt.b32 $1, $2, 0, 0x4342;
+            lop3.b32 $0, $0, 0x000F000F, 0x43004300, 0xEA;
+            lop3.b32 $1, $1, 0x000F000F, 0x43004300, 0xEA;
+            sub.rn.bf16x2 $0, $0, c;
+            sub.rn.bf16x2 $1, $1, c;
+            }
+            """,
+            "=&r,=&r,r",
+            args=[q],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=4,
+        )
+
+
+@triton.jit
+def add_product(
+    acc, q, scale, shift, x, x_high, BITS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """acc + a stored tile times activations. x: the features of the stored columns, of int4 those in the low nibbles; x_high
+    those in the high ones."""
+    acc = tl.dot(widened(q, scale, shift, False, x.dtype, BITS, FAST), x, acc, input_precision=PRECISION)
+    if BITS == 4:
+        acc = tl.dot(widened(q, scale, shift, True, x.dtype, BITS, FAST), x_high, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def add_scaled(acc, q, scale, shift, x, x_high, sums, FAST: tl.constexpr):
+    """`add_product` of an int4 tile that is one group, scaled after the product of the integers: half the instructions a weight,
+    two more for each result, and no weight is rounded. sums: of the group's activations, [1, columns]."""
+    part = tl.dot(nibbles(q, False, FAST), x, tl.zeros_like(acc))
+    part = tl.dot(nibbles(q, True, FAST), x_high, part)
+    return part * scale + (sums * shift + acc)
 
 
 @triton.jit
@@ -151,15 +273,10 @@ def gemm_kernel(
     x_row = x_ptr + m * x_stride
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for start in range(0, width, BLOCK_K):
-        low, high = weight_tile(w_ptr, s_ptr, n, n < N, start, dtype, K, GROUP, BITS, BLOCK_K, FAST)
-        column = start + tl.arange(0, BLOCK_K)
-        k = features_of(column, GROUP, BITS)
-        mask = (column < width)[:, None] & (m < M)[None, :]
-        x = tl.load(x_row[None, :] + k[:, None], mask=mask, other=0.0).to(dtype)
-        acc = tl.dot(low, x, acc, input_precision=PRECISION)
-        if BITS == 4:
-            x = tl.load(x_row[None, :] + k[:, None] + GROUP // 2, mask=mask, other=0.0).to(dtype)
-            acc = tl.dot(high, x, acc, input_precision=PRECISION)
+        q = stored_tile(w_ptr, n, n < N, start, K, BITS, N % BLOCK_N == 0, BLOCK_K)
+        scale, shift = scale_tile(s_ptr, n, n < N, start, K, GROUP, BITS, N % BLOCK_N == 0, BLOCK_K)
+        x, high = activation_tile(x_row, m < M, start, dtype, K, GROUP, BITS, BLOCK_K)
+        acc = add_product(acc, q, scale, shift, x, high, BITS, FAST, PRECISION)
     mask = (n < N)[:, None] & (m < M)[None, :]
     if HAS_RESIDUAL:
         acc += tl.load(res_ptr + (m * res_stride)[None, :] + n[:, None], mask=mask, other=0.0).to(tl.float32)

@@ -12,9 +12,10 @@ brings two runs of 16 *consecutive* inputs, so that activations are read with ve
 `scales[..., 0]` is the scale s, `scales[..., 1]` the shift c; with the code q in 0..2^bits-1 and the middle code
 m = 2^(bits-1), the weight is (q - m) * s + c. Centring keeps c small, so float16 holds it without loss that matters.
 
-`kernel_for` chooses among three kernels. One row: a GEMV on packed words of weights, see `int_dot.py`. Up to 32 rows of quantised
-weights in groups of 64 or 128: `linear_tile.py`, which reads the weights once for all rows; from how many rows on, and up to
-how many, the tuning table says of each shape. More rows: `gemm.py`. Other weights stay with the GEMV up to GEMV_ROWS rows.
+`kernel_for` chooses what computes it. One row: a GEMV on packed words of weights, see `int_dot.py`. Up to 32 rows of quantised
+weights in groups of 64 or 128: `linear_tile.py`, which reads the weights once for all rows. More rows: `gemm.py`, and of 2-byte
+activations from still more on `matmul.py`. From how many rows on the tuning table says of each shape; a number of rows that only
+the call knows counts as very many. Other weights stay with the GEMV up to GEMV_ROWS rows.
 The op `linear_tile` leaves 1 to 32 rows to the tile whatever the table says: then a row's result is the same to the bit.
 """
 
@@ -32,6 +33,7 @@ from torch.library import triton_op, wrap_triton
 
 from moeexp_kernels.ops.gemm import launch_gemm, launch_rms_norm
 from moeexp_kernels.ops.linear_tile import launch_tile, tile_serves
+from moeexp_kernels.ops.matmul import matmul
 from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.checks import FLOATS, check_argument
 from moeexp_kernels.parts.int_dot import dot_rows, load_norm, load_row_features, load_rows
@@ -163,6 +165,8 @@ def load_extra(res_ptr, row, rows_left, HAS_RESIDUAL: tl.constexpr, CACHE: tl.co
 # --- launch ---
 
 GEMV_ROWS = 8  # beyond, a weight is used often enough for tensor cores
+# Elements that are dequantised in memory at most: not a vocabulary's, whose rows are few though only the call knows how many.
+MATMUL_MOST = 2**27
 
 
 def word_counts(*, bits: int, in_features: int, group: int, most: int = 4) -> tuple[int, int]:
@@ -227,15 +231,19 @@ def few_rows(rows: int | torch.SymInt) -> bool:
 
 def kernel_for(
     *, rows: int | torch.SymInt, bits: int, group: int, out_features: int, features: int, arch: str | None = None,
-    always: bool = False,
+    half: bool = True, always: bool = False,
 ) -> str:  # fmt: skip
-    """What serves so many rows of such a weight, "gemv", "tile" or "gemm"; always: the tile wherever it can."""
+    """What serves so many rows of such a weight: "gemv", "tile", "gemm" or "matmul". half: the activations have 2 bytes; always:
+    the tile wherever it can."""
+    key = f"{tuning.weight_class(bits)}/{out_features}x{features}"
+    limits = tuning.lookup("linear_rows", key, arch)
     if isinstance(rows, int) and tile_serves(rows=rows, bits=bits, group=group):
-        key = f"{tuning.weight_class(bits)}/{out_features}x{features}"
-        limits = tuning.lookup("linear_rows", key, arch)
         if always or limits["TILE_FROM"] <= rows < limits["GEMM_FROM"]:
             return "tile"
-    return "gemv" if few_rows(rows) else "gemm"
+    if few_rows(rows):
+        return "gemv"
+    many = limits["MATMUL_FROM"] is not None and (not isinstance(rows, int) or rows >= limits["MATMUL_FROM"])
+    return "matmul" if half and many and out_features * features <= MATMUL_MOST else "gemm"
 
 
 def launch_gemv(
@@ -274,19 +282,19 @@ def launch_linear(
     for tensor, name in ((ahead, "ahead"), (ahead_scales, "ahead_scales")):
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"{name} has strides {tensor.stride()}; supported: contiguous weights")
-    y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
-    common: dict[str, Any] = {
-        "x": flat, "weight": weight, "scales": scales, "residual": extra, "out": y.view(-1, out_features), "bits": bits,
-        "group": group,
-    }  # fmt: skip
     rows = flat.shape[0]
     kernel = kernel_for(
         rows=rows, bits=bits, group=group, out_features=out_features, features=features,
-        arch=tuning.architecture(x.device), always=always,
+        arch=tuning.architecture(x.device), half=x.element_size() == 2, always=always,
     )  # fmt: skip
+    common: dict[str, Any] = {"weight": weight, "scales": scales, "residual": extra, "bits": bits, "group": group}
+    if kernel in ("gemm", "matmul") and norm_weight is not None:
+        flat = launch_rms_norm(x=flat, norm_weight=norm_weight, eps=eps, dtype=x.dtype)
+    if kernel == "matmul":
+        return matmul(x=flat, **common).view(*x.shape[:-1], out_features)
+    y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
+    common |= {"x": flat, "out": y.view(-1, out_features)}
     if kernel == "gemm":
-        if norm_weight is not None:
-            common["x"] = launch_rms_norm(x=flat, norm_weight=norm_weight, eps=eps, dtype=x.dtype)
         launch_gemm(**common)
     elif rows:
         launch: Callable[..., None] = launch_tile if kernel == "tile" else launch_gemv

@@ -9,6 +9,9 @@ Shape letters: B batch, T tokens of this call, D hidden, E experts, k experts pe
 
 `router` is two kernels, logits and choice: one CTA alone would read the weights at a hundredth of the GPU's bandwidth, and
 CTAs that hand over to one another, or a router fused into the expert kernels, won nothing (docs/log.md).
+
+A rounded logit would change which experts are chosen, so the normed float32 row must keep its bits on tensor cores. With many
+rows and bfloat16 weights it is three bfloat16 limbs, h = a + b + c of 8 bits each, times the same weights.
 """
 
 from __future__ import annotations
@@ -58,6 +61,46 @@ def reference_router(
     # index_put_, not `expert_ids[...] = ids`: the latter strips leading ones, which forbids exporting T = 1.
     expert_ids.index_put_((rows, slots), traced)
     return ids, weights / weights.sum(-1, keepdim=True)
+
+
+@triton.jit
+def norm_limbs_kernel(
+    x_ptr, norm_ptr, limbs_ptr, M, x_stride, K: tl.constexpr, EPS: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """limbs [3, M, K] bfloat16, whose sum is norm(x) of one row in float32."""
+    m = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK_K)
+    x = tl.load(x_ptr + m * x_stride + k, mask=k < K, other=0.0).to(tl.float32)
+    norm = tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    left = x * (1.0 / tl.sqrt(tl.sum(x * x, axis=0) / K + EPS)) * (1.0 + norm)
+    for limb in tl.static_range(3):
+        part = left.to(tl.bfloat16)
+        tl.store(limbs_ptr + (limb * M + m) * K + k, part, mask=k < K)
+        left -= part.to(tl.float32)
+
+
+@triton.jit
+def limb_logits_kernel(
+    limbs_ptr, w_ptr, y_ptr, M, E: tl.constexpr, K: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """y [M, E] float32 = (a + b + c) @ weight.T, the smallest limb first. INTERPRETED: float32 products, because Triton's
+    interpreter multiplies the bit patterns of bfloat16."""
+    dtype = tl.float32 if INTERPRETED else tl.bfloat16
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    rows = limbs_ptr + m.to(tl.int64) * K
+    step = M.to(tl.int64) * K
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        inside = start + k < K
+        w = tl.load(w_ptr + start + (n[:, None] * K + k[None, :]), mask=(n < E)[:, None] & inside[None, :], other=0.0).to(dtype)
+        mask = inside[:, None] & (m < M)[None, :]
+        for limb in tl.static_range(3):
+            h = tl.load((rows + (2 - limb) * step + start)[None, :] + k[:, None], mask=mask, other=0.0).to(dtype)
+            acc = tl.dot(w, h, acc, input_precision="ieee")
+    tl.store(y_ptr + (m.to(tl.int64) * E)[None, :] + n[:, None], acc, mask=(n < E)[:, None] & (m < M)[None, :])
 
 
 @triton.jit
@@ -142,6 +185,27 @@ def gemv_serves(*, rows: int | torch.SymInt, key: str, arch: str | None = None) 
     return isinstance(rows, int) and rows < tuning.lookup("router_rows", key, arch)["GEMM_FROM"]
 
 
+def launch_logits(
+    *, x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, logits: Tensor, common: dict[str, Any], arch: str, key: str
+) -> None:  # fmt: skip
+    """logits [M, E] of many rows x [M, D]. Other weights than bfloat16 are multiplied in float32 or, beside 2-byte activations,
+    as three tf32 products."""
+    (experts, features), rows = weight.shape, x.shape[0]
+    if weight.dtype != torch.bfloat16:
+        h = launch_rms_norm(x=x, norm_weight=norm_weight, eps=eps, dtype=torch.float32)
+        precision = "ieee" if x.dtype == torch.float32 else "tf32x3"
+        launch_gemm(x=h, precision=precision, config=tuning.lookup("router_gemm", key, arch), **common)
+        return
+    limbs = torch.empty((3, rows, features), dtype=torch.bfloat16, device=x.device)
+    wrap_triton(norm_limbs_kernel)[(rows,)](
+        x, norm_weight, limbs, rows, x.stride(0), K=features, EPS=eps, BLOCK_K=triton.next_power_of_2(features)
+    )
+    config = tuning.lookup("router_limbs", key, arch)
+    wrap_triton(limb_logits_kernel)[(triton.cdiv(rows, config["BLOCK_M"]), triton.cdiv(experts, config["BLOCK_N"]))](
+        limbs, weight, logits, rows, E=experts, K=features, INTERPRETED=not x.is_cuda, **config
+    )
+
+
 @triton_op("moeexp::router", mutates_args={"expert_ids"})
 def router(
     x: Tensor,
@@ -171,10 +235,7 @@ def router(
         config = tuning.lookup("router_gemv", key, arch)
         launch_gemv(x=flat, norm_weight=norm_weight, eps=eps, config=config, **common)
     else:
-        h = launch_rms_norm(x=flat, norm_weight=norm_weight, eps=eps, dtype=torch.float32)
-        # Three tf32 products keep float32's bits: a rounded logit would change which experts are chosen.
-        precision = "ieee" if flat.dtype == torch.float32 else "tf32x3"
-        launch_gemm(x=h, precision=precision, config=tuning.lookup("router_gemm", key, arch), **common)
+        launch_logits(x=flat, norm_weight=norm_weight, weight=weight, eps=eps, logits=logits, common=common, arch=arch, key=key)
     wrap_triton(choose_experts_kernel)[(flat.shape[0],)](
         logits, ids, weights, expert_ids, positions, positions if valid_len is None else valid_len, tokens, expert_ids.shape[1],
         expert_ids.stride(0), expert_ids.stride(1), E=experts, E_PADDED=triton.next_power_of_2(experts), TOP_K=top_k,

@@ -275,6 +275,7 @@ SECTIONS: dict[str, Callable[[Sequence[Run], Sequence[Run]], Markup]] = {
     "Full stack": _tables("Alone and in the full stack"),
     "Latency": _latencies,
     "Time split": _time_split,
+    "Budget of a step": _tables("Budget of a step"),
     "Memory": _memory,
     "Roofline": _roofline,
     "Environment": _environment,

@@ -1,0 +1,157 @@
+"""A prompt longer than `prefill_chunk` goes through in pieces: the same tokens, logits and state; no call has it whole."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from common import build_session, random_tokens, same_state
+from moeexp_runner.pieces import piece_sizes
+from rich.console import Console
+
+from moeexp import cli
+from moeexp.check import bits_per_byte, verify
+from moeexp.config.compose import compose
+from moeexp.config.resolve import resolve
+from moeexp.record.phases import Phases
+from moeexp.record.record import Record
+from moeexp.stack.factory import build_model, build_stack
+from moeexp.stack.methods import OF_DISPATCH
+
+BASE = ["model=nano", "quant=int4", "max_seq_len=96", "dtype=float32", "new_tokens=6", "prompt_len=40"]
+CHUNK, PIECES = 7, [7, 7, 7, 7, 6, 6]
+LEGAL = [
+    (dispatch, state) for dispatch in OF_DISPATCH for state in ("shared", "explicit") if (dispatch, state) != ("cond", "shared")
+]
+PROMPT = random_tokens(1, 40, vocab=256)
+
+
+@pytest.fixture(scope="module")
+def phases(tmp_path_factory):
+    record = Record(tmp_path_factory.mktemp("run") / "record.json", id="t", config=None, command=["test"])
+    return Phases(record, Console(quiet=True))
+
+
+def configured(*overrides, cuda_graph=False):
+    """`cuda_graph` is set past the rules, which refuse it without CUDA."""
+    cfg = resolve(compose([*BASE, "export=eager", *overrides]), cuda_available=False)
+    cfg.cuda_graph = cuda_graph
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def model(phases):
+    return build_model(configured(), phases)
+
+
+@pytest.fixture(scope="module")
+def whole(model, phases):
+    """The same prompt in one call: tokens, and the state behind it."""
+    stack = build_stack(configured("prefill_chunk=0"), model, phases)
+    return stack.session.generate(PROMPT, 6), stack.arena.snapshot()
+
+
+def watched(session):
+    """[(tokens, first position, logits)] of each call of the session's prefill method from now on."""
+    calls, method = [], session._prefill
+
+    def prefill(tokens, positions, logit_positions, *more):
+        assert tokens.is_contiguous() and not tokens._is_view()
+        calls.append((tokens.shape[1], int(positions[0]), len(logit_positions)))
+        return method(tokens, positions, logit_positions, *more)
+
+    session._prefill = prefill
+    return calls
+
+
+@pytest.mark.parametrize("most", range(12))
+def test_pieces_are_few_and_even(most):
+    for tokens in range(1, 60):
+        sizes = piece_sizes(tokens, most)
+        assert sum(sizes) == tokens and len(sizes) == (-(-tokens // most) if most else 1)
+        assert max(sizes) - min(sizes) <= 1 and (not most or max(sizes) <= most)
+        assert min(sizes) > 1 or most in (1, 2) or tokens == 1, "a token alone runs other kernels"
+    assert piece_sizes(8193, 8192) == [4097, 4096] and piece_sizes(40, CHUNK) == PIECES
+
+
+@pytest.mark.parametrize("wanted", [None, [39], [0], [20, 3, 39, 3, 13, 14], list(range(40))], ids=str)
+def test_logits_are_made_in_the_piece_that_holds_them_alone(wanted):
+    tokens, positions = random_tokens(2, 45), None if wanted is None else torch.tensor(wanted)
+    session, plain = (build_session(batch=2, max_seq_len=48, prefill_chunk=chunk) for chunk in (CHUNK, 0))
+    for each in (session, plain):
+        each.prefill(tokens[:, 40:])  # pieces count from where the session is
+    calls = watched(session)
+    torch.testing.assert_close(
+        session.prefill(tokens[:, :40], positions), plain.prefill(tokens[:, :40], positions), rtol=0, atol=1e-5
+    )
+    starts = [sum(PIECES[:i]) for i in range(len(PIECES))]
+    made = [sum(start <= place < start + size for place in wanted or [39]) for start, size in zip(starts, PIECES, strict=True)]
+    assert calls == [(size, 5 + start, max(1, n)) for size, start, n in zip(PIECES, starts, made, strict=True)]
+    assert session.length == 45
+    for name, tensor in plain.arena.tensors.items():
+        torch.testing.assert_close(session.arena.tensors[name], tensor, rtol=0, atol=1e-5, msg=name)
+
+
+def test_a_prompt_of_a_chunk_is_one_call():
+    session, plain = (build_session(max_seq_len=48, prefill_chunk=chunk) for chunk in (40, 0))
+    calls = watched(session)
+    assert torch.equal(session.prefill(random_tokens(1, 40)), plain.prefill(random_tokens(1, 40)))
+    assert calls == [(40, 0, 1)] and same_state(session.arena.snapshot(), plain.arena.snapshot())
+
+
+@pytest.mark.parametrize(("dispatch", "state"), LEGAL)
+@pytest.mark.parametrize("cuda_graph", [False, "loop", "all"])
+def test_every_combination_decodes_the_tokens_of_the_whole_prompt(model, phases, whole, dispatch, state, cuda_graph):
+    """Under `all` each piece runs as a graph, which holds 8 tokens, and the whole prompt could not."""
+    axes = [f"dispatch={dispatch}", f"state={state}", f"prefill_chunk={CHUNK}", "prefill_graph_lengths=[8]"]
+    stack = build_stack(configured(*axes, cuda_graph=cuda_graph), model, phases)
+    session, replayed = stack.session, []
+    calls = watched(session) if session._prefill is not None else []
+    if session.prefill_graphs is not None:
+        replay = session.prefill_graphs.replay
+        session.prefill_graphs.replay = lambda *inputs: replayed.append(int(inputs[3][0])) or replay(*inputs)
+    for _ in range(2):  # the second generation starts on used state
+        assert session.generate(PROMPT, 6) == whole[0]
+    for name, tensor in whole[1].items():
+        torch.testing.assert_close(stack.arena.tensors[name], tensor, rtol=0, atol=1e-5, msg=name)
+    expected = [] if dispatch == "token_by_token" else 2 * PIECES
+    assert (replayed if cuda_graph == "all" else [size for size, *_ in calls]) == expected
+
+
+@pytest.mark.parametrize("cuda_graph", [False, "all"])
+def test_the_check_compares_the_pieces_with_the_whole_prompt(model, phases, monkeypatch, cuda_graph):
+    """In two sets of positions, since a piece's logits are two slices; and a fault where pieces meet is seen."""
+    cfg = configured("state=explicit", f"prefill_chunk={CHUNK}", "prefill_graph_lengths=[8]", cuda_graph=cuda_graph)
+    monkeypatch.setattr(bits_per_byte, "SLICE_ELEMENTS", 4 * 256)
+    sizes = []
+    monkeypatch.setattr(verify, "on_host", lambda size: sizes.append(size) or True)
+    stack = build_stack(cfg, model, phases)
+    sets = verify._position_sets(stack.session, 40)
+    assert len(sets) == 2 and torch.equal(torch.cat(sets).sort().values, torch.arange(40))
+    found = verify.verify(cfg, stack, PROMPT, phases)
+    assert found["passed"], found["failures"]
+    assert sizes == [45 * 256 * 4], "what the estimate counts of a check: the logits of all positions"
+    run = stack.session._run_prefill
+
+    def forgetful(tokens, logit_positions):
+        if stack.session.length == CHUNK:
+            for name, tensor in stack.arena.tensors.items():
+                if name.endswith("conv_state"):
+                    tensor.zero_()
+        return run(tokens, logit_positions)
+
+    monkeypatch.setattr(stack.session, "_run_prefill", forgetful)
+    found = verify.verify(cfg, stack, PROMPT, phases)
+    assert not found["passed"] and any(line.startswith("float32: float32.position") for line in found["failures"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("state", ["shared", "explicit"])
+@pytest.mark.parametrize("export", ["eager", "aoti", "compile"])
+def test_a_run_in_pieces_passes_its_check_under_every_export(tmp_path, monkeypatch, whole, export, state):
+    monkeypatch.chdir(tmp_path)
+    quick = ["tracker=jsonl", "repeats=1", "min_samples=1", "min_time_s=0", f"prompt_ids={PROMPT[0].tolist()}".replace(" ", "")]
+    given = [one for one in BASE if not one.startswith("prompt_len")] + quick
+    assert cli.main([*given, f"export={export}", f"state={state}", f"prefill_chunk={CHUNK}"]) == 0
+    record = json.loads(next(Path("outputs").rglob("record.json")).read_text())
+    assert record["check"]["passed"] and record["generated_ids"] == whole[0] and record["config"]["prefill_chunk"] == CHUNK

@@ -1,0 +1,134 @@
+"""What the prefill kernels hold at a time at full size, counted on tensors without memory, beside what the estimate says."""
+
+import sys
+import weakref
+
+import pytest
+import torch
+from common import random_tokens
+from moeexp_kernels import registry
+from omegaconf import OmegaConf
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from moeexp.config.compose import compose
+from moeexp.config.memory_need import GIB, check_fits, need_of
+from moeexp.config.resolve import resolve, resolved
+from moeexp.config.schema import conf_dir
+from moeexp.config.sources import load_architecture
+from moeexp.model.qwen3_5_moe import Qwen35MoE, state_shapes
+
+DEEPEST = 262144
+H100 = int(79.1 * GIB)
+
+
+def large(*overrides):
+    given = ["model=qwen3_5_35b_a3b", "quant=int4", "device=cuda", f"max_seq_len={DEEPEST + 8}", "new_tokens=8", *overrides]
+    return resolve(compose(given), cuda_available=True)
+
+
+class Held(TorchDispatchMode):
+    """`peak`: the most bytes that lived at a time in tensors made inside."""
+
+    def __init__(self, given):
+        super().__init__()
+        self.known = {tensor.untyped_storage()._cdata for tensor in given}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+        return result
+
+    def _gone(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+
+class Unlaunched:
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: None
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """(tokens) -> bytes at the peak of one call of the 35B model's prefill, with the ops' own Python and no kernel."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("moeexp_kernels.ops.") and hasattr(module, "wrap_triton"):
+            monkeypatch.setattr(module, "wrap_triton", lambda kernel: Unlaunched())
+    monkeypatch.setattr(torch.library, "wrap_triton", lambda kernel: Unlaunched())
+    arch = load_architecture(large().model)
+    model = Qwen35MoE(arch, dtype=torch.bfloat16, device="meta")
+    shapes = state_shapes(arch, batch=1, max_seq_len=DEEPEST, dtype=torch.bfloat16)
+    state = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
+    ops = {op: getattr(known["triton"], "_init_fn", known["triton"]) for op, known in registry.OPS.items()}
+
+    def peak(tokens):
+        inputs = random_tokens(1, tokens).to("meta"), *(torch.zeros(1, dtype=torch.int64, device="meta") for _ in range(2))
+        with torch.no_grad(), Held([*model.buffers(), *state.values(), *inputs]) as found:
+            assert model(*inputs, ops=ops, phase="prefill", state=state).shape == (1, 1, arch.vocab_size)
+        return found.peak
+
+    return peak
+
+
+def test_the_estimate_is_below_what_the_kernels_hold_and_near_it(held):
+    """By hand, elements of a token: a linear layer has the stream 2048, its projection 12352 and output 4096, q and k 2 x 2048,
+    v, w and u 3 x 4096; what the estimate leaves out is the state at each chunk's start, 8192, and what Python still holds of
+    the layer before. Experts: the stream and its norm 2 x 2048, of 8 pairs 512 + 2048 each."""
+    linear, experts = 2048 + 12352 + 4096 + 2 * 2048 + 3 * 4096, 2 * 2048 + 8 * (512 + 2048)
+    for tokens in (512, 8192):
+        workspace = need_of(large(f"prompt_len={tokens}")).workspace
+        assert workspace == 2 * tokens * max(linear, experts)
+        assert workspace < held(tokens) < 1.6 * workspace
+    assert need_of(large("prompt_len=8192", "ops.gdn_prefill=reference")).workspace == 2 * 8192 * experts
+    plain = need_of(large("prompt_len=8192", "ops.gdn_prefill=reference", "ops.moe_prefill=reference"))
+    assert plain.workspace == 2 * 8192 * (2048 + 12352 + 4096), "an op of one's own may hold no more than that"
+
+
+def test_the_deepest_prompt_fits_80_gb_beside_int4_weights(held):
+    """Weights 17.9 + state 5.4 + workspace 0.5 GiB; in one call the kernels would hold 25 GiB more than the piece's 0.8."""
+    cfg = large(f"prompt_len={DEEPEST}", "check=off")
+    need = need_of(cfg)
+    assert [round(part / GIB, 1) for part in (need.weights, need.state, need.workspace)] == [17.9, 5.4, 0.5]
+    cache, choices = 10 * 2 * 2 * 256 * 2, 40 * 8 * 4  # of a position: k and v of the full layers, the experts of all
+    recurrent = 30 * (32 * 128 * 128 * 4 + 8192 * 3 * 2)
+    assert need.state == (cache + choices) * (DEEPEST + 8) + recurrent
+    assert need.workspace == need_of(large("prompt_len=8192")).workspace
+    check_fits(cfg, lambda device: H100)
+    assert held(8192) < 0.8 * GIB and held(DEEPEST) > 25 * GIB
+    assert need_of(large(f"prompt_len={DEEPEST}", "prefill_chunk=0")).workspace == 32 * need.workspace
+
+
+@pytest.mark.parametrize("length, said", [(4096, None), (32768, None), (131072, "181.9 GiB of logits in host memory")])
+def test_a_check_that_the_host_cannot_hold_is_refused_before_work(length, said):
+    """Of each position 248,320 logits, of the run in bfloat16 and of its twin in float32."""
+    host = {"cpu": 100 << 30, "cuda": H100}
+    check_fits(large(f"prompt_len={length}", "check=off"), host.get)
+    cfg = large(f"prompt_len={length}", "check=separate")
+    if said is None:
+        check_fits(cfg, host.get)
+        return
+    with pytest.raises(ValueError, match=said) as caught:
+        check_fits(cfg, host.get)
+    line = str(caught.value)
+    assert "check=separate of 1 x 131079 positions" in line and "check=off, which publishes no speed" in line and len(line) <= 400
+
+
+def test_the_cells_of_the_recipe_fit_one_gpu_and_their_checks_the_host():
+    cells = OmegaConf.load(conf_dir() / "experiment" / "fullsize.yaml").launcher.cells
+    names = [cell.name for cell in cells]
+    assert {"prompt 4096", "prompt 262144", "depth 32768", "depth 262016"} < set(names)
+    for cell in cells:
+        given = compose(["experiment=fullsize", "launcher.cells=[]", *cell.set])
+        cfg = resolved(given, cuda_available=True)
+        check_fits(cfg, {"cpu": 100 << 30, "cuda": H100}.get)
+        kind, _, length = cell.name.partition(" ")
+        assert kind not in ("prompt", "depth") or cfg.prompt_len == int(length)
+        assert (cfg.check == "off") == (cfg.prompt_len > 32768), cell.name
