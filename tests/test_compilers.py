@@ -18,7 +18,9 @@ import torch
 from moeexp import cli
 from moeexp.config import threads
 from moeexp.config.compose import compose
+from moeexp.config.memory_need import need_of
 from moeexp.config.resolve import resolve
+from moeexp.record import free_memory
 from moeexp.stack import compile_cache, compilers
 from moeexp.stack.compile_cache import key_of
 from moeexp.stack.packages import package_specs
@@ -40,6 +42,7 @@ def play(tmp_path, monkeypatch):
     """Has a script play the child; returns a function for the lines that it has logged."""
     monkeypatch.setenv("MOEEXP_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(threads, "granted", lambda: SimpleNamespace(cores=2))
+    monkeypatch.setattr(compilers, "room", lambda configs: 2)
     log = tmp_path / "log"
 
     def play(body):
@@ -95,6 +98,38 @@ def test_no_more_at_once_than_the_machine_grants(play, monkeypatch):
     with compilers.Compilers([CFG]) as running:
         assert all(map(running.join, keys().values()))
     assert logged() == ["begun", "made"] * 2
+
+
+def test_no_more_at_once_than_there_is_memory_for(play, monkeypatch):
+    logged = play(f"log('begun'); time.sleep(0.2); {MADE}")
+    monkeypatch.setattr(compilers, "room", lambda configs: 1)
+    with compilers.Compilers([CFG]) as running:
+        assert all(map(running.join, keys().values()))
+    assert logged() == ["begun", "made"] * 2
+
+
+def test_where_memory_is_short_the_run_itself_compiles(play, monkeypatch):
+    logged = play(MADE)
+    monkeypatch.setattr(compilers, "room", lambda configs: 0)
+    with compilers.Compilers([CFG]) as running:
+        assert not any(map(running.join, keys().values()))
+    assert logged() == []
+
+
+def test_room_is_what_the_runs_leave(monkeypatch):
+    free = {"cpu": 9 << 30, "cuda": 9 << 30}
+    monkeypatch.setattr(free_memory, "of_device", lambda device: free[device])
+    gpu = replace(CFG, device="cuda")
+    assert (compilers.room([CFG]), compilers.room([gpu])) == (5, 4)  # of 1.5 and of 2 GiB
+    free["cuda"] = (4 << 30) + need_of(gpu).total
+    assert compilers.room([gpu]) == 2
+    assert compilers.room([gpu, replace(gpu, seed=1)]) == 1, "weights are shared, state is not"
+    free["cuda"] -= 4 << 30
+    assert compilers.room([gpu]) == 0
+    free["cuda"] = None
+    assert compilers.room([gpu]) == 6, "unknown; by the host"
+    free["cpu"] = 1 << 30
+    assert compilers.room([gpu]) == compilers.room([CFG]) == 0
 
 
 def test_its_job(play, tmp_path, monkeypatch):

@@ -1,5 +1,9 @@
 """Methods that the cache lacks, each compiled in a process of its own: beside the others, and while the weights are made.
 
+One takes 0.6 GiB of host memory, its C++ compiler 0.4 GiB more. On a GPU it holds a CUDA context, about 0.5 GiB, and memory for
+the arguments of one call: Inductor launches each kernel once. Where a device has no room for that beside what the runs need, they
+compile in their own process, one method after the other.
+
 python -m moeexp.stack.compilers      compiles one. What it is told, and what it answers, are pickles of its parent's own.
 """
 
@@ -25,11 +29,13 @@ if TYPE_CHECKING:
 
 # How often a wait for one looks, and what one has to remove what it has half written.
 LOOK_S, GRACE_S = 0.05, 5.0
+# Bytes that are free for one, on each device that it uses.
+ROOM = {"cpu": 3 << 29, "cuda": 2 << 30}
 
 
 class Compilers:
-    """`with Compilers(configs) as compilers:` one for each missing method, as many at once as the machine grants cores. On
-    leaving, for whatever reason, none is left. What several configs share is compiled once."""
+    """`with Compilers(configs) as compilers:` one for each missing method, as many at once as the machine grants cores and has
+    memory for. On leaving, for whatever reason, none is left. What several configs share is compiled once."""
 
     def __init__(self, configs: Sequence[Config]):
         from moeexp.config.threads import granted
@@ -43,7 +49,9 @@ class Compilers:
             if cfg.export == "aoti" and cfg.artifact is None:
                 wanted = {key_of(spec): (cfg, spec) for spec in package_specs(cfg)}
                 self._waiting |= {key: job for key, job in wanted.items() if find(key, job[1]) is None}
-        self._at_once = min(len(self._waiting), granted().cores)
+        self._at_once = min(len(self._waiting), granted().cores, room(configs)) if self._waiting else 0
+        if self._at_once == 0:
+            self._waiting.clear()
 
     def __enter__(self) -> Compilers:
         try:
@@ -62,7 +70,7 @@ class Compilers:
 
     def join(self, key: str) -> bool:
         """Waits for the package of this key, and raises what went wrong with it. Whether it was made here: not if it was in
-        the cache, or came there from another run."""
+        the cache, came there from another run, or is still to be made."""
         while key in self._waiting or key in self._running:
             time.sleep(LOOK_S)
             self._go_on()
@@ -82,6 +90,21 @@ class Compilers:
             key = next(iter(self._waiting))
             cfg, spec = self._waiting.pop(key)
             self._running[key] = spec, *_start(cfg, spec.method, key, self._at_once)
+
+
+def room(configs: Sequence[Config]) -> int:
+    """For how many processes there is memory beside what runs of these configs need, over the weights that they share."""
+    from moeexp.config.memory_need import need_of
+    from moeexp.record import free_memory
+
+    needs = list(map(need_of, configs))
+    needed = max(need.weights for need in needs) + sum(need.state + need.workspace for need in needs)
+    device, most = configs[0].device, sys.maxsize
+    for used in {"cpu", device}:
+        free = free_memory.of_device(used)
+        if free is not None:
+            most = min(most, max(0, free - (needed if used == device else 0)) // ROOM[used])
+    return most
 
 
 def _start(cfg: Config, method: str, key: str, at_once: int) -> tuple[subprocess.Popen, IO[bytes]]:
