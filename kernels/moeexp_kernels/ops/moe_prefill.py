@@ -30,7 +30,7 @@ from moeexp_kernels.ops.moe_sort import sort_by_expert
 from moeexp_kernels.parts import tuning
 
 # Weight and scales of gate_up, then of down; a weight without scales stands for them too.
-Weights = tuple[Tensor, Tensor, Tensor, Tensor]
+ExpertTensors = tuple[Tensor, Tensor, Tensor, Tensor]
 Kind = tuple[int, tuple[int, int], tuple[int, int]]  # what `expert_formats` returns
 HEIGHTS = ("tall", "middle", "low")  # of blocks: the parts of a table's row
 
@@ -217,7 +217,7 @@ def can_scale_after(*, dtype: torch.dtype, kind: Kind, config: dict) -> bool:
 
 def launch_experts(
     *, h: Tensor, sums: Tensor | None, order: Tensor, lists: Sequence[Tensor | None], pairs, tokens, choices: Tensor,
-    share: Tensor, routed: Weights, shared: Weights, top_k: int, kind: Kind, config: dict,
+    share: Tensor, routed: ExpertTensors, shared: ExpertTensors, top_k: int, kind: Kind, config: dict,
 ) -> Tensor:  # fmt: skip
     """[pairs + tokens, D] in h's dtype: each pair's expert output times its weight, then the shared expert's for so many tokens.
 
