@@ -181,7 +181,12 @@ def _decode_kernel(
     delta = beta * (v - decay * seen)
     tl.debug_barrier()
     tl.store(state + tile, old * decay + k[:, None] * (k_norm * delta)[None, :], mask=in_tile)
-    tl.store(raw + (batch * HV + head) * DV + cols, decay * asked + qk * delta, mask=in_v)
+    # As a tile of which the first row is stored: as a vector it would change its layout, for which all warps write the same
+    # values to the same shared memory.
+    first = in_v[None, :] & (rows == 0)[:, None]
+    tl.store(
+        raw + (batch * HV + head) * DV + (cols[None, :] + rows[:, None] * 0), (decay * asked + qk * delta)[None, :], mask=first
+    )
 
 
 @triton.jit
