@@ -93,14 +93,16 @@ def export(arguments: Sequence[str]) -> tuple[Path, dict[str, Any]]:
 
 def _build(out: Path, cfg: schema.Config, record: Record, phases: Phases) -> dict[str, Any]:
     from moeexp.run import identity
-    from moeexp.stack import artifact_writer, factory
+    from moeexp.stack import artifact_writer, compilers, factory
 
     made_from = identity.Identities(phases.progress).files(cfg)
-    with phases("weights"):
-        model = factory.build_model(cfg, phases)
-    identity.confirm(cfg, made_from)
-    # No capture is needed, but `all` is made of another prefill method.
-    stack = factory.build_stack(cfg, model, phases, cuda_graph=None if cfg.cuda_graph == "all" else False)
+    with compilers.Compilers([cfg]) as ahead:
+        with phases("weights"):
+            model = factory.build_model(cfg, phases)
+        identity.confirm(cfg, made_from)
+        # No capture is needed, but `all` is made of another prefill method.
+        graph = None if cfg.cuda_graph == "all" else False
+        stack = factory.build_stack(cfg, model, phases, cuda_graph=graph, made_ahead=ahead.join)
     try:
         with phases("write"):
             return artifact_writer.write(out, cfg, stack, made_in_s=record.data["phases_s"], identity=made_from)

@@ -20,7 +20,7 @@ from moeexp.config import resolve, schema, sources
 from moeexp.record.phases import Phases
 from moeexp.record.record import Record
 from moeexp.run.identity import Identities, config_hash
-from moeexp.stack import artifact, artifact_config, artifact_key, artifact_manifest, artifact_writer, factory
+from moeexp.stack import artifact, artifact_config, artifact_key, artifact_manifest, artifact_writer, factory, packages
 from moeexp.stack.compile_cache import Artifact
 
 NANO = ["model=nano", "export=aoti", "batch=2", "max_seq_len=96"]
@@ -307,7 +307,7 @@ def test_a_snapshot_exported_runs_elsewhere_without_it(tmp_path, monkeypatch, ca
         shutil.rmtree(path)
     Path("made").rename("moved")
     unwanted = lambda *_, **__: pytest.fail("an artifact needs no such work")  # noqa: E731
-    for module, name in ((factory, "get_or_compile"), (factory, "load"), (factory, "export_method")):
+    for module, name in ((packages, "get_or_compile"), (factory, "load"), (packages, "export_method")):
         monkeypatch.setattr(module, name, unwanted)
     assert cli.main(["artifact=moved", *RUN, "prompt_len=9"]) == 0, capsys.readouterr().err
     found = [json.loads(path.read_text()) for path in Path("outputs").rglob("record.json")]

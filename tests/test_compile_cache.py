@@ -146,7 +146,7 @@ def test_every_field_of_the_spec_is_in_the_key(monkeypatch):
 def test_code_and_toolchain_are_in_the_key(monkeypatch):
     keys = {key_of(SPEC)}
     versions = compile_cache.toolchain("cpu")
-    assert {"python", "torch", "triton", "cuda", "cxx", "machine", "cpu"} == versions.keys()
+    assert {"python", "torch", "triton", "cuda", "cxx", "machine", "cpu", "cpu_flags"} == versions.keys()
     for name in versions:
         with monkeypatch.context() as patch:
             patch.setattr(compile_cache, "toolchain", lambda device, name=name: versions | {name: "other"})

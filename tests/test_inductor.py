@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 import os
 import subprocess
 import sys
-import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._higher_order_ops import triton_kernel_wrap
-from torch._inductor import compile_fx, config
+from torch._inductor import codecache, config, graph
 
 from moeexp.stack import inductor
-from moeexp.stack.methods import compile_method
 
 
 @pytest.fixture
@@ -121,11 +118,11 @@ def test_torch_has_the_functions_that_are_replaced():
     inductor.remember_kernel_analyses()
     found = [getattr(triton_kernel_wrap, name) for name in inductor.ANALYSES if hasattr(triton_kernel_wrap, name)]
     assert found and all(hasattr(function, "remembered") for function in found)
-    buffer, clone = torch.zeros(3), compile_fx.clone_preserve_strides
-    assert clone(buffer) is not buffer
-    with inductor.without_copies_of_constants():
-        assert compile_fx.clone_preserve_strides(buffer) is buffer
-    assert compile_fx.clone_preserve_strides is clone
+    same, one, other = graph.is_same_tensor, torch.zeros(3), torch.zeros(3)
+    with inductor.telling_constants_apart():
+        for pair in ((one, one), (one, one.view(3)), (one, other), (one, one[:2]), (one[:2], one[1:])):
+            assert graph.is_same_tensor(*pair) == same(*pair)
+    assert graph.is_same_tensor is same
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -139,28 +136,15 @@ def test_every_switch_exists(device, method):
         assert config.cpp.vec_isa_ok is (False if device == "cuda" else None)
 
 
-@pytest.mark.slow
-def test_nothing_holds_the_weights_after_compiling(tmp_path):
-    class Weighted(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("weight", torch.rand(64, 64))
-
-        def forward(self, x):
-            return self.weight @ x
-
-    module = Weighted()
-    module.weight.holder = holder = Holder()
-    held = weakref.ref(holder)
-    settings = inductor.inductor_config(method="decode", device="cpu")
-    compile_method(torch.export.export(module, (torch.rand(64),)), tmp_path / "weighted.pt2", settings)
-    del module, holder
-    gc.collect()
-    assert held() is None
-
-
-class Holder:
-    """Lives as long as the tensor that has it as an attribute."""
+@pytest.mark.parametrize("there", [True, False])
+def test_loading_does_not_describe_the_machine(monkeypatch, there):
+    """Also where a torch has no such function."""
+    if not there:
+        monkeypatch.delattr(codecache, "get_device_information")
+    described = getattr(codecache, "get_device_information", None)
+    with inductor.loading("cpu"):
+        assert codecache.get_device_information("cpu") == {}
+    assert getattr(codecache, "get_device_information", None) is described
 
 
 TRACED = """

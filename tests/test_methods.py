@@ -1,21 +1,33 @@
 """The compiled methods themselves: two AOTInductor compiles of `nano`, shared by all quick tests here and by all workers."""
 
+import contextlib
+import json
 import math
 import os
+import zipfile
 from dataclasses import replace
 
+import common
 import pytest
 import torch
 from moeexp_kernels import registry
 from rich.console import Console
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from moeexp.check.verify import record_trace
 from moeexp.config.compose import compose
+from moeexp.config.quantisation import NEVER_QUANTISED
 from moeexp.config.resolve import resolve
+from moeexp.model.qwen3_5_moe import state_shapes
+from moeexp.model.weights import Random, load, unfilled
 from moeexp.record.phases import Phases
 from moeexp.record.record import Record
+from moeexp.stack import compile_cache
 from moeexp.stack.compile_cache import cache_dir
-from moeexp.stack.factory import MethodBuilder, build_model, build_stack
+from moeexp.stack.compilers import Compilers
+from moeexp.stack.factory import build_model, build_stack
+from moeexp.stack.methods import export_method
+from moeexp.stack.packages import names_in
 
 BASE = ["model=nano", "quant=int4", "max_seq_len=160"]
 
@@ -129,13 +141,81 @@ def test_second_build_compiles_nothing(cfg, model, phases, compiled, monkeypatch
     folder = compiled.artifacts["decode"].package.parent.parent.parent
     monkeypatch.setenv("MOEEXP_CACHE_DIR", str(folder))
     assert cache_dir() == folder
-    monkeypatch.setattr("moeexp.stack.factory.export_method", lambda *a, **k: pytest.fail("exported again"))
+    monkeypatch.setattr("moeexp.stack.packages.export_method", lambda *a, **k: pytest.fail("exported again"))
     again = build_stack(cfg, model, phases)
     assert all(artifact.cached for artifact in again.artifacts.values())
     prompt = tokens(9)
     compiled.session.reset()
     assert torch.equal(again.session.prefill(prompt), compiled.session.prefill(prompt))
     assert math.isfinite(float(again.session.decode(prompt[:, :1]).sum()))
+
+
+@pytest.mark.slow
+def test_processes_of_their_own_make_the_same_packages(cfg, model, phases, compiled, monkeypatch, tmp_path):
+    monkeypatch.setenv("MOEEXP_CACHE_DIR", str(tmp_path))
+    with Compilers([cfg]) as compilers:
+        monkeypatch.setattr("moeexp.stack.packages.export_method", lambda *a, **k: pytest.fail("exported here"))
+        apart = build_stack(cfg, model, phases, made_ahead=compilers.join)
+    for name, here in compiled.artifacts.items():
+        there = apart.artifacts[name]
+        assert (there.key, there.constants, there.cached) == (here.key, here.constants, False) and there.compile_s > 0
+        found, made = (json.loads(one.package.with_name("manifest.json").read_text()) for one in (here, there))
+        own = {"compile_s": None, "package_sha256": None}
+        assert found | own == made | own and libraries(here.package) == libraries(there.package)
+    prompt = tokens(9)
+    expected, ids = compiled.session.generate(prompt, 8), apart.session.generate(prompt, 8)
+    assert torch.equal(torch.as_tensor(ids), torch.as_tensor(expected))
+    with Compilers([cfg]) as compilers:
+        assert not any(compilers.join(artifact.key) for artifact in apart.artifacts.values()), "nothing was missing"
+
+
+def libraries(package):
+    with zipfile.ZipFile(package) as archive:
+        return [archive.read(name) for name in archive.namelist() if name.endswith(".so")]
+
+
+SMALL = replace(common.EVEN, linear_value_head_dim=16)
+TIED = replace(SMALL, tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize(
+    ("arch", "method", "bits", "explicit"),
+    [
+        (SMALL, "prefill", 4, False),
+        (TIED, "decode", 16, True),
+        pytest.param(TIED, "decode", 4, False, marks=pytest.mark.slow),
+        pytest.param(SMALL, "cond", 4, True, marks=pytest.mark.slow),
+    ],
+)
+def test_shapes_without_storage_export_as_weights_do(arch, method, bits, explicit):
+    """The same graph, of the same constants."""
+    layout = {"dtype": torch.float32, "device": torch.device("cpu"), "bits": bits, "group_size": 16, "skip": NEVER_QUANTISED}
+    shapes = state_shapes(arch, batch=2, max_seq_len=32, dtype=torch.float32)
+    programs = []
+    for mode in (contextlib.nullcontext(), FakeTensorMode()):
+        with mode:
+            fake = isinstance(mode, FakeTensorMode)
+            model = unfilled(arch, **layout) if fake else load(arch, Random(arch, 0), **layout)
+            state = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+        with model.attached({} if explicit else state):
+            program = export_method(
+                method, model, common.reference_ops(), batch=2, max_seq_len=32, state=state if explicit else None
+            )
+        tensors = [*program.state_dict.values(), *program.constants.values()]
+        assert all(isinstance(tensor, FakeTensor) == fake for tensor in tensors)
+        programs.append((str(program.graph), compile_cache._constants(program), str(program.range_constraints)))
+    assert programs[0] == programs[1]
+
+
+@pytest.mark.slow
+def test_a_tied_head_is_one_constant(phases, monkeypatch, tmp_path):
+    monkeypatch.setenv("MOEEXP_CACHE_DIR", str(tmp_path))
+    tied = ["model=nano", "quant=none", "dispatch=token_by_token", "model.architecture.tie_word_embeddings=true"]
+    cfg = resolve(compose([*tied, "max_seq_len=160", "export=aoti"]), cuda_available=False)
+    model = build_model(cfg, phases)
+    fast, slow = build_stack(cfg, model, phases), build_stack(cfg, model, phases, export="eager")
+    assert len({"model.head.weight", "model.embed_tokens.weight"} & fast.artifacts["decode"].constants.keys()) == 1
+    assert fast.session.generate(tokens(5), 8) == slow.session.generate(tokens(5), 8)
 
 
 OTHERS = [
@@ -169,7 +249,7 @@ def test_a_package_depends_on_the_ops_that_its_method_has():
 
     def names(method, **chosen):
         resolved = registry.resolve(default="triton", chosen=chosen, device="cuda")
-        return MethodBuilder(None, None, resolved, {}, None).names_in(method)
+        return names_in(method, resolved)
 
     assert names("prefill", gdn_decode="chunked") == names("prefill")
     assert names("decode", gdn_decode="chunked") != names("decode")

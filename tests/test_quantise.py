@@ -1,5 +1,8 @@
 """Quantisation: hqq's numbers in our layout, exactly."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from moeexp_kernels.ops.linear import dequantise
@@ -185,3 +188,30 @@ def test_a_group_that_float16_scales_cannot_hold_is_refused_by_name(value, bits)
     weight[2, 3] = value
     with pytest.raises(ValueError, match="experts.7"):
         quantise(weight, bits=bits, group_size=32, name="experts.7")
+
+
+IMPORT = """
+import sys, torch
+from moeexp.model import quantise
+before, compile = set(sys.modules), torch.compile
+assert quantise._hqq().__name__ == "Quantizer" and torch.compile is compile
+assert not [name for name in set(sys.modules) - before if not name.startswith(("hqq", "termcolor"))], set(sys.modules) - before
+"""
+
+
+def test_importing_hqq_does_not_import_inductor():
+    subprocess.run([sys.executable, "-c", IMPORT], check=True, timeout=60)
+
+
+def test_what_hqq_has_compiled_is_compiled_when_it_is_called(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: asked.append((function, settings)) or function)
+
+    @module._compiled_when_called(dynamic=True)
+    def double(x, *, times=2):
+        """Twice."""
+        return x * times
+
+    assert asked == [] and double.__doc__ == "Twice."
+    assert [double(3), double(3, times=3)] == [6, 9]
+    assert asked == [(double.__wrapped__, {"dynamic": True})]

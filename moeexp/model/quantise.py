@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
 import torch
 from moeexp_kernels.ops.linear import MIDDLE_CODE
 from torch import Tensor
@@ -35,9 +40,7 @@ def quantise(weight: Tensor, *, bits: int, group_size: int, name: str = "weight"
         raise ValueError(
             f"quant.group_size={group_size} does not divide the {features} input features of {name}; {_advice(features)}"
         )
-    # Imported here: it takes seconds, which a run with quant=none need not spend.
-    from hqq.core.quantize import Quantizer
-
+    quantizer = _hqq()
     rows = weight.reshape(-1, features)
     step = max(1, SLICE_ELEMENTS // features)
     # Written slice by slice into their final place: a list to concatenate would hold everything twice.
@@ -46,7 +49,7 @@ def quantise(weight: Tensor, *, bits: int, group_size: int, name: str = "weight"
     for start in range(0, rows.shape[0], step):
         part = rows[start : start + step]
         wide = part.float()
-        codes, meta = Quantizer.quantize(
+        codes, meta = quantizer.quantize(
             wide,
             nbits=bits,
             group_size=group_size,
@@ -67,6 +70,26 @@ def quantise(weight: Tensor, *, bits: int, group_size: int, name: str = "weight"
     if not scales.isfinite().all():
         raise ValueError(f"{name} has groups whose scale does not fit float16 (weights not finite, or beyond ±65504)")
     return stored.view(*weight.shape[:-1], -1), scales.view(*weight.shape[:-1], -1, 2)
+
+
+@functools.cache
+def _hqq() -> Any:
+    """Its Quantizer, where weights are quantised. Three methods of its layers, which we never call, are decorated with
+    torch.compile: that would import all of Inductor for them."""
+    with mock.patch.object(torch, "compile", _compiled_when_called):
+        from hqq.core.quantize import Quantizer
+
+    return Quantizer
+
+
+def _compiled_when_called(**settings: Any) -> Callable[[Callable], Callable]:
+    """torch.compile as a decorator, at the first call."""
+
+    def decorate(function: Callable) -> Callable:
+        compiled = functools.cache(lambda: torch.compile(function, **settings))
+        return functools.wraps(function)(lambda *args, **named: compiled()(*args, **named))
+
+    return decorate
 
 
 def _advice(features: int) -> str:

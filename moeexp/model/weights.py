@@ -98,6 +98,19 @@ def load(
     return model
 
 
+def unfilled(
+    arch: Architecture, *, dtype: torch.dtype, device: torch.device, bits: int, group_size: int, skip: tuple[str, ...]
+) -> Qwen35MoE:
+    """A model with the buffers that `load` leaves, none of which has a value."""
+    model = Qwen35MoE(arch, dtype=dtype, device="meta")
+    shapes, tied = layout(arch, dtype=dtype, bits=bits, group_size=group_size, skip=skip)
+    for name, (shape, kind) in shapes.items():
+        model.assign(name, torch.empty(shape, dtype=kind, device=device))
+    for name, same_as in tied.items():
+        model.assign(name, model.get_buffer(same_as))
+    return model
+
+
 def layout(
     arch: Architecture, *, dtype: torch.dtype, bits: int, group_size: int, skip: tuple[str, ...]
 ) -> tuple[dict[str, tuple[tuple[int, ...], torch.dtype]], dict[str, str]]:

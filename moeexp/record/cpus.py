@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from pathlib import Path
+
+# Inductor compiles for the very CPU that it runs on.
+INSTRUCTION_SETS = re.compile(r"^(sse|ssse|avx|fma|bmi|f16c|amx|vaes|vpclmul|pclmul|gfni|adx|sha_ni|movbe|popcnt|aes|abm)")
 
 
 def usable() -> list[int]:
@@ -19,6 +23,10 @@ def name() -> str:
 def flags() -> list[str]:
     """Instruction sets and the like; none where Linux does not tell."""
     return _told("flags", "Features").split()
+
+
+def instruction_sets() -> list[str]:
+    return sorted(filter(INSTRUCTION_SETS.match, flags()))
 
 
 def _told(*names: str) -> str:

@@ -10,7 +10,18 @@ import pynvml
 from moeexp_runner import nvml
 
 from moeexp.record import control_groups
-from moeexp.record.gpus import Gpu
+from moeexp.record.gpus import Gpu, visible_gpus
+
+
+def of_device(device: str) -> int | None:
+    """For this process, on the cpu or its first GPU. Of a GPU with what an earlier run of this process has given back to torch,
+    and torch not to others."""
+    if device == "cpu":
+        return of_host()
+    import torch
+
+    free = of_gpus(visible_gpus()[:1])
+    return None if free is None else free + (torch.cuda.memory_reserved() if torch.cuda.is_initialized() else 0)
 
 
 def of_gpus(gpus: Sequence[Gpu]) -> int | None:

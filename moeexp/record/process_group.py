@@ -6,9 +6,15 @@ any other process: a signal that is sent late reaches a stranger.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+PR_SET_PDEATHSIG = 1
 
 
 def has_ended(process: subprocess.Popen) -> bool:
@@ -28,3 +34,23 @@ def kill_group(process: subprocess.Popen) -> None:
     """SIGKILL to it and all of its group that is left; nothing where it has been waited for."""
     if process.returncode is None:
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def end_groups(processes: Sequence[subprocess.Popen], grace_s: float) -> None:
+    """SIGTERM to each and its group, upon which a compiler removes what it has half written, and SIGKILL to what is left after
+    `grace_s`. All have been waited for then."""
+    for process in processes:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGTERM)
+    end = time.monotonic() + grace_s
+    for process in processes:
+        while not has_ended(process) and time.monotonic() < end:
+            time.sleep(0.02)
+        kill_group(process)
+        process.wait()
+
+
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """This process gets that signal when its parent ends, also where that is killed. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)

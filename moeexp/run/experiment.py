@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ from moeexp.run.identity import confirm
 from moeexp.run.memory import memory
 from moeexp.run.roofline import bandwidth_share, bytes_per_step, step_calls
 from moeexp.run.transformers_baseline import run_transformers
+from moeexp.stack.compilers import Compilers
 from moeexp.stack.factory import Stack, build_model, build_stack, check_coverage, python_callbacks
+from moeexp.stack.packages import by_none
 
 
 def run_experiment(cfg: Config, *, run_dir: Path, record: Record, phases: Phases) -> None:
@@ -47,10 +50,11 @@ def run_experiment(cfg: Config, *, run_dir: Path, record: Record, phases: Phases
         run_transformers(cfg, run_dir=run_dir, record=record, phases=phases)
         return
     run = Experiment(cfg, run_dir, record, phases)
-    with phases("weights"):
-        model = build_model(cfg, phases)
-    confirm(cfg, record.data["identity"])
-    run.build(model)
+    with Compilers([cfg]) as compilers:
+        with phases("weights"):
+            model = build_model(cfg, phases)
+        confirm(cfg, record.data["identity"])
+        run.build(model, compilers.join)
     try:
         if cfg.check == "inline":
             run.check()
@@ -82,10 +86,10 @@ class Experiment:
         check_heldout(cfg, self.arch, self.text)
         self.eos = set(self.arch.eos_token_ids) if cfg.eos else None
 
-    def build(self, model: Qwen35MoE) -> None:
+    def build(self, model: Qwen35MoE, made_ahead: Callable[[str], bool] = by_none) -> None:
         cfg, decode = self.cfg, self.text.decode
         share = check_coverage(model, bits=cfg.quant.bits, default_skip=_default_skip(cfg.quant))
-        self.stack = build_stack(cfg, model, self.phases)
+        self.stack = build_stack(cfg, model, self.phases, made_ahead=made_ahead)
         self.on_device = self.prompt.to(self.stack.device)
         self.benchmark = Benchmark(cfg, self.stack.session, self.on_device, self.eos, self.record)
         shown = [decode(row) for row in self.prompt.tolist()] if decode and cfg.prompt is not None else None

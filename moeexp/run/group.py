@@ -19,6 +19,7 @@ from moeexp.run import signals
 from moeexp.run.experiment import Experiment
 from moeexp.run.identity import confirm
 from moeexp.run.job import INTERRUPTED, Job, conclude, open_record, prepare, status_of, verdict
+from moeexp.stack.compilers import Compilers
 from moeexp.stack.factory import build_model
 
 LEAST_ROUNDS = 5
@@ -87,15 +88,16 @@ def _run(members: list[Member]) -> None:
         return
     if ready[0].config.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with ready[0].phases("weights"):
-        model = build_model(ready[0].config, ready[0].phases)
-    for member in ready:
-        member.step(lambda member: confirm(member.config, member.record.data["identity"]))
     references = References()
-    for member in ready:
-        member.step(lambda member: _run_of(member).build(model))
-        if member.alive and member.config.check == "inline":
-            member.step(lambda member: _check(member, references))
+    with Compilers([member.config for member in ready]) as compilers:
+        with ready[0].phases("weights"):
+            model = build_model(ready[0].config, ready[0].phases)
+        for member in ready:
+            member.step(lambda member: confirm(member.config, member.record.data["identity"]))
+        for member in ready:
+            member.step(lambda member: _run_of(member).build(model, compilers.join))
+            if member.alive and member.config.check == "inline":
+                member.step(lambda member: _check(member, references))
     _take_turns([member for member in ready if member.alive])
     for member in ready:
         member.step(lambda member: _finish(member, references))

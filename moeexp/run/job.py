@@ -18,7 +18,7 @@ from rich.console import Console
 
 from moeexp.config import axes, memory_need, resolve, schema, sources, threads, validate
 from moeexp.config.override_text import without_interpolation
-from moeexp.record import disk, free_memory, gpus, streams, tracker
+from moeexp.record import disk, free_memory, streams, tracker
 from moeexp.record.phases import Phases
 from moeexp.record.record import Record, write_atomically
 from moeexp.report import terminal
@@ -134,7 +134,7 @@ def prepare(cfg: DictConfig, record: Record, phases: Phases) -> schema.Config:
     composed = artifact_config.adopt(composed, record.data["overrides"], progress)
     config = resolve.resolved(composed, cuda_available=torch.cuda.is_available())
     check_inputs(config)
-    memory_need.check_fits(config, _available)
+    memory_need.check_fits(config, free_memory.of_device)
     chosen = threads.choose(composed.threads, sources.load_architecture(composed.model))
     threads.apply(chosen, config.device)
     gpu = environment.gpu_name() if config.device == "cuda" else None
@@ -155,16 +155,6 @@ def prepare(cfg: DictConfig, record: Record, phases: Phases) -> schema.Config:
         record.note(beyond)
     record.write()
     return config
-
-
-def _available(device: str) -> int | None:
-    """Bytes for this run. Of a GPU with what an earlier run of this process has given back to torch, and torch not to others."""
-    if device == "cpu":
-        return free_memory.of_host()
-    import torch
-
-    free = free_memory.of_gpus(gpus.visible_gpus()[:1])
-    return None if free is None else free + (torch.cuda.memory_reserved() if torch.cuda.is_initialized() else 0)
 
 
 def check_surroundings(config: schema.Config) -> None:

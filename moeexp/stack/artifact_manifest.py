@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +21,17 @@ from moeexp.stack.digests import Digests, ShowProgress, unseen
 VERSION = 4
 MANIFEST = "manifest.json"
 UNSEALED = ("sha256", "made_by")
-# Instruction sets: Inductor compiles for the very CPU that it runs on.
-CPU_FLAGS = re.compile(r"^(sse|ssse|avx|fma|bmi|f16c|amx|vaes|vpclmul|pclmul|gfni|adx|sha_ni|movbe|popcnt|aes|abm)")
 
 
 def here(device: str) -> dict[str, Any]:
     """What compiled code asks of the machine that runs it; `device` is `cpu` or `cuda`."""
     import torch
 
-    flags = sorted(filter(CPU_FLAGS.match, cpus.flags()))
-    found: dict[str, Any] = {"torch": torch.__version__, "machine": platform.machine(), "cpu_flags": flags}
+    found: dict[str, Any] = {
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "cpu_flags": cpus.instruction_sets(),
+    }
     if device == "cuda":
         capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
         found |= {"cuda": torch.version.cuda, "gpu_arch": "sm_{}{}".format(*capability) if capability else None}

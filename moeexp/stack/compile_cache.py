@@ -22,6 +22,7 @@ import torch
 from moeexp_runner.binding import TensorSpec
 from torch.export import ExportedProgram
 
+from moeexp.record import cpus
 from moeexp.record.locks import lock
 from moeexp.stack.cache_entries import lock_of, trim_or_say
 from moeexp.stack.caches import cache_dir
@@ -88,7 +89,13 @@ def toolchain(device: str) -> dict[str, str | None]:
         versions["gpu_arch"] = "sm_{}{}".format(*torch.cuda.get_device_capability())
     else:
         versions["cpu"] = torch.backends.cpu.get_cpu_capability()
+        versions["cpu_flags"] = " ".join(cpus.instruction_sets())  # of one capability, some CPUs have more than others
     return versions
+
+
+def find(key: str, spec: MethodSpec) -> Artifact | None:
+    """The artifact of `spec`, whose key it is, if the cache holds it as it should be."""
+    return _read(cache_dir() / "compiled" / key, spec)
 
 
 def get_or_compile(spec: MethodSpec, export: Callable[[], ExportedProgram]) -> Artifact:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import torch
-from moeexp_kernels import dispatch, registry
+from moeexp_kernels import registry
 from moeexp_kernels.parts.graph_edges import add_pdl_edges
 from moeexp_runner.arena import Arena
 from moeexp_runner.binding import CompiledMethod, assert_shared
 from moeexp_runner.explicit import ExplicitState
 from moeexp_runner.sampler import Sampler
 from moeexp_runner.session import Session
-from torch import Tensor
 
-from moeexp.config import axes
 from moeexp.config.architecture import Architecture
 from moeexp.config.quantisation import kind_of
 from moeexp.config.schema import Config, SamplerConfig
@@ -24,21 +22,12 @@ from moeexp.model.checkpoint import Snapshot
 from moeexp.model.config_agreement import check_agreement
 from moeexp.model.qwen3_5_moe import Qwen35MoE, state_shapes
 from moeexp.model.weights import Random, Source, load
-from moeexp.record.environment import compute_capability
 from moeexp.record.phases import Phases
 from moeexp.stack import allocator, artifact
-from moeexp.stack.compile_cache import Artifact, MethodSpec, get_or_compile, source_digest
+from moeexp.stack.compile_cache import Artifact, key_of, source_digest
 from moeexp.stack.inductor import loading
-from moeexp.stack.methods import (
-    MODULES,
-    OF_DISPATCH,
-    AtOne,
-    Method,
-    example_inputs,
-    export_method,
-    session_methods,
-    torch_compiled,
-)
+from moeexp.stack.methods import AtOne, example_inputs, session_methods, torch_compiled
+from moeexp.stack.packages import MethodBuilder, acts, by_none, device_of, op_names, package, package_specs
 
 # Share of the quantisable weight bytes (embedding apart) that default settings must quantise: below it, something was
 # skipped without a word. Small models have relatively large routers.
@@ -60,10 +49,6 @@ class Stack:
 
     def close(self) -> None:
         self.session.close()
-
-
-def device_of(cfg: Config) -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if cfg.device == "cuda" else torch.device(cfg.device)
 
 
 def source_of(cfg: Config, arch: Architecture) -> Source:
@@ -123,11 +108,6 @@ def check_coverage(model: Qwen35MoE, *, bits: int, default_skip: bool) -> float:
     return share
 
 
-def op_names(cfg: Config) -> dict[str, str]:
-    chosen = {f.name: getattr(cfg.ops, f.name) for f in fields(cfg.ops) if f.name != "default"}
-    return registry.resolve(default=cfg.ops.default, chosen=chosen, device=cfg.device)
-
-
 def python_callbacks(stack: Stack, dispatch: str) -> dict[str, list[str]]:
     """Per method, the ops that call back into Python when it runs, compiled or not (a graph replays what they launched)."""
     opaque = {op for op, name in stack.ops.items() if (op, name) in registry.OPAQUE}
@@ -139,11 +119,17 @@ def python_callbacks(stack: Stack, dispatch: str) -> dict[str, list[str]]:
 
 
 def build_stack(
-    cfg: Config, model: Qwen35MoE, phases: Phases, *, export: str | None = None, cuda_graph: bool | str | None = None
+    cfg: Config,
+    model: Qwen35MoE,
+    phases: Phases,
+    *,
+    export: str | None = None,
+    cuda_graph: bool | str | None = None,
+    made_ahead: Callable[[str], bool] = by_none,
 ) -> Stack:
     """State, methods and session over `model`, which other stacks may share: state is this one's own, and attached to the
-    model only while methods are exported and bound. `export` and `cuda_graph` override the config's, for the check's float32
-    twin."""
+    model only while methods are bound. `export` and `cuda_graph` override the config's, for the check's float32 twin.
+    `made_ahead(key)` waits for a package that another process makes for this one, and says whether it did."""
     if export is not None or cuda_graph is not None:
         cfg = replace(
             cfg,
@@ -156,8 +142,7 @@ def build_stack(
     if copy_outputs:
         names["sample"] = "reference"  # logits are on the host, where no Triton kernel runs; validate refuses other wishes
     arena = Arena(state_shapes(model.arch, batch=cfg.batch, max_seq_len=cfg.max_seq_len, dtype=dtype), device=device)
-    explicit = cfg.state == "explicit"
-    builder = MethodBuilder(cfg, model, names, *((arena.tensors, None) if explicit else ({}, arena.tensors)))
+    builder = MethodBuilder(cfg, model, names, arena.tensors, made_ahead)
     methods, artifacts = EXPORTERS[cfg.export](builder, phases)
     prefill, decode = session_methods(cfg.dispatch, methods, padded=builder.padded)
     with phases("capture") if cfg.cuda_graph else phases("session"):
@@ -165,7 +150,7 @@ def build_stack(
             prefill=prefill,
             decode=decode,
             sample=sampler_of(cfg.sampler, names["sample"], device="cpu" if copy_outputs else device),
-            arena=ExplicitState(arena) if explicit else arena,
+            arena=ExplicitState(arena) if cfg.state == "explicit" else arena,
             batch=cfg.batch,
             max_seq_len=cfg.max_seq_len,
             vocab_size=model.arch.vocab_size,
@@ -184,16 +169,7 @@ def build_stack(
 
 def pdl_of(cfg: Config) -> Callable[[int], int] | None:
     """What makes edges of a captured decode step programmatic, as a session takes it; None without PDL."""
-    return add_pdl_edges if _acts(cfg, "pdl") else None
-
-
-def prefetches(cfg: Config) -> bool:
-    return _acts(cfg, "l2_prefetch")
-
-
-def _acts(cfg: Config, axis: str) -> bool:
-    """Whether it is on, and has an effect here."""
-    return getattr(cfg, axis) and axis not in axes.not_applicable(cfg, compute_capability(cfg.device))
+    return add_pdl_edges if acts(cfg, "pdl") else None
 
 
 def sampler_of(cfg: SamplerConfig, implementation: str, *, device: torch.device | str) -> Sampler:
@@ -209,47 +185,6 @@ def sampler_of(cfg: SamplerConfig, implementation: str, *, device: torch.device 
         top_k=cfg.top_k or 0,
         top_p=1.0 if cfg.top_p is None else cfg.top_p,
     )
-
-
-@dataclass
-class MethodBuilder:
-    """What the methods of one stack are made from. State tensors by name are `state` where they are explicit, else
-    `attached_state`."""
-
-    cfg: Config
-    model: Qwen35MoE
-    names: dict[str, str]
-    state: dict[str, Tensor]
-    attached_state: dict[str, Tensor] | None
-
-    @property
-    def padded(self) -> bool:
-        """Prefill is captured at fixed lengths, to which prompts are padded."""
-        return self.cfg.cuda_graph == "all"
-
-    @property
-    def l2_prefetch(self) -> bool:
-        return prefetches(self.cfg)
-
-    @property
-    def methods(self) -> tuple[str, ...]:
-        return OF_DISPATCH[self.cfg.dispatch]
-
-    def names_in(self, method: str) -> dict[str, str]:
-        """What of `names` is in a method: the sampler is in none, and a prefill method has no op that is for one token."""
-        other = {"prefill": "_decode", "decode": "_prefill"}.get(method, "nothing")
-        return {op: name for op, name in self.names.items() if op != "sample" and not op.endswith(other)}
-
-    def ops(self) -> dict[str, Callable]:
-        ops = {op: registry.implementation(op, name) for op, name in self.names.items()}
-        return ops | dispatch.ops(self.names) if self.cfg.dispatch == "single" else ops
-
-    def module(self, name: str) -> Method:
-        """Runs as it is, on this stack's own state: several stacks may share the model."""
-        return MODULES[name](
-            self.model, self.ops(), state_names=tuple(self.state), attached_state=self.attached_state,
-            padded=self.padded, l2_prefetch=self.l2_prefetch,
-        ).eval()  # fmt: skip
 
 
 def _eager_methods(builder: MethodBuilder, phases: Phases):
@@ -281,33 +216,19 @@ def _torch_compiled_methods(builder: MethodBuilder, phases: Phases):
 def _packaged_methods(builder: MethodBuilder, phases: Phases):
     """Exports and compiles each method (or finds it compiled), loads it and binds all of them to the same tensors."""
     cfg, model, device = builder.cfg, builder.model, builder.model.norm.device
-    methods, artifacts, state = {}, {}, builder.attached_state or {}
-    for name in builder.methods:
-        spec = MethodSpec(
-            name,
-            axes.compiled_in(cfg, compute_capability(device.type))
-            | {
-                "architecture": model.arch.to_hf(),
-                "ops": registry.identities(builder.names_in(name)),
-                "skip": sorted(cfg.quant.skip),
-                "l2_prefetch": builder.l2_prefetch and name != "prefill",
-            },
-            padded=builder.padded and name != "decode",
-        )
-
-        def export(name=name, padded=spec.padded):
-            with phases(f"export {name}"), model.attached(state):
-                return export_method(
-                    name, model, builder.ops(), batch=cfg.batch, max_seq_len=cfg.max_seq_len, padded=padded,
-                    l2_prefetch=builder.l2_prefetch, state=builder.state,
-                )  # fmt: skip
-
-        with phases(f"compile {name}"):
-            artifacts[name] = artifact.method(cfg, name) if cfg.artifact else get_or_compile(spec, export)
-    with phases("bind"), loading(device.type), model.attached(state):
-        for name, made in artifacts.items():
-            methods[name] = CompiledMethod(made.package, made.constants, device=device)
-            methods[name].bind({fqn: model.get_buffer(fqn.removeprefix("model.")) for fqn in made.constants})
+    methods, artifacts = {}, {}
+    for spec in package_specs(cfg):
+        with phases(f"compile {spec.method}"):
+            if cfg.artifact:
+                artifacts[spec.method] = artifact.method(cfg, spec.method)
+            else:
+                made = builder.made_ahead(key_of(spec))
+                found = package(cfg, spec)
+                artifacts[spec.method] = replace(found, cached=found.cached and not made)
+    with phases("bind"), loading(device.type), model.attached(builder.attached_state):
+        for name, found in artifacts.items():
+            methods[name] = CompiledMethod(found.package, found.constants, device=device)
+            methods[name].bind({fqn: model.get_buffer(fqn.removeprefix("model.")) for fqn in found.constants})
         assert_shared(methods)
     return methods, artifacts
 

@@ -21,14 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ExportedProgram
 
 from moeexp.model.qwen3_5_moe import Ops, Qwen35MoE
-from moeexp.stack.inductor import (
-    declare_arrays_once_per_writer,
-    remember_kernel_analyses,
-    without_copies_of_constants,
-)
+from moeexp.stack.inductor import declare_arrays_once_per_writer, remember_kernel_analyses, telling_constants_apart
 
 METHODS = ("prefill", "decode")
 # dispatch -> the methods that it is made of.
@@ -166,7 +163,7 @@ def export_method(
     state: dict[str, Tensor] | None = None,
 ) -> ExportedProgram:
     """`model` has its state attached (`Qwen35MoE.attached`), or `state` (an example of each tensor) is explicit. Buffers keep
-    their names (`model.layers.0.…`) in every method."""
+    their names (`model.layers.0.…`) in every method. All of these may be FakeTensors: shapes are all that counts."""
     remember_kernel_analyses()
     state = state or {}
     module = MODULES[method](model, ops, state_names=tuple(state), padded=padded, l2_prefetch=l2_prefetch).eval()
@@ -178,7 +175,24 @@ def export_method(
         more[0] = {0: Dim("n", min=1, max=max_seq_len)}
     shapes = {"tokens": tokens, "positions": None} | ({"more": tuple(more)} if more else {})
     with torch.no_grad(), _sizes_may_be_one():
-        return torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
+    if isinstance(model.norm, FakeTensor):
+        _use_own_fakes(program)
+    return program
+
+
+def _use_own_fakes(program: ExportedProgram) -> None:
+    """A program's graph has fakes of its own mode, beside which Inductor takes none of another: those that it was given."""
+    values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    signature = program.graph_signature
+    for name, target in signature.inputs_to_buffers.items():
+        (program.state_dict if target in program.state_dict else program.constants)[target] = values[name]
+    given, keywords = program.example_inputs
+    own = (
+        values[name] if isinstance(tensor, FakeTensor) else tensor
+        for name, tensor in zip(signature.user_inputs, given, strict=True)
+    )
+    program.example_inputs = tuple(own), keywords
 
 
 def compile_method(program: ExportedProgram, path: Path, config: dict[str, Any]) -> None:
@@ -190,7 +204,7 @@ def compile_method(program: ExportedProgram, path: Path, config: dict[str, Any])
     remember_kernel_analyses()
     declare_arrays_once_per_writer()
     package = io.BytesIO()
-    with torch.no_grad(), _sizes_may_be_one(), without_copies_of_constants(), warnings.catch_warnings():
+    with torch.no_grad(), _sizes_may_be_one(), telling_constants_apart(), warnings.catch_warnings():
         # torch's own, about its own pytrees; nothing that a user could act on.
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         aoti_compile_and_package(program, package_path=package, inductor_configs=config)

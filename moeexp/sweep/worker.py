@@ -7,7 +7,6 @@ Whatever a run that crashes leaves, `moeexp.sweep.sweep` finishes its record.
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import importlib
 import json
@@ -17,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from moeexp.record import streams
+from moeexp.record.process_group import die_with_parent
 from moeexp.run import signals
 from moeexp.run.job import INTERRUPTED, Job, TimeUp, default_experiment, run_job
-
-PR_SET_PDEATHSIG = 1
 
 
 def main(path: str) -> int:
@@ -33,7 +31,7 @@ def main(path: str) -> int:
 
 def run(path: str) -> int:
     faulthandler.enable()
-    die_with_parent()
+    die_with_parent()  # a sweep that is killed leaves no run behind that holds a GPU
     content = json.loads(Path(path).read_text())
     jobs = [Job(**job) for job in content["jobs"]]
     limit = (jobs[0].timeout_s or 0) * len(jobs)
@@ -51,12 +49,6 @@ def run(path: str) -> int:
 
         return run_group(jobs)
     return run_job(jobs[0], jobs[0].composed(), experiment)
-
-
-def die_with_parent() -> None:
-    """A sweep that is killed leaves no run behind that holds a GPU. Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moeexp import cli, export
-from moeexp.stack import artifact_manifest, factory
+from moeexp.stack import artifact_manifest, factory, packages
 
 NANO = ["model=nano", "max_seq_len=96", "new_tokens=6"]
 RUN = ["new_tokens=6", "repeats=1", "tracker=jsonl", "prompt_len=9", "cuda_graph=true"]
@@ -36,8 +36,8 @@ def test_an_artifact_is_captured_and_checked(monkeypatch, capsys):
     assert export.main([*NANO, "quant=int4", "out=made"]) == 0, capsys.readouterr().err
     made = artifact_manifest.read_manifest(Path("made"))
     assert made["runs_on"]["gpu_arch"].startswith("sm_") and made["config"]["device"] == "cuda"
-    for name in ("get_or_compile", "load"):
-        monkeypatch.setattr(factory, name, lambda *_, **__: pytest.fail("an artifact needs no such work"))
+    for module, name in ((packages, "get_or_compile"), (factory, "load")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("an artifact needs no such work"))
     assert cli.main(["artifact=made", *RUN]) == 0, capsys.readouterr().err
     record = last_record()
     assert record["status"] == "ok" and record["check"]["passed"] and record["decode_tok_s"] > 0

@@ -13,6 +13,8 @@ the data, the most that there can be does not; rows of a list that no block need
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -99,7 +101,7 @@ def sort_by_expert(*, ids: Tensor, experts: int, heights: tuple[int, int, int]) 
     """ids int32 [..., k] contiguous, in 0..E-1; heights: powers of 2, none taller than the one before it.
     Returns (order [A], lists), as in the module's docstring."""
     pairs = ids.numel()
-    whole = {"dtype": torch.int32, "device": ids.device}
+    whole: dict[str, Any] = {"dtype": torch.int32, "device": ids.device}
     counts, order = torch.empty((experts,), **whole), torch.empty((pairs,), **whole)
     bounds = block_bounds(pairs=pairs, experts=experts, heights=heights)
     lists = tuple(torch.empty((bound, 3), **whole) for bound in bounds)

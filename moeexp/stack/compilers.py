@@ -1,0 +1,181 @@
+"""Methods that the cache lacks, each compiled in a process of its own: beside the others, and while the weights are made.
+
+One takes 0.6 GiB of host memory, its C++ compiler 0.4 GiB more. On a GPU it holds a CUDA context, about 0.5 GiB, and memory for
+the arguments of one call: Inductor launches each kernel once. Where a device has no room for that beside what the runs need, they
+compile in their own process, one method after the other.
+
+python -m moeexp.stack.compilers      compiles one. What it is told, and what it answers, are pickles of its parent's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from typing import IO, TYPE_CHECKING, Any
+
+from moeexp.record.process_group import die_with_parent, end_groups, has_ended, kill_group
+
+if TYPE_CHECKING:
+    from moeexp.config.schema import Config
+    from moeexp.stack.compile_cache import MethodSpec
+
+# How often a wait for one looks, and what one has to remove what it has half written.
+LOOK_S, GRACE_S = 0.05, 5.0
+# Bytes that are free for one, on each device that it uses.
+ROOM = {"cpu": 3 << 29, "cuda": 2 << 30}
+
+
+class Compilers:
+    """`with Compilers(configs) as compilers:` one for each missing method, as many at once as the machine grants cores and has
+    memory for. On leaving, for whatever reason, none is left. What several configs share is compiled once."""
+
+    def __init__(self, configs: Sequence[Config]):
+        from moeexp.config.threads import granted
+        from moeexp.stack.compile_cache import find, key_of
+        from moeexp.stack.packages import package_specs
+
+        self._waiting: dict[str, tuple[Config, MethodSpec]] = {}
+        self._running: dict[str, tuple[MethodSpec, subprocess.Popen, IO[bytes]]] = {}
+        self._answers: dict[str, bool | Exception] = {}
+        for cfg in configs:
+            if cfg.export == "aoti" and cfg.artifact is None:
+                wanted = {key_of(spec): (cfg, spec) for spec in package_specs(cfg)}
+                self._waiting |= {key: job for key, job in wanted.items() if find(key, job[1]) is None}
+        self._at_once = min(len(self._waiting), granted().cores, room(configs)) if self._waiting else 0
+        if self._at_once == 0:
+            self._waiting.clear()
+
+    def __enter__(self) -> Compilers:
+        try:
+            self._go_on()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._waiting.clear()
+        end_groups([process for _, process, _ in self._running.values()], GRACE_S)
+        for _, _, answer in self._running.values():
+            answer.close()
+        self._running.clear()
+
+    def join(self, key: str) -> bool:
+        """Waits for the package of this key, and raises what went wrong with it. Whether it was made here: not if it was in
+        the cache, came there from another run, or is still to be made."""
+        while key in self._waiting or key in self._running:
+            time.sleep(LOOK_S)
+            self._go_on()
+        answer = self._answers.get(key, False)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _go_on(self) -> None:
+        for key, (spec, process, answer) in list(self._running.items()):
+            if has_ended(process):
+                kill_group(process)  # what it may have left running in its session
+                process.wait()
+                self._answers[key] = _read(spec.method, process.returncode, answer)
+                del self._running[key]
+        while self._waiting and len(self._running) < self._at_once:
+            key = next(iter(self._waiting))
+            cfg, spec = self._waiting.pop(key)
+            self._running[key] = spec, *_start(cfg, spec.method, key, self._at_once)
+
+
+def room(configs: Sequence[Config]) -> int:
+    """For how many processes there is memory beside what runs of these configs need, over the weights that they share."""
+    from moeexp.config.memory_need import need_of
+    from moeexp.record import free_memory
+
+    needs = list(map(need_of, configs))
+    needed = max(need.weights for need in needs) + sum(need.state + need.workspace for need in needs)
+    device, most = configs[0].device, sys.maxsize
+    for used in {"cpu", device}:
+        free = free_memory.of_device(used)
+        if free is not None:
+            most = min(most, max(0, free - (needed if used == device else 0)) // ROOM[used])
+    return most
+
+
+def _start(cfg: Config, method: str, key: str, at_once: int) -> tuple[subprocess.Popen, IO[bytes]]:
+    """The process, and the file that its answer will be in."""
+    import torch
+
+    answer = tempfile.TemporaryFile()
+    with tempfile.TemporaryFile() as job:
+        pickle.dump((cfg, method, key, torch.get_num_threads(), at_once), job)
+        job.seek(0)
+        process = subprocess.Popen(
+            # -P: of the working directory only what the parent would import.
+            [sys.executable, "-P", "-m", "moeexp.stack.compilers"],
+            stdin=job,
+            stdout=answer,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)},
+            start_new_session=True,  # Ctrl-C reaches the parent alone, which ends this
+        )
+    return process, answer
+
+
+def _read(method: str, code: int, answer: IO[bytes]) -> bool | Exception:
+    with answer:
+        answer.seek(0)
+        if code == 0:
+            return pickle.load(answer)
+    if code > 0:
+        return RuntimeError(f"the process that compiled {method} exited with code {code}")
+    killed = "; if nobody killed it, the machine may be out of memory" if -code == signal.SIGKILL else ""
+    return RuntimeError(f"the process that compiled {method} was ended by {signal.Signals(-code).name}{killed}")
+
+
+def main() -> int:
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what is half written is removed
+    die_with_parent(signal.SIGTERM)
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a compiler prints is no answer
+    try:
+        answer: bool | Exception = _compile(*pickle.load(sys.stdin.buffer))
+    except Exception as error:
+        answer = _to_send(error)
+    with answers:
+        pickle.dump(answer, answers)
+    return 0
+
+
+def _compile(cfg: Config, method: str, key: str, threads: int, at_once: int) -> bool:
+    """Whether it was compiled, rather than found: another run may have been faster."""
+    import torch
+    from torch._inductor import config
+
+    from moeexp.stack.compile_cache import key_of
+    from moeexp.stack.packages import package, package_specs
+
+    torch.set_num_threads(threads)  # for which a method of a CPU is compiled
+    config.compile_threads = max(1, (config.compile_threads or 1) // at_once)
+    (spec,) = [spec for spec in package_specs(cfg) if spec.method == method]
+    assert key_of(spec) == key, f"{method} has another key here than in the process that asks for it"
+    return not package(cfg, spec).cached
+
+
+def _to_send(error: Exception) -> Exception:
+    """Itself where a pickle keeps what it says. The parent's traceback has this process's as a note."""
+    sent: Any = error
+    with contextlib.suppress(Exception):
+        sent = pickle.loads(pickle.dumps(error))
+    if sent is error or str(sent) != str(error):
+        sent = RuntimeError(f"{type(error).__name__}: {error}")
+    sent.add_note("In the process that compiled it:\n" + "".join(traceback.format_exception(error)))
+    return sent
+
+
+if __name__ == "__main__":
+    sys.exit(main())

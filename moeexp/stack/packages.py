@@ -1,0 +1,136 @@
+"""What methods are made from, and those that are packages: what each hangs on, and how it comes into the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from moeexp_kernels import dispatch, registry
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
+
+from moeexp.config import axes
+from moeexp.config.schema import Config
+from moeexp.config.sources import load_architecture
+from moeexp.model.qwen3_5_moe import Qwen35MoE, state_shapes
+from moeexp.model.weights import unfilled
+from moeexp.record.environment import compute_capability
+from moeexp.stack.compile_cache import Artifact, MethodSpec, get_or_compile
+from moeexp.stack.methods import MODULES, OF_DISPATCH, Method, export_method
+
+
+def device_of(cfg: Config) -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if cfg.device == "cuda" else torch.device(cfg.device)
+
+
+def op_names(cfg: Config) -> dict[str, str]:
+    chosen = {f.name: getattr(cfg.ops, f.name) for f in fields(cfg.ops) if f.name != "default"}
+    return registry.resolve(default=cfg.ops.default, chosen=chosen, device=cfg.device)
+
+
+def prefetches(cfg: Config) -> bool:
+    return acts(cfg, "l2_prefetch")
+
+
+def acts(cfg: Config, axis: str) -> bool:
+    """Whether it is on, and has an effect here."""
+    return getattr(cfg, axis) and axis not in axes.not_applicable(cfg, compute_capability(cfg.device))
+
+
+def _pads(cfg: Config) -> bool:
+    """Prefill is captured at fixed lengths, to which prompts are padded."""
+    return cfg.cuda_graph == "all"
+
+
+def names_in(method: str, names: dict[str, str]) -> dict[str, str]:
+    """What of `names` is in a method: the sampler is in none, and a prefill method has no op that is for one token."""
+    other = {"prefill": "_decode", "decode": "_prefill"}.get(method, "nothing")
+    return {op: name for op, name in names.items() if op != "sample" and not op.endswith(other)}
+
+
+def by_none(key: str) -> bool:
+    """Where no other process makes packages for this one."""
+    return False
+
+
+@dataclass
+class MethodBuilder:
+    """What the methods of one stack are made from; `names` of ops, `tensors` of its state, `made_ahead` as of `build_stack`."""
+
+    cfg: Config
+    model: Qwen35MoE
+    names: dict[str, str]
+    tensors: dict[str, Tensor]
+    made_ahead: Callable[[str], bool] = by_none
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What goes in and out of each call."""
+        return self.tensors if self.cfg.state == "explicit" else {}
+
+    @property
+    def attached_state(self) -> dict[str, Tensor]:
+        """What is mutated in place."""
+        return {} if self.cfg.state == "explicit" else self.tensors
+
+    @property
+    def padded(self) -> bool:
+        return _pads(self.cfg)
+
+    @property
+    def l2_prefetch(self) -> bool:
+        return prefetches(self.cfg)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        return OF_DISPATCH[self.cfg.dispatch]
+
+    def ops(self) -> dict[str, Callable]:
+        ops = {op: registry.implementation(op, name) for op, name in self.names.items()}
+        return ops | dispatch.ops(self.names) if self.cfg.dispatch == "single" else ops
+
+    def module(self, name: str) -> Method:
+        """Runs as it is, on this stack's own state: several stacks may share the model."""
+        return MODULES[name](
+            self.model, self.ops(), state_names=tuple(self.state), attached_state=self.attached_state,
+            padded=self.padded, l2_prefetch=self.l2_prefetch,
+        ).eval()  # fmt: skip
+
+
+def package_specs(cfg: Config) -> list[MethodSpec]:
+    """Of the methods of a resolved config that are compiled as packages, in the order of its dispatch."""
+    arch, names = load_architecture(cfg.model), op_names(cfg)
+    found = []
+    for method in OF_DISPATCH[cfg.dispatch]:
+        settings = axes.compiled_in(cfg, compute_capability(cfg.device)) | {
+            "architecture": arch.to_hf(),
+            "ops": registry.identities(names_in(method, names)),
+            "skip": sorted(cfg.quant.skip),
+            "l2_prefetch": prefetches(cfg) and method != "prefill",
+        }
+        found.append(MethodSpec(method, settings, padded=_pads(cfg) and method != "decode"))
+    return found
+
+
+def package(cfg: Config, spec: MethodSpec) -> Artifact:
+    """From the cache, or exported and compiled now, of a model and a state that are shapes without storage: no package contains
+    a value of theirs."""
+
+    def export() -> ExportedProgram:
+        arch, dtype, device = load_architecture(cfg.model), getattr(torch, cfg.dtype), device_of(cfg)
+        quant, shapes = cfg.quant, state_shapes(arch, batch=cfg.batch, max_seq_len=cfg.max_seq_len, dtype=dtype)
+        with FakeTensorMode():
+            model = unfilled(
+                arch, dtype=dtype, device=device, bits=quant.bits, group_size=quant.group_size or 0, skip=tuple(quant.skip)
+            )
+            state = {name: torch.empty(shape, dtype=kind, device=device) for name, (shape, kind) in shapes.items()}
+        builder = MethodBuilder(cfg, model, op_names(cfg), state)
+        with model.attached(builder.attached_state):
+            return export_method(
+                spec.method, model, builder.ops(), batch=cfg.batch, max_seq_len=cfg.max_seq_len, padded=spec.padded,
+                l2_prefetch=builder.l2_prefetch, state=builder.state,
+            )  # fmt: skip
+
+    return get_or_compile(spec, export)
