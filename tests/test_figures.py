@@ -63,10 +63,10 @@ def test_a_changed_digit_is_named_and_written_anew(checkout, capsys):
 
 
 def test_another_record_is_another_figure(checkout, capsys):
-    (record,) = checkout.glob("results/first_run*.json")
-    record.write_text(record.read_text().replace('"first_token_s": 2', '"first_token_s": 3'))
+    record = checkout / "results" / "start_qwen3_5_35b_a3b_int4_h200" / "0" / "record.json"
+    record.write_text(record.read_text().replace('"first_token_s": 1', '"first_token_s": 3'))
     assert figures.main(["--check", "docs/results.md"]) == 1
-    assert "first-run is not what the records say" in capsys.readouterr().out
+    assert "start is not what the records say" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["<!-- figures: nothing -->\n<!-- /figures -->\n", "<!-- figures: tiny -->\n",
