@@ -284,7 +284,7 @@ def test_export_refuses_in_one_line(tmp_path, monkeypatch, capsys, arguments, pa
 
 
 OWN_OP = """
-from moeexp_kernels.ops.attention import reference_sdpa
+from moeexp_kernels.ops.attention_reference import reference_sdpa
 
 def own(*, q, qkv, k_cache, v_cache, positions):
     return reference_sdpa(q=q, qkv=qkv, k_cache=k_cache, v_cache=v_cache, positions=positions)

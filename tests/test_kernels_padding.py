@@ -9,7 +9,7 @@ from __future__ import annotations
 import kernels_common as common
 import pytest
 import torch
-from moeexp_kernels.ops import attention, qk_norm_rope, router
+from moeexp_kernels.ops import attention, attention_reference, qk_norm_rope, router
 from moeexp_kernels.ops.gated_delta_prefill import gdn_prefill
 from moeexp_kernels.ops.gated_delta_reference import reference_gdn_prefill
 from test_kernels_attention import make_qkv, make_weights, positions_of
@@ -76,7 +76,7 @@ def test_keys_and_values_beyond_valid_len_are_not_written(op, count, total, star
         guard.check(name)
 
 
-@pytest.mark.parametrize("op", [attention.reference_sdpa_prefill, attention.sdpa_prefill], ids=["reference", "triton"])
+@pytest.mark.parametrize("op", [attention_reference.reference_sdpa_prefill, attention.sdpa_prefill], ids=["reference", "triton"])
 @pytest.mark.parametrize(("count", "total", "start"), [(1, 5, 0), (17, 40, 3), (33, 64, 0)])
 def test_attention_sees_no_slot_beyond_valid_len(op, count, total, start):
     slots = 128

@@ -13,7 +13,7 @@ from moeexp import cli
 NANO = ["model=nano", "export=eager", "new_tokens=4", "repeats=1", "tracker=jsonl", "prompt_len=9"]
 
 SDPA = """
-from moeexp_kernels.ops.attention import reference_sdpa
+from moeexp_kernels.ops.attention_reference import reference_sdpa
 from {helper} import SCALE
 
 def right(*, q, qkv, k_cache, v_cache, positions):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.library import CustomOpDef
 
-from moeexp_kernels.ops.attention import reference_sdpa_prefill
+from moeexp_kernels.ops.attention_reference import reference_sdpa_prefill
 from moeexp_kernels.ops.gated_delta_reference import reference_gdn_prefill
 from moeexp_kernels.ops.moe_reference import reference_moe_prefill
 from moeexp_kernels.registry import implementation

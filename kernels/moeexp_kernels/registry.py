@@ -8,6 +8,7 @@ from collections.abc import Callable
 from moeexp_kernels import user_ops
 from moeexp_kernels.ops import (
     attention,
+    attention_reference,
     gated_delta,
     gated_delta_prefill,
     gated_delta_reference,
@@ -37,9 +38,9 @@ OPS: dict[str, dict[str, Callable]] = {
         "chunked": gated_delta_prefill.gdn_prefill,
     },
     "qk_norm_rope": {"reference": qk_norm_rope.reference_qk_norm_rope, "triton": qk_norm_rope.qk_norm_rope},
-    "sdpa_prefill": {"reference": attention.reference_sdpa_prefill, "triton": attention.sdpa_prefill},
+    "sdpa_prefill": {"reference": attention_reference.reference_sdpa_prefill, "triton": attention.sdpa_prefill},
     "sdpa_decode": {
-        "reference": attention.reference_sdpa,
+        "reference": attention_reference.reference_sdpa,
         "triton": attention.sdpa_decode_splitk,
         "splitk": attention.sdpa_decode_splitk,
         "tiled": attention.sdpa_decode_tiled,

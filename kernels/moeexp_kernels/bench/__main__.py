@@ -26,6 +26,7 @@ from moeexp_kernels.bench.tune import tune
 from moeexp_kernels.bench.warm import CompileTask, warm
 from moeexp_kernels.parts import tuning
 
+TOKENS = "1,2,3,4,6,8,16,32"
 WRONG, REFUSED = 1, 2  # exit codes beside 0: an op is wrong; bad input or no GPU
 
 
@@ -33,7 +34,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m moeexp_kernels.bench", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("ops", nargs="*", metavar="op", help="ops to do (default: all); `tune` first: tune them")
-    parser.add_argument("--tokens", default="1,2,4,8", help="sequences of a decode step (default 1,2,4,8)")
+    parser.add_argument("--tokens", default=TOKENS, help=f"sequences of a decode step (default {TOKENS})")
     parser.add_argument("--json", type=Path, help="write every number here, raw samples included")
     parser.add_argument("--quick", action="store_true", help="one token count, one prompt length, int4 only")
     parser.add_argument("--no-peers", action="store_true", help="our ops only")

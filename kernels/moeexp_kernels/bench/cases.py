@@ -16,6 +16,7 @@ from moeexp_kernels.bench.case import DECODE_TOLERANCE, PREFILL_TOLERANCE, Case,
 from moeexp_kernels.bench.shapes import Shapes
 from moeexp_kernels.ops import (
     attention,
+    attention_reference,
     gated_delta,
     gated_delta_prefill,
     gated_delta_reference,
@@ -266,7 +267,7 @@ def build_attention(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int
     return Case(
         op="attention", shape=f"{shapes.heads}/{shapes.kv_heads} heads of {dim}, {kv_len} slots", phase=spec.phase,
         tokens=spec.tokens, call=attention.sdpa_decode_splitk if decode else attention.sdpa_prefill,
-        reference=attention.reference_sdpa, copies=copies, moved=moved("sdpa", copies[0], slots=kv_len),
+        reference=attention_reference.reference_sdpa, copies=copies, moved=moved("sdpa", copies[0], slots=kv_len),
         tolerance=tolerance_of(spec),
         flops=4 * shapes.heads * dim * (batch * kv_len if decode else tokens * (tokens + 1) // 2),
         tuned=tuple((op, table) for op in tuned),
