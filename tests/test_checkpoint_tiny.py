@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from moeexp.check.pure_torch import pure_torch
-from moeexp.checkpoints import train_tiny
+from moeexp.checkpoints import loss_tiny, train_tiny
 from moeexp.checkpoints.text_tiny import BOOKS, HELD_OUT, VALIDATION, format_verses, share_known, split_books, words_of
 from moeexp.config.architecture import Architecture
 
@@ -102,7 +102,7 @@ def test_recorded_figures_reach_the_goal(metrics):
 
 def test_it_really_predicts_heldout_text(model):
     data = torch.frombuffer(bytearray((TINY / "heldout.txt").read_bytes()[: 6 * 1024]), dtype=torch.uint8)
-    bpb, load = train_tiny.bits_per_byte(model, data, batch=3)
+    bpb, load = loss_tiny.bits_per_byte(model, data, batch=3)
     assert bpb <= 2.1  # six windows of sixty
     assert load.shape == (8, 24) and float(load.max()) < 0.25, "a layer sends everything to the same experts"
 
@@ -144,17 +144,17 @@ def test_bits_per_byte_of_a_uniform_model_is_eight():
             logits = torch.zeros(*tokens.shape, 256)
             return type("Out", (), {"logits": logits, "router_logits": (torch.randn(tokens.numel(), 4),)})
 
-    data = torch.zeros(2 * train_tiny.WINDOW + 100, dtype=torch.uint8)
-    bpb, load = train_tiny.bits_per_byte(Uniform(), data, batch=1)
+    data = torch.zeros(2 * loss_tiny.WINDOW + 100, dtype=torch.uint8)
+    bpb, load = loss_tiny.bits_per_byte(Uniform(), data, batch=1)
     assert bpb == pytest.approx(8.0, rel=1e-6)
     assert load.sum().item() == pytest.approx(1.0)
 
 
 def test_balance_loss_is_one_when_even_and_grows_when_not():
     even = torch.eye(4).repeat(8, 1) * 20
-    assert train_tiny.balance_loss((even, even), 1)[0].item() == pytest.approx(1.0, rel=1e-4)
+    assert loss_tiny.balance_loss((even, even), 1)[0].item() == pytest.approx(1.0, rel=1e-4)
     skewed = torch.tensor([20.0, 0, 0, 0]).repeat(32, 1)
-    loss, load = train_tiny.balance_loss((even, skewed), 1)
+    loss, load = loss_tiny.balance_loss((even, skewed), 1)
     assert loss.item() == pytest.approx((1 + 4) / 2, rel=1e-4)
     assert load.tolist() == [[0.25] * 4, [1.0, 0, 0, 0]]
 
@@ -175,7 +175,7 @@ def test_dropout_acts_in_training_only():
         torch.manual_seed(0)
         net = Qwen3_5MoeForCausalLM._from_config(config, experts_implementation="eager")
         plain = net.eval()(tokens, use_cache=False).logits
-        train_tiny.residual_dropout(net, 0.5)
+        loss_tiny.residual_dropout(net, 0.5)
         assert torch.equal(net.eval()(tokens, use_cache=False).logits, plain)
         assert not torch.allclose(net.train()(tokens, use_cache=False).logits, plain, atol=1e-3)
 
