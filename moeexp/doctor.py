@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from rich.table import Table
 
 from moeexp.config.errors import Parser, answered
 from moeexp.probes import ANSWER, PROBES, Finding
+from moeexp.record.process_group import signal_name
 from moeexp.record.tracker import wandb_mode
 from moeexp.run import signals
 
@@ -37,7 +37,7 @@ def probe(name: str) -> Finding:
         if line.startswith(ANSWER):
             return Finding(**json.loads(line.removeprefix(ANSWER)))
     if done.returncode < 0:
-        died = f"killed by {signal.Signals(-done.returncode).name}"
+        died = f"killed by {signal_name(done.returncode)}"
     else:
         died = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), f"exit {done.returncode}")
     return Finding("broken", died, f"to see more: python -m moeexp.probes '{name}'")

@@ -24,6 +24,14 @@ def has_ended(process: subprocess.Popen) -> bool:
     return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
+def signal_name(code: int) -> str:
+    """Of the signal that ended a process with this code, below 0. Real-time signals but the first and the last have no name."""
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
+
+
 def send(process: subprocess.Popen, number: int) -> None:
     """A signal to it alone; nothing where it has been waited for. (`Popen.send_signal` waits for one that has ended.)"""
     if process.returncode is None:

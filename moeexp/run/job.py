@@ -104,6 +104,18 @@ def open_record(job: Job) -> Record:
     return record
 
 
+def record_left_by(job: Job) -> Record:
+    """By the run's process, which has ended; begun anew where that took the file away or put something else in its place."""
+    path = Path(job.run_dir) / "record.json"
+    try:
+        return Record.load(path)
+    except (FileNotFoundError, ValueError) as error:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record = open_record(job)
+        record.note(f"the run's process left no record that can be read: {streams.fitted(str(error))}")
+        return record
+
+
 def folders_of(job: Job) -> dict[str, Path]:
     """{what moves it: where a run writes}"""
     found = {"hydra.sweep.dir" if job.sweep else "hydra.run.dir": Path(job.run_dir)}
@@ -236,7 +248,7 @@ def _describe(error: BaseException | None, phases: Phases) -> dict[str, Any] | N
     if error is None:
         return None
     lines = "".join(traceback.format_exception(error))
-    message = str(error)
+    message = str(error).strip() or type(error).__name__
     kind = type(error).__name__
     if isinstance(error, KeyboardInterrupt) and not isinstance(error, TimeUp):
         by = f" by {error}" if isinstance(error, signals.Stopped) else ""

@@ -14,7 +14,7 @@ from typing import Any
 
 from moeexp.config.threads import OWN, granted
 from moeexp.record import disk
-from moeexp.record.process_group import has_ended, kill_group, send
+from moeexp.record.process_group import has_ended, kill_group, send, signal_name
 
 # What a run gets to write its record and to hand it to the tracker, once it has been told to stop.
 GRACE_S = 15.0
@@ -78,7 +78,7 @@ class Process:
         """(status, error) of a run that could not finish its record itself."""
         code = self._process.returncode
         during = f" during {phase}" if phase else " between two phases"
-        name = signal.Signals(-code).name if code < 0 else None
+        name = signal_name(code) if code < 0 else None
         known: dict[str, Any] = {"exit_code": code} if name is None else {"signal": name}
         if self.timed_out:
             kind, status = "Timeout", "timeout"
@@ -96,7 +96,9 @@ class Process:
         return status, {"type": kind, "message": message, "phase": phase, "traceback": self.tail(), **known}
 
     def tail(self, size: int = 4000) -> str:
-        """The end of what it printed: a crash's Python stack stands there."""
+        """The end of what it printed: a crash's Python stack stands there. Empty where the run took its folder away."""
+        if not self.output.exists():
+            return ""
         with open(self.output, "rb") as file:
             file.seek(max(0, os.path.getsize(self.output) - size))
             return file.read().decode("utf-8", errors="replace")
@@ -104,7 +106,7 @@ class Process:
     def describe_end(self) -> str | None:
         """How the process ended, where that was not of its own will."""
         code = self._process.returncode
-        return f"was ended by {signal.Signals(-code).name}" if code < 0 else None
+        return f"was ended by {signal_name(code)}" if code < 0 else None
 
     def _signal(self, number: int) -> None:
         self._signalled = time.monotonic()

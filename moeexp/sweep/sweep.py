@@ -24,6 +24,7 @@ from moeexp.record.gpus import Gpu, choose, visible_gpus
 from moeexp.record.paths import expanded
 from moeexp.record.phases import bar
 from moeexp.record.record import Record, write_atomically
+from moeexp.record.text import one_line
 from moeexp.report import table, terminal
 from moeexp.report.markup import code
 from moeexp.run import signals
@@ -36,6 +37,7 @@ from moeexp.run.job import (
     RunFunction,
     check_surroundings,
     open_record,
+    record_left_by,
     run_job,
     say,
     track,
@@ -198,7 +200,7 @@ class Sweep:
                 record.finish("unsupported", error=kind)
                 folder.release()
                 cell.record = record.path
-                say(f"[{cell.number}] {cell.title}\n[{cell.number}] unsupported: {_one_line(cell.refusal)}")
+                say(f"[{cell.number}] {cell.title}\n[{cell.number}] unsupported: {one_line(str(cell.refusal))}")
         for cell in cells:
             if cell.refusal is None and not cell.again:
                 assert cell.earlier is not None
@@ -287,11 +289,13 @@ class Sweep:
     def _conclude(self, entry: Running) -> None:
         """Finishes the record of a run that could not, and says how each ended."""
         for cell, folder, job in zip(entry.cells, entry.folders, entry.jobs, strict=True):
-            record = Record.load(Path(job.run_dir) / "record.json")
+            record: Record | None = None
             with self._stops_where_it_cannot_write():
+                record = record_left_by(job)
                 self._complete(record, entry.process, job)
             folder.release()
-            say(f"[{cell.number}] {terminal.outcome(record.data)}  ({entry.process.seconds():.1f} s)")
+            outcome = terminal.outcome(record.data) if record else "lost"
+            say(f"[{cell.number}] {outcome}  ({entry.process.seconds():.1f} s)")
         self._stop_if_failed(entry.cells)
 
     def _complete(self, record: Record, process: Process, job: Job) -> None:
@@ -344,7 +348,3 @@ def _bar(what: str, *, total: int) -> Iterator[Callable[[int], None]]:
 
 def _status(cell: Cell) -> str:
     return "missing" if cell.record is None else read_running(cell.record).get("status", "missing")
-
-
-def _one_line(error: Any) -> str:
-    return " ".join(str(error).split())

@@ -3,6 +3,7 @@ current folder; each run leaves its seed in `ran`."""
 
 import ctypes
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -15,13 +16,13 @@ def experiment(cfg, *, run_dir, record, phases):
         with open("ran", "a") as file:
             file.write(f"{cfg.seed}\n")
         if Path("sabotage").exists():
-            _misbehave(cfg.seed)
+            _misbehave(cfg.seed, Path(run_dir, "record.json"))
     if cfg.seed == 30 or cfg.seed == 31:
         _meet(cfg.seed)
     record.set(decode_tok_s=10.0)
 
 
-def _misbehave(seed):
+def _misbehave(seed, file):
     if seed == 1:
         raise RuntimeError("boom")
     if seed == 2:
@@ -32,6 +33,14 @@ def _misbehave(seed):
         time.sleep(600)
     if seed == 5:
         ctypes.string_at(0)
+    if seed == 7:
+        os.kill(os.getpid(), signal.SIGRTMIN + 1)  # which has no name
+    if seed == 8:
+        shutil.rmtree(file.parent)
+        os._exit(0)
+    if seed == 20:
+        file.write_text("{")
+        os._exit(3)
     if seed == 6:
         signal.signal(signal.SIGALRM, signal.SIG_IGN)
         time.sleep(600)

@@ -75,6 +75,31 @@ def test_twelve_cells_four_of_them_sabotaged(capsys):
     assert ran() == [1, 2, 3, 4] and set(statuses().values()) == {"ok"}
 
 
+@pytest.mark.parametrize("error", [MemoryError(), ValueError(" "), RuntimeError("\n")], ids=lambda error: type(error).__name__)
+def test_an_error_that_says_nothing_is_told_by_its_name(capsys, error):
+    def silent(cfg, *, run_dir, record, phases):
+        with phases("benchmark"):
+            raise error
+
+    assert main([*QUIET, "launcher.isolation=none", "seed=0"], experiment=silent) == 1
+    assert by_seed()[0]["error"]["message"] == type(error).__name__
+    assert f".0 failed: {type(error).__name__}\n" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_signal_without_a_name_and_records_that_are_gone_or_damaged(capsys):
+    assert sweep("seed=7,8,20,0") == 1
+    assert statuses() == {0: "ok", 7: "failed", 8: "failed", 20: "failed"}
+    messages = {seed: record["error"]["message"] for seed, record in by_seed().items() if seed}
+    assert f"ended by signal {signal.SIGRTMIN + 1} during benchmark" in messages[7]
+    assert "exited with code 0 between two phases" in messages[8] and "exited with code 3" in messages[20]
+    assert "left no record that can be read" in by_seed()[20]["notes"][0]
+    said = capsys.readouterr().err
+    assert "Traceback" not in said and max(map(len, said.splitlines())) <= 400
+    Path("sabotage").unlink()
+    assert sweep("seed=7,8,20,0") == 0 and ran() == [0, 7, 7, 8, 8, 20, 20]
+
+
 @pytest.mark.slow
 def test_a_crash_and_a_hang_that_does_not_listen(monkeypatch):
     monkeypatch.setattr("moeexp.sweep.process.GRACE_S", 1.0)
