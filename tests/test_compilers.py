@@ -150,6 +150,7 @@ def test_its_job(play, tmp_path, monkeypatch):
     [
         ("pickle.dump(ValueError('no good'), sys.stdout.buffer)", ValueError, "no good"),
         ("os.kill(os.getpid(), 9)", RuntimeError, "compiled decode was ended by SIGKILL; if nobody killed it, the machine may"),
+        ("os.kill(os.getpid(), signal.SIGRTMIN + 1)", RuntimeError, f"was ended by signal {signal.SIGRTMIN + 1}$"),
         ("sys.exit(3)", RuntimeError, "compiled decode exited with code 3"),
     ],
 )
@@ -159,6 +160,24 @@ def test_what_went_wrong_there_is_raised_here(play, body, kind, message):
         for _ in range(2):  # of two runs that share the method
             with pytest.raises(kind, match=message):
                 running.join(keys()["decode"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_one_that_is_told_to_end_says_nothing(number):
+    command = [sys.executable, "-P", "-m", "moeexp.stack.compilers"]
+    own = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
+    with subprocess.Popen(command, env=env, **own) as process:
+        until(lambda: "compilers" in Path(f"/proc/{process.pid}/cmdline").read_text() and waits_for_signals(process.pid))
+        process.send_signal(number)
+        assert process.communicate() == (b"", b"") and process.returncode == 128 + number
+
+
+def waits_for_signals(pid):
+    """Whether all of the three have handlers."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = int(status.split("SigCgt:")[1].split()[0], 16)
+    return all(caught >> (number - 1) & 1 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
 
 
 class Odd(Exception):

@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, Any
 
-from moeexp.record.process_group import die_with_parent, end_groups, has_ended, kill_group
+from moeexp.record.process_group import die_with_parent, end_groups, has_ended, kill_group, signal_name
 
 if TYPE_CHECKING:
     from moeexp.config.schema import Config
@@ -134,11 +134,12 @@ def _read(method: str, code: int, answer: IO[bytes]) -> bool | Exception:
     if code > 0:
         return RuntimeError(f"the process that compiled {method} exited with code {code}")
     killed = "; if nobody killed it, the machine may be out of memory" if -code == signal.SIGKILL else ""
-    return RuntimeError(f"the process that compiled {method} was ended by {signal.Signals(-code).name}{killed}")
+    return RuntimeError(f"the process that compiled {method} was ended by {signal_name(code)}{killed}")
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what is half written is removed
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # what is half written is removed
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     die_with_parent(signal.SIGTERM)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a compiler prints is no answer
