@@ -30,7 +30,11 @@ def rewritten(text: str, results: Path, *, name: str = "the text") -> tuple[str,
         opening, block, old, closing = match.groups()
         if block not in BLOCKS:
             raise ValueError(f"{name}: no figures are called {block}; there are {', '.join(BLOCKS)}")
-        made = BLOCKS[block](results)
+        try:
+            made = BLOCKS[block](results)
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{name}: a record of {results} has not what {block} shows ({what}): mend or remove it") from error
         new = f"\n{made.strip()}\n\n" if made else ""
         if new != old:
             stale.append(block)

@@ -128,6 +128,33 @@ def test_curves_by_prompt_and_by_depth_where_they_were_measured(tmp_path):
     assert "| 4,096 | 800 | 1.25 | 25 % | 14 | passed |" in depth and "publishes no speed" not in depth
 
 
+BROKEN = ("config.prompt_len", "config.prefill_chunk", "memory_gib", "environment", "environment.gpu", "check")
+
+
+@pytest.mark.parametrize("where", BROKEN)
+def test_a_record_that_lacks_what_a_block_shows_is_one_line(tmp_path, capsys, where):
+    record = synthetic.record("prompt_len=64", bandwidth_share=0.25)
+    record["design"] = {"name": "fullsize", "cell": "prompt 64", "index": 0}
+    (tmp_path / "a.md").write_text(text := "<!-- figures: prefill-by-prompt -->\n<!-- /figures -->\n")
+    table, _, key = where.rpartition(".")
+    for value in (None, {}, "text", -1):
+        spoiled = record | ({table: record[table] | {key: value}} if table else {key: value})
+        synthetic.write(tmp_path / str(value) / LONG, [spoiled])
+        code = figures.main([str(tmp_path / "a.md"), "--results", str(tmp_path / str(value)), "--check"])
+        said = capsys.readouterr().err
+        assert code in (1, 2) and said.count("\n") == (code == 2) and len(said) <= 401, said
+        assert code == 2 or value in (None, -1, {}), "what is no number or table is never shown"
+    assert (tmp_path / "a.md").read_text() == text
+
+
+def test_a_prompt_of_any_length_is_counted_at_once(tmp_path):
+    record = synthetic.record("prompt_len=64", bandwidth_share=0.25)
+    record["design"] = {"name": "fullsize", "cell": "prompt 64", "index": 0}
+    record["config"] |= {"prompt_len": 10**12, "prefill_chunk": 1}
+    synthetic.write(tmp_path / LONG, [record])
+    assert "| 1,000,000,000,000 | 1,000,000,000,000 | 9,000 |" in BLOCKS["prefill-by-prompt"](tmp_path)
+
+
 def stray(text):
     """Figures in a page outside of its blocks."""
     return [found for found in FIGURE.findall(figures.outside(text)) if found not in ALLOWED]

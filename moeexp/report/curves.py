@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from moeexp_runner.pieces import piece_sizes
+from moeexp_runner.pieces import pieces
 
 from moeexp.report.format import number, percent
 from moeexp.report.markup import escaped, markdown_table
@@ -42,7 +42,7 @@ def decode_by_depth(results: Path) -> str:
 
 
 def _calls(config: dict[str, Any]) -> int:
-    return len(piece_sizes(config["prompt_len"], config["prefill_chunk"]))
+    return pieces(config["prompt_len"], config["prefill_chunk"])
 
 
 def _curve(results: Path, kind: str, columns: dict[str, Callable[[dict[str, Any]], str]]) -> str:
