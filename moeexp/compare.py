@@ -21,6 +21,7 @@ from moeexp.report.runs import as_text, gain, runs_of, settings_text
 TOP_KERNELS = 15
 # Of a phase or a kernel, a change below this is noise that nobody looks for.
 SMALL = 0.05
+WIDE = 60  # characters of a column; what is longer stands out of it
 
 Line = tuple[str, str, str]
 
@@ -174,8 +175,7 @@ def _measured(a: dict[str, Any], b: dict[str, Any]) -> list[Line]:
 
 def _columns(lines: Sequence[Line]) -> str:
     lines = [(one_line(key), one_line(x), one_line(y)) for key, x, y in lines]
-    first = max(len(line[0]) for line in lines)
-    second = max(len(line[1]) for line in lines)
+    first, second = (min(WIDE, max(len(line[column]) for line in lines)) for column in (0, 1))
     return "".join(f"  {key:<{first}}  {x:<{second}}  {y}".rstrip() + "\n" for key, x, y in lines)
 
 

@@ -320,6 +320,14 @@ def test_a_run_prints_its_budget():
     assert "Budget" not in shown(record | {"step_budget": None}) and "linear in_proj" not in shown(record | {"step_budget": None})
 
 
+def test_a_long_name_makes_no_other_row_long():
+    record = with_budget(synthetic.record() | {key: stored(0)[key] for key in stored(0)})
+    rows = record["step_budget"]["rows"]
+    record["step_budget"] |= {"rows": [rows[0] | {"op": "x" * 300_000}, *[rows[0]] * 5000], "layers": None}
+    text = shown(record)
+    assert "x" * 300_000 in text and len(text) < 3_000_000
+
+
 def test_reports_have_the_budget_of_a_run_that_has_one():
     with_one, without = with_budget(stored(0)), stored(2)
     empty = dict.fromkeys(("step_budget",))

@@ -37,6 +37,14 @@ def test_what_differs_is_listed_under_its_heading():
     assert "not timed in turns" in text and "unlike conditions (CUDA)" in text
 
 
+def test_a_long_name_makes_no_other_line_long():
+    a, b = synthetic.record(id="a"), synthetic.record(id="b")
+    b["config"] = b["config"] | {"x" * 300_000: "y" * 1000} | {f"k{index}": 1 for index in range(20_000)}
+    text = compare.explain(a, b)
+    assert "x" * 300_000 in text and len(text) < 3_000_000
+    assert {len(line) for line in text.splitlines() if re.match(" +k1 ", line)} == {2 + 60 + 2 + 1 + 2 + 1}
+
+
 def test_other_weights_and_settings_that_do_nothing_are_said():
     theirs = synthetic.record("engine=transformers", "quant=none", id="a", ms=4.0)
     verdict = compare.verdict(theirs, synthetic.record(id="b"))

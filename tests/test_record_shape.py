@@ -8,10 +8,10 @@ import pytest
 import synthetic
 
 from moeexp import compare, sync
-from moeexp.record import conformance, json_file, renamed
+from moeexp.record import conformance, renamed
 from moeexp.record.head import head
 from moeexp.record.objective import objective_of
-from moeexp.record.record import KEYS, Record, plain, read_record
+from moeexp.record.record import KEYS, MOST_READ, Record, plain, read_record
 from moeexp.report import __main__ as report
 from moeexp.report.records import load_records
 from moeexp.sweep.history import History
@@ -97,8 +97,10 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
         assert "is no regular file" in refusal(tmp_path / name / "record.json")
         with pytest.raises(ValueError, match="is no regular file"):
             head(tmp_path / name / "record.json")
-    large = write(tmp_path / "large", notes=["x" * json_file.MAX_BYTES])
-    assert "has more than 8,000,000 bytes" in refusal(large)
+    large = write(tmp_path / "large", notes=["x" * MOST_READ])
+    assert "has more than 1,000,000 bytes" in refusal(large)
+    many = write(tmp_path / "many", overrides=["seed=1"] * 1001)
+    assert "overrides=a list: List should have at most 1000 items" in refusal(many)
     loop = tmp_path / "loop"
     loop.symlink_to("loop")
     assert "cannot be read" in refusal(loop)

@@ -34,11 +34,11 @@ def read_bytes(path: Path, most: int) -> bytes:
         raise ValueError(f"{path} cannot be read ({error.strerror}): mend or remove it") from error
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, most: int = MAX_BYTES) -> Any:
     """What the file holds. `ValueError` (one line) for anything but strict JSON of sane size, `FileNotFoundError`."""
-    data = read_bytes(path, MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise ValueError(f"{path} has more than {MAX_BYTES:,} bytes, and no record has: remove it")
+    data = read_bytes(path, most + 1)
+    if len(data) > most:
+        raise ValueError(f"{path} has more than {most:,} bytes, and no record has: remove it")
     try:
         return parsed(data)
     except ValueError as error:

@@ -37,6 +37,7 @@ SPEEDS = (
 SAMPLES = {"token_latencies_ms": "latencies_ms", "prefill_latencies_ms": "prefill_ms", "ttft_latencies_ms": "ttft_ms"}
 
 MAX_BYTES = 200_000
+MOST_READ = 5 * MAX_BYTES  # of a record that another program has laid out anew
 FULL_CONFIG = "config.json"  # beside a record whose config had to be cut
 # (raw samples; tokens or characters; entries or characters of anything else) to keep; the first row that fits MAX_BYTES counts.
 LIMITS = (
@@ -297,7 +298,7 @@ def lost_error(data: dict[str, Any]) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     from moeexp.record import conformance  # here: most commands read none, and pydantic takes a while to import
 
-    data = read_json(path)
+    data = read_json(path, MOST_READ)
     found = data.get("schema") if isinstance(data, dict) else None
     if not isinstance(found, str) or found not in SCHEMAS:
         known = ", ".join(map(repr, SCHEMAS))

@@ -25,6 +25,7 @@ from moeexp.record.quantities import (
 from moeexp.record.text import brief
 
 MAX_SAMPLES = 4000  # of a kind; a record keeps no more
+MAX_OVERRIDES = 1000  # each of another setting, and there are not as many
 
 
 class Model(Shape):
@@ -284,7 +285,7 @@ class Whole(Shape):
     process: dict[str, Any] | None = None
     design: Design | None = None
     command: Texts
-    overrides: Texts
+    overrides: Annotated[Texts, Field(max_length=MAX_OVERRIDES)]
     config: ConfigShape
     full_config: FullConfig | None = None
     identity: Identity | None = None

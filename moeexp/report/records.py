@@ -81,11 +81,13 @@ def why(record: dict[str, Any]) -> str | None:
 
 def varying(records: Sequence[dict[str, Any]]) -> list[str]:
     """The groups and fields that some command line or sweep set and that differ between the records."""
-    keys = dict.fromkeys(key for record in records for key in overrides_of(record))
+    given = [overrides_of(record) for record in records]
+    keys = dict.fromkeys(key for overrides in given for key in overrides)
 
     def values(key: str) -> set[str]:
         # What a cell that never ran leaves to resolving (`auto`, null) is no other value than what the others resolved.
-        return {setting(record, key) for record in records if is_prepared(record) or key in overrides_of(record)}
+        pairs = zip(records, given, strict=True)
+        return {setting(record, key, overrides) for record, overrides in pairs if is_prepared(record) or key in overrides}
 
     return [key for key in keys if len(values(key)) > 1]
 
@@ -100,9 +102,9 @@ def unescaped(value: str) -> str:
     return value if value[:1] in ("'", '"') else ESCAPED.sub(r"\1", value)
 
 
-def setting(record: dict[str, Any], key: str) -> str:
-    """What was asked for, as it was written, else what the config has."""
-    value: Any = overrides_of(record).get(key)
+def setting(record: dict[str, Any], key: str, overrides: dict[str, str] | None = None) -> str:
+    """What was asked for, as it was written, else what the config has. `overrides`: the record's, where many are asked."""
+    value: Any = (overrides_of(record) if overrides is None else overrides).get(key)
     if value is None:
         value = record["config"]
         for name in key.split("."):

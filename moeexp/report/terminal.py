@@ -20,6 +20,7 @@ from moeexp.report.table import footnotes, markdown, table
 COLOURS = {"ok": "green", "running": "yellow", "unsupported": "yellow", "interrupted": "yellow", "lost": "yellow"}
 MAX_TEXT = 600
 LABEL = 14
+WIDE = 60  # characters of a column; what is longer stands out of it
 TEXTS = ("op", "kernel", "layer")  # of the budget's columns those that are no figures
 
 LabelledText = tuple[str, str | Text]
@@ -49,7 +50,7 @@ def _print_budget(record: dict[str, Any], console: Console) -> None:
     from moeexp.report.tables import budget_of  # here: few runs have one, and what tables are made of takes a while to import
 
     for one in budget_of(record):
-        widths = [max(map(len, column)) for column in zip(one.header, *one.rows, strict=True)]
+        widths = [min(WIDE, max(map(len, column))) for column in zip(one.header, *one.rows, strict=True)]
         lines = [
             "  ".join(cell.ljust(width) if name in TEXTS else cell.rjust(width)
                       for name, cell, width in zip(one.header, row, widths, strict=True)) for row in (one.header, *one.rows)
