@@ -6,6 +6,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from dataclasses import replace
@@ -178,6 +179,14 @@ def waits_for_signals(pid):
     status = Path(f"/proc/{pid}/status").read_text()
     caught = int(status.split("SigCgt:")[1].split()[0], 16)
     return all(caught >> (number - 1) & 1 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+
+
+def test_job_and_answer_need_no_disk(play, monkeypatch, tmp_path):
+    """A disk that is full is what an answer may be about."""
+    play("pickle.dump(OSError(28, 'No space left on device'), sys.stdout.buffer)")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    with compilers.Compilers([CFG]) as running, pytest.raises(OSError, match="No space left"):
+        running.join(keys()["decode"])
 
 
 class Odd(Exception):

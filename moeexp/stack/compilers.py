@@ -111,8 +111,8 @@ def _start(cfg: Config, method: str, key: str, at_once: int) -> tuple[subprocess
     """The process, and the file that its answer will be in."""
     import torch
 
-    answer = tempfile.TemporaryFile()
-    with tempfile.TemporaryFile() as job:
+    answer = _file()
+    with _file() as job:
         pickle.dump((cfg, method, key, torch.get_num_threads(), at_once), job)
         job.seek(0)
         process = subprocess.Popen(
@@ -124,6 +124,13 @@ def _start(cfg: Config, method: str, key: str, at_once: int) -> tuple[subprocess
             start_new_session=True,  # Ctrl-C reaches the parent alone, which ends this
         )
     return process, answer
+
+
+def _file() -> IO[bytes]:
+    """Of no disk where the system has such files: that one is full may be the answer."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("moeexp"), "w+b")
+    return tempfile.TemporaryFile()
 
 
 def _read(method: str, code: int, answer: IO[bytes]) -> bool | Exception:

@@ -122,6 +122,15 @@ def test_the_folder_of_compiled_code_is_full():
 
 @needs_mount
 @pytest.mark.slow
+def test_the_folder_of_temporary_files_is_full():
+    """In which a compiler also writes its answer where a system has no files in memory."""
+    said = mounted(f"TMPDIR=$PWD/full run {' '.join(REAL)}; echo code $?", size="400k")
+    assert said.count("error: ") == 1 and "error: no space left on " in said and "elsewhere with TMPDIR" in said, said
+    assert "code 1" in said
+
+
+@needs_mount
+@pytest.mark.slow
 def test_a_trace_that_has_no_room_leaves_no_part():
     said = mounted(
         f"run {' '.join(REAL)} export=eager profile=trace hydra.run.dir=full/run; echo code $?; {FOLDERS}", size="600k"
