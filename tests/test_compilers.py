@@ -143,7 +143,7 @@ def test_its_job(play, tmp_path, monkeypatch):
         running.join(keys()["decode"])
     path = os.pathsep.join([str(tmp_path), *sys.path[1:]])
     assert logged()[0] == f"-P -m moeexp.stack.compilers {path}"
-    assert pickle.loads(Path("job").read_bytes()) == (CFG, "decode", keys()["decode"], torch.get_num_threads(), 1)
+    assert pickle.loads(Path("job").read_bytes()) == (os.getpid(), CFG, "decode", keys()["decode"], torch.get_num_threads(), 1)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_one_that_is_told_to_end_says_nothing(number):
     with subprocess.Popen(command, env=env, **own) as process:
         until(lambda: "compilers" in Path(f"/proc/{process.pid}/cmdline").read_text() and waits_for_signals(process.pid))
         process.send_signal(number)
-        assert process.communicate() == (b"", b"") and process.returncode == 128 + number
+        assert process.wait(20) == 128 + number and process.communicate() == (b"", b"")
 
 
 def waits_for_signals(pid):
@@ -206,6 +206,28 @@ def test_an_error_keeps_what_it_says_and_where_it_came_from(error):
     assert type(sent) is (type(error) if isinstance(error, OSError) else RuntimeError)
     shown = "".join(traceback.format_exception(sent))
     assert "In the process that compiled it" in shown and "raise error" in shown
+
+
+KILLED = """
+import os, signal
+from moeexp.stack import compilers
+from test_compilers import CFG
+running = compilers.Compilers([CFG]).__enter__()
+print(*(process.pid for _, process, _ in running._running.values()), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_none_outlives_a_parent_that_is_killed_as_it_starts(tmp_path):
+    """Before it can ask the system to be told."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "MOEEXP_CACHE_DIR": str(tmp_path)}
+    said = subprocess.run([sys.executable, "-c", KILLED], env=env, stdout=subprocess.PIPE, text=True).stdout
+    numbers = list(map(int, said.split()))
+    try:
+        until(lambda: numbers and not any(map(runs, numbers)), 20)
+    finally:
+        for number in filter(runs, numbers):
+            os.kill(number, signal.SIGKILL)
 
 
 STUBBORN = """

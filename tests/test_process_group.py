@@ -128,3 +128,10 @@ def test_tracking_that_takes_too_long_is_killed_with_its_group(signals):
     tracking = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
     assert not tracker.ended_within(tracking, 0.2)
     assert signals == [(tracking.pid, signal.SIGKILL, True)] and tracking.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(("parent", "code"), [("os.getppid()", 0), ("os.getpid()", -signal.SIGKILL)])
+def test_one_whose_parent_has_ended_before_ends_at_once(parent, code):
+    child = f"import os; from moeexp.record.process_group import die_with_parent; die_with_parent({parent})"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", child], env=env).returncode == code

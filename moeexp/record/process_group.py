@@ -58,7 +58,9 @@ def end_groups(processes: Sequence[subprocess.Popen], grace_s: float) -> None:
         process.wait()
 
 
-def die_with_parent(number: int = signal.SIGKILL) -> None:
-    """This process gets that signal when its parent ends, also where that is killed. Linux only."""
+def die_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
+    """This process gets that signal when its parent ends, also where that is killed, and now where it has ended. Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), number)

@@ -302,4 +302,5 @@ def reference_to(experiment: RunFunction) -> str:
 
 def write_jobs(path: Path, jobs: list[Job], experiment: RunFunction) -> None:
     jobs_as_plain = [dataclasses.asdict(job) for job in jobs]
-    write_atomically(path, json.dumps({"experiment": reference_to(experiment), "jobs": jobs_as_plain}))
+    content = {"experiment": reference_to(experiment), "parent": os.getpid(), "jobs": jobs_as_plain}
+    write_atomically(path, json.dumps(content))

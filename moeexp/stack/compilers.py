@@ -113,7 +113,7 @@ def _start(cfg: Config, method: str, key: str, at_once: int) -> tuple[subprocess
 
     answer = _file()
     with _file() as job:
-        pickle.dump((cfg, method, key, torch.get_num_threads(), at_once), job)
+        pickle.dump((os.getpid(), cfg, method, key, torch.get_num_threads(), at_once), job)
         job.seek(0)
         process = subprocess.Popen(
             # -P: of the working directory only what the parent would import.
@@ -147,11 +147,12 @@ def _read(method: str, code: int, answer: IO[bytes]) -> bool | Exception:
 def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # what is half written is removed
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    die_with_parent(signal.SIGTERM)
+    parent, *job = pickle.load(sys.stdin.buffer)
+    die_with_parent(parent, signal.SIGTERM)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a compiler prints is no answer
     try:
-        answer: bool | Exception = _compile(*pickle.load(sys.stdin.buffer))
+        answer: bool | Exception = _compile(*job)
     except Exception as error:
         answer = _to_send(error)
     with answers:

@@ -31,8 +31,8 @@ def main(path: str) -> int:
 
 def run(path: str) -> int:
     faulthandler.enable()
-    die_with_parent()  # a sweep that is killed leaves no run behind that holds a GPU
     content = json.loads(Path(path).read_text())
+    die_with_parent(content["parent"])  # a sweep that is killed leaves no run behind that holds a GPU
     jobs = [Job(**job) for job in content["jobs"]]
     limit = (jobs[0].timeout_s or 0) * len(jobs)
 
