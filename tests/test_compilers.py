@@ -152,7 +152,8 @@ def test_its_job(play, tmp_path, monkeypatch):
         ("pickle.dump(ValueError('no good'), sys.stdout.buffer)", ValueError, "no good"),
         ("os.kill(os.getpid(), 9)", RuntimeError, "compiled decode was ended by SIGKILL; if nobody killed it, the machine may"),
         ("os.kill(os.getpid(), signal.SIGRTMIN + 1)", RuntimeError, f"was ended by signal {signal.SIGRTMIN + 1}$"),
-        ("sys.exit(3)", RuntimeError, "compiled decode exited with code 3"),
+        ("sys.exit(0)", RuntimeError, "compiled decode exited with code 0 without an answer"),  # as a user's op may
+        ("sys.exit(3)", RuntimeError, "compiled decode exited with code 3 without an answer"),
     ],
 )
 def test_what_went_wrong_there_is_raised_here(play, body, kind, message):

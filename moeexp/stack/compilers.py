@@ -136,10 +136,10 @@ def _file() -> IO[bytes]:
 def _read(method: str, code: int, answer: IO[bytes]) -> bool | Exception:
     with answer:
         answer.seek(0)
-        if code == 0:
-            return pickle.load(answer)
-    if code > 0:
-        return RuntimeError(f"the process that compiled {method} exited with code {code}")
+        if code == 0 and (said := answer.read()):
+            return pickle.loads(said)
+    if code >= 0:
+        return RuntimeError(f"the process that compiled {method} exited with code {code} without an answer")
     killed = "; if nobody killed it, the machine may be out of memory" if -code == signal.SIGKILL else ""
     return RuntimeError(f"the process that compiled {method} was ended by {signal_name(code)}{killed}")
 
