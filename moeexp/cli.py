@@ -29,6 +29,7 @@ from moeexp.config.override_text import as_typed
 from moeexp.record import streams
 from moeexp.record.objective import objective_of
 from moeexp.record.paths import expanded
+from moeexp.record.text import MAX_OVERRIDES
 from moeexp.run import signals
 from moeexp.run.job import FAILED, INTERRUPTED, INVALID, OK, Job, RunFunction, default_experiment, run_job, say
 from moeexp.sweep import hydra_plugins
@@ -83,6 +84,9 @@ def _main(arguments: list[str], experiment: RunFunction) -> int:
     # argparse takes overrides before a flag or after it, not both.
     if any("\ud800" <= character <= "\udfff" for argument in arguments for character in argument):
         return _say("error: an argument is not UTF-8 text: write it in UTF-8, and let the locale say so (LANG=C.UTF-8)", INVALID)
+    if len(arguments) > MAX_OVERRIDES:
+        said = f"error: {len(arguments)} arguments are more than {MAX_OVERRIDES}: write settings into a file of a --config-dir"
+        return _say(said, INVALID)
     arguments.sort(key=lambda argument: argument not in MULTIRUN)
     invocation = Invocation(["python", "-m", "moeexp", *arguments], experiment)
     invocation.register()

@@ -11,6 +11,7 @@ from moeexp.cli import main
 from moeexp.config import compose, schema
 from moeexp.config.override_text import TEXT, as_typed, kind_of, quoted
 from moeexp.record.record import read_record
+from moeexp.record.text import MAX_OVERRIDES
 from moeexp.sweep import cells
 
 # Each is itself.
@@ -127,3 +128,10 @@ def test_what_is_no_utf8_is_refused(capsys):
     assert main(["prompt=a\udcff"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and "UTF-8" in line
+
+
+def test_more_arguments_than_a_record_takes_are_refused(capsys):
+    """A record of so many would be refused when it is read."""
+    assert main([f"seed={i}" for i in range(MAX_OVERRIDES + 1)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and str(MAX_OVERRIDES) in line and len(line) <= 400

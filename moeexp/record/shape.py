@@ -22,10 +22,9 @@ from moeexp.record.quantities import (
     Texts,
     measured,
 )
-from moeexp.record.text import brief
+from moeexp.record.text import MAX_OVERRIDES, brief
 
 MAX_SAMPLES = 4000  # of a kind; a record keeps no more
-MAX_OVERRIDES = 1000  # each of another setting, and there are not as many
 
 
 class Model(Shape):

@@ -9,6 +9,7 @@ from typing import Any
 # characters, and tags, which nobody sees.
 ACTING = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff\U000e0000-\U000e007f]")
 SHOWN = 60
+MAX_OVERRIDES = 1000  # of a run: each is of another setting, and there are not as many
 
 
 def visible(text: str, *, lines: bool = False) -> str:
