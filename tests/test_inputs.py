@@ -109,6 +109,13 @@ def test_types_of_tensors_that_a_text_model_leaves_out_do_not_matter(folder):
     assert run(folder) == 0
 
 
+@pytest.mark.parametrize("name", ["visual.ids", "model.mtp.fc.weight", "model.language_model.mtp.fc.weight"])
+def test_tensors_of_which_transformers_warns_are_refused_before_the_check_counts_them(folder, refused, name):
+    tensors(folder, lambda found: found.update({name: torch.ones(3)}))
+    short = name.removeprefix("model.language_model.").removeprefix("model.")
+    assert f"1 unexpected: {short}" in refused(folder)
+
+
 FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
 
 
