@@ -178,6 +178,17 @@ def test_a_value_that_is_not_finite_is_refused_by_name(tmp_path, refused, value,
         assert f"tensor {name} has 1 of " in line and "NaN or Inf" in line
 
 
+@pytest.mark.parametrize(("dtype", "stored", "value"), [("float32", torch.float64, -1e39), ("bfloat16", torch.float32, 3.4e38)])
+def test_a_value_beyond_the_run_s_type_is_no_damage(folder, refused, dtype, stored, value):
+    def change(found):
+        found[NAME] = found[NAME].to(stored)
+        found[NAME][0, 0] = value
+
+    tensors(folder, change)
+    line = refused(folder, f"dtype={dtype}", reads=True)
+    assert f"tensor {NAME} has values up to {abs(value):.3g}, and {dtype} holds none beyond" in line and "NaN" not in line
+
+
 def test_no_value_is_finite_by_chance():
     from moeexp.model.tensor_types import is_finite
 

@@ -183,9 +183,8 @@ class Snapshot:
             target[piece.start : piece.stop].copy_(self.read(piece.key).view(target[piece.start : piece.stop].shape))
         if not is_finite(buffer):
             for piece in self.pieces[name]:
-                target = buffer if piece.expert is None else buffer[piece.expert]
                 path, key = self._files[piece.key]
-                check_finite(key, target[piece.start : piece.stop], str(path))
+                check_finite(key, self.read(piece.key), buffer.dtype, str(path))
 
     def check_tied_head(self, embedding: Tensor) -> None:
         """A tied checkpoint may bring the head as well; then it must be the embedding."""
