@@ -19,7 +19,7 @@ MINIMUM = 3  # of a headline figure
 HEADER = ("config", "processes", "decode tok/s", "prefill tok/s", "TTFT ms", STALLS)
 NOTE = (
     "The median over processes [the least, the most] of runs that differ in their seed alone. A headline figure is of "
-    f"{MINIMUM} processes or more: `-m seed=0,1,2`."
+    f"{MINIMUM} processes or more: -m seed=0,1,2."
 )
 
 
