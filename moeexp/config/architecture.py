@@ -101,11 +101,11 @@ class Architecture:
         check_rope(config)
         outer = config
         config = dict(config.get("text_config") or config)
-        for level, wanted in [(outer, NESTED), (config, FLAT)] if outer.get("text_config") else [(config, FLAT)]:
-            if level.get("model_type") not in (None, wanted):
+        for level, kind in [(outer, NESTED), (config, FLAT)] if outer.get("text_config") else [(config, FLAT)]:
+            if level.get("model_type") not in (None, kind):
                 raise ValueError(
-                    f"model_type={short(level['model_type'])} is not a Qwen3.5-MoE model; supported: {NESTED} with a text_config, "
-                    f"and {FLAT} without one or inside it"
+                    f"model_type={short(level['model_type'])} is not a Qwen3.5-MoE model; supported: {NESTED} with a "
+                    f"text_config, and {FLAT} without one or inside it"
                 )
         missing = [key for key in REQUIRED if config.get(key) is None]
         if missing:
