@@ -61,8 +61,15 @@ def test_full_attention_interval():
         Architecture.from_hf(config | {"full_attention_interval": 0})
 
 
+NESTED = {"model_type": "qwen3_5_moe", "text_config": ODD_CONFIG}
 WRONG = [
     ({"model_type": "llama"}, "llama.*supported: qwen3_5_moe"),
+    ({"model_type": "qwen3_5_moe"}, "supported: qwen3_5_moe with a text_config"),
+    ({"text_config": ODD_CONFIG}, "model_type='qwen3_5_moe_text'.*without one or inside it"),
+    *[(NESTED | {"text_config": ODD_CONFIG | {"model_type": kind}}, f"model_type='{kind}'") for kind in ("qwen3_5_moe", "llama")],
+    (NESTED | {"text_config": ODD_CONFIG | {"text_config": {}}}, "text_config.text_config={}.*null or left out"),
+    ({"per_layer_config": {"1": {"num_experts_per_tok": 1}}}, "per_layer_config=.*null or left out"),
+    *[(change | {key: {}}, f"{key}={{}}.*null") for key in ("decoder", "generator", "text_encoder") for change in ({}, NESTED)],
     ({"hidden_size": None}, "hidden_size=null.*whole number of at least 1"),
     ({"hidden_act": "gelu"}, "hidden_act='gelu'.*'silu'"),
     ({"attention_bias": True}, "attention_bias=True"),

@@ -109,6 +109,13 @@ def test_types_of_tensors_that_a_text_model_leaves_out_do_not_matter(folder):
     assert run(folder) == 0
 
 
+@pytest.mark.parametrize("name", ["visual.ids", "model.mtp.fc.weight", "model.language_model.mtp.fc.weight"])
+def test_tensors_of_which_transformers_warns_are_refused_before_the_check_counts_them(folder, refused, name):
+    tensors(folder, lambda found: found.update({name: torch.ones(3)}))
+    short = name.removeprefix("model.language_model.").removeprefix("model.")
+    assert f"1 unexpected: {short}" in refused(folder)
+
+
 FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
 
 
@@ -169,6 +176,17 @@ def test_a_value_that_is_not_finite_is_refused_by_name(tmp_path, refused, value,
         tensors(tmp_path / "s", lambda found, name=name: found[name].view(-1)[-1:].fill_(float(value)))
         line = refused(tmp_path / "s", reads=True)
         assert f"tensor {name} has 1 of " in line and "NaN or Inf" in line
+
+
+@pytest.mark.parametrize(("dtype", "stored", "value"), [("float32", torch.float64, -1e39), ("bfloat16", torch.float32, 3.4e38)])
+def test_a_value_beyond_the_run_s_type_is_no_damage(folder, refused, dtype, stored, value):
+    def change(found):
+        found[NAME] = found[NAME].to(stored)
+        found[NAME][0, 0] = value
+
+    tensors(folder, change)
+    line = refused(folder, f"dtype={dtype}", reads=True)
+    assert f"tensor {NAME} has values up to {abs(value):.3g}, and {dtype} holds none beyond" in line and "NaN" not in line
 
 
 def test_no_value_is_finite_by_chance():

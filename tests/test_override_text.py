@@ -20,7 +20,7 @@ TEXTS = [
     "None", "NULL", "Null", "nan", "inf", "[a]", "[1.50,2]", "{a:1}", "{a: 1, b: 2}", " leading", "trailing ", "   ", "a  b",
     "What is 1+1?", "Hello!", "It's", 'say "no"', '"a" and "b"', "a=b", "x: y", "é 日本 🙂", "a;b", "#x", "50%", "~", "a\nb",
     "\ttab", "f(x)", "print(1)", "$5", "a\\b", "'", '"', "'a", "@", "1.", ".5", "0x1F", "12:30", "a|b&c", "<s>", "[", "}", "(",
-    "\\d",
+    "\\d", "nullé", "trueñ", "Infü", "nan日", "null²", "null/a", "true.a", "false-é.x",
 ]  # fmt: skip
 # Typed, and what it means: one level of quotes, Hydra's escapes.
 MEANT = [

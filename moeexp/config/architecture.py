@@ -12,7 +12,7 @@ from moeexp.config.files import cut, read_object, short
 from moeexp.config.rope import Yarn, check_rope, read_rope
 
 LAYER_TYPES = ("linear_attention", "full_attention")
-MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
+NESTED, FLAT = "qwen3_5_moe", "qwen3_5_moe_text"  # model_type: with a text_config, and of one or of a config without
 
 REQUIRED = (
     "vocab_size",
@@ -101,9 +101,12 @@ class Architecture:
         check_rope(config)
         outer = config
         config = dict(config.get("text_config") or config)
-        model_type = config.get("model_type", outer.get("model_type"))
-        if model_type is not None and model_type not in MODEL_TYPES:
-            raise ValueError(f"model_type={short(model_type)} is not a Qwen3.5-MoE model; supported: {', '.join(MODEL_TYPES)}")
+        for level, kind in [(outer, NESTED), (config, FLAT)] if outer.get("text_config") else [(config, FLAT)]:
+            if level.get("model_type") not in (None, kind):
+                raise ValueError(
+                    f"model_type={short(level['model_type'])} is not a Qwen3.5-MoE model; supported: {NESTED} with a "
+                    f"text_config, and {FLAT} without one or inside it"
+                )
         missing = [key for key in REQUIRED if config.get(key) is None]
         if missing:
             raise ValueError(

@@ -58,6 +58,7 @@ POSITIVE = positive(MOST)
 BOOLEAN: Rule = (lambda value: type(value) is bool, "true or false, without quotes")
 OBJECT: Rule = (lambda value: isinstance(value, dict), "an object")
 TEXT: Rule = (lambda value: isinstance(value, str), "a text")
+ABSENT: Rule = (lambda value: value is None, "null or left out: no Qwen3.5-MoE model has it")
 IDS: Rule = (lambda value: type(value) is int or list_of(int)(value), "a token or a list of tokens")
 
 RULES: dict[str, Rule] = {key: whole(most) for key, most in AT_MOST.items()} | {
@@ -77,6 +78,11 @@ RULES: dict[str, Rule] = {key: whole(most) for key, most in AT_MOST.items()} | {
     "text_config": or_null(OBJECT),
     "quantization_config": or_null(OBJECT),
     "compression_config": or_null(OBJECT),
+    # Layers that differ from each other, and what transformers would take for the text model instead.
+    "per_layer_config": ABSENT,
+    "decoder": ABSENT,
+    "generator": ABSENT,
+    "text_encoder": ABSENT,
 }
 
 
@@ -87,6 +93,8 @@ def check_keys(config: dict[str, Any]) -> None:
     inner = config.get("text_config")
     for level in [config, inner] if isinstance(inner, dict) else [config]:
         check_values(level, RULES)
+    if isinstance(inner, dict):
+        check_values(inner, {"text_config": ABSENT}, "text_config.")
     waiting = [("", config)]
     while waiting:
         prefix, level = waiting.pop()

@@ -30,7 +30,7 @@ TEXT = "text"
 HYDRA_TEXT = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.name")
 
 OVERRIDE = re.compile(r"(\+{0,2}[A-Za-z_][\w.]*)=(.*)", re.DOTALL)
-PLAIN = re.compile(r"[A-Za-z_/][\w/-]*(\.[A-Za-z_]\w*)*")  # what Hydra leaves alone, but for its words
+PLAIN = re.compile(r"[A-Za-z_/][\w/-]*(\.[A-Za-z_]\w*)*", re.ASCII)  # what Hydra leaves alone, but for its words
 WORDS = ("null", "true", "false", "nan", "inf")
 QUOTED = re.compile(r"""\s*("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')\s*""", re.DOTALL)
 CALL = re.compile(r"\s*\w+\s*\(")

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moeexp.config.files import check_pointer, cut, is_inside, read_object, short
+from moeexp.config.files import MOST_BYTES, check_pointer, cut, is_inside, read_object, short
 
 # Files that hold a vocabulary: tokenizer.json everything, the others what older tokenizers are made of.
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 OBJECTS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
-PLAIN = ("merges.txt", *VOCABULARIES[2:])
+# Which transformers reads whole.
+PLAIN = ("merges.txt", "chat_template.jinja", "additional_chat_templates/*.jinja", *VOCABULARIES[2:])
 WAY_OUT = "fetch the file again, or use model.tokenizer=none with prompt_ids"
 
 
@@ -21,9 +22,10 @@ def own_tokenizer(folder: Path) -> Any:
         found = read_object(path)
         if path.name == "tokenizer_config.json":
             _check_names(path, found)
-    for name in PLAIN:
-        if (folder / name).is_file():
-            check_pointer(folder / name)
+    for path in (path for name in PLAIN for path in folder.glob(name) if path.is_file()):
+        check_pointer(path)
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"{path} has more than {MOST_BYTES:,} bytes, and no such file has: {WAY_OUT}")
     # Imported here: only a snapshot with a tokenizer of its own needs transformers for it.
     from transformers import AutoTokenizer
 
@@ -31,11 +33,13 @@ def own_tokenizer(folder: Path) -> Any:
     try:
         # Never the snapshot's own Python code, and no question on the terminal whether it may run.
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokens = tokenizer("0 a", add_special_tokens=False)["input_ids"]  # some settings are read only here
+        tokenizer.decode(tokens)
     except Exception as error:
         why = cut(f"{type(error).__name__}: {error}", 200)
         raise ValueError(f"transformers cannot load the tokenizer of {named} ({why}): {WAY_OUT}") from error
     has = any((folder / name).is_file() for name in VOCABULARIES)
-    if not has and not tokenizer("0 a", add_special_tokens=False)["input_ids"]:  # it loads, and is empty
+    if not has and not tokens:  # it loads, and is empty
         raise ValueError(f"the tokenizer of {named} knows no text, as its vocabulary ({VOCABULARIES[0]}) is missing: {WAY_OUT}")
     return tokenizer
 

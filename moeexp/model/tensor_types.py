@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 # As safetensors names them. A bool, an integer, an 8-bit float or a complex number would convert without a word.
@@ -42,13 +43,19 @@ def check_types(where: str, types: Mapping[str, str], wanted: set[str], method: 
         )
 
 
-def check_finite(name: str, tensor: Tensor, where: str) -> None:
-    """`ValueError` with the tensor's name for a NaN or an Inf in it."""
-    if not is_finite(tensor):
-        count = int((~tensor.isfinite()).sum())
+def check_finite(name: str, stored: Tensor, dtype: torch.dtype, where: str) -> None:
+    """`ValueError` with the tensor's name for a NaN or an Inf in it, or that it has once it is `dtype`."""
+    if not is_finite(stored):
+        count = int((~stored.isfinite()).sum())
         raise ValueError(
-            f"tensor {_cut(name)} has {count} of {tensor.numel()} values that are NaN or Inf: the snapshot is damaged, fetch "
+            f"tensor {_cut(name)} has {count} of {stored.numel()} values that are NaN or Inf: the snapshot is damaged, fetch "
             f"it again (in {where})"
+        )
+    if not is_finite(stored.to(dtype)):
+        kind, largest = str(dtype).removeprefix("torch."), float(stored.abs().max())
+        raise ValueError(
+            f"tensor {_cut(name)} has values up to {largest:.3g}, and {kind} holds none beyond {torch.finfo(dtype).max:.3g}: no "
+            f"weights of a model are as large, fetch it again (in {where})"
         )
 
 

@@ -133,6 +133,30 @@ def test_a_tokenizer_reads_no_vocabulary_outside(tmp_path, names):
     assert "tokenizer_config.json" in str(caught.value) and len(str(caught.value)) <= 400
 
 
+def byte_tokenizer(folder, **config):
+    folder.mkdir()
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "0": 2}, "merges": []}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | config))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/tools.jinja", "merges.txt", "vocab.txt"])
+def test_a_text_of_gigabytes_is_not_read_into_memory(tmp_path, name):
+    path = byte_tokenizer(tmp_path / "s") / name
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    os.truncate(path, 3 << 30)
+    with record_fuzz.in_time(name, 5), pytest.raises(ValueError, match=f"{name} has more than 134,217,728 bytes"):
+        own_tokenizer(tmp_path / "s")
+
+
+def test_a_tokenizer_that_fails_at_its_first_text_is_refused_as_it_is_loaded(tmp_path):
+    assert own_tokenizer(byte_tokenizer(tmp_path / "whole"))("ab")["input_ids"] == [0, 1]
+    with pytest.raises(ValueError, match="transformers cannot load the tokenizer of .*TypeError"):
+        own_tokenizer(byte_tokenizer(tmp_path / "s", model_max_length="x"))
+
+
 @pytest.mark.parametrize("name", ["generation_config.json", "config.json", INDEX, "model-00001-of-00002.safetensors"])
 def test_what_is_no_file_is_not_waited_for(folders, name):
     (folders[0] / name).unlink(missing_ok=True)
