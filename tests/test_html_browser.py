@@ -147,9 +147,17 @@ def test_the_ranking_of_five_axes_fits_a_screen(tmp_path, design, stalled):
     assert set(found["all"]) - set(found["some"]) == more and len(found["all"]) == 19 + design + stalled
 
 
-def test_a_broken_page_would_be_noticed(report):
-    """The probe sees what it looks for: a script error and a request to the outside reach the console."""
-    text = (report / "report.html").read_text().replace("</body>", "<img src=https://a.example/x><script>no()</script>")
-    (report / "broken.html").write_text(text)
+POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_a_broken_page_would_be_noticed(report, guarded):
+    """The probe sees what it looks for: a script error reaches the console, and what the page's policy keeps from happening does:
+    an image from outside, and a script of another's."""
+    text = (report / "report.html").read_text().replace("</body>", "<img src=https://a.example/x><script>no()</script></body>")
+    assert POLICY.search(text)
+    (report / "broken.html").write_text(text if guarded else POLICY.sub("", text))
     _, console = chromium(report, "--dump-dom", (report / "broken.html").as_uri())
-    assert any("no is not defined" in line for line in console) and any("a.example" in line for line in console)
+    if guarded:
+        assert any("inline script" in line for line in console) and any("a.example" in line for line in console)
+    assert guarded != any("no is not defined" in line for line in console)
