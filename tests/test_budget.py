@@ -15,7 +15,6 @@ from common import EVEN, load_model
 from moeexp_kernels import ops as ops_package
 from moeexp_kernels import registry, traffic
 from moeexp_kernels.parts import tuning
-from moeexp_runner.op_kernels import OpKernel, place
 from rich.console import Console
 from triton.runtime.interpreter import GridExecutor
 
@@ -31,6 +30,7 @@ from moeexp.report.markdown import document
 from moeexp.report.terminal import print_run
 from moeexp.run.budget import HEAD, REST, step_budget
 from moeexp.run.experiment import Experiment
+from moeexp.run.op_kernels import OpKernel, place
 from moeexp.run.roofline import bytes_per_step, step_calls
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -368,9 +368,9 @@ def test_a_run_that_is_asked_records_its_budget(monkeypatch):
     """The profiler is not: it sees no kernels here."""
     kept, asked = {}, []
 
-    def token_split(session, prompt, steps, *, step_us, ops):
-        asked.append(list(ops))
-        return {"kernels": 1.0} | ({"by_op": [OpKernel(1, True, "gemv_kernel", 1.0, 2.0, 2.0)]} if ops else {})
+    def token_split(session, prompt, steps, *, step_us, place):
+        asked.append(place.keywords["ops"] if place else [])
+        return {"kernels": 1.0} | ({"by_op": [OpKernel(1, True, "gemv_kernel", 1.0, 2.0, 2.0)]} if place else {})
 
     monkeypatch.setattr("moeexp.run.experiment.token_split", token_split)
     for profile in ("budget", "off"):

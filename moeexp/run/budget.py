@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from moeexp_kernels import traffic
-from moeexp_runner.op_kernels import OpKernel
 
+from moeexp.run.op_kernels import OpKernel
 from moeexp.run.roofline import OpCall
 
 # What is of no layer, in `layers` after the kinds of layers.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from moeexp.run.budget import step_budget
 from moeexp.run.cache_size import cache_bytes
 from moeexp.run.identity import confirm
 from moeexp.run.memory import memory
+from moeexp.run.op_kernels import place
 from moeexp.run.roofline import bandwidth_share, bytes_per_step, step_calls
 from moeexp.run.transformers_baseline import run_transformers
 from moeexp.stack.compilers import Compilers
@@ -137,8 +139,8 @@ class Experiment:
         values, steps = self.benchmark.values(), min(cfg.new_tokens - 1, STEPS)
         step_s = self.benchmark.step_s()
         calls = step_calls(stack.model, **self.step()) if cfg.profile == "budget" else []
-        ops = [traffic.base(call.op) for call in calls]
-        split = token_split(stack.session, self.on_device, steps, step_us=1e6 * step_s, ops=ops) if step_s else None
+        placed = partial(place, ops=[traffic.base(call.op) for call in calls]) if calls else None
+        split = token_split(stack.session, self.on_device, steps, step_us=1e6 * step_s, place=placed) if step_s else None
         if split and calls:
             self.record.set(step_budget=step_budget(calls, split.pop("by_op"), self.arch.layer_types))
         self.record.set(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from moeexp_runner.op_kernels import Event, place
 from moeexp_runner.session import Session
 from moeexp_runner.timing import synchronize
+
+Event = tuple[str, float, float]  # name, start and end in microseconds
 
 # A pause between two pieces of GPU work that is shorter than this is the GPU's own (launch latency, a dependency); in a
 # longer one it had nothing to do. Microseconds.
@@ -32,13 +33,13 @@ COPIES = ("Memcpy", "Memset")
 
 
 def token_split(
-    session: Session, prompt: Tensor, steps: int, *, step_us: float, ops: Sequence[str] = ()
+    session: Session, prompt: Tensor, steps: int, *, step_us: float, place: Callable[..., Any] | None = None
 ) -> dict[str, Any] | None:
     """Decodes `steps` tokens after prompt [B, T]. step_us: what a decode step takes, timed without a profiler in the process.
     Microseconds per token: {wall_us = step_us = kernels_us + copies_us + gaps_us + host_us, by_kernel: the longest [{name,
     calls, us}]}, and what runs on the GPU for one token, whether a graph replays it or the host launches it: `kernels` and
-    `copies` (with fills), from the token that is fed to the next one's arrival on the host. With the `ops` of a step, as
-    `op_kernels.place` takes them, also what that finds, as `by_op`. None where there is no GPU to profile."""
+    `copies` (with fills), from the token that is fed to the next one's arrival on the host. With `place`
+    also, as `by_op`, what it makes of the kernels: place(kernels, steps=, without=). None where there is no GPU to profile."""
     if session.device.type != "cuda":
         return None
     session.decode_tokens(_prefilled(session, prompt), steps + 1)  # warm: lazy loading is no part of a token
@@ -46,7 +47,7 @@ def token_split(
     without, whole = (_profiled(session, prompt, count) for count in (1, steps + 1))
     session.reset()
     found = split(whole, wall_us=step_us * steps, steps=steps, without=without)
-    return found | {"by_op": place(_kernels(whole), ops, steps=steps, without=_kernels(without))} if ops else found
+    return found | {"by_op": place(_kernels(whole), steps=steps, without=_kernels(without))} if place else found
 
 
 def kernels_per_token(time_split: dict[str, Any] | None) -> float | None:

@@ -11,8 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from moeexp_kernels.traffic import KERNELS, LAST
-
-Event = tuple[str, float, float]  # name, start and end in microseconds
+from moeexp_runner.profiler import Event
 
 EMBEDDING = "embedding"  # the first op of a step; its kernel is of torch or of Inductor
 EMBEDDING_NAMES = ("embedding", "indexSelect", "index_select")
