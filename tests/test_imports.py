@@ -185,6 +185,11 @@ def test_kernels_and_runner_know_nothing_of_the_application(package):
         assert not names & forbidden, path
 
 
+def test_the_runner_knows_no_op():
+    for name, path in modules({"moeexp_runner": PACKAGES["moeexp_runner"]}).items():
+        assert "moeexp_kernels" not in _tops(path.read_text()), name
+
+
 def _tops(source: str) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(source)):
