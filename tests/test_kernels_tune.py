@@ -42,8 +42,7 @@ class FakeCase:
 def tuned(monkeypatch, tmp_path):
     """A tuner whose clock is a table: call it with {BLOCK_N: microseconds} and get (row, lines)."""
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)
-    tuning.table.cache_clear()
-    tuning._find.cache_clear()
+    tuning.forget()
     tuning.write_table(tuning.DEFAULT, {OP: {"": FIRST}}, {})
 
     def choose(times, *, wrong=0, refused=0, deadline=math.inf):
@@ -55,8 +54,7 @@ def tuned(monkeypatch, tmp_path):
         return target, lambda: tuner.choose(target, ARCH, 0, deadline)
 
     yield choose
-    tuning.table.cache_clear()
-    tuning._find.cache_clear()
+    tuning.forget()
 
 
 def test_the_fastest_wins_and_keeps_what_it_does_not_name(tuned):

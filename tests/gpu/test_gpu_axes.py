@@ -12,13 +12,15 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
 from covering import AXES, BASE, COMPILED, PAIRWISE, legal_points
 from kernels_common import poison_state
-from moeexp_kernels.parts import graph_edges
+from moeexp_kernels.parts.graph_edges import add_pdl_edges
+from moeexp_runner.binding import package_in
 from moeexp_runner.profiler import kernels_per_token, token_split
 from rich.console import Console
 
@@ -134,7 +136,8 @@ def bound_anew_is_captured_anew(session, expected):
     step = session.graph or session.loop.graph
     session.reset()
     session.prefill(tokens(9))
-    step._package.bind(step._package.bound)
+    package = package_in(step.method)
+    package.bind(package.bound)
     assert step.state == "eager"
     with pytest.raises(RuntimeError, match="bound anew"):
         session.decode(tokens(1)) if session.graph else session.decode_tokens(tokens(1), 3)
@@ -144,14 +147,22 @@ def bound_anew_is_captured_anew(session, expected):
 # --- streams ---
 
 
-def delayed(method):
-    """The method after 0.1 s of nothing, on whatever stream it runs on."""
+@contextmanager
+def late_prompts(session):
+    """Before a prompt's work 0.1 s of nothing, on whatever stream it runs on."""
+    owner, name = (session.prefill_graphs, "replay") if session.prefill_graphs else (session.arena, "call")
+    run = getattr(owner, name)
 
-    def run(*inputs):
-        torch.cuda._sleep(int(2e8))
-        return method(*inputs)
+    def late(*inputs):
+        if session.length == 0:  # of what goes through the arena, a step comes behind the prompt
+            torch.cuda._sleep(int(2e8))
+        return run(*inputs)
 
-    return run
+    setattr(owner, name, late)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
 
 
 def prompt_and_step(session, prompt=None):
@@ -171,20 +182,16 @@ def same(left, right):
 
 def assert_ordered(session, serial):
     wanted = prompt_and_step(serial)
-    method, session._prefill = session._prefill, delayed(session._prefill)
-    try:
+    with late_prompts(session):
         assert same(prompt_and_step(session), wanted)
-    finally:
-        session._prefill = method
 
 
 @pytest.mark.parametrize("graph", ["false", "decode"])
 def test_decode_waits_for_a_prefill_on_another_stream(stack, monkeypatch, graph):
     apart = stack("shared_stream=false", f"cuda_graph={graph}").session
-    assert apart._on_prefill.stream != apart._on_decode.stream
     serial = stack(f"cuda_graph={graph}").session
     assert_ordered(apart, serial)
-    # And without the ordering the same test fails: the delay is long enough to be seen.
+    # And without the ordering the same test fails: they are on streams of their own, and the delay is long enough to be seen.
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda.Stream, "wait_stream", lambda self, other: None)
         with pytest.raises(AssertionError):
@@ -448,22 +455,31 @@ def test_a_tokens_time_is_split(stack, graph):
 
 
 def nodes_of(graph):
-    """Of a captured `GraphedMethod` that kept its graph: how many nodes of each of the driver's kinds."""
-    cuda, handle, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(graph._graph.raw_cuda_graph()), ctypes.c_size_t()
-    graph_edges._call(cuda, "cuGraphGetNodes", handle, None, ctypes.byref(count))
-    nodes = (ctypes.c_void_p * count.value)()
-    graph_edges._call(cuda, "cuGraphGetNodes", handle, nodes, ctypes.byref(count))
-    return Counter(graph_edges._kind(cuda, node) for node in nodes)
+    """Of a `cudaGraph_t`: how many nodes of each of the driver's kinds."""
+    cuda, handle, count, kind = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(graph), ctypes.c_size_t(), ctypes.c_int()
+    assert cuda.cuGraphGetNodes(handle, None, ctypes.byref(count)) == 0
+    nodes, found = (ctypes.c_void_p * count.value)(), Counter()
+    assert cuda.cuGraphGetNodes(handle, nodes, ctypes.byref(count)) == 0
+    for node in nodes:
+        assert cuda.cuGraphNodeGetType(ctypes.c_void_p(node), ctypes.byref(kind)) == 0
+        found[kind.value] += 1
+    return found
 
 
 @pytest.mark.parametrize("state", ["shared", "explicit"])
 @pytest.mark.parametrize("graph", ["decode", "loop"])
-def test_kernels_per_token_are_those_that_are_replayed(stack, graph, state):
+def test_kernels_per_token_are_those_that_are_replayed(stack, monkeypatch, graph, state):
     """Of a loop its graph's nodes and nothing else; of a step its graph's, its inputs' and the sampler's. Kinds of the
-    driver: 0 kernels, 1 copies, 2 fills. The graph is kept where its edges may be programmatic, on Hopper and later."""
+    driver: 0 kernels, 1 copies, 2 fills. A graph can be seen where its edges may be programmatic, on Hopper and later."""
+    nodes = []
+
+    def watched(captured):
+        nodes.append(nodes_of(captured))
+        return add_pdl_edges(captured)
+
+    monkeypatch.setattr("moeexp.stack.factory.add_pdl_edges", watched)
     session = stack(f"cuda_graph={graph}", f"state={state}", "pdl=true").session
-    step = session.graph or session.loop.graph
-    nodes = [nodes_of(each) for each in step._graphs]
+    assert len(nodes) == (2 if state == "explicit" else 1), "two graphs that swap, of a state that goes in and out"
     kernels = sum(each[0] for each in nodes) / len(nodes)
     copies = sum(each[1] + each[2] for each in nodes) / len(nodes)
     split = token_split(session, tokens(21), 16, step_us=1000.0)

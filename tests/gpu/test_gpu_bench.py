@@ -115,8 +115,7 @@ def test_tune_writes_the_table_of_this_architecture(tmp_path, monkeypatch):
         assert tuning.source("router_gemv", key) == name
     finally:
         monkeypatch.undo()
-        tuning.table.cache_clear()
-        tuning._find.cache_clear()
+        tuning.forget()
 
 
 def test_two_rows_of_the_table_give_the_same_result():

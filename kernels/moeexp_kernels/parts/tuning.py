@@ -135,6 +135,11 @@ def write_table(name: str, tables: dict[str, dict[str, LaunchParameters]], about
     temporary = path.with_suffix(".tmp")
     temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     temporary.replace(path)
+    forget()
+    return path
+
+
+def forget() -> None:
+    """What was read of tables: they are read again where FOLDER or a file in it has changed."""
     table.cache_clear()
     _find.cache_clear()
-    return path
