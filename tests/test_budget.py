@@ -364,6 +364,13 @@ def test_a_budget_is_refused_where_there_are_no_kernels_to_tell_apart(overrides,
     validate(compose(["model=nano", "experiment=profile"]), cuda_available=True)
 
 
+def test_a_budget_is_refused_without_a_check():
+    """The record of such a run keeps none."""
+    with pytest.raises(ValueError, match="^profile=budget .* no speed is published: use check=inline or check=separate"):
+        validate(compose(["model=nano", "experiment=profile", "check=off"]), cuda_available=True)
+    validate(compose(["model=nano", "experiment=profile", "check=separate"]), cuda_available=True)
+
+
 def test_a_run_that_is_asked_records_its_budget(monkeypatch):
     """The profiler is not: it sees no kernels here."""
     kept, asked = {}, []

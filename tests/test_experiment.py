@@ -126,6 +126,7 @@ def test_check_off_publishes_no_speed(run):
     code, record = run("check=off")
     assert (code, record["status"]) == (0, "ok")
     assert record["decode_tok_s"] is None and record["check"] is None
+    assert record["rounds"] is None and record["time_split"] is None and record["telemetry"]["kind"] in ("cpu", "cuda")
 
 
 def test_prompt_beyond_max_seq_len_is_refused_before_work(run, capsys):

@@ -9,7 +9,7 @@ import synthetic
 
 from moeexp import figures
 from moeexp.report.curves import LONG
-from moeexp.report.figure_blocks import BLOCKS, HEADLINE
+from moeexp.report.figure_blocks import BLOCKS, FULLSIZE, HEADLINE, LADDER
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = tuple(
@@ -126,6 +126,29 @@ def test_curves_by_prompt_and_by_depth_where_they_were_measured(tmp_path):
     assert lines[-1].startswith("One NVIDIA H100") and "a run shows that it fits, and publishes no speed" in lines[-1]
     depth = blocks["depth"](tmp_path)
     assert "| 4,096 | 800 | 1.25 | 25 % | 14 | passed |" in depth and "publishes no speed" not in depth
+
+
+def test_a_run_without_a_check_has_no_figure_in_a_block(tmp_path):
+    unchecked = dict.fromkeys(("check", "decode_tok_s", "prefill_tok_s", "ttft_s", "bandwidth_share", "token_latencies_ms"))
+    for name, axis, values in ((FULLSIZE, "batch", (1, 2, 4)), (LADDER, "quant", ("none", "int8", "int4"))):
+        records = [
+            synthetic.record(f"{axis}={value}", id=f"ab.{index}", noise=0.0, time_split=synthetic.TIME_SPLIT)
+            | {"design": {"name": "ladder", "cell": f"{value}", "index": index}}
+            for index, value in enumerate(values)
+        ]
+        records[1] |= unchecked
+        for one in records:
+            one["bytes_per_token"]["distinct_experts"] = 8
+        synthetic.write(tmp_path / name, records)
+    sequences, ladder = (
+        [line.strip("| ").split(" | ") for line in BLOCKS[name](tmp_path).splitlines() if line.startswith("| ")][2:]
+        for name in ("sequences", "ladder")
+    )
+    assert [row[2:7] for row in sequences] == [
+        ["**1,000**", "1", "8", "1 %", "64"], ["**–**", "–", "8", "–", "–"], ["**4,000**", "1", "8", "1 %", "64"],
+    ]  # fmt: skip
+    assert [(row[1], row[7]) for row in ladder] == [("1,000", "64"), ("–", "–"), ("1,000", "64")]
+    assert [row[8] for row in ladder] == ["210 / 5 / 25 / 60", "–", "210 / 5 / 25 / 60"]
 
 
 BROKEN = ("config.prompt_len", "config.prefill_chunk", "memory_gib", "environment", "environment.gpu", "check")

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+import synthetic
 
 from moeexp.config.compose import compose
 from moeexp.record import environment, record
@@ -21,6 +22,7 @@ def new(tmp_path, **values) -> Record:
 
 
 SPEEDS = {"decode_tok_s": 10.0, "prefill_tok_s": 20.0, "ttft_s": 0.1, "bandwidth_share": 0.5, "joules_per_token": 2.0}
+TIMES = {"rounds": [{"n": 2, "decode_s": 0.2}], "time_split": synthetic.TIME_SPLIT, "step_budget": {"rows": [], "layers": None}}
 
 
 def test_written_whole_from_the_start(tmp_path):
@@ -41,21 +43,22 @@ def test_ok_with_a_passed_check_keeps_speeds(tmp_path):
 
 @pytest.mark.parametrize("status", ["incorrect", "failed", "interrupted", "timeout", "unsupported"])
 def test_other_statuses_publish_no_speed(tmp_path, status):
-    run = new(tmp_path, check={"passed": True}, **SPEEDS)
+    run = new(tmp_path, check={"passed": True}, **SPEEDS, **TIMES)
     run.latencies_ms += [1.0]
     run.finish(status)
     data = read_record(run.path)
     assert [data[key] for key in SPEEDS] == [None] * len(SPEEDS)
     assert data["token_latencies_ms"]["samples"] == [1.0], "raw samples stay"
+    assert {key: data[key] for key in TIMES} == TIMES, "and what they are of"
 
 
 @pytest.mark.parametrize("check", [None, {"passed": False}, {"passed": None}])
 def test_without_a_passed_check_nothing_timed_is_kept(tmp_path, check):
-    run = new(tmp_path, check=check, **SPEEDS)
-    run.latencies_ms += [1.0]
+    run = new(tmp_path, check=check, **SPEEDS, **TIMES)
+    run.latencies_ms, run.prefill_ms, run.ttft_ms = [1.0], [1.0], [1.0]
     run.finish("ok" if check is None else "incorrect")
     data = read_record(run.path)
-    assert [data[key] for key in (*SPEEDS, "token_latencies_ms")] == [None] * (len(SPEEDS) + 1)
+    assert not {key for key in (*SPEEDS, *TIMES, *record.SAMPLES) if data[key] is not None}
 
 
 def test_unknown_keys_and_tensors_are_our_own_bugs(tmp_path):

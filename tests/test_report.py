@@ -7,6 +7,7 @@ import pytest
 import synthetic
 from rich.console import Console
 
+from moeexp.compare import explain
 from moeexp.config.compose import compose
 from moeexp.config.resolve import resolve
 from moeexp.record import record
@@ -16,6 +17,7 @@ from moeexp.report import format, markdown, ratios, tables
 from moeexp.report import records as report_records
 from moeexp.report import table as report_table
 from moeexp.report import terminal as summary
+from moeexp.report.html.page import page as html_page
 from moeexp.report.runs import runs_of
 from moeexp.report.waterfall import waterfalls
 
@@ -95,6 +97,22 @@ def test_a_run_that_is_not_over_publishes_no_speed(tmp_path):
     records = report_records.load_records([tmp_path])
     assert [one["decode_tok_s"] is None for one in records] == [True, False]
     assert "777" not in report_table.markdown(records)
+
+
+@pytest.mark.parametrize("check", ["off", "failed"])
+def test_reports_leave_out_what_an_earlier_version_kept_of_a_run_without_a_passed_check(tmp_path, check):
+    """It dropped speeds and samples alone."""
+    split = synthetic.TIME_SPLIT | {"wall_us": 7777.0, "by_kernel": [{"name": "a kernel of 7777 µs", "calls": 1, "us": 7777.0}]}
+    row = {"op": "linear", "kernel": "gemv", "calls": 1, "bytes": 1, "activations": 0, "us": 7777.0, "adds_us": 7777.0}
+    kept = {"time_split": split, "step_budget": {"rows": [row], "layers": None}, "rounds": [{"n": 1, "seconds": 7777}]}
+    old = synthetic.record(id="a", status="ok" if check == "off" else "incorrect") | kept
+    if check == "off":
+        old |= dict.fromkeys(("check", "decode_tok_s", "prefill_tok_s", "ttft_s", "bandwidth_share", "token_latencies_ms"))
+    synthetic.write(tmp_path, [old, synthetic.record("quant=int8", id="b")])
+    records = report_records.load_records([tmp_path])
+    assert len(records) == 2
+    for text in (markdown.document(records), html_page(records, title="a"), explain(*records)):
+        assert "quant" in text and "7777" not in text and "7,777" not in text
 
 
 def stalling():

@@ -166,7 +166,7 @@ class Config:
     profile: str = axis(
         "what a run says of its decode steps beside their time", default="off", role=HOUSEKEEPING, identity=VALUE,
         values={"off": "nothing more", "trace": "a Chrome trace of a few, beside the record",
-                "budget": "on a GPU: bytes, floor and time of each kernel, printed and in the record"},
+                "budget": "on a GPU, where the check passes: bytes, floor and time of each kernel, printed and in the record"},
     )  # fmt: skip
     engine: str = axis(
         "who decodes", default="moeexp", role=AXIS, part_of=[WEIGHTS, ARTIFACT],

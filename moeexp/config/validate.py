@@ -96,6 +96,11 @@ def _check_axes(cfg: Config, device: str) -> None:
             f"profile=budget times our CUDA kernels of a decode step, and device={device} with engine={cfg.engine} and "
             f"new_tokens={cfg.new_tokens} runs none: use device=cuda, engine=moeexp and new_tokens=2 or more, or profile=off"
         )
+    if cfg.profile == "budget" and cfg.check == "off":
+        raise ValueError(
+            "profile=budget says how long a decode step takes, and with check=off no speed is published: use check=inline or "
+            "check=separate, or profile=off"
+        )
     if cfg.cuda_graph == "all" and not cfg.prefill_graph_lengths:
         raise ValueError("cuda_graph=all needs prefill_graph_lengths, and it is empty: name one, or use cuda_graph=loop")
 

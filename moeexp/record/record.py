@@ -23,17 +23,13 @@ from moeexp.record.json_file import MAX_INT, read_json
 from moeexp.record.liveness import is_gone, this_process
 from moeexp.record.migration import STEPS, migrate
 from moeexp.record.names import STATUSES
+from moeexp.record.published import withheld
 from moeexp.record.text import brief
 
 SCHEMA = "moeexp.record/3"
 SCHEMAS = (*STEPS, SCHEMA)  # those that are read
 
-# Published only for a run that is ok and whose check passed.
-SPEEDS = (
-    "decode_tok_s", "prefill_tok_s", "ttft_s", "bandwidth_share", "joules_per_token", "stalls", "energy",
-)  # fmt: skip
-
-# Raw samples in milliseconds, by key the attribute of `Record` that takes them. Kept where a run was interrupted.
+# Raw samples in milliseconds, by key the attribute of `Record` that takes them.
 SAMPLES = {"token_latencies_ms": "latencies_ms", "prefill_latencies_ms": "prefill_ms", "ttft_latencies_ms": "ttft_ms"}
 
 MAX_BYTES = 200_000
@@ -148,7 +144,7 @@ class Record:
             self.data["not_applicable"].append(axis)
 
     def finish(self, status: str, *, error: dict[str, Any] | None = None) -> None:
-        """Set the final status, drop speeds that may not be published, and write.
+        """Set the final status, drop what may not be published, and write.
 
         `error`: {type, message, phase, traceback}."""
         assert status in STATUSES and status != "running", status
@@ -156,11 +152,10 @@ class Record:
             text = error.get("traceback") or ""
             error = error | {"traceback": text if len(text) <= MAX_TRACEBACK else "…" + text[-MAX_TRACEBACK:]}
         self.set(status=status, error=error, finished=_now(), phase=None)
-        passed = bool((self.data["check"] or {}).get("passed"))
-        if status != "ok" or not passed:
-            self.set(**dict.fromkeys(SPEEDS))
-        if not passed:
-            self.latencies_ms, self.prefill_ms, self.ttft_ms = [], [], []
+        dropped = withheld(self.data)
+        self.set(**dropped)
+        for name in (name for key, name in SAMPLES.items() if key in dropped):
+            setattr(self, name, [])
         disk.free_space(self.path.parent)
         self.write()
 

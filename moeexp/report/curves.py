@@ -36,7 +36,7 @@ def decode_by_depth(results: Path) -> str:
         "tokens before": lambda record: number(record["config"]["prompt_len"]),
         "decode tok/s": lambda record: number(record["decode_tok_s"]),
         "ms per token, p50": lambda record: number((record["token_latencies_ms"] or {}).get("p50")),
-        "of the measured read bandwidth": lambda record: "–" if (s := record["bandwidth_share"]) is None else percent(s),
+        "of the measured read bandwidth": lambda record: percent(record["bandwidth_share"]),
     }
     return _curve(results, "depth", columns | COMMON)
 

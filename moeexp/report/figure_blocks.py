@@ -130,8 +130,9 @@ def ladder_summary(results: Path) -> str:
     load = runs[0].record["telemetry"]["other_load"]
     explicit: dict[str, list[Any]] = {run.record["config"]["state"]: [] for run in runs}
     for run in runs:
-        explicit[run.record["config"]["state"]].append(run.record["prefill_tok_s"])
-    prefill = "; ".join(f"`state={state}` {_range(values)} tok/s" for state, values in explicit.items())
+        if run.speed:
+            explicit[run.record["config"]["state"]].append(run.record["prefill_tok_s"])
+    prefill = "; ".join(f"`state={state}` {_range(values)} tok/s" for state, values in explicit.items() if values)
     prompt = runs[0].record["config"]["prompt_len"]
     return _prose(
         f"{_in_all(steps)} {_stalled(runs)} Other work kept {number(load['cores'])} of the host's {load['of']} cores busy. "
@@ -144,9 +145,10 @@ def ladder_start_summary(results: Path) -> str:
     by_name = {step.label: step.run for step in steps}
     recurrent, chunked = by_name["recurrent kernel"], by_name["chunked kernels at T=1"]
     found = gain(recurrent, chunked)
-    split = steps[0].run.record["time_split"]
+    first = next(step for step in steps if step.run.speed)
+    split = first.run.record["time_split"]
     return _prose(
-        f'"{steps[0].label}" waits for the host during {percent(split["host_us"] / split["wall_us"])} of a step. The recurrent '
+        f'"{first.label}" waits for the host during {percent(split["host_us"] / split["wall_us"])} of a step. The recurrent '
         f"kernel against the chunked rule: {times(found, marked=False, beside=True)}, {found.phrase}. "
         f"{_stalled([step.run for step in steps])}"
     )
@@ -177,7 +179,7 @@ def tiny(results: Path) -> str:
     rows = []
     for run in runs:
         base = next(one for one in runs if one.settings | {"cuda_graph": run.settings["cuda_graph"]} == run.settings)
-        found = gain(run, base) if run is not base else None
+        found = gain(run, base) if run is not base and run.speed and base.speed else None
         settings = " ".join(f"{axis}={value}" for axis, value in run.point)
         rows.append([code(settings), _tok_s(run), _ms(run), _kernels(run), times(found) if found else "", _medians(found)])
     header = [code("tiny"), "decode tok/s", "ms per token", "kernels per token", "gain from the graph", "by medians"]
@@ -187,7 +189,7 @@ def tiny(results: Path) -> str:
 def tiny_summary(results: Path) -> str:
     runs = runs_of(load_records([results / TINY]))
     (found,) = [effect for effect in main_effects(runs) if effect.axis == "cuda_graph"]
-    eager = [run.record["time_split"] for run in runs if not run.record["config"]["cuda_graph"]]
+    eager = [run.record["time_split"] for run in runs if run.speed and not run.record["config"]["cuda_graph"]]
     waits = sorted(split["host_us"] / split["wall_us"] for split in eager)
     return _prose(
         f"Replaying the same kernels from a graph: {times(found.ratio, marked=False, beside=True)}, over {found.pairs} pairs. "
@@ -242,7 +244,7 @@ def _rungs(steps: Sequence[Step], *, published: bool) -> str:
     rows = []
     for step in steps:
         split, stalls = step.run.record["time_split"], step.run.record["stalls"]
-        parts = " / ".join(f"{split[f'{part}_us']:,.0f}" for part in ("kernels", "copies", "gaps", "host"))
+        parts = " / ".join(f"{split[f'{part}_us']:,.0f}" for part in ("kernels", "copies", "gaps", "host")) if split else "–"
         delay = f"{stalls['count']}, {number(stalls['total_ms'])}" if stalls and stalls["count"] else "none" if stalls else "–"
         gained = times(step.gain, marked=False) if step.gain else ""
         if step.gain and step.gain.weights:
@@ -281,16 +283,17 @@ def _medians(of: Step | Any) -> str:
 
 
 def _tok_s(run: Run) -> str:
-    return number(run.timed.tok_s)
+    return number(run.speed.tok_s if run.speed else None)
 
 
 def _ms(run: Run) -> str:
-    return number(1e3 * tokens_per_step(run.record) / run.timed.tok_s)
+    return number(1e3 * tokens_per_step(run.record) / run.speed.tok_s if run.speed else None)
 
 
 def _kernels(run: Run) -> str:
     """Those of the timed mode, by the profiler; copies apart."""
-    return f"{run.record['time_split']['kernels']:,.0f}"
+    split = run.record["time_split"]
+    return f"{split['kernels']:,.0f}" if split else "–"
 
 
 def _device_memory(record: dict[str, Any]) -> float | None:

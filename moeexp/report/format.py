@@ -31,8 +31,9 @@ def number(value: Any) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def percent(part: float) -> str:
-    return f"{100 * part:.0f} %"
+def percent(part: float | None) -> str:
+    """– where there is nothing."""
+    return "–" if part is None else f"{100 * part:.0f} %"
 
 
 def is_marked(record: dict[str, Any]) -> bool:

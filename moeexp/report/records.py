@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from moeexp.record.record import SPEEDS, is_prepared, read_record
+from moeexp.record.published import withheld
+from moeexp.record.record import is_prepared, read_record
 
 # What Hydra's grammar escapes in a value without quotes.
 ESCAPED = re.compile(r"\\([\\()\[\]{}:=, \t])")
@@ -55,9 +56,9 @@ def read_all(paths: Iterable[Path], read: Callable[[Path], dict[str, Any]]) -> t
 
 
 def read_published(path: Path) -> dict[str, Any]:
-    """A record without the speeds that it may not publish yet: a run that still goes on may have timed before its check."""
+    """A record without what it may not publish: a run that still goes on may have timed before its check."""
     record = read_record(path)
-    return record if record["status"] == "ok" else record | dict.fromkeys(SPEEDS)
+    return record | withheld(record)
 
 
 def is_refused(record: dict[str, Any]) -> bool:
