@@ -134,7 +134,7 @@ def prepare(cfg: DictConfig, record: Record, phases: Phases) -> schema.Config:
     with signals.deferred():  # in the middle of an import an interrupt may be swallowed, or become another error
         import torch
 
-        from moeexp.model.inputs import check_inputs, note_of_context
+        from moeexp.model.inputs import check_inputs, note_of_context, note_of_generation
         from moeexp.record import environment
         from moeexp.stack import artifact_config
 
@@ -165,6 +165,9 @@ def prepare(cfg: DictConfig, record: Record, phases: Phases) -> schema.Config:
         record.note(f"{chosen.number} threads on {most} granted core(s): they wait for each other at every barrier")
     if beyond := note_of_context(config):
         record.note(beyond)
+    if unapplied := note_of_generation(config):
+        record.note(streams.fitted(unapplied))
+        say(f"warning: {unapplied}")
     record.write()
     return config
 

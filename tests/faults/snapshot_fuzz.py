@@ -25,6 +25,7 @@ MORE = (
     "quantization_config", "compression_config", "rope_scaling", "full_attention_interval", "architectures", "dtype",
     "attn_implementation", "auto_map", "id2label", "num_labels", "vision_config", "norm_topk_prob", "pad_token_id",
     "original_max_position_embeddings", "generation_config", "per_layer_config", "hidden_act", "attention_bias", "model_type",
+    "repetition_penalty", "sequence_bias",
 )  # fmt: skip
 SECONDS = 20
 
