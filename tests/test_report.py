@@ -1,6 +1,7 @@
 """Tables and summaries of records."""
 
 import io
+import re
 
 import numpy as np
 import pytest
@@ -296,6 +297,18 @@ def test_summary_of_a_failed_run_says_why(tmp_path):
     run = make(tmp_path / "0", status="failed", error=error, decode_tok_s=3.0)
     text = printed(summary.print_run, read_record(run.path), path=run.path)
     assert "boom bang" in text and "tok/s" not in text
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_long_error_makes_no_long_note_under_a_table(tmp_path, terminal):
+    error = {"type": "ValueError", "message": f"it begins {'x' * 5000} use this instead", "phase": None, "traceback": None}
+    records = [synthetic.record(id="ab.0"), synthetic.refused("quant=int8", id="ab.1", error=error)]
+    (note,) = report_table.footnotes(records)
+    assert len(note) == 400 and note.startswith("ab.1 unsupported: it begins xxx") and note.endswith(" use this instead")
+    (flags,) = re.findall('<ul class="flags">.*?</ul>', html_page(records, title="a"))
+    table = printed(summary.print_sweep, records, path=tmp_path / "table.md", terminal=terminal)
+    for text in (table, markdown.document(records), flags):
+        assert "x" * 100 in text.replace("\n", "") and "x" * 400 not in text.replace("\n", "")
 
 
 @pytest.mark.parametrize("width", [80, 100])

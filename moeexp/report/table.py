@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from moeexp.record.streams import fitted
 from moeexp.report.conditions import group_name
 from moeexp.report.format import (
     APART,
@@ -53,7 +54,8 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
 
 
 def footnotes(records: Sequence[dict[str, Any]]) -> list[str]:
-    """What the table's marks mean, and why each run that is not ok is not."""
+    """What the table's marks mean, and why each run that is not ok is not; each a line of a length that a terminal and a log can
+    hold, as a run's record has the whole."""
     notes = [f"{RANDOM} {RANDOM_WEIGHTS}"] if any(is_marked(record) for record in records) else []
     if any(is_median(record, "prefill_tok_s") for record in records):
         notes.append(f"{MEDIAN} {MEDIAN_NOTE}")
@@ -68,7 +70,8 @@ def footnotes(records: Sequence[dict[str, Any]]) -> list[str]:
         if record["status"] != "ok":
             name = f"{cell_of(record)} ({record['id']})" if cell_of(record) else record["id"]
             reasons.setdefault(f"{record['status']}: {why(record) or 'no reason recorded'}", []).append(name)
-    return notes + [f"{', '.join(names)} {reason}" for reason, names in reasons.items()]
+    notes += [f"{', '.join(names)} {reason}" for reason, names in reasons.items()]
+    return [fitted(note) for note in notes]
 
 
 def _against_first(records: Sequence[dict[str, Any]]) -> list[tuple[bool, str]]:
