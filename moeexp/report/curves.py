@@ -41,6 +41,11 @@ def decode_by_depth(results: Path) -> str:
     return _curve(results, "depth", columns | COMMON)
 
 
+def gpus_of(records: Sequence[dict[str, Any]]) -> str:
+    """What follows `one`: the name of their GPU, or of each where they are of several."""
+    return " and one ".join(dict.fromkeys(record["environment"]["gpu"]["name"] for record in records))
+
+
 def _calls(config: dict[str, Any]) -> int:
     return pieces(config["prompt_len"], config["prefill_chunk"])
 
@@ -53,6 +58,6 @@ def _curve(results: Path, kind: str, columns: dict[str, Callable[[dict[str, Any]
         return ""
     found.sort(key=lambda record: record["config"]["prompt_len"])
     table = markdown_table(list(columns), [[value(record) for value in columns.values()] for record in found])
-    text = f"{table}\nOne {escaped(found[0]['environment']['gpu']['name'])}, one process each."
+    text = f"{table}\nOne {escaped(gpus_of(found))}, one process each."
     unchecked = any(record["check"] is None for record in found)
     return text + " Where the check is off, a run shows that it fits, and publishes no speed." * unchecked

@@ -94,7 +94,7 @@ def sequences(results: Path) -> str:
         "sequences", "prompt tokens", "decode tok/s, of all", "ms a step", "distinct experts a layer",
         "of the measured read bandwidth", "kernels a step", "device memory, GiB",
     ]  # fmt: skip
-    gpu = escaped(runs[0].record["environment"]["gpu"]["name"])
+    gpu = escaped(curves.gpus_of([run.record for run in runs]))
     return f"{markdown_table(header, rows)}\n{_prose(f'One {gpu}. {_stalled(runs)} ' + ONCE.replace('rungs', 'runs'))}"
 
 
@@ -167,9 +167,8 @@ def start(results: Path) -> str:
         ["prefill tok/s", *(number(record["prefill_tok_s"]) for record in records)],
         ["device memory in use, GiB", *(number(_device_memory(record)) for record in records)],
     ]
-    gpu = records[0]["environment"]["gpu"]["name"]
     return (
-        f"{markdown_table([f'one {gpu}', 'nothing cached', 'packages cached'], rows)}\n"
+        f"{markdown_table([f'one {curves.gpus_of(records)}', 'nothing cached', 'packages cached'], rows)}\n"
         "One process each, another seed in the second: no headline. Both passed their checks."
     )
 
