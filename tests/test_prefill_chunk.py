@@ -53,14 +53,15 @@ def whole(model, phases):
 
 def watched(session):
     """[(tokens, first position, logits)] of each call of the session's prefill method from now on."""
-    calls, method = [], session._prefill
+    calls, call = [], session.arena.call
 
-    def prefill(tokens, positions, logit_positions, *more):
-        assert tokens.is_contiguous() and not tokens._is_view()
-        calls.append((tokens.shape[1], int(positions[0]), len(logit_positions)))
-        return method(tokens, positions, logit_positions, *more)
+    def watching(method, tokens, positions, *more):
+        if more:  # a step asks for no positions of logits
+            assert tokens.is_contiguous() and not tokens._is_view()
+            calls.append((tokens.shape[1], int(positions[0]), len(more[0])))
+        return call(method, tokens, positions, *more)
 
-    session._prefill = prefill
+    session.arena.call = watching
     return calls
 
 
@@ -106,7 +107,7 @@ def test_every_combination_decodes_the_tokens_of_the_whole_prompt(model, phases,
     axes = [f"dispatch={dispatch}", f"state={state}", f"prefill_chunk={CHUNK}", "prefill_graph_lengths=[8]"]
     stack = build_stack(configured(*axes, cuda_graph=cuda_graph), model, phases)
     session, replayed = stack.session, []
-    calls = watched(session) if session._prefill is not None else []
+    calls = watched(session)
     if session.prefill_graphs is not None:
         replay = session.prefill_graphs.replay
         session.prefill_graphs.replay = lambda *inputs: replayed.append(int(inputs[3][0])) or replay(*inputs)
@@ -126,21 +127,28 @@ def test_the_check_compares_the_pieces_with_the_whole_prompt(model, phases, monk
     sizes = []
     monkeypatch.setattr(verify, "on_host", lambda size: sizes.append(size) or True)
     stack = build_stack(cfg, model, phases)
-    sets = verify._position_sets(stack.session, 40)
-    assert len(sets) == 2 and torch.equal(torch.cat(sets).sort().values, torch.arange(40))
-    found = verify.verify(cfg, stack, PROMPT, phases)
-    assert found["passed"], found["failures"]
-    assert sizes == [45 * 256 * 4], "what the estimate counts of a check: the logits of all positions"
-    run = stack.session._run_prefill
+    sets, prefill = [], stack.session.prefill
 
-    def forgetful(tokens, logit_positions):
+    def asked(tokens, positions=None):
+        sets.extend([] if positions is None or len(positions) == 1 else [positions])
+        return prefill(tokens, positions)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stack.session, "prefill", asked)
+        found = verify.verify(cfg, stack, PROMPT, phases)
+    assert found["passed"], found["failures"]
+    assert len(sets) == 2 and torch.equal(torch.cat(sets).sort().values, torch.arange(40))
+    assert sizes == [45 * 256 * 4], "what the estimate counts of a check: the logits of all positions"
+    call = stack.arena.call
+
+    def forgetful(method, *inputs):
         if stack.session.length == CHUNK:
             for name, tensor in stack.arena.tensors.items():
                 if name.endswith("conv_state"):
                     tensor.zero_()
-        return run(tokens, logit_positions)
+        return call(method, *inputs)
 
-    monkeypatch.setattr(stack.session, "_run_prefill", forgetful)
+    monkeypatch.setattr(stack.arena, "call", forgetful)
     found = verify.verify(cfg, stack, PROMPT, phases)
     assert not found["passed"] and any(line.startswith("float32: float32.position") for line in found["failures"])
 
