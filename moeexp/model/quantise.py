@@ -1,4 +1,8 @@
-"""Grouped weight-only quantisation: hqq finds codes, scales and zeros; the layout is that of `moeexp_kernels.ops.linear`."""
+"""Grouped weight-only quantisation by hqq's algorithm, in the layout of `moeexp_kernels.ops.linear`.
+
+A CPU tensor is quantised by hqq itself, a CUDA tensor by our kernels of the same algorithm, `moeexp_kernels.hqq`: hqq makes some
+200 passes over memory for a slice and gives memory back to the driver after each, 25 s for 35e9 weights on an H100. Both work in
+float32, as hqq does not on a GPU."""
 
 from __future__ import annotations
 
@@ -8,11 +12,12 @@ from typing import Any
 from unittest import mock
 
 import torch
+from moeexp_kernels.hqq import quantise_rows
 from moeexp_kernels.ops.linear import MIDDLE_CODE
 from torch import Tensor
 
 # hqq works on float32 copies (about eight of them); this bounds what it needs beside the weights to ~1 GiB. It decides
-# codes as well: hqq stops refining when the mean error over all that it is given stops falling.
+# codes as well, on every device: hqq stops refining when the mean error over all that it is given stops falling.
 SLICE_ELEMENTS = 1 << 25
 
 # hqq gives a group whose values differ by less than this a scale of 1.
@@ -28,7 +33,8 @@ def pack(codes: Tensor, *, bits: int, group_size: int) -> Tensor:
 
 
 def quantise(weight: Tensor, *, bits: int, group_size: int, name: str = "weight") -> tuple[Tensor, Tensor]:
-    """weight [..., N, K] float -> (stored uint8 weight, scales [..., N, K/G, 2] float16), on weight's device.
+    """weight [..., N, K] float -> (stored uint8 weight, scales [..., N, K/G, 2] float16), on weight's device: by our kernels of
+    hqq's algorithm on CUDA, by hqq elsewhere. Codes of the two differ where rounding decides.
 
     `ValueError` for a group size that does not divide K: hqq would let groups span rows without a word."""
     features = weight.shape[-1]
@@ -40,12 +46,26 @@ def quantise(weight: Tensor, *, bits: int, group_size: int, name: str = "weight"
         raise ValueError(
             f"quant.group_size={group_size} does not divide the {features} input features of {name}; {_advice(features)}"
         )
-    quantizer = _hqq()
     rows = weight.reshape(-1, features)
     step = max(1, SLICE_ELEMENTS // features)
+    round_zero = bits == 4  # hqq's own default
+    if weight.is_cuda:
+        stored, scales = quantise_rows(
+            rows.contiguous(), bits=bits, group_size=group_size, slice_rows=step, flat=FLAT, round_zero=round_zero
+        )
+    else:
+        stored, scales = _by_hqq(rows, step, bits=bits, group_size=group_size, round_zero=round_zero)
+    if not scales.isfinite().all():  # the one question for which the host waits
+        raise ValueError(f"{name} has groups whose scale does not fit float16 (weights not finite, or beyond ±65504)")
+    return stored.view(*weight.shape[:-1], -1), scales.view(*weight.shape[:-1], -1, 2)
+
+
+def _by_hqq(rows: Tensor, step: int, *, bits: int, group_size: int, round_zero: bool) -> tuple[Tensor, Tensor]:
+    """rows [N, K] float -> (stored uint8 [N, K * bits / 8], scales [N, K/G, 2] float16), `step` rows at a time."""
+    quantizer, features = _hqq(), rows.shape[1]
     # Written slice by slice into their final place: a list to concatenate would hold everything twice.
-    stored = torch.empty(rows.shape[0], features * bits // 8, dtype=torch.uint8, device=weight.device)
-    scales = torch.empty(rows.shape[0], features // group_size, 2, dtype=torch.float16, device=weight.device)
+    stored = torch.empty(rows.shape[0], features * bits // 8, dtype=torch.uint8, device=rows.device)
+    scales = torch.empty(rows.shape[0], features // group_size, 2, dtype=torch.float16, device=rows.device)
     for start in range(0, rows.shape[0], step):
         part = rows[start : start + step]
         wide = part.float()
@@ -54,7 +74,7 @@ def quantise(weight: Tensor, *, bits: int, group_size: int, name: str = "weight"
             nbits=bits,
             group_size=group_size,
             axis=1,
-            round_zero=bits == 4,  # hqq's own default
+            round_zero=round_zero,
             bitpack=False,
             device=str(part.device),
         )
@@ -67,9 +87,7 @@ def quantise(weight: Tensor, *, bits: int, group_size: int, name: str = "weight"
         centre = torch.stack([torch.zeros_like(low), (low + high) / 2], dim=-1)
         pair = torch.where((high - low <= FLAT)[:, None], centre, pair)
         scales[start : start + step].copy_(pair.view(part.shape[0], features // group_size, 2))
-    if not scales.isfinite().all():
-        raise ValueError(f"{name} has groups whose scale does not fit float16 (weights not finite, or beyond ±65504)")
-    return stored.view(*weight.shape[:-1], -1), scales.view(*weight.shape[:-1], -1, 2)
+    return stored, scales
 
 
 @functools.cache
