@@ -12,6 +12,7 @@ import kernels_common as common
 import pytest
 import torch
 from moeexp_kernels import dispatch
+from moeexp_kernels.hqq import quantise_rows
 from moeexp_kernels.ops import attention, moe, moe_prefill, qk_norm_rope, router, sample
 from moeexp_kernels.ops.gated_delta import gdn_decode
 from moeexp_kernels.ops.gated_delta_prefill import gdn_prefill
@@ -141,6 +142,12 @@ def delta(op, tokens):
     return lambda: op(**{k: v.clone() if k in STATE else v for k, v in case.items()})
 
 
+def quantised_by_hqq(bits):
+    weight = common.randn(37, 96, seed=1, dtype=torch.bfloat16)
+    options = {"group_size": 48, "slice_rows": 16, "flat": 1e-4, "round_zero": bits == 4}
+    return lambda: quantise_rows(weight, bits=bits, **options)
+
+
 def rope():
     caches = {name: torch.zeros(1, 2, 40, 32, device=common.DEVICE) for name in ("k_cache", "v_cache")}
     arguments = {"qkv": make_qkv(1, 3, 4, 2, 32), **make_weights(32, 8), "positions": positions_of(5), **caches}
@@ -152,7 +159,7 @@ def draw(**filters):
     return lambda: sample.sample(logits=logits, seed_state=seed.clone(), **filters)
 
 
-# Every op: what makes one call of it, on arguments that it leaves as they are or gets afresh.
+# Every op, and what quantises: what makes one call of it, on arguments that it leaves as they are or gets afresh.
 CALLS = {
     "linear, one row": lambda: dense(1),
     "linear, many rows": lambda: dense(11),
@@ -169,6 +176,8 @@ CALLS = {
     "attention, splitk": lambda: attend(attention.sdpa_decode_splitk, 1, 36),
     "attention, tiled": lambda: attend(attention.sdpa_decode_tiled, 1, 36),
     "attention, prefill": lambda: attend(attention.sdpa_prefill, 5, 20),
+    "quantise to int4": lambda: quantised_by_hqq(4),
+    "quantise to int8": lambda: quantised_by_hqq(8),
     "rope": rope,
     "greedy": lambda: draw(temperature=0.0, top_k=0, top_p=1.0),
     "sample": lambda: draw(temperature=0.8, top_k=20, top_p=0.9),

@@ -84,16 +84,16 @@ def calls() -> int:
 
 
 def kernels() -> set[str]:
-    """The names of all kernels of the package's ops: a kernel is what is launched, by its name's end."""
+    """The names of all kernels of the package's ops and of hqq's: a kernel is what is launched, by its name's end."""
     import importlib
     import pkgutil
 
-    from moeexp_kernels import ops
+    from moeexp_kernels import hqq, ops
     from triton.runtime.jit import JITFunction
 
     found = set()
-    for module in pkgutil.iter_modules(ops.__path__, f"{ops.__name__}."):
-        loaded = importlib.import_module(module.name)
+    names = [module.name for module in pkgutil.iter_modules(ops.__path__, f"{ops.__name__}.")]
+    for loaded in (hqq, *map(importlib.import_module, names)):
         found |= {name for name, value in vars(loaded).items() if isinstance(value, JITFunction) and name.endswith("_kernel")}
     return found
 
