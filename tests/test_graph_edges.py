@@ -72,6 +72,21 @@ def test_only_the_pairs_that_are_asked_for(monkeypatch):
     assert start(monkeypatch, chain_of(CHAIN), pairs=pairs) == (1, [(2, 3)])
 
 
+def test_behind_a_kernel_that_starts_the_next_early_only_the_kernels_made_for_it(monkeypatch):
+    driver = chain_of(
+        [
+            "gemv_kernel",
+            "_finish_kernel",
+            "gemv_kernel",
+            "choose_experts_kernel",
+            "down_kernel",
+            "_merge_kernel",
+            "_finish_kernel",
+        ]
+    )
+    assert start(monkeypatch, driver) == (4, [(1, 2), (2, 3), (3, 4), (5, 6)]), "not 4 to 5, nor 6 to 7"
+
+
 def test_a_graph_that_allocates_is_left_as_it_is(monkeypatch):
     assert start(monkeypatch, chain_of(CHAIN, last=ALLOCATION)) == (0, [])
 

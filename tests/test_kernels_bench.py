@@ -367,7 +367,7 @@ def test_every_candidate_completes_a_row_of_the_table():
             assert set({**row, **change}) == fields[target.op], (target.op, change)
         for spec in target.specs:
             assert spec.op in BUILDERS
-    assert {"gemv", "moe_gate_up", "moe_down", "gdn_decode", "attention_decode"} <= set(fields)
+    assert {"gemv", "moe_gate_up_packed", "moe_down", "gdn_decode", "attention_decode"} <= set(fields)
 
 
 def test_ratios_see_one_bad_row_and_a_value_that_is_not_finite():

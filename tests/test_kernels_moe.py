@@ -14,11 +14,11 @@ from kernels_common import (
     poisoned_empty,
     randn,
 )
-from moeexp_kernels.ops.moe import moe_decode
+from moeexp_kernels.ops.moe import moe_decode, route_decode
 from moeexp_kernels.ops.moe_prefill import HEIGHTS, moe_prefill, shared_ranges
 from moeexp_kernels.ops.moe_reference import reference_moe_decode
 from moeexp_kernels.ops.moe_sort import block_bounds, sort_by_expert
-from moeexp_kernels.ops.router import reference_router, router
+from moeexp_kernels.ops.router import reference_router, router, router_packed
 from moeexp_kernels.parts import tuning
 from test_kernels_linear import quantised
 from tolerances import tolerance
@@ -345,3 +345,84 @@ def test_sort_by_expert(case, heights):
     bounds = block_bounds(pairs=total, experts=E, heights=heights)
     for found, wanted, bound in zip(lists, expected, bounds, strict=True):
         assert found.tolist() == wanted + [[0, 0, 0]] * (bound - len(wanted))
+
+
+# --- rows that the router packs for the experts ---
+
+
+@pytest.mark.parametrize(
+    ("tokens", "D", "bits", "group", "shared", "dtype"),
+    [
+        (2, 96, 4, 32, 64, torch.float32), (1, 64, 8, 32, 32, torch.bfloat16), (1, 192, 4, 64, 64, torch.bfloat16),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+            (1, 96, 8, 32, 32, torch.float32), (2, 64, 4, 32, 32, torch.bfloat16), (1, 384, 4, 128, 128, torch.bfloat16))),
+    ],
+)  # fmt: skip
+def test_experts_on_rows_that_the_router_packed(tokens, D, bits, group, shared, dtype):
+    """Ids, shares and trace are the router's to the bit; the experts' result is as near to the reference as without. Rows that
+    are no power of 2 of words, a shared expert wider than the others, both storages, one limb and two."""
+    E, k, width = 4, 2, max(32, group)
+    x = randn(tokens, 1, D, seed=1, dtype=dtype)
+    stored = experts(D=D, E=E, width=width, shared=shared, bits=bits, group=group, dtype=dtype)
+    common = {"x": x, "norm_weight": stored.pop("norm_weight"), "eps": stored.pop("eps")}
+    trace, plain = (torch.zeros(tokens, 4, k, dtype=torch.int32, device=DEVICE) for _ in range(2))
+    choice = common | {"weight": randn(E, D, seed=5, scale=D**-0.5, dtype=dtype), "top_k": k}
+    choice["positions"] = torch.ones(tokens, dtype=torch.int64, device=DEVICE)
+    with poisoned_empty():
+        chosen = route_decode(choice | {"expert_ids": trace}, stored)
+        y = moe_decode(**common, **chosen, **stored)
+        ids, weights = router(**choice, expert_ids=plain)
+    assert chosen["packed"].dtype == torch.int32
+    assert torch.equal(chosen["ids"], ids) and torch.equal(chosen["weights"], weights) and torch.equal(trace, plain)
+    reference = reference_moe_decode(**(common | {"x": x.float()}), ids=ids, weights=weights, **stored)
+    assert_close_ratio(y.float(), reference, TOLERANCE[dtype], "experts on packed rows")
+    without = moe_decode(**common, ids=ids, weights=weights, **stored)
+    assert_close_ratio(y.float(), without.float(), TOLERANCE[dtype], "packed rows and none")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_packed_feature_that_is_not_finite_stays_seen(value):
+    x = randn(2, 1, 64, seed=1)
+    x[1, 0, 40] = value
+    stored = experts(D=64, E=4, width=32, shared=32, bits=4, group=32, dtype=torch.float32)
+    common = {"x": x, "norm_weight": stored.pop("norm_weight"), "eps": stored.pop("eps")}
+    arguments = common | {
+        "weight": randn(4, 64, seed=5),
+        "top_k": 2,
+        "positions": torch.zeros(2, dtype=torch.int64, device=DEVICE),
+    }
+    chosen = route_decode(arguments | {"expert_ids": torch.zeros(2, 1, 2, dtype=torch.int32, device=DEVICE)}, stored)
+    chosen["ids"] = chosen["ids"] % 4  # of NaN logits no id means anything
+    y = moe_decode(**common, **chosen, **stored)
+    assert y[0].isfinite().all() and not y[1].isfinite().any()
+
+
+def test_where_nothing_is_packed():
+    """Plain weights, a shared expert stored differently, more tokens than the kernels take."""
+    for tokens, bits in ((1, 16), (1, (4, 8)), (3, 4)):
+        stored = experts(D=64, E=4, width=32, shared=32, bits=bits, group=32, dtype=torch.float32)
+        common = {"x": randn(tokens, 1, 64, seed=1), "norm_weight": stored.pop("norm_weight"), "eps": stored.pop("eps")}
+        trace = torch.zeros(tokens, 1, 2, dtype=torch.int32, device=DEVICE)
+        positions = torch.zeros(tokens, dtype=torch.int64, device=DEVICE)
+        choice = common | {"weight": randn(4, 64, seed=5), "top_k": 2, "positions": positions, "expert_ids": trace}
+        assert set(route_decode(choice, stored)) == {"ids", "weights"}, (tokens, bits)
+
+
+def test_rows_that_cannot_be_packed_are_refused():
+    arguments = {
+        "x": randn(1, 1, 96, seed=1),
+        "norm_weight": randn(96, seed=6),
+        "weight": randn(4, 96, seed=5),
+        "eps": 1e-6,
+        "top_k": 2,
+    }
+    arguments |= {"positions": torch.zeros(1, dtype=torch.int64, device=DEVICE)}
+    arguments |= {"expert_ids": torch.zeros(1, 1, 2, dtype=torch.int32, device=DEVICE)}
+    for bits, group in ((4, 64), (4, 48), (16, 96), (8, 16)):
+        expect_value_error(
+            lambda bits=bits, group=group: router_packed(**arguments, pack_bits=bits, pack_group=group), f"groups of {group}"
+        )
+    stored = experts(D=96, E=4, width=32, shared=32, bits=4, group=32, dtype=torch.float32)
+    wrong = torch.zeros(1, 7, dtype=torch.int32, device=DEVICE)
+    chosen = choices(1, 1, k=2, E=4)
+    expect_value_error(lambda: moe_decode(x=arguments["x"], packed=wrong, **chosen, **stored), "packed")

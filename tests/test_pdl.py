@@ -8,7 +8,7 @@ from pathlib import Path
 import kernels_common  # noqa: F401  before triton
 import moeexp_kernels
 import torch
-from moeexp_kernels.parts.pdl import PDL_KERNELS, WITHIN_AN_OP, has_pdl
+from moeexp_kernels.parts.pdl import EARLY, PDL_KERNELS, WITHIN_AN_OP, has_pdl
 
 SOURCES = sorted(Path(moeexp_kernels.__path__[0]).rglob("*.py"))
 
@@ -29,7 +29,7 @@ def test_the_list_names_the_kernels_that_wait_and_no_other():
     assert waiting == set(PDL_KERNELS)
 
 
-BRANCHES = {"_qk_norm_rope_kernel": 2}  # kernels whose programs do one of two things
+BRANCHES = {"_qk_norm_rope_kernel": 2, "gate_up_packed_kernel": 2}  # kernels whose programs do one of two things
 
 
 def test_each_program_waits_exactly_once_and_uses_what_it_waited_for():
@@ -37,6 +37,12 @@ def test_each_program_waits_exactly_once_and_uses_what_it_waited_for():
         text, branches = kernels()[name], BRANCHES.get(name, 1)
         assert text.count("after_previous(") == text.count("ready = after_previous(PDL)") == branches, name
         assert text.count("ready") >= 3 * branches, name
+
+
+def test_the_kernels_that_start_the_next_one_early_are_listed_with_whom_they_may_start():
+    early = {name for name, text in kernels().items() if name in PDL_KERNELS and "start_next(" in text}
+    assert early == set(EARLY)
+    assert {later for laters in EARLY.values() for later in laters} <= set(PDL_KERNELS)
 
 
 def test_pairs_within_an_op_are_kernels_that_wait():

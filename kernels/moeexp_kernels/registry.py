@@ -107,6 +107,12 @@ def implementation(op: str, name: str) -> Callable:
     return user_ops.load(op, name, OPS[op].values()) if user_ops.is_user_op(name) else OPS[op][name]
 
 
+def joined(names: dict[str, str]) -> dict[str, Callable]:
+    """What the implementations that `names` chooses can do together, by what the model calls it: `route_decode`, the router
+    of a decode step that does what its experts' kernels would do first."""
+    return {"route_decode": moe.route_decode} if names["router"] == names["moe_decode"] == "triton" else {}
+
+
 def identities(names: dict[str, str]) -> dict[str, str]:
     """`names` with the digest of its sources behind each user's op: what a cache of anything made with them is keyed on."""
     return {op: f"{name}@{user_ops.digest(name)}" if user_ops.is_user_op(name) else name for op, name in names.items()}

@@ -23,7 +23,8 @@ ARGUMENTS = {
     **dict.fromkeys(("conv_state", "recurrent_state"), STATE),
 }  # fmt: skip
 EXPERTS = ("gate_up", "gate_up_scales", "down", "down_scales")  # of which those chosen are read
-NOT_READ = ("ahead", "ahead_scales")  # brought into L2 for the op that comes next, with which they count
+# Brought into L2 for the op that comes next, with which they count; what the router's kernels hand to the experts'.
+NOT_READ = ("ahead", "ahead_scales", "packed")
 
 WHOLE, GATE_UP, DOWN, NOTHING = "whole", "gate_up", "down", ""
 # {op without its phase: {kernel: what it moves of the op's bytes}}, kernels of either phase: at T = 1 both may serve. The
@@ -44,8 +45,8 @@ KERNELS: dict[str, dict[str, str]] = {
         "norm_limbs_kernel": NOTHING, "choose_experts_kernel": NOTHING,
     },
     "moe": {
-        "gate_up_kernel": GATE_UP, "gate_up_tile_kernel": GATE_UP, "grouped_gate_up_kernel": GATE_UP,
-        "down_kernel": DOWN, "down_tile_kernel": DOWN, "grouped_down_kernel": DOWN,
+        **dict.fromkeys(("gate_up_kernel", "gate_up_packed_kernel", "gate_up_tile_kernel", "grouped_gate_up_kernel"), GATE_UP),
+        **dict.fromkeys(("down_kernel", "down_tile_kernel", "grouped_down_kernel"), DOWN),
         **dict.fromkeys(("limbs_kernel", "combine_tile_kernel", "norm_kernel", "count_kernel", "sort_kernel",
                          "combine_kernel"), NOTHING),
     },

@@ -215,7 +215,10 @@ class Qwen35MoE(nn.Module):
             "shared_down": moe.shared_down.weight, "shared_down_scales": moe.shared_down.scales,
             "shared_gate": moe.shared_gate,
         }  # fmt: skip
-        ids, weights = ops["router"](weight=moe.router, top_k=top_k, **common, **trace)
+        choice = {"weight": moe.router, "top_k": top_k, **common, **trace}
+        if phase == "decode" and "route_decode" in ops:  # the router also does what the experts' kernels would do first
+            return ops["moe_decode"](**ops["route_decode"](choice, experts), **common, **experts)
+        ids, weights = ops["router"](**choice)
         return ops[f"moe_{phase}"](ids=ids, weights=weights, **common, **experts)
 
 

@@ -88,7 +88,7 @@ class MethodBuilder:
         return OF_DISPATCH[self.cfg.dispatch]
 
     def ops(self) -> dict[str, Callable]:
-        ops = {op: registry.implementation(op, name) for op, name in self.names.items()}
+        ops = {op: registry.implementation(op, name) for op, name in self.names.items()} | registry.joined(self.names)
         return ops | dispatch.ops(self.names) if self.cfg.dispatch == "single" else ops
 
     def module(self, name: str) -> Method:

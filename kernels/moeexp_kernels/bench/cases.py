@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from moeexp_kernels.ops import (
     gated_delta_reference,
     linear,
     moe,
+    moe_packed,
     moe_prefill,
     moe_reference,
     moe_tile,
@@ -136,6 +138,18 @@ def build_router(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -
     )  # fmt: skip
 
 
+GATE_UP = ("gate_up", "gate_up_scales", "shared_gate_up", "shared_gate_up_scales")
+
+
+def packed_rows(x: Tensor, norm_weight: Tensor, top_k: int, form: dict[str, int]) -> Tensor:
+    """x [B, 1, D] packed by a router for experts of this form."""
+    trace = torch.zeros(x.shape[0], 1, top_k, dtype=torch.int32, device=x.device)
+    return router.router_packed(
+        x=x, norm_weight=norm_weight, weight=x.new_zeros(top_k, x.shape[-1]), eps=EPS, top_k=top_k,
+        positions=trace.new_zeros(x.shape[0], dtype=torch.int64), expert_ids=trace, **form,
+    )[2]  # fmt: skip
+
+
 def build_moe(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -> Case:
     """Decode: the tokens of one call choose disjoint experts (the most that they can read), and successive calls walk
     through all of them. Prefill: uniform routing, where a call reads every expert, more than L2 holds."""
@@ -168,16 +182,20 @@ def build_moe(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -> C
         }.items():  # fmt: skip
             copy[name], copy[f"{name}_scales"] = source.weight(*stored, bits=bits, group=shapes.group)
         copies.append({**shared, **copy})
+    op: Callable = moe.moe_decode if decode else moe_prefill.moe_prefill
+    form = moe_packed.packing(**{name: copies[0][name] for name in GATE_UP}, rows=spec.tokens, features=shapes.hidden)
+    if decode and form:  # as in a step, where the router's kernels pack the rows
+        op = partial(op, packed=packed_rows(x, shared["norm_weight"], top_k, form))
     size, flops_width = f"{shapes.hidden}x{shapes.expert_width}", top_k * shapes.expert_width + shapes.shared_width
     key = f"int{bits}/{size}"
-    tuned: tuple[tuple[str, str], ...] = (("moe_gate_up", key), ("moe_down", key))
+    tuned: tuple[tuple[str, str], ...] = (("moe_gate_up_packed" if form else "moe_gate_up", key), ("moe_down", key))
     tile: dict[str, Any] = {"bits": bits, "features": shapes.hidden, "width": shapes.expert_width, "rows": spec.tokens}
     served = shapes.shared_width == shapes.expert_width and tile_serves(rows=spec.tokens, bits=bits, group=shapes.group)
     if served and spec.tokens >= moe_tile.moe_tile_config(**tile)["FROM"]:
         tuned = (("moe_tile", moe_tile.moe_tile_key(**tile)),)
     return Case(
         op="moe", shape=f"{top_k} of {count} + shared, {size} int{bits}", phase=spec.phase, tokens=spec.tokens,
-        call=moe.moe_decode if decode else moe_prefill.moe_prefill,
+        call=op,
         reference=moe_reference.reference_moe_decode if decode else moe_reference.reference_moe_prefill, copies=copies,
         moved=moved("moe", copies[0], experts=read), tolerance=tolerance_of(spec),
         flops=6 * spec.tokens * shapes.hidden * flops_width,

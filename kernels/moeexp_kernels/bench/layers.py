@@ -18,7 +18,7 @@ from moeexp_kernels.bench.case import SeededTensors
 from moeexp_kernels.bench.cases import EPS
 from moeexp_kernels.bench.shapes import Shapes
 from moeexp_kernels.bench.timing import graph_samples
-from moeexp_kernels.ops import attention, gated_delta, linear, moe, qk_norm_rope, router
+from moeexp_kernels.ops import attention, gated_delta, linear, moe, qk_norm_rope
 
 LAYERS = ("gdn", "gdn", "gdn", "attention")
 SLOTS, POSITION = 1024, 512  # of the KV cache; where the token stands
@@ -31,7 +31,7 @@ def chain_rows(shapes: Shapes) -> set[tuple[str, str]]:
     expert = f"int4/{shapes.hidden}x{shapes.expert_width}"
     return {
         *(("gemv", linears[name]) for name in ("gdn in", "attention in", "out")),
-        ("router_gemv", f"plain16/{shapes.experts}x{shapes.hidden}"), ("moe_gate_up", expert), ("moe_down", expert),
+        ("router_gemv", f"plain16/{shapes.experts}x{shapes.hidden}"), ("moe_gate_up_packed", expert), ("moe_down", expert),
         ("gdn_decode", f"{shapes.gdn_k_dim}x{shapes.gdn_v_dim}/few"),
     }  # fmt: skip
 
@@ -67,8 +67,8 @@ class Layers:
             x = self._mix(layer, x)
             common = {"x": x, "norm_weight": layer.moe_norm, "eps": EPS}
             choice = {"top_k": self.shapes.top_k, "positions": self._positions, "expert_ids": layer.trace}
-            ids, weights = router.router(**common, weight=layer.router, **choice)
-            x = moe.moe_decode(**common, ids=ids, weights=weights, **layer.experts)
+            chosen = moe.route_decode({**common, "weight": layer.router, **choice}, layer.experts)
+            x = moe.moe_decode(**common, **chosen, **layer.experts)
         return x
 
     def microseconds(self, *, replays: int = 40, pdl: bool = True) -> float:

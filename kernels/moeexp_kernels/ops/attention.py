@@ -27,7 +27,7 @@ from torch.library import triton_op, wrap_triton
 
 from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.checks import check_argument
-from moeexp_kernels.parts.pdl import after_previous, has_pdl
+from moeexp_kernels.parts.pdl import after_previous, has_pdl, start_next
 
 MAX_HEAD_DIM, MAX_GROUP = 256, 64
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -164,6 +164,7 @@ def _merge_kernel(
 
     Gate and positions were complete before the previous kernel, which reads the same row and positions; past L1."""
     head, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    positions += start_next(PDL)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = d < DH
     split = tl.arange(0, SPLITS)

@@ -29,7 +29,7 @@ from torch.library import triton_op, wrap_triton
 
 from moeexp_kernels.ops.gated_delta_reference import L2_EPS
 from moeexp_kernels.parts import tuning
-from moeexp_kernels.parts.pdl import after_previous, has_pdl
+from moeexp_kernels.parts.pdl import after_previous, has_pdl, start_next
 
 FEW_PROGRAMS = 64  # batch * Hk up to which an H100 is far from full: the table's key says `few`, else `many`
 MAX_HEAD_DIM = 128  # a whole [Dk, Dv] float32 state tile stays in registers
@@ -201,7 +201,7 @@ def _finish_kernel(
     past L1, which may hold what an older token left there."""
     head = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
-    proj += batch * stride_b
+    proj += batch * stride_b + start_next(PDL)
     conv_state += batch * CHANNELS * (WIDTH - 1)
     cols = tl.arange(0, BV)
     in_v = cols < DV

@@ -22,8 +22,10 @@ from torch import Tensor
 from torch.library import triton_op
 
 from moeexp_kernels.ops.linear import flat_rows, weight_format
+from moeexp_kernels.ops.moe_packed import packing
 from moeexp_kernels.ops.moe_pairs import launch_pairs
 from moeexp_kernels.ops.moe_tile import experts_served, launch_moe_tile, moe_tile_config
+from moeexp_kernels.ops.router import router, router_packed
 from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.checks import FLOATS, check_argument
 
@@ -56,7 +58,7 @@ def check_vectors(
     check_argument(weights, name="weights", shape=chosen, dtypes=(torch.float32,))
 
 
-def launch_decode(*, x: Tensor, ids: Tensor, tile_from: int | None, **arguments: Any) -> Tensor:
+def launch_decode(*, x: Tensor, ids: Tensor, tile_from: int | None, packed: Tensor | None = None, **arguments: Any) -> Tensor:
     """Checks the arguments of `moe_decode` and runs the kernels for its tokens. tile_from: the least number of tokens that go to
     `moe_tile.py`; None: the tuning table's."""
     features = x.shape[-1]
@@ -78,7 +80,7 @@ def launch_decode(*, x: Tensor, ids: Tensor, tile_from: int | None, **arguments:
         if rows >= (config["FROM"] if tile_from is None else tile_from):
             launch_moe_tile(**common, width=width, up=(bits, group), back=formats["down"][1:], config=config)
             return y
-    launch_pairs(**common, formats=formats)
+    launch_pairs(**common, formats=formats, packed=packed)
     return y
 
 
@@ -98,14 +100,28 @@ def moe_decode(
     shared_down: Tensor,
     shared_down_scales: Tensor | None,
     shared_gate: Tensor,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """`reference_moe_decode` on the GPU; the same arguments, by keyword. Any number of tokens, made for up to 32; a token's ids
-    differ. `ValueError` for strides or dtypes not taken."""
+    differ. packed: what `router_packed` made of x, which spares the experts' programs to make it; the tile has no use for it.
+    `ValueError` for strides or dtypes not taken."""
     return launch_decode(
         x=x, norm_weight=norm_weight, eps=eps, ids=ids, weights=weights, gate_up=gate_up, gate_up_scales=gate_up_scales,
         down=down, down_scales=down_scales, shared_gate_up=shared_gate_up, shared_gate_up_scales=shared_gate_up_scales,
-        shared_down=shared_down, shared_down_scales=shared_down_scales, shared_gate=shared_gate, tile_from=None,
+        shared_down=shared_down, shared_down_scales=shared_down_scales, shared_gate=shared_gate, packed=packed,
+        tile_from=None,
     )  # fmt: skip
+
+
+def route_decode(choice: dict[str, Any], experts: dict[str, Any]) -> dict[str, Tensor]:
+    """`ids`, `weights` and, where its kernels take it, `packed` of `moe_decode`. choice: the arguments of `router`; experts: the
+    matrices that `moe_decode` takes."""
+    form = packing(
+        rows=choice["x"].shape[:-1].numel(), features=choice["x"].shape[-1],
+        **{f"{kind}{scales}": experts[f"{kind}{scales}"] for kind in ("gate_up", "shared_gate_up") for scales in ("", "_scales")},
+    )  # fmt: skip
+    found = router_packed(**choice, **form) if form else router(**choice)
+    return dict(zip(("ids", "weights", "packed"), found, strict=False))
 
 
 @triton_op("moeexp::moe_decode_tile", mutates_args=())

@@ -11,7 +11,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from moeexp_kernels.ops.moe_packed import launch_gate_up_packed
 from moeexp_kernels.parts import tuning
+from moeexp_kernels.parts.act import load_act, store_act
 from moeexp_kernels.parts.int_dot import (
     dot_rows,
     features_of_words,
@@ -177,28 +179,6 @@ def down_kernel(
 DOWN_VECTOR = 2
 
 
-@triton.jit
-def store_act(act_ptr, offsets, values, mask, ACT_ROW: tl.constexpr, LIMBS: tl.constexpr):
-    """Activations between the two kernels: float32, or for 2-byte dtypes (LIMBS 1) as two bfloat16, the second ACT_ROW further
-    on, what the first leaves over: to 2^-17 of each value, finer than the integers that `down_kernel` makes of it. Loads of
-    2-byte elements give a thread the words that it multiplies."""
-    if LIMBS == 1:
-        first = values.to(tl.bfloat16)
-        tl.store(act_ptr + offsets, first, mask=mask)
-        tl.store(act_ptr + ACT_ROW + offsets, (values - first.to(tl.float32)).to(tl.bfloat16), mask=mask)
-    else:
-        tl.store(act_ptr + offsets, values, mask=mask)
-
-
-@triton.jit
-def load_act(act_ptr, offsets, mask, ACT_ROW: tl.constexpr, LIMBS: tl.constexpr):
-    """What `store_act` stored, float32."""
-    values = tl.load(act_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    if LIMBS == 1:
-        values += tl.load(act_ptr + ACT_ROW + offsets, mask=mask, other=0.0).to(tl.float32)
-    return values
-
-
 def folded_rows(*, block: int, slots: int, features: int, bits: int) -> int:
     """FOLD of `down_kernel`: as many of the shared expert's rows, of `bits` each, side by side as there are slots; 1 where
     rows have words of padding between them or the last block is not whole."""
@@ -210,13 +190,14 @@ def launch_pairs(
     *, x: Tensor, norm_weight: Tensor, eps: float, ids: Tensor, weights: Tensor, gate_up: Tensor,
     gate_up_scales: Tensor | None, down: Tensor, down_scales: Tensor | None, shared_gate_up: Tensor,
     shared_gate_up_scales: Tensor | None, shared_down: Tensor, shared_down_scales: Tensor | None, shared_gate: Tensor,
-    out: Tensor, formats: dict[str, tuple[int, int, int]],
+    out: Tensor, formats: dict[str, tuple[int, int, int]], packed: Tensor | None,
 ) -> None:  # fmt: skip
-    """out [M, D] of x [M, D], a GEMV per pair; all checked. formats: (width, bits, group) of each matrix."""
+    """out [M, D] of x [M, D], a GEMV per pair; all checked but `packed`, of `router_packed`. formats: (width, bits, group) of
+    each matrix."""
     (rows, features), top_k = x.shape, ids.shape[-1]
     width, shared_width = formats["gate_up"][0], formats["shared_gate_up"][0]
     arch, shape = tuning.architecture(x.device), f"{features}x{width}"
-    first = tuning.lookup("moe_gate_up", f"{tuning.weight_class(formats['gate_up'][1])}/{shape}", arch)
+    key = f"{tuning.weight_class(formats['gate_up'][1])}/{shape}"
     second = tuning.lookup("moe_down", f"{tuning.weight_class(formats['down'][1])}/{shape}", arch)
     act_row = top_k * width + shared_width
     wide = int16_limbs(x.dtype) == 2
@@ -232,12 +213,21 @@ def launch_pairs(
         return matrix_format(weight, bits=bits, group=group, **options)
 
     common = {"TOP_K": top_k, "INTERPRETED": not x.is_cuda, "PDL": has_pdl(x)}
-    grid = (triton.cdiv(max(width, shared_width), first["BLOCK_I"]), top_k + 1, rows)
-    wrap_triton(gate_up_kernel)[grid](
-        x, norm_weight, ids, weights, gate_up, stored(gate_up_scales, gate_up),
-        shared_gate_up, stored(shared_gate_up_scales, shared_gate_up), shared_gate, act, x.stride(0),
-        EPS=eps, FORMAT=matrix("gate_up", gate_up), SHARED_FORMAT=matrix("shared_gate_up", shared_gate_up), **common, **first,
-    )  # fmt: skip
+    form, shared_form = matrix("gate_up", gate_up), matrix("shared_gate_up", shared_gate_up)
+    if packed is not None:
+        launch_gate_up_packed(
+            x=x, norm_weight=norm_weight, packed=packed, eps=eps, ids=ids, weights=weights, gate_up=gate_up,
+            gate_up_scales=gate_up_scales, shared_gate_up=shared_gate_up, shared_gate_up_scales=shared_gate_up_scales,
+            shared_gate=shared_gate, act=act, form=form, shared_form=shared_form, key=key,
+        )  # fmt: skip
+    else:
+        first = tuning.lookup("moe_gate_up", key, arch)
+        grid = (triton.cdiv(max(width, shared_width), first["BLOCK_I"]), top_k + 1, rows)
+        wrap_triton(gate_up_kernel)[grid](
+            x, norm_weight, ids, weights, gate_up, stored(gate_up_scales, gate_up),
+            shared_gate_up, stored(shared_gate_up_scales, shared_gate_up), shared_gate, act, x.stride(0),
+            EPS=eps, FORMAT=form, SHARED_FORMAT=shared_form, **common, **first,
+        )  # fmt: skip
     fold = folded_rows(block=second["BLOCK_D"], slots=slots, features=features, bits=shared_width * formats["shared_down"][1])
     wrap_triton(down_kernel)[(triton.cdiv(features, second["BLOCK_D"]), rows)](
         x, ids, down, stored(down_scales, down), shared_down, stored(shared_down_scales, shared_down), act, out,

@@ -22,7 +22,7 @@ from moeexp_kernels.ops.attention import (
 )
 from moeexp_kernels.ops.linear import rms_norm
 from moeexp_kernels.parts.checks import check_argument
-from moeexp_kernels.parts.pdl import after_previous, has_pdl
+from moeexp_kernels.parts.pdl import after_previous, has_pdl, start_next
 
 
 def reference_qk_norm_rope(
@@ -140,6 +140,7 @@ def _qk_norm_rope_kernel(
     DH: tl.constexpr = HEADS[HEAD_DIM]
     t, head, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = qkv + b * qkv_stride_b + t * qkv_stride_t
+    positions += start_next(PDL)
     slot = tl.load(positions + b, cache_modifier=".cg") + t
     if head < H:
         loaded = _load_rotation(q_norm, inv_freq, slot, DH, ROTATION)

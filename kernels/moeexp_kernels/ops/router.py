@@ -29,7 +29,9 @@ from moeexp_kernels.ops.gemm import launch_gemm, launch_rms_norm
 from moeexp_kernels.ops.linear import flat_rows, launch_gemv, rms_norm, weight_format
 from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.checks import FLOATS, check_argument
-from moeexp_kernels.parts.pdl import after_previous, has_pdl
+from moeexp_kernels.parts.matrix import FEATURES, GROUP
+from moeexp_kernels.parts.packed import of_one_group, pack_factor, pack_group, packable, packed_format, packed_length
+from moeexp_kernels.parts.pdl import after_previous, has_pdl, start_next
 
 
 def reference_router(
@@ -91,7 +93,7 @@ def limb_logits_kernel(
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     rows = limbs_ptr + m.to(tl.int64) * K
-    step = M.to(tl.int64) * K
+    step = tl.cast(M, tl.int64) * K  # M is a number, and no tensor, where it is 1
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for start in range(0, K, BLOCK_K):
         inside = start + k < K
@@ -134,27 +136,44 @@ def choice(
 
 @triton.jit
 def choose_experts_kernel(
-    logits_ptr, ids_ptr, weights_ptr, trace_ptr, positions_ptr, lengths_ptr, T, S, trace_stride_b, trace_stride_s,
-    E: tl.constexpr, E_PADDED: tl.constexpr, TOP_K: tl.constexpr, K_PADDED: tl.constexpr, HAS_VALID_LEN: tl.constexpr,
-    PDL: tl.constexpr,
+    logits_ptr, ids_ptr, weights_ptr, trace_ptr, positions_ptr, lengths_ptr, x_ptr, norm_ptr, packed_ptr, T, S,
+    trace_stride_b, trace_stride_s,
+    SIZES: tl.constexpr, HAS_VALID_LEN: tl.constexpr, EPS: tl.constexpr, FORMAT: tl.constexpr, PART: tl.constexpr,
+    PACKED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The `choice` of one token, stored: ids, weights, and the trace where its position counts. Grid (tokens). Positions are
-    older than a step: past L1, which may hold the last token's."""
+    """The `choice` of one token, stored: ids, weights, and the trace where its position counts. Grid (tokens, 1), and if PACKED
+    (tokens, 2 + groups of a row): the other programs pack x [M, K] for the experts, FORMAT and PART as of `pack_group`.
+    SIZES: E, TOP_K, and both rounded up to powers of 2. Positions are older than a step: past L1, which may hold the last
+    token's."""
+    E: tl.constexpr = SIZES[0]
+    TOP_K: tl.constexpr = SIZES[1]
     m = tl.program_id(0).to(tl.int64)
-    position = tl.load(positions_ptr + m // T, cache_modifier=".cg") + m % T
-    length = tl.cast(T, tl.int64)
-    if HAS_VALID_LEN:
-        length = tl.load(lengths_ptr + m // T, cache_modifier=".cg")
-    ready = after_previous(PDL)
-    ids, shares = choice(logits_ptr + ready + m * E, E, E_PADDED, TOP_K, K_PADDED)
-    slot = tl.arange(0, K_PADDED)
-    tl.store(ids_ptr + ready + m * TOP_K + slot, ids, mask=slot < TOP_K)
-    tl.store(weights_ptr + ready + m * TOP_K + slot, shares, mask=slot < TOP_K)
-    # The session refuses positions outside the trace; here they must not reach other memory.
-    counts = (position >= 0) & (position < S) & (m % T < length)
-    limit = tl.where(counts, TOP_K, 0)
-    trace_ptr += ready + m // T * trace_stride_b + position * trace_stride_s
-    tl.store(trace_ptr + slot, ids, mask=slot < limit)
+    early = start_next(PDL)
+    if tl.program_id(1) == 0:
+        positions_ptr += early
+        position = tl.load(positions_ptr + m // T, cache_modifier=".cg") + m % T
+        length = tl.cast(T, tl.int64)
+        if HAS_VALID_LEN:
+            length = tl.load(lengths_ptr + m // T, cache_modifier=".cg")
+        ready = after_previous(PDL)
+        ids, shares = choice(logits_ptr + ready + m * E, E, SIZES[2], TOP_K, SIZES[3])
+        slot = tl.arange(0, SIZES[3])
+        tl.store(ids_ptr + ready + m * TOP_K + slot, ids, mask=slot < TOP_K)
+        tl.store(weights_ptr + ready + m * TOP_K + slot, shares, mask=slot < TOP_K)
+        # The session refuses positions outside the trace; here they must not reach other memory.
+        counts = (position >= 0) & (position < S) & (m % T < length)
+        limit = tl.where(counts, TOP_K, 0)
+        trace_ptr += ready + m // T * trace_stride_b + position * trace_stride_s
+        tl.store(trace_ptr + slot, ids, mask=slot < limit)
+    elif PACKED:
+        LIMBS: tl.constexpr = 2 if x_ptr.dtype.element_ty == tl.float32 else 1  # as `int16_limbs`
+        x_ptr += m * FORMAT[FEATURES] + early
+        packed_ptr += m * PACKED
+        group = tl.program_id(1) - 1
+        if group < FORMAT[FEATURES] // FORMAT[GROUP]:
+            pack_group(x_ptr, norm_ptr, packed_ptr, group, FORMAT, PART, LIMBS)
+        else:
+            pack_factor(x_ptr, packed_ptr, EPS, FORMAT, PACKED)
 
 
 # --- launch ---
@@ -206,20 +225,11 @@ def launch_logits(
     )
 
 
-@triton_op("moeexp::router", mutates_args={"expert_ids"})
-def router(
-    x: Tensor,
-    norm_weight: Tensor,
-    weight: Tensor,
-    eps: float,
-    top_k: int,
-    positions: Tensor,
-    expert_ids: Tensor,
-    valid_len: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`reference_router` on the GPU; the same arguments, by keyword. Equal logits: the lowest index first.
-
-    `ValueError` for strides, shapes or dtypes that the kernels do not take, or top_k beyond E."""
+def launch_router(
+    *, x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, top_k: int, positions: Tensor, expert_ids: Tensor,
+    valid_len: Tensor | None, pack_bits: int = 0, pack_group: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(ids, weights, packed rows, or anything without pack_bits): checks the arguments of both ops and runs their kernels."""
     flat, bits = check_router(
         x=x, norm_weight=norm_weight, weight=weight, top_k=top_k, positions=positions, expert_ids=expert_ids
     )
@@ -236,9 +246,62 @@ def router(
         launch_gemv(x=flat, norm_weight=norm_weight, eps=eps, config=config, **common)
     else:
         launch_logits(x=flat, norm_weight=norm_weight, weight=weight, eps=eps, logits=logits, common=common, arch=arch, key=key)
-    wrap_triton(choose_experts_kernel)[(flat.shape[0],)](
-        logits, ids, weights, expert_ids, positions, positions if valid_len is None else valid_len, tokens, expert_ids.shape[1],
-        expert_ids.stride(0), expert_ids.stride(1), E=experts, E_PADDED=triton.next_power_of_2(experts), TOP_K=top_k,
-        HAS_VALID_LEN=valid_len is not None, K_PADDED=triton.next_power_of_2(top_k), PDL=has_pdl(x), num_warps=1,
+    packed, parts, length = logits, 1, 0
+    form = packed_format(bits=pack_bits or 4, group=pack_group or features, features=features)
+    if pack_bits:
+        length, parts = packed_length(form, x.dtype), features // pack_group + 2
+        packed = torch.empty((batch * tokens, length), dtype=torch.int32, device=x.device)
+    wrap_triton(choose_experts_kernel)[(flat.shape[0], parts)](
+        logits, ids, weights, expert_ids, positions, positions if valid_len is None else valid_len, flat, norm_weight, packed,
+        tokens, expert_ids.shape[1], expert_ids.stride(0), expert_ids.stride(1),
+        SIZES=(experts, top_k, triton.next_power_of_2(experts), triton.next_power_of_2(top_k)), EPS=eps,
+        HAS_VALID_LEN=valid_len is not None, FORMAT=form, PART=of_one_group(form), PACKED=length, PDL=has_pdl(x), num_warps=1,
+    )  # fmt: skip
+    return ids, weights, packed
+
+
+@triton_op("moeexp::router", mutates_args={"expert_ids"})
+def router(
+    x: Tensor,
+    norm_weight: Tensor,
+    weight: Tensor,
+    eps: float,
+    top_k: int,
+    positions: Tensor,
+    expert_ids: Tensor,
+    valid_len: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`reference_router` on the GPU; the same arguments, by keyword. Equal logits: the lowest index first.
+
+    `ValueError` for strides, shapes or dtypes that the kernels do not take, or top_k beyond E."""
+    ids, weights, _ = launch_router(
+        x=x, norm_weight=norm_weight, weight=weight, eps=eps, top_k=top_k, positions=positions, expert_ids=expert_ids,
+        valid_len=valid_len,
     )  # fmt: skip
     return ids, weights
+
+
+@triton_op("moeexp::router_packed", mutates_args={"expert_ids"})
+def router_packed(
+    x: Tensor,
+    norm_weight: Tensor,
+    weight: Tensor,
+    eps: float,
+    top_k: int,
+    positions: Tensor,
+    expert_ids: Tensor,
+    pack_bits: int,
+    pack_group: int,
+    valid_len: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`router`, and third the rows of norm(x) packed for experts of pack_bits in groups of pack_group (`parts/packed.py`), int32
+    [B * T, length], which `moe_decode` takes. `ValueError` too where such rows cannot be packed."""
+    if not packable(bits=pack_bits, group=pack_group) or x.shape[-1] % pack_group:
+        raise ValueError(
+            f"rows of {x.shape[-1]} features for {pack_bits}-bit weights in groups of {pack_group}; supported: 4 and 8 bits, "
+            "groups of a power of 2 from 32 on that divide the features"
+        )
+    return launch_router(
+        x=x, norm_weight=norm_weight, weight=weight, eps=eps, top_k=top_k, positions=positions, expert_ids=expert_ids,
+        valid_len=valid_len, pack_bits=pack_bits, pack_group=pack_group,
+    )  # fmt: skip

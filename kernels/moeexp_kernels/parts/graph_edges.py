@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Collection
 
-from moeexp_kernels.parts.pdl import PDL_KERNELS
+from moeexp_kernels.parts.pdl import EARLY, PDL_KERNELS
 
 KERNEL_NODE = 0
 # Memory that the graph allocates and frees itself, as captures do under cudaMallocAsync. The driver lets no edge of such a
@@ -54,6 +54,7 @@ def add_pdl_edges(graph: int, *, pairs: Collection[tuple[str, str]] | None = Non
     for source, target, edge in zip(sources, targets, data, strict=True):
         names = _kernel_name(cuda, source), _kernel_name(cuda, target)
         wanted = set(names) <= set(PDL_KERNELS) and (pairs is None or names in pairs)
+        wanted = wanted and names[1] in EARLY.get(names[0] or "", PDL_KERNELS)
         if edge.type == PROGRAMMATIC_TYPE or not wanted:
             continue
         one = ((ctypes.c_void_p * 1)(source), (ctypes.c_void_p * 1)(target))

@@ -9,6 +9,10 @@ everything before that one is complete and visible. A kernel that reads its own 
 another call on the same state; in a model its layer's other kernels stand between. A program that has nothing to do may leave
 without a wait, as long as others of its kernel wait.
 
+A kernel whose successor reads nothing before its wait but weights, or what is older than this kernel's predecessor, lets it
+start at once, by `start_next`: a short kernel would otherwise leave it no time to load its weights. The successor is of another
+op and may be any, so that those of `EARLY` alone get a programmatic edge behind such a kernel.
+
 The order is kept by the pointers and not by a side effect: torch takes a kernel with an assembly instruction that has side
 effects for one that writes all its arguments.
 
@@ -32,6 +36,7 @@ PDL_KERNELS = (
     "linear_tile_kernel",
     "choose_experts_kernel",
     "gate_up_kernel",
+    "gate_up_packed_kernel",
     "down_kernel",
     "gate_up_tile_kernel",
     "down_tile_kernel",
@@ -48,6 +53,7 @@ WITHIN_AN_OP = (
     ("limbs_kernel", "linear_tile_kernel"),
     ("gemv_kernel", "choose_experts_kernel"),
     ("gate_up_kernel", "down_kernel"),
+    ("gate_up_packed_kernel", "down_kernel"),
     ("limbs_kernel", "gate_up_tile_kernel"),
     ("gate_up_tile_kernel", "limbs_kernel"),
     ("limbs_kernel", "down_tile_kernel"),
@@ -56,11 +62,20 @@ WITHIN_AN_OP = (
     ("_attend_kernel", "_merge_kernel"),
 )
 
+# Kernels that let the next one start before they wait, and the kernels that may follow them so: what those read before their own
+# wait is weights, or older than the kernel before.
+EARLY = {
+    "limbs_kernel": ("linear_tile_kernel", "gate_up_tile_kernel", "down_tile_kernel"),
+    "_finish_kernel": ("gemv_kernel", "limbs_kernel"),
+    "_merge_kernel": ("gemv_kernel", "limbs_kernel"),
+    "_qk_norm_rope_kernel": ("_attend_kernel",),
+    "choose_experts_kernel": ("gate_up_kernel", "gate_up_packed_kernel", "limbs_kernel"),
+}
+
 
 @triton.jit
 def start_next(PDL: tl.constexpr):
-    """0; lets the next kernel start before this one waits. Only for a kernel that is followed, in its own op, by one that before
-    its wait reads nothing but what is older than the kernel before this one, which may still run: weights, say."""
+    """0; lets the next kernel start before this one waits. For the kernels of `EARLY` alone."""
     zero = 0
     if PDL:
         known = tl.inline_asm_elementwise(

@@ -1,0 +1,136 @@
+"""A GEMV on packed activations (`packed.py`) in which a warp has rows of its own: it reads a row whole and sums it alone.
+
+Nothing goes from warp to warp, so that no barrier stands between the loads and the sums. A program is of several such warps,
+because an H100 starts some 600 programs in a microsecond, however small they are.
+
+Of the tensors here the dimensions are: W warps, C chunks of a row, each what 32 lanes load at once, R rows of a warp, K words of
+a chunk, V vectors of a chunk. Row number r * W + w of a program is warp w's. The compiler spreads what it loads over lanes by
+the dimension with contiguous addresses, then over warps by the first; without one, over lanes by the first and warps by the
+second.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moeexp_kernels.parts.int_dot import FINER_INT16, NIBBLES, dot_bytes, unpack_scales
+from moeexp_kernels.parts.matrix import BITS, FEATURES, GROUP, VECTOR, WORDS
+
+# SPREAD: how a program's rows lie over its warps, by these names.
+CHUNK: tl.constexpr = tl.constexpr(0)  # words of a chunk
+EACH: tl.constexpr = tl.constexpr(1)  # rows of a warp
+WARPS: tl.constexpr = tl.constexpr(2)
+
+
+def spread_of(form: tuple[int, ...], *, each: int, warps: int) -> tuple[int, int, int]:
+    """SPREAD for rows of FORMAT `form` (`matrix.py`)."""
+    return min(form[4], 32 * form[5]), each, warps
+
+
+@triton.jit
+def chunk_words(FORMAT: tl.constexpr, SPREAD: tl.constexpr):
+    """Word of the row, [C, K], written so that the compiler sees no runs longer than VECTOR."""
+    i = tl.arange(0, SPREAD[CHUNK])
+    word = (i // FORMAT[VECTOR]) * FORMAT[VECTOR] + i % FORMAT[VECTOR]
+    return tl.arange(0, FORMAT[WORDS] // SPREAD[CHUNK])[:, None] * SPREAD[CHUNK] + word[None, :]
+
+
+@triton.jit
+def chunk_vectors(FORMAT: tl.constexpr, SPREAD: tl.constexpr):
+    """Vector of the row, [V, C], of which the compiler sees no runs."""
+    each: tl.constexpr = SPREAD[CHUNK] // FORMAT[VECTOR]
+    return (tl.arange(0, each) * 2 // 2)[:, None] + tl.arange(0, FORMAT[WORDS] // SPREAD[CHUNK])[None, :] * each
+
+
+@triton.jit
+def load_warp_rows(
+    w_ptr, s_ptr, first, limit, FORMAT: tl.constexpr, SPREAD: tl.constexpr, CACHE: tl.constexpr
+):  # fmt: skip
+    """Rows first .. first + R * W of the matrix at w_ptr, those below `limit`: words int32 [W, C, R, K], pairs [W, C, R, V]."""
+    width: tl.constexpr = FORMAT[FEATURES] * FORMAT[BITS] // 32
+    groups: tl.constexpr = FORMAT[FEATURES] // FORMAT[GROUP]
+    row = first + tl.arange(0, SPREAD[WARPS])[:, None] + tl.arange(0, SPREAD[EACH])[None, :] * SPREAD[WARPS]
+    word = chunk_words(FORMAT, SPREAD)[None, :, None, :]
+    mask = (row < limit)[:, None, :, None] & (word < width)
+    words = tl.load(
+        w_ptr.to(tl.pointer_type(tl.int32)) + (row * width)[:, None, :, None] + word, mask=mask, other=0, cache_modifier=CACHE
+    )
+    group = (chunk_vectors(FORMAT, SPREAD) * FORMAT[VECTOR] // (FORMAT[GROUP] * FORMAT[BITS] // 32))[:, None, :, None]
+    mask = (row < limit)[None, :, None, :] & (group < groups)
+    pair = tl.load(s_ptr.to(tl.pointer_type(tl.int32)) + (row * groups)[None, :, None, :] + group, mask=mask, other=0)
+    return words, tl.permute(pair, [1, 2, 3, 0])
+
+
+@triton.jit
+def load_words(packed_ptr, FORMAT: tl.constexpr, SPREAD: tl.constexpr):
+    """What a packed row has for each word, to each warp: [W, C, 1, K]."""
+    word = chunk_words(FORMAT, SPREAD)[None, :, :] + (tl.arange(0, SPREAD[WARPS]) * 0)[:, None, None]
+    plane = tl.load(packed_ptr + word, mask=word < FORMAT[FEATURES] * FORMAT[BITS] // 32, other=0)
+    return tl.expand_dims(plane, 2)
+
+
+@triton.jit
+def load_vectors(packed_ptr, FORMAT: tl.constexpr, SPREAD: tl.constexpr):
+    """What it has for each vector, to each warp: [W, C, 1, V]."""
+    vector = chunk_vectors(FORMAT, SPREAD)[:, None, :] + (tl.arange(0, SPREAD[WARPS]) * 0)[None, :, None]
+    found = tl.load(packed_ptr + vector, mask=vector < FORMAT[FEATURES] * FORMAT[BITS] // 32 // FORMAT[VECTOR], other=0)
+    return tl.expand_dims(tl.permute(found, [1, 2, 0]), 2)
+
+
+@triton.jit
+def load_limb(packed_ptr, FORMAT: tl.constexpr, SPREAD: tl.constexpr):
+    """(pairs, totals) of the limb at packed_ptr."""
+    first = load_words(packed_ptr, FORMAT, SPREAD)
+    second = load_words(packed_ptr + FORMAT[WORDS], FORMAT, SPREAD)
+    if FORMAT[BITS] == 4:
+        third = load_words(packed_ptr + 2 * FORMAT[WORDS], FORMAT, SPREAD)
+        fourth = load_words(packed_ptr + 3 * FORMAT[WORDS], FORMAT, SPREAD)
+        return (first, second, third, fourth), load_vectors(packed_ptr + 4 * FORMAT[WORDS], FORMAT, SPREAD)
+    else:
+        return (first, second), load_vectors(packed_ptr + 2 * FORMAT[WORDS], FORMAT, SPREAD)
+
+
+@triton.jit
+def load_packed(
+    packed_ptr, FORMAT: tl.constexpr, SPREAD: tl.constexpr, LIMBS: tl.constexpr, PACKED: tl.constexpr
+):  # fmt: skip
+    """((units, limb) or (units, limb, limb), r) of the packed row at packed_ptr."""
+    vectors: tl.constexpr = FORMAT[WORDS] // FORMAT[VECTOR]
+    unit = load_vectors(packed_ptr + PACKED - 4 - vectors, FORMAT, SPREAD).to(tl.float32, bitcast=True)
+    r = tl.load(packed_ptr + PACKED - 4).to(tl.float32, bitcast=True)
+    if LIMBS == 1:
+        return (unit, load_limb(packed_ptr, FORMAT, SPREAD)), r
+    else:
+        other: tl.constexpr = (PACKED - 4 - vectors) // 2
+        second = load_limb(packed_ptr + other, FORMAT, SPREAD)
+        return (unit, load_limb(packed_ptr, FORMAT, SPREAD), second), r
+
+
+@triton.jit
+def dot_limb(words, pairs, FORMAT: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Codes of words times the integers of a limb, summed by vector: int32 [W, C, R, V]."""
+    if FORMAT[BITS] == 4:
+        sums = dot_bytes(words & NIBBLES, pairs[0], pairs[1], 0, INTERPRETED)
+        sums = dot_bytes((words >> 4) & NIBBLES, pairs[2], pairs[3], sums, INTERPRETED)
+    else:
+        sums = dot_bytes(words, pairs[0], pairs[1], 0, INTERPRETED)
+    shape: tl.constexpr = words.shape
+    return tl.sum(tl.reshape(sums, [shape[0], shape[1], shape[2], shape[3] // FORMAT[VECTOR], FORMAT[VECTOR]]), axis=4)
+
+
+@triton.jit
+def dot_warp_rows(words, pair, features, FORMAT: tl.constexpr, LIMBS: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Weights as `load_warp_rows` has them times packed features: float32 [W, R], every sum in a fixed order."""
+    middle: tl.constexpr = 1 << (FORMAT[BITS] - 1)
+    scale, shift = unpack_scales(pair)
+    total = features[1][1]
+    product = (dot_limb(words, features[1][0], FORMAT, INTERPRETED) - middle * total).to(tl.float32)
+    whole = total.to(tl.float32)
+    if LIMBS == 2:
+        total = features[2][1]
+        rest = dot_limb(words, features[2][0], FORMAT, INTERPRETED) - middle * total
+        product += rest.to(tl.float32) * (1.0 / FINER_INT16)
+        whole += total.to(tl.float32) * (1.0 / FINER_INT16)
+    part = (product * scale + whole * shift) * features[0]
+    return tl.sum(tl.sum(part, axis=1), axis=2)
