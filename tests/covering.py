@@ -38,11 +38,11 @@ PAIRWISE = [
     "dispatch=cond state=explicit shared_stream=true skip_output_copy=true cuda_graph=loop",
     "dispatch=cond state=explicit shared_stream=true skip_output_copy=true cuda_graph=all",
 ]
-# Compiled anew where no cache has them, about a minute each. Two prefetch into L2, under either compiler.
+# Compiled anew where no cache has them, about a minute each.
 COMPILED = [
-    "export=compile dispatch=dual state=explicit shared_stream=true skip_output_copy=false cuda_graph=false l2_prefetch=true",
+    "export=compile dispatch=dual state=explicit shared_stream=true skip_output_copy=false cuda_graph=false",
     "export=aoti dispatch=dual state=explicit shared_stream=false skip_output_copy=true cuda_graph=decode",
-    "export=aoti dispatch=dual state=explicit shared_stream=true skip_output_copy=true cuda_graph=loop l2_prefetch=true",
+    "export=aoti dispatch=dual state=explicit shared_stream=true skip_output_copy=true cuda_graph=loop",
     "export=compile dispatch=dual state=shared shared_stream=true skip_output_copy=true cuda_graph=all",
     "export=compile dispatch=single state=explicit shared_stream=false skip_output_copy=true cuda_graph=false",
     "export=compile dispatch=single state=explicit shared_stream=false skip_output_copy=false cuda_graph=decode",

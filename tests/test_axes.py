@@ -22,7 +22,6 @@ from rich.console import Console
 
 from moeexp import cli
 from moeexp.check.verify import check_replay, generated_ids, record_trace, verify
-from moeexp.config import axes
 from moeexp.config.compose import compose
 from moeexp.config.resolve import resolve
 from moeexp.config.validate import validate
@@ -30,7 +29,7 @@ from moeexp.model.qwen3_5_moe import state_shapes
 from moeexp.record.phases import Phases
 from moeexp.record.record import Record
 from moeexp.run.experiment import Experiment, chosen_experts
-from moeexp.stack import factory, packages
+from moeexp.stack import factory
 from moeexp.stack.factory import build_model, build_stack, python_callbacks
 from moeexp.stack.inductor import inductor_config
 from moeexp.stack.methods import MODULES, compile_method, export_method, session_methods
@@ -384,13 +383,12 @@ def test_the_whole_matrix_is_valid_but_for_what_is_listed():
 
 
 @pytest.mark.parametrize(("capability", "acts"), [((8, 9), False), ((9, 0), True)])
-def test_what_needs_hopper_is_built_and_compiled_in_on_no_gpu_before_it(monkeypatch, capability, acts):
-    cfg = resolve(compose(["model=nano", "cuda_graph=true", "l2_prefetch=true"]), cuda_available=True)
-    monkeypatch.setattr(packages, "compute_capability", lambda device: capability if device == "cuda" else None)
-    assert (factory.pdl_of(cfg) is not None, packages.prefetches(cfg)) == (acts, acts)
-    assert axes.compiled_in(cfg, capability)["l2_prefetch"] is acts
-    cfg.pdl = cfg.l2_prefetch = False
-    assert factory.pdl_of(cfg) is None and not packages.prefetches(cfg)
+def test_pdl_is_built_on_no_gpu_before_hopper(monkeypatch, capability, acts):
+    cfg = resolve(compose(["model=nano", "cuda_graph=true"]), cuda_available=True)
+    monkeypatch.setattr(factory, "compute_capability", lambda device: capability if device == "cuda" else None)
+    assert (factory.pdl_of(cfg) is not None) == acts
+    cfg.pdl = False
+    assert factory.pdl_of(cfg) is None
 
 
 def test_the_record_lists_what_calls_back_into_python(stack):

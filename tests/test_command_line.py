@@ -1,5 +1,6 @@
 """The command that runs a record's config again: what it composes to, what it refuses, and who may say what runs."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -17,8 +18,9 @@ from moeexp.report import command_line
 from moeexp.report.html import page
 
 RESULTS = sorted((Path(__file__).parents[1] / "results").rglob("record.json"))
-# Rungs of the published ladder, by implementations that were removed since.
+# Rungs of the published ladder, by implementations that were removed since; and what had a setting on that is gone.
 OF_OLDER_CODE = [path for path in RESULTS if path.parts[-3].startswith("ladder_qwen") and path.parts[-2] in ("13", "14")]
+PREFETCHED = [path for path in RESULTS if json.loads(path.read_text())["config"]["l2_prefetch"] and path not in OF_OLDER_CODE]
 
 CONFIGS = [
     [],
@@ -77,8 +79,19 @@ def test_a_record_of_an_implementation_that_was_removed_is_read_and_not_run_agai
     assert " was removed: it made no step faster" in page.page([record], title="t") and not (tmp_path / "again").exists()
 
 
+@pytest.mark.parametrize("path", PREFETCHED, ids=lambda path: "/".join(path.parts[-3:-1]))
+def test_a_record_with_a_setting_on_that_is_gone_is_read_and_not_run_again(path, capsys, tmp_path):
+    assert reproduce.main([str(path), "--out", str(tmp_path / "again")]) == 2
+    gone = "l2_prefetch was removed: it showed no gain (docs/log.md); leave it out"
+    assert capsys.readouterr().err == f"error: the record's {gone}\n" and not (tmp_path / "again").exists()
+    report = page.page([read_record(path)], title="t")
+    assert gone in report and "As it was given; " in report
+
+
 @pytest.mark.parametrize(
-    "path", [path for path in RESULTS if path not in OF_OLDER_CODE], ids=lambda path: "/".join(path.parts[-3:-1])
+    "path",
+    [path for path in RESULTS if path not in [*OF_OLDER_CODE, *PREFETCHED]],
+    ids=lambda path: "/".join(path.parts[-3:-1]),
 )
 def test_the_published_records_give_commands_that_compose_to_their_configs(path):
     record = read_record(path)
@@ -89,6 +102,7 @@ def test_the_published_records_give_commands_that_compose_to_their_configs(path)
     again, then = plain(resolve(config, cuda_available=cuda)), dict(record["config"])
     for left_out in ("tracker", "launcher"):
         again.pop(left_out), then.pop(left_out)
+    assert then.pop("l2_prefetch") is False
     assert _shapes(again) == _shapes(then)
     assert {key: again[key] for key in then} == then, "a setting that is younger than a record has its default"
 
@@ -100,7 +114,7 @@ def _shapes(config):
 
 
 def test_there_are_published_records():
-    assert len(RESULTS) >= 22 and len(OF_OLDER_CODE) == 2
+    assert len(RESULTS) >= 22 and len(OF_OLDER_CODE) == 2 and len(PREFETCHED) == 9
 
 
 def test_a_config_that_is_not_what_its_command_composes_to_is_refused(monkeypatch):

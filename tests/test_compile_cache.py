@@ -33,13 +33,11 @@ SPEC = MethodSpec(
         "max_seq_len": 32,
         "device": "cpu",
         "state": "shared",
-        "l2_prefetch": False,
     },
 )
 CHANGES = {
     "state": "explicit",
     "padded": True,
-    "l2_prefetch": True,
     "method": "prefill",
     "architecture": ODD.to_hf() | {"rms_norm_eps": 1e-6},
     "ops": {"linear": "triton", "sample": "reference"},

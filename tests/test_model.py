@@ -105,25 +105,6 @@ def test_expert_ids_are_traced_by_position():
     assert (chosen[..., 0] != chosen[..., 1]).all()
 
 
-@pytest.mark.parametrize("on", [False, True])
-def test_a_projection_is_told_the_weights_that_come_next(on):
-    """In the order of their reading: a mixer's input projection, its output projection, the next layer's, at last the head."""
-    model, arena, how = build(NANO, bits=4)
-    read, told = [], []
-
-    def linear(*, ahead=None, ahead_scales=None, **arguments):
-        read.append((arguments["weight"], arguments["scales"]))
-        told.append((ahead, ahead_scales))
-        return reference(**arguments)
-
-    reference, how["ops"]["linear"] = how["ops"]["linear"], linear
-    tokens, positions = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    model(tokens, positions, None, phase="decode", l2_prefetch=on, **how)
-    assert len(read) == 2 * NANO.num_hidden_layers + 1
-    wanted = [*read[1:], (None, None)] if on else [(None, None)] * len(read)
-    assert all(a is b and c is d for (a, c), (b, d) in zip(told, wanted, strict=True))
-
-
 def test_no_buffer_that_inductor_would_write_into_the_code():
     model, _, _ = build(NANO)
     short = [name for name, buffer in model.named_buffers() if buffer.ndim == 1 and buffer.numel() <= 8]

@@ -173,8 +173,8 @@ def test_what_a_table_holds_is_changed_through_the_record(tmp_path):
     record.add("environment", gpu_other_processes=float("nan"), gpu_after=tmp_path)
     assert record.data["environment"] == {"cuda": None, "gpu_other_processes": "nan", "gpu_after": str(tmp_path)}
     for _ in range(2):
-        record.add_not_applicable("l2_prefetch")
-    assert record.data["not_applicable"] == ["pdl", "l2_prefetch"]
+        record.add_not_applicable("allocator")
+    assert record.data["not_applicable"] == ["pdl", "allocator"]
     with pytest.raises(AssertionError, match="is not a key of a record"):
         record.add("environs", a=1)
 

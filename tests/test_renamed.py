@@ -1,7 +1,8 @@
-"""Names of earlier versions: refused in one line wherever a user writes them, read anew in records."""
+"""Names of earlier versions: refused in one line wherever a user writes them, read anew in records; what is gone likewise."""
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,44 @@ def test_in_a_users_own_files(tmp_path, capsys, content, said):
     path.parent.mkdir(parents=True)
     path.write_text("# @package _global_\n" + yaml.safe_dump(content))
     assert answer(capsys, f"--config-dir={tmp_path / 'conf'}", "experiment=own") == (2, f"error: {said}")
+
+
+GONE = "l2_prefetch was removed: it showed no gain (docs/log.md); leave it out"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["l2_prefetch=true"], ["l2_prefetch=false"], ["+l2_prefetch=true"], ["~l2_prefetch"], ["-m", "l2_prefetch=true,false"]],
+)
+def test_a_setting_that_is_gone(capsys, arguments):
+    assert answer(capsys, *arguments) == (2, f"error: {GONE}")
+
+
+@pytest.mark.parametrize(
+    ("content", "where"),
+    [({"l2_prefetch": True}, "In 'experiment/own': "),
+     ({"launcher": {"design": "d", "cells": [{"name": "a", "set": ["l2_prefetch=false"]}]}}, "")],
+    ids=["setting", "cell"],
+)  # fmt: skip
+def test_a_setting_that_is_gone_in_a_users_own_files(tmp_path, capsys, content, where):
+    path = tmp_path / "conf" / "experiment" / "own.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text("# @package _global_\n" + yaml.safe_dump(content))
+    assert answer(capsys, f"--config-dir={tmp_path / 'conf'}", "experiment=own") == (2, f"error: {where}{GONE}")
+
+
+def test_a_record_with_a_setting_that_is_gone_is_read_and_repeated_where_it_was_off(tmp_path):
+    record = read_record(written(tmp_path, with_old_names()))
+    assert record["config"]["l2_prefetch"] is False
+    assert not [one for one in arguments_of(record) if "l2_prefetch" in one]
+    record["config"]["l2_prefetch"] = True
+    with pytest.raises(ValueError, match=f"^the record's {re.escape(GONE)}$"):
+        arguments_of(record)
+    record["command"].append("l2_prefetch=true")
+    assert "l2_prefetch=true" in given_of(record), "a report shows it as it was given"
+    record["config"]["l2_prefetch"] = "x"
+    with pytest.raises(ValueError, match="l2_prefetch='x' is not of type bool"):
+        arguments_of(record)
 
 
 def test_a_cell_of_the_ladder(capsys):

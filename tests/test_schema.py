@@ -171,16 +171,13 @@ def test_skipped_kinds_do_not_bound_the_group_size():
 
 
 def test_not_applicable_on_cpu_only():
-    on_cpu = ["shared_stream", "skip_output_copy", "pdl", "l2_prefetch", "allocator"]
+    on_cpu = ["shared_stream", "skip_output_copy", "pdl", "allocator"]
     assert axes.not_applicable(resolve(nano(), cuda_available=False)) == on_cpu
     assert axes.not_applicable(resolve(nano("cuda_graph=true"), cuda_available=True)) == []
     assert axes.not_applicable(resolve(nano(), cuda_available=True)) == ["pdl"]  # edges of a graph
-    for deaf in ("dispatch=single", "ops=reference", "ops.linear=reference"):
-        assert axes.not_applicable(resolve(nano("cuda_graph=true", deaf), cuda_available=True)) == ["l2_prefetch"]
-    assert axes.not_applicable(resolve(nano("cuda_graph=true", "ops.linear=tile"), cuda_available=True)) == []
 
 
-@pytest.mark.parametrize(("capability", "idle"), [((8, 0), ["pdl", "l2_prefetch"]), ((9, 0), []), ((10, 0), [])])
+@pytest.mark.parametrize(("capability", "idle"), [((8, 0), ["pdl"]), ((9, 0), []), ((10, 0), [])])
 def test_what_needs_hopper_is_not_applicable_before_it(capability, idle):
     assert axes.not_applicable(resolve(nano("cuda_graph=true"), cuda_available=True), capability) == idle
 

@@ -38,24 +38,15 @@ class RunKind:
     holds: Callable[[Any, Capability], bool]
 
 
-def _linear_prefetches(cfg: Any) -> bool:
-    from moeexp_kernels.registry import AUTO, PREFETCHING  # imports torch; `--help` does not need it
-
-    name = cfg.ops.linear or cfg.ops.default
-    return (AUTO[cfg.device] if name == "auto" else name) in PREFETCHING
-
-
 ON_CPU = RunKind("on a CPU", lambda cfg, capability: cfg.device == "cpu")
 BEFORE_HOPPER = RunKind("on a GPU before Hopper", lambda cfg, capability: capability is not None and capability < (9, 0))
 TRANSFORMERS = RunKind("with `engine=transformers`", lambda cfg, capability: cfg.engine == "transformers")
 WITHOUT_GRAPH = RunKind("with `cuda_graph=false`", lambda cfg, capability: cfg.cuda_graph is False)
-SINGLE = RunKind("with `dispatch=single`", lambda cfg, capability: cfg.dispatch == "single")
 TOKEN_BY_TOKEN = RunKind("with `dispatch=token_by_token`", lambda cfg, capability: cfg.dispatch == "token_by_token")
 NO_PREFILL = RunKind(
     "with `cuda_graph=all` and `dispatch=token_by_token`",
     lambda cfg, capability: cfg.cuda_graph == "all" and cfg.dispatch == "token_by_token",
 )
-OTHER_LINEAR = RunKind("with `ops.linear` other than `triton` and `tile`", lambda cfg, capability: not _linear_prefetches(cfg))
 
 
 @dataclass(frozen=True)

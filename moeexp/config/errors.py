@@ -44,7 +44,7 @@ def explain(error: BaseException) -> str:
         value = choice.removeprefix(f"{group}/")
         return f"{group}={value} is not a choice of {group}; allowed: {', '.join(options.split())}"
     in_file = re.search(r"(In '[^']+'): [\s\S]*Key '(\w+)' not in 'Config'", text)
-    if in_file and in_file[2] in renamed.SETTINGS:
+    if in_file and renamed.is_old(in_file[2]):
         return f"{in_file[1]}: {renamed.said(in_file[2])}"
     unknown_key = re.search(r"Could not (?:override|append to config[^']*|append) '?\+?([\w./@]+)", text)
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error

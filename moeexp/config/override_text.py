@@ -24,7 +24,7 @@ from hydra.grammar.gen.OverrideLexer import OverrideLexer
 from hydra.grammar.gen.OverrideParser import OverrideParser
 
 from moeexp.config import axes, schema
-from moeexp.record.renamed import refuse_renamed
+from moeexp.record.renamed import refuse_old
 
 TEXT = "text"
 HYDRA_TEXT = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.name")
@@ -42,7 +42,7 @@ def as_typed(override: str, *, sweep: bool = False) -> str:
     """The override with which Hydra arrives at the text. The same again for its own result; unchanged where the field is no
     text, and where Hydra has to refuse the override. sweep: of several values each. `ValueError` for a
     name of earlier versions."""
-    refuse_renamed(override)
+    refuse_old(override)
     match = OVERRIDE.fullmatch(override)
     if match is None:
         return override

@@ -15,6 +15,7 @@ from moeexp.config.architecture import Architecture
 from moeexp.config.axis import MANY
 from moeexp.config.config_keys import AT_MOST, MOST_THETA
 from moeexp.config.schema import Config, OpsConfig
+from moeexp.record.renamed import GONE
 from moeexp.record.text import brief
 
 LONGEST = 4096  # characters of a name or a path
@@ -39,7 +40,8 @@ ROPE = {"rope_type": str, "type": str, "rope_theta": float, "partial_rotary_fact
 
 
 def check(config: Any) -> None:
-    """`ValueError` (one line) for anything but the schema's fields, with values of their types and of sane size."""
+    """`ValueError` (one line) for anything but the schema's fields, with values of their types and of sane size. Settings that
+    are gone may be there."""
     _check_value("", Config, config)
     for group, name in axes.LABELS.items():
         if not (config.get(group) or {}).get(name):
@@ -108,6 +110,9 @@ def _check_value(path: str, kind: Any, value: Any) -> None:
 def _check_fields(path: str, hints: dict[str, Any], value: Any) -> None:
     _check_table(path, value)
     for name, item in value.items():
+        if not path and name in GONE:
+            _check_plain(name, bool, item)
+            continue
         if name not in hints:
             where = f"{path} of the record's config" if path else "the record's config"
             raise ValueError(f"{where} has {brief(name)}, which is no setting of moeexp: it was not written by this version")

@@ -27,8 +27,6 @@ from moeexp.config.axis import (
     MEASUREMENT,
     NO_PREFILL,
     ON_CPU,
-    OTHER_LINEAR,
-    SINGLE,
     TOKEN_BY_TOKEN,
     TRANSFORMERS,
     VALUE,
@@ -98,11 +96,6 @@ class Config:
     pdl: bool = axis(
         "programmatic dependent launch: in a captured decode step a kernel fetches its weights while the one before it runs",
         default=True, role=AXIS, no_effect=(ON_CPU, BEFORE_HOPPER, WITHOUT_GRAPH),
-    )  # fmt: skip
-    l2_prefetch: bool = axis(
-        "in a decode step a projection brings the next one's weights into the GPU's L2 cache (Hopper and later)",
-        default=False, role=AXIS, part_of=[ARTIFACT, COMPILE_KEY],
-        no_effect=(ON_CPU, BEFORE_HOPPER, TRANSFORMERS, SINGLE, OTHER_LINEAR),
     )  # fmt: skip
     loop_ahead: int = axis(
         "of `cuda_graph=loop` and `all`: steps enqueued beyond the token that the host reads; after a stop they are discarded",

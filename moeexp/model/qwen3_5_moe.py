@@ -168,22 +168,15 @@ class Qwen35MoE(nn.Module):
         phase: str,
         state: dict[str, Tensor] | None = None,
         valid_len: Tensor | None = None,
-        l2_prefetch: bool = False,
     ) -> Tensor:
         """tokens [B, T] int64, positions [B] int64 of each row's first token, logit_positions [n] int64 in 0..T-1 or None
         for all T. Returns logits [B, n, V] in the weights' dtype; advances the state by T tokens, that which is attached,
-        or `state` (same names) where it is given. valid_len [B] int64 in 1..T: only so many tokens of each row count.
-        l2_prefetch: each projection of a mixer is told the next one's weights, or the head's."""
+        or `state` (same names) where it is given. valid_len [B] int64 in 1..T: only so many tokens of each row count."""
         x = torch.nn.functional.embedding(tokens, self.embed_tokens.weight)
         counts = {} if valid_len is None else {"valid_len": valid_len}
-        ahead = [*(layer.first for layer in list(self.layers)[1:]), self.head] if l2_prefetch else None
         for i, layer in enumerate(self.layers):
             mixer, own = layer.mixer, _state_of(layer, i, state)
-            proj = _linear(
-                ops, x, layer.first, norm=layer.input_norm, eps=self.arch.rms_norm_eps,
-                ahead=mixer.out_proj if ahead else None,
-            )  # fmt: skip
-            then = ahead[i] if ahead else None
+            proj = _linear(ops, x, layer.first, norm=layer.input_norm, eps=self.arch.rms_norm_eps)
             if layer.layer_type == "linear_attention":
                 out = ops[f"gdn_{phase}"](
                     proj=proj, conv_weight=mixer.conv_weight, a_log=mixer.a_log[0], dt_bias=mixer.dt_bias[0],
@@ -199,7 +192,7 @@ class Qwen35MoE(nn.Module):
                 out = ops[f"sdpa_{phase}"](
                     q=q, qkv=proj, k_cache=own["k_cache"], v_cache=own["v_cache"], positions=positions, **counts
                 )
-            x = _linear(ops, out, mixer.out_proj, residual=x, ahead=then)
+            x = _linear(ops, out, mixer.out_proj, residual=x)
             x = self._moe(layer, x, ops, phase, positions=positions, expert_ids=own["expert_ids"], **counts)
         if logit_positions is not None:
             x = x.index_select(1, logit_positions)
@@ -244,10 +237,8 @@ def _linear(
     norm: Tensor | None = None,
     eps: float = 0.0,
     residual: Tensor | None = None,
-    ahead: Linear | None = None,
 ) -> Tensor:
-    told = {} if ahead is None else {"ahead": ahead.weight, "ahead_scales": ahead.scales}  # of the projection that comes next
-    return ops["linear"](x=x, weight=linear.weight, scales=linear.scales, norm_weight=norm, eps=eps, residual=residual, **told)
+    return ops["linear"](x=x, weight=linear.weight, scales=linear.scales, norm_weight=norm, eps=eps, residual=residual)
 
 
 def state_shapes(

@@ -1,4 +1,5 @@
 """Names of earlier versions: refused where a user writes them, read in a record of an earlier schema as what they are called now.
+What has no name any more stays in a record as it is.
 
 A record of schema 2 differs from one of schema 3 in these names alone. It may be damaged: what is no table or list stays as
 it is, for its shape to be refused. Where both names are given, the old one stays too, and is refused as unknown."""
@@ -11,6 +12,8 @@ from typing import Any
 from moeexp.record.text import visible
 
 SETTINGS = {"overlap": "pdl"}
+# Settings that are no more -> why. All could be on or off; off is what every run is now.
+GONE = {"l2_prefetch": "it showed no gain (docs/log.md)"}
 TOLERANCES = {"tokens.deficit": "tokens.logit_margin"}
 # Of the designs that ship with moeexp.
 CELLS = {
@@ -21,15 +24,28 @@ CELLS = {
 OVERRIDE = re.compile(r"([+~]{0,2})(\w+)(=.*)?", re.DOTALL)
 
 
-def refuse_renamed(override: str) -> None:
-    """`ValueError` for the override of a setting that has another name now."""
+def refuse_old(override: str) -> None:
+    """`ValueError` for the override of a setting that has another name now, or is gone."""
     match = OVERRIDE.fullmatch(override)
-    if match is not None and match[2] in SETTINGS and (match[3] or match[1]):
+    if match is not None and is_old(match[2]) and (match[3] or match[1]):
         raise ValueError(said(match[2], visible(match[3] or "=…")))
+
+
+def refuse_gone(config: dict[str, Any]) -> None:
+    """`ValueError` for a record's config in which a setting is on that is gone."""
+    for name in GONE:
+        if config.get(name):
+            raise ValueError(f"the record's {said(name)}")
+
+
+def is_old(name: str) -> bool:
+    return name in SETTINGS or name in GONE
 
 
 def said(name: str, value: str = "") -> str:
     """The one line of a refusal. `value`: what was set, as `=true`."""
+    if name in GONE:
+        return f"{name} was removed: {GONE[name]}; leave it out"
     return f"{name} is now named {SETTINGS[name]}: write {SETTINGS[name]}{value if len(value) <= 60 else '=…'}"
 
 

@@ -23,6 +23,7 @@ from moeexp.config.errors import explain
 from moeexp.config.recorded import check, check_text, user_ops
 from moeexp.config.sources import load_architecture
 from moeexp.record.record import plain
+from moeexp.record.renamed import GONE, refuse_gone
 from moeexp.record.text import brief
 
 # Those whose choice names a file of conf/; of `ops` it may be anything.
@@ -36,8 +37,8 @@ FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
 def command_of(record: dict[str, Any], *, trust: bool = False) -> str:
     """A command line that runs this config, whatever sweep or recipe it came from, to be pasted into a shell.
 
-    `ValueError` for a config that a stranger could not have got from this version, or of which a group or an op's
-    implementation no longer exists, and without `trust` for a record that names code."""
+    `ValueError` for a config that a stranger could not have got from this version, or of which a setting, a group or
+    an op's implementation no longer exists, and without `trust` for a record that names code."""
     return shlex.join(["python", "-m", "moeexp", *_arguments(record, trust)])
 
 
@@ -64,7 +65,7 @@ def code_of(record: dict[str, Any]) -> list[str]:
 
 def given_of(record: dict[str, Any]) -> str:
     """The command that a record says it was started with. `ValueError` if it could do more than choose settings."""
-    settings = {field.name for field in fields(schema.Config)} - {"artifact", "artifact_trust"} | {"experiment"}
+    settings = {field.name for field in fields(schema.Config)} - {"artifact", "artifact_trust"} | {"experiment", *GONE}
     words = [*_words(record, "command"), *_words(record, "overrides")]
     for word in words:
         key, given, value = check_text("command", word).partition("=")
@@ -95,6 +96,7 @@ def _words(record: dict[str, Any], key: str) -> list[str]:
 def overrides_of(config: dict[str, Any], config_dir: str | None = None) -> list[str]:
     """Overrides alone, of a config that may be anyone's. Housekeeping is left out, and what an artifact fixes."""
     check(config)
+    refuse_gone(config)
     fixed = _fixed(config)
     chosen = {group: config[group]["name"] for group in GROUPS if f"{group}.name" not in fixed}
     for group, name in chosen.items():
@@ -173,7 +175,7 @@ def _defaults() -> dict[str, str]:
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
     """{dotted path: value} of what a command sets, but for the shapes, which follow from the model's name or its snapshot."""
-    kept = {key: value for key, value in config.items() if key not in NOT_REPEATED}
+    kept = {key: value for key, value in config.items() if key not in (*NOT_REPEATED, *GONE)}
     flat = {key: value for key, value in kept.items() if not isinstance(value, dict)}
     for key, table in kept.items():
         flat |= {f"{key}.{name}": value for name, value in table.items()} if isinstance(table, dict) else {}

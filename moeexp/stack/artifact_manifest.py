@@ -16,9 +16,9 @@ from moeexp.record.text import brief
 from moeexp.stack.artifact_shape import check_shape
 from moeexp.stack.digests import Digests, ShowProgress, unseen
 
-# 3: without the code of who made it; 2: without `threads` in the config and the identity of what it was made from; 1: without
-# l2_prefetch
-VERSION = 4
+# 4: with l2_prefetch, which is gone; 3: without the code of who made it; 2: without `threads` in the config and the identity of
+# what it was made from; 1: without l2_prefetch
+VERSION = 5
 MANIFEST = "manifest.json"
 UNSEALED = ("sha256", "made_by")
 

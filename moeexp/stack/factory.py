@@ -14,6 +14,7 @@ from moeexp_runner.explicit import ExplicitState
 from moeexp_runner.sampler import Sampler
 from moeexp_runner.session import Session
 
+from moeexp.config import axes
 from moeexp.config.architecture import Architecture
 from moeexp.config.quantisation import kind_of
 from moeexp.config.schema import Config, SamplerConfig
@@ -22,12 +23,13 @@ from moeexp.model.checkpoint import Snapshot
 from moeexp.model.config_agreement import check_agreement
 from moeexp.model.qwen3_5_moe import Qwen35MoE, state_shapes
 from moeexp.model.weights import Random, Source, load
+from moeexp.record.environment import compute_capability
 from moeexp.record.phases import Phases
 from moeexp.stack import allocator, artifact
 from moeexp.stack.compile_cache import Artifact, key_of, source_digest
 from moeexp.stack.inductor import loading
 from moeexp.stack.methods import AtOne, example_inputs, session_methods, torch_compiled
-from moeexp.stack.packages import MethodBuilder, acts, by_none, device_of, op_names, package, package_specs
+from moeexp.stack.packages import MethodBuilder, by_none, device_of, op_names, package, package_specs
 
 # Share of the quantisable weight bytes (embedding apart) that default settings must quantise: below it, something was
 # skipped without a word. Small models have relatively large routers.
@@ -169,7 +171,8 @@ def build_stack(
 
 def pdl_of(cfg: Config) -> Callable[[int], int] | None:
     """What makes edges of a captured decode step programmatic, as a session takes it; None without PDL."""
-    return add_pdl_edges if acts(cfg, "pdl") else None
+    idle = axes.not_applicable(cfg, compute_capability(cfg.device))
+    return add_pdl_edges if cfg.pdl and "pdl" not in idle else None
 
 
 def sampler_of(cfg: SamplerConfig, implementation: str, *, device: torch.device | str) -> Sampler:

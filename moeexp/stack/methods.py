@@ -53,13 +53,12 @@ class Method(nn.Module):
         state_names: tuple[str, ...] = (),
         attached_state: dict[str, Tensor] | None = None,
         padded: bool = False,
-        l2_prefetch: bool = False,
     ):
         super().__init__()
         assert not (state_names and attached_state), "state is explicit or attached, not both"
         self.model, self.ops, self.name = model, ops, name
         self.state_names, self.attached_state = state_names, attached_state
-        self.padded, self.l2_prefetch = padded and name != "decode", l2_prefetch
+        self.padded = padded and name != "decode"
 
     def forward(self, tokens: Tensor, positions: Tensor, *more: Tensor) -> Tensor | tuple[Tensor, ...]:
         if self.name != "cond":
@@ -87,7 +86,7 @@ class Method(nn.Module):
         new = {name: tensor.clone() for name, tensor in zip(self.state_names, rest, strict=True)}
         logits = self.model(
             tokens, positions, logit_positions, ops=self.ops, phase=phase, state=new or self.attached_state,
-            valid_len=None if cut else valid_len, l2_prefetch=self.l2_prefetch and phase == "decode",
+            valid_len=None if cut else valid_len,
         )  # fmt: skip
         return (logits, *new.values()) if new else logits
 
@@ -99,7 +98,7 @@ def _check_sizes(sizes: list[tuple[int, ...]], inputs: tuple[Tensor, ...]) -> No
             torch._check(found == wanted)
 
 
-# As in the module's docstring: (model, ops, *, state_names=(), attached_state=None, padded=False, l2_prefetch=False).
+# As in the module's docstring: (model, ops, *, state_names=(), attached_state=None, padded=False).
 MODULES = {name: partial(Method, name=name) for name in ("prefill", "decode", "forward", "cond")}
 
 
@@ -159,14 +158,13 @@ def export_method(
     batch: int,
     max_seq_len: int,
     padded: bool = False,
-    l2_prefetch: bool = False,
     state: dict[str, Tensor] | None = None,
 ) -> ExportedProgram:
     """`model` has its state attached (`Qwen35MoE.attached`), or `state` (an example of each tensor) is explicit. Buffers keep
     their names (`model.layers.0.…`) in every method. All of these may be FakeTensors: shapes are all that counts."""
     remember_kernel_analyses()
     state = state or {}
-    module = MODULES[method](model, ops, state_names=tuple(state), padded=padded, l2_prefetch=l2_prefetch).eval()
+    module = MODULES[method](model, ops, state_names=tuple(state), padded=padded).eval()
     inputs = example_inputs(method, batch=batch, device=model.norm.device, padded=padded, state=tuple(state.values()))
     more: list[dict | None] = [None] * (len(inputs) - 2)
     tokens = None

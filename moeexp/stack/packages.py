@@ -30,15 +30,6 @@ def op_names(cfg: Config) -> dict[str, str]:
     return registry.resolve(default=cfg.ops.default, chosen=chosen, device=cfg.device)
 
 
-def prefetches(cfg: Config) -> bool:
-    return acts(cfg, "l2_prefetch")
-
-
-def acts(cfg: Config, axis: str) -> bool:
-    """Whether it is on, and has an effect here."""
-    return getattr(cfg, axis) and axis not in axes.not_applicable(cfg, compute_capability(cfg.device))
-
-
 def _pads(cfg: Config) -> bool:
     """Prefill is captured at fixed lengths, to which prompts are padded."""
     return cfg.cuda_graph == "all"
@@ -80,10 +71,6 @@ class MethodBuilder:
         return _pads(self.cfg)
 
     @property
-    def l2_prefetch(self) -> bool:
-        return prefetches(self.cfg)
-
-    @property
     def methods(self) -> tuple[str, ...]:
         return OF_DISPATCH[self.cfg.dispatch]
 
@@ -94,9 +81,8 @@ class MethodBuilder:
     def module(self, name: str) -> Method:
         """Runs as it is, on this stack's own state: several stacks may share the model."""
         return MODULES[name](
-            self.model, self.ops(), state_names=tuple(self.state), attached_state=self.attached_state,
-            padded=self.padded, l2_prefetch=self.l2_prefetch,
-        ).eval()  # fmt: skip
+            self.model, self.ops(), state_names=tuple(self.state), attached_state=self.attached_state, padded=self.padded
+        ).eval()
 
 
 def package_specs(cfg: Config) -> list[MethodSpec]:
@@ -108,7 +94,6 @@ def package_specs(cfg: Config) -> list[MethodSpec]:
             "architecture": arch.to_hf(),
             "ops": registry.identities(names_in(method, names)),
             "skip": sorted(cfg.quant.skip),
-            "l2_prefetch": prefetches(cfg) and method != "prefill",
         }
         found.append(MethodSpec(method, settings, padded=_pads(cfg) and method != "decode"))
     return found
@@ -130,7 +115,7 @@ def package(cfg: Config, spec: MethodSpec) -> Artifact:
         with model.attached(builder.attached_state):
             return export_method(
                 spec.method, model, builder.ops(), batch=cfg.batch, max_seq_len=cfg.max_seq_len, padded=spec.padded,
-                l2_prefetch=builder.l2_prefetch, state=builder.state,
+                state=builder.state,
             )  # fmt: skip
 
     return get_or_compile(spec, export)

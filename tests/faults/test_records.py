@@ -110,7 +110,7 @@ def pair():
     other = synthetic.record("quant=int4", id="ab.0", status="failed", error=failed, notes=["a note"], generated_text=["some"],
                              design={"name": "ladder", "cell": "rung", "index": 0}, stalls=None)  # fmt: skip
     fast = synthetic.record("quant=int8", id="ab.2", time_split=synthetic.TIME_SPLIT, notes=["a note"], group={"id": "g"},
-                            tracker={"name": "wandb", "path": "p", "url": "u"}, not_applicable=["l2_prefetch"])  # fmt: skip
+                            tracker={"name": "wandb", "path": "p", "url": "u"}, not_applicable=["pdl"])  # fmt: skip
     return whole, [other, fast]
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / room) for room in ("", "kernels", "runner")]
-CONFIG = ["model=qwen3_5_35b_a3b", "quant=int4", "export=eager", "cuda_graph=loop", "l2_prefetch=true", "max_seq_len=1024"]
+CONFIG = ["model=qwen3_5_35b_a3b", "quant=int4", "export=eager", "cuda_graph=loop", "max_seq_len=1024"]
 PROMPTS = (1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 128, 129, 300, 511, 512, 700)
 NEW_TOKENS = (1, 2, 9, 64, 128, 256, 300, 320, 255, 257)
 RECAPTURE = 40  # prompts from one capture to the next

@@ -51,8 +51,7 @@ def decode(session, prompt):
     "axes",
     [
         [], ["state=explicit"], ["dispatch=single"], ["shared_stream=false"], ["ops.gdn_decode=einsum"],
-        ["ops.sdpa_decode=tiled"], ["ops.router=reference"], ["l2_prefetch=true"], ["state=explicit", "l2_prefetch=true"],
-        ["ops.moe_decode=reference"],
+        ["ops.sdpa_decode=tiled"], ["ops.router=reference"], ["ops.moe_decode=reference"],
     ],
     ids=lambda axes: "-".join(axes) or "default",
 )  # fmt: skip
