@@ -53,10 +53,8 @@ def counted(op, **arguments):
 # Of two sequences, in bfloat16, each counted by hand.
 def test_a_projection_moves_codes_scales_norm_and_rows():
     codes, scales = meta(6, 8, dtype=torch.uint8), meta(6, 2, 2, dtype=torch.float16)
-    norm, ahead = meta(16, dtype=torch.float32), meta(99)
-    found = counted(
-        "linear", x=meta(2, 1, 16), weight=codes, scales=scales, norm_weight=norm, residual=meta(2, 1, 6), ahead=ahead, eps=0.1
-    )
+    norm = meta(16, dtype=torch.float32)
+    found = counted("linear", x=meta(2, 1, 16), weight=codes, scales=scales, norm_weight=norm, residual=meta(2, 1, 6), eps=0.1)
     assert found == {"whole": {"weights": 6 * 8 + 6 * 2 * 2 * 2 + 16 * 4, "activations": 2 * 2 * (16 + 6 + 6)}}
 
 

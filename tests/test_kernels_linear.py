@@ -34,7 +34,6 @@ from moeexp_kernels.ops.linear import (
 from moeexp_kernels.ops.linear_tile import launch_limbs, launch_tile
 from moeexp_kernels.ops.matmul import dequantised
 from moeexp_kernels.parts import tuning
-from moeexp_kernels.parts.prefetch import AHEAD_BYTES, ahead_lengths
 from tolerances import tolerance
 from torch import Tensor
 
@@ -339,32 +338,6 @@ def test_unsupported_inputs_name_what_is_supported():
     expect_value_error(lambda: flat_rows(randn(2, 4, 6, seed=1).transpose(0, 1), name="x", features=6), "x", "strides")
 
 
-def test_weights_ahead_have_no_part_in_the_result():
-    weight, scales = quantised(12, 64, bits=4, group=32, seed=2, dtype=torch.float32)
-    next_weight, next_scales = quantised(40, 96, bits=4, group=32, seed=3, dtype=torch.float32)
-    arguments = {"x": randn(2, 64, seed=1), "weight": weight, "scales": scales}
-    told = linear(**arguments, ahead=next_weight, ahead_scales=next_scales)
-    assert_bitwise_equal(told, linear(**arguments), "ahead")
-    strided = next_weight.t().contiguous().t()
-    expect_value_error(lambda: linear(**arguments, ahead=strided), "ahead", "contiguous")
-
-
-@pytest.mark.parametrize(
-    ("shape", "bits", "share"),
-    [((12352, 2048), 4, 1.0), ((12352, 2048), 16, 16 * 2**20 / (12352 * 4096)), ((3, 10), 16, 0.8), ((1, 2**26), 8, 0.0)],
-)
-def test_what_is_brought_ahead_are_whole_rows_up_to_a_limit(shape, bits, share):
-    rows, features = shape
-    dtype, length = (torch.bfloat16, features) if bits == 16 else (torch.uint8, features * bits // 8)
-    weight = torch.empty(rows, length, dtype=dtype, device="meta")
-    scales = None if bits == 16 else torch.empty(rows, features // 128, 2, dtype=torch.float16, device="meta")
-    lengths = ahead_lengths(weight, scales)
-    assert sum(lengths) <= AHEAD_BYTES and all(length % 16 == 0 for length in lengths)
-    assert lengths[0] == pytest.approx(share * weight.nbytes, rel=1e-3)
-    assert lengths[1] == (0 if scales is None else pytest.approx(share * scales.nbytes, rel=1e-3))
-    assert ahead_lengths(None, None) == (0, 0)
-
-
 def test_every_tuned_shape_is_a_power_of_two_tile():
     for bits, rows, features in [(4, 12352, 2048), (4, 7, 64), (16, 256, 2048), (32, 3, 8192), (8, 2048, 512)]:
         block = gemv_config(bits=bits, rows=rows, in_features=features)["BLOCK_N"]
@@ -386,8 +359,7 @@ class Driver:
 
 class Layer(torch.nn.Module):
     def forward(self, x, weight, scales, norm, residual):
-        told = {"ahead": weight, "ahead_scales": scales}
-        return (linear(x=x, weight=weight, scales=scales, norm_weight=norm, eps=1e-6, residual=residual, **told),)
+        return (linear(x=x, weight=weight, scales=scales, norm_weight=norm, eps=1e-6, residual=residual),)
 
 triton.runtime.driver.set_active(Driver())
 linear_tile.has_pdl = lambda tensor: True  # as on Hopper, where the kernels have instructions of their own

@@ -58,9 +58,6 @@ OPS: dict[str, dict[str, Callable]] = {
 # A draw from the softmax by the implementation of `sample` that is chosen; `OPS["sample"]` is the greedy choice.
 DRAWS: dict[str, Callable] = {"reference": sample.reference_sample, "triton": sample.sample}
 
-# Implementations of `linear` that bring the weights that they are told of into L2.
-PREFETCHING = ("triton", "tile")
-
 # What `auto` means.
 AUTO = {"cpu": "reference", "cuda": "triton"}
 

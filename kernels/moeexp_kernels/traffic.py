@@ -23,8 +23,8 @@ ARGUMENTS = {
     **dict.fromkeys(("conv_state", "recurrent_state"), STATE),
 }  # fmt: skip
 EXPERTS = ("gate_up", "gate_up_scales", "down", "down_scales")  # of which those chosen are read
-# Brought into L2 for the op that comes next, with which they count; what the router's kernels hand to the experts'.
-NOT_READ = ("ahead", "ahead_scales", "packed")
+# What the router's kernels hand to the experts'.
+NOT_READ = ("packed",)
 
 WHOLE, GATE_UP, DOWN, NOTHING = "whole", "gate_up", "down", ""
 # {op without its phase: {kernel: what it moves of the op's bytes}}, kernels of either phase: at T = 1 both may serve. The

@@ -233,34 +233,3 @@ def test_export_keeps_the_row_count_symbolic_and_compiles():
     for tokens in (1, 7, 300):
         x = randn(1, tokens, 512, seed=tokens, dtype=torch.bfloat16)
         assert_close_ratio(package(x).float(), model(x).float(), 4e-3, f"T={tokens}")
-
-
-@pytest.mark.parametrize("bits", [4, 16])
-@pytest.mark.parametrize("tiles", [1, 4])
-@pytest.mark.parametrize("ahead_shape", [(12352, 2048), (5, 64), (248320, 2048)])
-def test_weights_brought_ahead_change_no_bit(bits, tiles, ahead_shape):
-    """Also at an address that is no multiple of 16, and by far more programs than it has rows."""
-    weight, scales = quantised(2048, 4096, bits=bits, group=128, seed=1, dtype=torch.bfloat16)
-    rows, features = ahead_shape
-    ahead = torch.empty(rows * features // 2 + 1, dtype=torch.uint8, device="cuda")[1:].view(rows, features // 2)
-    ahead_scales = torch.empty(rows, max(1, features // 128), 2, dtype=torch.float16, device="cuda")
-    common = {
-        "x": randn(1, 4096, seed=2, dtype=torch.bfloat16), "weight": weight, "scales": scales, "norm_weight": None,
-        "eps": 1e-6, "residual": None, "bits": bits, "group": 128 if bits == 4 else 4096,
-        "config": {"BLOCK_N": 4, "TILES": tiles, "CACHE": ".cg", "num_warps": 4},
-    }  # fmt: skip
-    plain, told = (torch.full((1, 2048), float("nan"), dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    launch_gemv(out=plain, **common)
-    for _ in range(5):
-        launch_gemv(out=told, ahead=ahead, ahead_scales=ahead_scales, **common)
-        assert_bitwise_equal(told, plain, "ahead")
-
-
-@pytest.mark.parametrize("rows", [1, 8])
-def test_weights_brought_ahead_by_either_kernel_change_no_bit(rows):
-    weight, scales = quantised(2048, 4096, bits=4, group=128, seed=1, dtype=torch.bfloat16)
-    ahead, ahead_scales = quantised(12352, 2048, bits=4, group=128, seed=2, dtype=torch.bfloat16)
-    common = {"x": randn(rows, 4096, seed=3, dtype=torch.bfloat16), "weight": weight, "scales": scales}
-    plain = linear(**common)
-    for _ in range(5):
-        assert_bitwise_equal(linear(ahead=ahead, ahead_scales=ahead_scales, **common), plain, "ahead")

@@ -38,7 +38,6 @@ from moeexp_kernels.parts.checks import FLOATS, check_argument
 from moeexp_kernels.parts.int_dot import dot_rows, load_norm, load_row_features, load_rows
 from moeexp_kernels.parts.matrix import ROWS, at_row, matrix_format
 from moeexp_kernels.parts.pdl import after_previous, has_pdl
-from moeexp_kernels.parts.prefetch import ahead_lengths, bring_into_l2
 
 MIDDLE_CODE = {4: 8, 8: 128}
 
@@ -104,15 +103,12 @@ def reference_linear(
 
 @triton.jit
 def gemv_kernel(
-    x_ptr, w_ptr, s_ptr, norm_ptr, res_ptr, y_ptr, ahead_ptr, ahead_s_ptr, x_stride,
+    x_ptr, w_ptr, s_ptr, norm_ptr, res_ptr, y_ptr, x_stride,
     EPS: tl.constexpr, M: tl.constexpr, FORMAT: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    INTERPRETED: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
-    CACHE: tl.constexpr,
+    INTERPRETED: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] for one m and TILES x BLOCK_N outputs n. Grid (blocks * M), m fastest: programs that share weights start
-    together. One dimension, because only the first may exceed 65,535.
-
-    AHEAD: so many bytes at `ahead_ptr` and at `ahead_s_ptr` are brought into L2."""
+    together. One dimension, because only the first may exceed 65,535."""
     LIMBS: tl.constexpr = 2 if x_ptr.dtype.element_ty == tl.float32 else 1  # as `int16_limbs`
     program = tl.program_id(0).to(tl.int64)
     m, start = program % M, program // M * (BLOCK_N * TILES)
@@ -122,10 +118,6 @@ def gemv_kernel(
     row = tl.arange(0, BLOCK_N)
     words, pair = load_rows(w_ptr, s_ptr, row, row < rows_left, FORMAT, CACHE)
     norm = load_norm(norm_ptr, HAS_NORM, FORMAT)
-    if AHEAD[0]:  # behind this program's own reads, and before it waits
-        rows_left += bring_into_l2(ahead_ptr, AHEAD[0])
-    if AHEAD[1]:
-        rows_left += bring_into_l2(ahead_s_ptr, AHEAD[1])
     ready = after_previous(PDL)
     x_ptr += ready
     res_ptr += m * FORMAT[ROWS] + start + ready
@@ -231,7 +223,6 @@ def kernel_for(
 def launch_gemv(
     *, x: Tensor, weight: Tensor, scales: Tensor | None, norm_weight: Tensor | None, eps: float,
     residual: Tensor | None, out: Tensor, bits: int, group: int, config: dict | None = None,
-    ahead: Tensor | None = None, ahead_scales: Tensor | None = None,
 ) -> None:  # fmt: skip
     """out [M, N] = residual + norm(x [M, K]) @ weight.T; all flat, checked, residual and out contiguous."""
     rows, features = weight.shape[0], x.shape[1]
@@ -239,17 +230,15 @@ def launch_gemv(
     grid = (x.shape[0] * triton.cdiv(rows, config["BLOCK_N"] * config["TILES"]),)
     wrap_triton(gemv_kernel)[grid](
         x, weight, weight if scales is None else scales, x if norm_weight is None else norm_weight,
-        x if residual is None else residual, out, weight if ahead is None else ahead,
-        weight if ahead_scales is None else ahead_scales, x.stride(0),
+        x if residual is None else residual, out, x.stride(0),
         EPS=eps, M=x.shape[0], FORMAT=matrix_format(weight, bits=bits, group=group), HAS_NORM=norm_weight is not None,
-        HAS_RESIDUAL=residual is not None, INTERPRETED=not x.is_cuda, PDL=has_pdl(x),
-        AHEAD=ahead_lengths(ahead, ahead_scales) if has_pdl(x) else (0, 0), **config,  # both need Hopper
+        HAS_RESIDUAL=residual is not None, INTERPRETED=not x.is_cuda, PDL=has_pdl(x), **config,
     )  # fmt: skip
 
 
 def launch_linear(
     *, x: Tensor, weight: Tensor, scales: Tensor | None, norm_weight: Tensor | None, eps: float, residual: Tensor | None,
-    ahead: Tensor | None, ahead_scales: Tensor | None, always: bool,
+    always: bool,
 ) -> Tensor:  # fmt: skip
     """Checks the arguments of `linear` and runs the kernel for its rows; `always` as in `kernel_for`."""
     features, out_features = x.shape[-1], weight.shape[0]
@@ -258,9 +247,6 @@ def launch_linear(
     extra = None if residual is None else flat_rows(residual, name="residual", features=out_features)
     if norm_weight is not None:
         check_argument(norm_weight, name="norm_weight", shape=(features,), dtypes=FLOATS)
-    for tensor, name in ((ahead, "ahead"), (ahead_scales, "ahead_scales")):
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"{name} has strides {tensor.stride()}; supported: contiguous weights")
     rows = flat.shape[0]
     kernel = kernel_for(
         rows=rows, bits=bits, group=group, out_features=out_features, features=features,
@@ -277,7 +263,7 @@ def launch_linear(
         launch_gemm(**common)
     elif rows:
         launch: Callable[..., None] = launch_tile if kernel == "tile" else launch_gemv
-        launch(norm_weight=norm_weight, eps=eps, ahead=ahead, ahead_scales=ahead_scales, **common)
+        launch(norm_weight=norm_weight, eps=eps, **common)
     return y
 
 
@@ -289,18 +275,11 @@ def linear(
     norm_weight: Tensor | None = None,
     eps: float = 1e-6,
     residual: Tensor | None = None,
-    ahead: Tensor | None = None,
-    ahead_scales: Tensor | None = None,
 ) -> Tensor:
     """`reference_linear` on the GPU; the same arguments, by keyword. x, weight, norm_weight and residual contiguous.
-    ahead, ahead_scales: weight and scales of a linear layer that comes soon. They have no part in the result: the GEMV and the
-    tile bring them into L2, on Hopper and later (prefetch.py).
 
     `ValueError` for strides or dtypes that the kernels do not take."""
-    return launch_linear(
-        x=x, weight=weight, scales=scales, norm_weight=norm_weight, eps=eps, residual=residual, ahead=ahead,
-        ahead_scales=ahead_scales, always=False,
-    )  # fmt: skip
+    return launch_linear(x=x, weight=weight, scales=scales, norm_weight=norm_weight, eps=eps, residual=residual, always=False)
 
 
 @triton_op("moeexp::linear_tile", mutates_args=())
@@ -311,12 +290,7 @@ def linear_tile(
     norm_weight: Tensor | None = None,
     eps: float = 1e-6,
     residual: Tensor | None = None,
-    ahead: Tensor | None = None,
-    ahead_scales: Tensor | None = None,
 ) -> Tensor:
     """`linear`, with 1 to 32 rows always on the tile: for weights that the tile takes, int4 and int8 in groups of 64 or 128, a
     row's result does not depend, to the bit, on how many rows there are, up to 32 of them."""
-    return launch_linear(
-        x=x, weight=weight, scales=scales, norm_weight=norm_weight, eps=eps, residual=residual, ahead=ahead,
-        ahead_scales=ahead_scales, always=True,
-    )  # fmt: skip
+    return launch_linear(x=x, weight=weight, scales=scales, norm_weight=norm_weight, eps=eps, residual=residual, always=True)

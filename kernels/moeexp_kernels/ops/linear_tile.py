@@ -20,7 +20,6 @@ from moeexp_kernels.parts.int8_tile import GROUPS_SERVED, load_tile, multiply_ti
 from moeexp_kernels.parts.limbs import empty_limbs, limbs_of, store_limbs
 from moeexp_kernels.parts.matrix import FEATURES, GROUP, ROWS, at_row, matrix_format
 from moeexp_kernels.parts.pdl import after_previous, has_pdl, start_next
-from moeexp_kernels.parts.prefetch import ahead_lengths, bring_into_l2
 
 MOST_ROWS = 32
 
@@ -58,13 +57,13 @@ def limbs_kernel(
 
 @triton.jit
 def linear_tile_kernel(
-    limbs_ptr, units_ptr, w_ptr, s_ptr, res_ptr, y_ptr, ahead_ptr, ahead_s_ptr, M,
-    FORMAT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr,
+    limbs_ptr, units_ptr, w_ptr, s_ptr, res_ptr, y_ptr, M,
+    FORMAT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr,
     BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, PASSES: tl.constexpr,
     CACHE: tl.constexpr,
 ):  # fmt: skip
-    """y[m, n] of all M rows, COLUMNS at a time, BLOCKS times, and BLOCK_N outputs n a program. AHEAD as in `gemv_kernel`. Before
-    the wait it reads weights and nothing else: `limbs_kernel` relies on that."""
+    """y[m, n] of all M rows, COLUMNS at a time, BLOCKS times, and BLOCK_N outputs n a program. Before the wait it
+    reads weights and nothing else: `limbs_kernel` relies on that."""
     LIMBS: tl.constexpr = 3 if y_ptr.dtype.element_ty == tl.float32 else 2  # as `limbs_of`
     N: tl.constexpr = FORMAT[ROWS]
     K: tl.constexpr = FORMAT[FEATURES]
@@ -73,10 +72,6 @@ def linear_tile_kernel(
     w_ptr, s_ptr = at_row(w_ptr, s_ptr, start, FORMAT)
     rows_left = tl.minimum(N - start, BLOCK_N).to(tl.int32)
     tile = load_tile(w_ptr, s_ptr, rows_left, FORMAT, BLOCK_N, PASSES, CACHE)
-    if AHEAD[0]:  # behind this program's own reads, and before it waits
-        rows_left += bring_into_l2(ahead_ptr, AHEAD[0])
-    if AHEAD[1]:
-        rows_left += bring_into_l2(ahead_s_ptr, AHEAD[1])
     ready = after_previous(PDL)
     limbs_ptr += ready
     units_ptr += ready
@@ -140,19 +135,17 @@ def tile_constants(*, groups: int, config: dict, cuda: bool) -> dict:
 
 def launch_product(
     *, limbs: Tensor, units: Tensor, weight: Tensor, scales: Tensor, residual: Tensor | None, out: Tensor, bits: int,
-    group: int, ahead: Tensor | None = None, ahead_scales: Tensor | None = None, config: dict | None = None,
+    group: int, config: dict | None = None,
 ) -> None:  # fmt: skip
     """out [M, N] = residual + activations in limbs [M, LIMBS, K] @ weight.T; all flat, checked, and out contiguous."""
     rows, _, features = limbs.shape
-    out_features, pdl = weight.shape[0], has_pdl(limbs)
+    out_features = weight.shape[0]
     key = tile_key(bits=bits, out_features=out_features, features=features, rows=rows)
     config = config or tuning.lookup("linear_tile", key, tuning.architecture(limbs.device))
     wrap_triton(linear_tile_kernel)[(triton.cdiv(out_features, config["BLOCK_N"]),)](
-        limbs, units, weight, scales, out if residual is None else residual, out, weight if ahead is None else ahead,
-        scales if ahead_scales is None else ahead_scales, rows,
+        limbs, units, weight, scales, out if residual is None else residual, out, rows,
         FORMAT=matrix_format(weight, bits=bits, group=group), HAS_RESIDUAL=residual is not None,
-        INTERPRETED=not limbs.is_cuda, PDL=pdl, AHEAD=ahead_lengths(ahead, ahead_scales) if pdl else (0, 0),
-        BLOCKS=triton.cdiv(rows, config["COLUMNS"]), num_stages=1,
+        INTERPRETED=not limbs.is_cuda, PDL=has_pdl(limbs), BLOCKS=triton.cdiv(rows, config["COLUMNS"]), num_stages=1,
         **tile_constants(groups=triton.next_power_of_2(features // group), config=config, cuda=limbs.is_cuda),
     )  # fmt: skip
 
