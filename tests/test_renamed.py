@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import synthetic
 import yaml
 from test_cli import experiment
 
@@ -14,6 +15,7 @@ from moeexp.config.compose import compose
 from moeexp.record import renamed
 from moeexp.record.record import full_config, read_record
 from moeexp.report.command_line import arguments_of, given_of
+from moeexp.report.runs import runs_of
 
 DATA = Path(__file__).with_name("data")
 
@@ -95,6 +97,13 @@ def test_a_record_with_a_setting_that_is_gone_is_read_and_repeated_where_it_was_
     record["config"]["l2_prefetch"] = "x"
     with pytest.raises(ValueError, match="l2_prefetch='x' is not of type bool"):
         arguments_of(record)
+
+
+def test_a_setting_that_is_gone_is_what_runs_before_and_since_differ_in():
+    since = synthetic.record("cuda_graph=false")
+    before = [since | {"id": str(on), "config": since["config"] | {"l2_prefetch": on}} for on in (True, False)]
+    assert [run.settings for run in runs_of([since, before[0]])] == [{"l2_prefetch": "false"}, {"l2_prefetch": "true"}]
+    assert [run.settings for run in runs_of([since, before[1]])] == [{}, {}]
 
 
 def test_a_cell_of_the_ladder(capsys):

@@ -9,11 +9,13 @@ from typing import Any
 
 from moeexp.config.axes import KEPT_APART, LABELS, REPETITIONS, WORK
 from moeexp.record.record import is_prepared
+from moeexp.record.renamed import GONE
 from moeexp.report import intervals
 from moeexp.report.intervals import Interval, Speed, ratio
 from moeexp.report.records import cell_of, overrides_of, setting
 
 MACHINE = "machine"
+OFF = dict.fromkeys(GONE, False)  # what a run has of settings that are no more
 
 
 @dataclass(eq=False)
@@ -81,7 +83,7 @@ def unlike_weights(a: dict[str, Any], b: dict[str, Any]) -> str:
 
 def runs_of(records: Sequence[dict[str, Any]]) -> list[Run]:
     """In the order of the records. Records that have the same settings throughout get empty `settings`."""
-    configs = [flatten(record["config"]) | {MACHINE: machine(record)} for record in records]
+    configs = [flatten(OFF | record["config"]) | {MACHINE: machine(record)} for record in records]
     # A config that was never resolved differs from a resolved one in whatever resolving fills in.
     resolved = [(r, c) for r, c in zip(records, configs, strict=True) if is_prepared(r)]
     flat = [config for _, config in resolved] or configs
