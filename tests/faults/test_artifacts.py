@@ -160,8 +160,8 @@ def test_a_key_that_cannot_be_kept_stops_an_export_before_it_compiles(folder, mo
 
 
 def test_one_made_before_is_one_line(folder):
-    reseal(folder, lambda manifest: manifest.update(version=3))
-    assert "has version 3, this moeexp reads 4; export it again" in untouched(folder)
+    reseal(folder, lambda manifest: manifest.update(version=4))
+    assert "has version 4, this moeexp reads 5; export it again" in untouched(folder)
 
 
 OUTSIDE = ("../{}", "{}", "a/../../{}", "..", "", "C:\\{}", "\\{}", "a\0", "x" * 300)
