@@ -12,7 +12,7 @@ from moeexp.report.format import number, percent
 from moeexp.report.markup import escaped, markdown_table
 from moeexp.report.records import cell_of, load_records
 
-LONG = "long_prompts_qwen3_5_35b_a3b_int4_h100"
+LONG = "long_prompts_qwen3_5_35b_a3b_int4_h200"
 COMMON: dict[str, Callable[[dict[str, Any]], str]] = {
     "device memory, GiB": lambda record: number(record["memory_gib"].get("device_in_use")),
     "check": lambda record: "off" if record["check"] is None else "passed" if record["check"]["passed"] else "failed",

@@ -27,6 +27,7 @@ LADDER = "ladder_qwen3_5_35b_a3b_int4_h100"
 LADDER_START = "ladder_start_qwen3_5_35b_a3b_int4_h100"
 START = "start_qwen3_5_35b_a3b_int4_h200"
 FULLSIZE = "fullsize_qwen3_5_35b_a3b_int4_h200"
+FAMILY = "family_qwen3_5_122b_a10b_int4_h200"
 SOAK = "soak_h200/soak.json"
 TINY = "tiny_h100"
 EXAMPLE = "readme_example/record.json"
@@ -173,6 +174,25 @@ def start(results: Path) -> str:
     )
 
 
+def family(results: Path) -> str:
+    """Of the larger models of the family, a run each."""
+    records = load_records([results / FAMILY])
+    rows = [
+        [
+            code(f"model={record['config']['model']['name']}"), Markdown(f"**{number(record['decode_tok_s'])}**"),
+            number((record["token_latencies_ms"] or {}).get("p50")), percent(record["bandwidth_share"]),
+            number(record["bytes_per_token"]["total"] / 1e9), number(record["memory_gib"]["weights"]), _device_memory_of(record),
+            number(record["phases_s"]["weights"]),
+        ]
+        for record in records
+    ]  # fmt: skip
+    header = [
+        "model", "decode tok/s", "ms per token, p50", "of the measured read bandwidth", "GB a step", "weights, GiB",
+        "device memory, GiB", "weights made and quantised, s",
+    ]  # fmt: skip
+    return f"{markdown_table(header, rows)}\nOne {escaped(curves.gpus_of(records))}, one process each; every run's check passed."
+
+
 def tiny(results: Path) -> str:
     runs = runs_of(load_records([results / TINY]))
     rows = []
@@ -310,6 +330,7 @@ def _cells(line: str) -> list[str]:
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "headline": headline,
     "sequences": sequences,
+    "family": family,
     "prefill-by-prompt": curves.prefill_by_prompt,
     "decode-by-depth": curves.decode_by_depth,
     "soak": soak,
