@@ -54,7 +54,7 @@ def pack_group(
 ):  # fmt: skip
     """Packs one group of the row at x_ptr, times 1 + norm; PART: `of_one_group` of FORMAT. x is older than the kernel before
     this one; past L1, which may hold what lay there in another layer."""
-    PLANES: tl.constexpr = 4 if FORMAT[BITS] == 4 else 2
+    PAIRS: tl.constexpr = 4 if FORMAT[BITS] == 4 else 2
     first = group * FORMAT[GROUP]
     norm = load_norm(norm_ptr + first, True, PART)
     k = first + stored_features(PART)
@@ -67,10 +67,10 @@ def pack_group(
     vector = group * (PART[WORDS] // PART[VECTOR]) + tl.arange(0, PART[WORDS] // PART[VECTOR])
     for limb in tl.static_range(LIMBS):
         pairs, total = features[1 + limb]
-        for plane in tl.static_range(PLANES):
-            tl.store(packed_ptr + plane * FORMAT[WORDS] + word, pairs[plane])
-        tl.store(packed_ptr + PLANES * FORMAT[WORDS] + vector, total)
-        packed_ptr += PLANES * FORMAT[WORDS] + FORMAT[WORDS] // FORMAT[VECTOR]
+        for pair in tl.static_range(PAIRS):
+            tl.store(packed_ptr + pair * FORMAT[WORDS] + word, pairs[pair])
+        tl.store(packed_ptr + PAIRS * FORMAT[WORDS] + vector, total)
+        packed_ptr += PAIRS * FORMAT[WORDS] + FORMAT[WORDS] // FORMAT[VECTOR]
     tl.store(packed_ptr + vector, features[0].to(tl.int32, bitcast=True))
 
 

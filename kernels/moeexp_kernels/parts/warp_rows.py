@@ -66,8 +66,8 @@ def load_warp_rows(
 def load_words(packed_ptr, FORMAT: tl.constexpr, SPREAD: tl.constexpr):
     """What a packed row has for each word, to each warp: [W, C, 1, K]."""
     word = chunk_words(FORMAT, SPREAD)[None, :, :] + (tl.arange(0, SPREAD[WARPS]) * 0)[:, None, None]
-    plane = tl.load(packed_ptr + word, mask=word < FORMAT[FEATURES] * FORMAT[BITS] // 32, other=0)
-    return tl.expand_dims(plane, 2)
+    found = tl.load(packed_ptr + word, mask=word < FORMAT[FEATURES] * FORMAT[BITS] // 32, other=0)
+    return tl.expand_dims(found, 2)
 
 
 @triton.jit
