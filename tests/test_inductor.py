@@ -189,7 +189,7 @@ linear.has_pdl = lambda tensor: True  # as on Hopper, where a GEMV has instructi
 written = {}
 for method in ("prefill", "decode"):
     names = registry.resolve(default="triton", chosen={}, device="cuda")
-    ops = {op: registry.implementation(op, name) for op, name in names.items()}
+    ops = {op: registry.implementation(op, name) for op, name in names.items()} | registry.joined(names)
     known.clear()
     with model.attached(state):
         program = export_method(method, model, ops, batch=1, max_seq_len=64)
@@ -206,8 +206,8 @@ for method in ("prefill", "decode"):
         written.setdefault(key[0].fn.__name__, set()).update(
             result if isinstance(result, list) else (dependence.name for dependence in result.read_writes.writes)
         )
-assert written["choose_experts_kernel"] == {"ids_ptr", "weights_ptr", "trace_ptr"}, written
-assert written["gate_up_kernel"] == {"act_ptr"} and written["down_kernel"] == {"y_ptr"}, written
+assert written["choose_experts_kernel"] == {"ids_ptr", "weights_ptr", "trace_ptr", "packed_ptr"}, written
+assert written["gate_up_packed_kernel"] == {"act_ptr"} and written["down_kernel"] == {"y_ptr"}, written
 assert written["_decode_kernel"] == {"state", "raw"}, written
 assert written["gemv_kernel"] == {"y_ptr"}, written
 """
