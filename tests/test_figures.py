@@ -63,7 +63,7 @@ def test_a_changed_digit_is_named_and_written_anew(checkout, capsys):
 
 
 def test_another_record_is_another_figure(checkout, capsys):
-    record = checkout / "results" / "start_qwen3_5_35b_a3b_int4_h200" / "0" / "record.json"
+    record = checkout / "results" / "start_qwen3_5_35b_a3b_int4_h100" / "0" / "record.json"
     record.write_text(record.read_text().replace('"first_token_s": 1', '"first_token_s": 3'))
     assert figures.main(["--check", "docs/results.md"]) == 1
     assert "start is not what the records say" in capsys.readouterr().out

@@ -1,4 +1,5 @@
-"""Blocks of figures by the length of the prompt: how fast it is taken in, and how fast decoding goes on behind it."""
+"""Blocks of figures of runs that are one process each: by the length of the prompt, how fast it is taken in and how fast
+decoding goes on behind it; and of other models of the family."""
 
 from __future__ import annotations
 
@@ -9,10 +10,11 @@ from typing import Any
 from moeexp_runner.pieces import pieces
 
 from moeexp.report.format import number, percent
-from moeexp.report.markup import escaped, markdown_table
+from moeexp.report.markup import code, escaped, markdown_table
 from moeexp.report.records import cell_of, load_records
 
 LONG = "long_prompts_qwen3_5_35b_a3b_int4_h200"
+FAMILY = "family_qwen3_5_122b_a10b_int4_h200"
 COMMON: dict[str, Callable[[dict[str, Any]], str]] = {
     "device memory, GiB": lambda record: number(record["memory_gib"].get("device_in_use")),
     "check": lambda record: "off" if record["check"] is None else "passed" if record["check"]["passed"] else "failed",
@@ -41,6 +43,21 @@ def decode_by_depth(results: Path) -> str:
     return _curve(results, "depth", columns | COMMON)
 
 
+def family(results: Path) -> str:
+    """Models of the family beside the one that all other figures are of, a run each; nothing until one was measured."""
+    records = load_records([results / FAMILY]) if (results / FAMILY).exists() else []
+    columns: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "model": lambda record: code(f"model={record['config']['model']['name']}"),
+        "decode tok/s": lambda record: number(record["decode_tok_s"]),
+        "ms per token, p50": lambda record: number((record["token_latencies_ms"] or {}).get("p50")),
+        "of the measured read bandwidth": lambda record: percent(record["bandwidth_share"]),
+        "GB a step": lambda record: number(record["bytes_per_token"]["total"] / 1e9),
+        "weights, GiB": lambda record: number(record["memory_gib"]["weights"]),
+        "weights made and quantised, s": lambda record: number(record["phases_s"]["weights"]),
+    }
+    return _table(records, columns | COMMON)
+
+
 def gpus_of(records: Sequence[dict[str, Any]]) -> str:
     """What follows `one`: the name of their GPU, or of each where they are of several."""
     return " and one ".join(dict.fromkeys(record["environment"]["gpu"]["name"] for record in records))
@@ -54,9 +71,12 @@ def _curve(results: Path, kind: str, columns: dict[str, Callable[[dict[str, Any]
     folder = results / LONG
     found: Sequence[dict[str, Any]] = load_records([folder]) if folder.exists() else []
     found = [record for record in found if (cell_of(record) or "").startswith(kind) and record["status"] == "ok"]
+    return _table(sorted(found, key=lambda record: record["config"]["prompt_len"]), columns)
+
+
+def _table(found: Sequence[dict[str, Any]], columns: dict[str, Callable[[dict[str, Any]], Any]]) -> str:
     if not found:
         return ""
-    found.sort(key=lambda record: record["config"]["prompt_len"])
     table = markdown_table(list(columns), [[value(record) for value in columns.values()] for record in found])
     text = f"{table}\nOne {escaped(gpus_of(found))}, one process each."
     unchecked = any(record["check"] is None for record in found)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moeexp.record.record import read_record
+from moeexp.record.renamed import GONE
 from moeexp.report import axes_table, curves, processes
 from moeexp.report.effects import main_effects
 from moeexp.report.format import number, percent
@@ -25,9 +26,8 @@ from moeexp.report.waterfall import Step, waterfalls
 HEADLINE = "headline_qwen3_5_35b_a3b_int4_h100"
 LADDER = "ladder_qwen3_5_35b_a3b_int4_h100"
 LADDER_START = "ladder_start_qwen3_5_35b_a3b_int4_h100"
-START = "start_qwen3_5_35b_a3b_int4_h200"
+START = "start_qwen3_5_35b_a3b_int4_h100"
 FULLSIZE = "fullsize_qwen3_5_35b_a3b_int4_h200"
-FAMILY = "family_qwen3_5_122b_a10b_int4_h200"
 SOAK = "soak_h200/soak.json"
 TINY = "tiny_h100"
 EXAMPLE = "readme_example/record.json"
@@ -64,13 +64,20 @@ def headline(results: Path) -> str:
     weights = "random weights, " if record["random_weights"] else ""
     work = f"batch {config['batch']}, {config['prompt_len']} prompt and {config['new_tokens']} new tokens"
     line = f"{weights}{work}, every run's check passed; [records](results/{HEADLINE}). {_stalled(found.runs)}"
+    if gone := [word for word in record["command"] if _is_gone(word)]:
+        line += f" They also had {', '.join(map(code, gone))}, which is gone since."
     command = f"```console\n$ {_command(record)}\n```"
     return f"{markdown_table(header, rows)}\n{_prose(line[0].upper() + line[1:])}\n\n{command}"
 
 
 def _command(record: dict[str, Any]) -> str:
-    """As it was given, but for where it wrote."""
-    return shlex.join(word for word in record["command"] if not word.startswith(("hydra.", "tracker")))
+    """As it was given, but for where it wrote, and for settings that are gone."""
+    kept = (word for word in record["command"] if not word.startswith(("hydra.", "tracker")))
+    return shlex.join(word for word in kept if not _is_gone(word))
+
+
+def _is_gone(word: str) -> bool:
+    return word.lstrip("+~").partition("=")[0] in GONE
 
 
 def sequences(results: Path) -> str:
@@ -172,25 +179,6 @@ def start(results: Path) -> str:
         f"{markdown_table([f'one {curves.gpus_of(records)}', 'nothing cached', 'packages cached'], rows)}\n"
         "One process each, another seed in the second: no headline. Both passed their checks."
     )
-
-
-def family(results: Path) -> str:
-    """Of the larger models of the family, a run each."""
-    records = load_records([results / FAMILY])
-    rows = [
-        [
-            code(f"model={record['config']['model']['name']}"), Markdown(f"**{number(record['decode_tok_s'])}**"),
-            number((record["token_latencies_ms"] or {}).get("p50")), percent(record["bandwidth_share"]),
-            number(record["bytes_per_token"]["total"] / 1e9), number(record["memory_gib"]["weights"]), _device_memory_of(record),
-            number(record["phases_s"]["weights"]),
-        ]
-        for record in records
-    ]  # fmt: skip
-    header = [
-        "model", "decode tok/s", "ms per token, p50", "of the measured read bandwidth", "GB a step", "weights, GiB",
-        "device memory, GiB", "weights made and quantised, s",
-    ]  # fmt: skip
-    return f"{markdown_table(header, rows)}\nOne {escaped(curves.gpus_of(records))}, one process each; every run's check passed."
 
 
 def tiny(results: Path) -> str:
@@ -330,7 +318,7 @@ def _cells(line: str) -> list[str]:
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "headline": headline,
     "sequences": sequences,
-    "family": family,
+    "family": curves.family,
     "prefill-by-prompt": curves.prefill_by_prompt,
     "decode-by-depth": curves.decode_by_depth,
     "soak": soak,
