@@ -7,10 +7,11 @@ import torch
 from kernels_common import TOLERANCE, assert_bitwise_equal, assert_close_ratio, poisoned_empty, randn
 from moeexp_kernels.bench import candidates
 from moeexp_kernels.ops.moe import moe_decode, moe_decode_tile
+from moeexp_kernels.ops.moe_packed import packing
 from moeexp_kernels.ops.moe_prefill import moe_prefill
 from moeexp_kernels.ops.moe_reference import reference_moe_decode
 from moeexp_kernels.ops.moe_sort import sort_by_expert
-from moeexp_kernels.ops.router import reference_router, router
+from moeexp_kernels.ops.router import reference_router, router, router_packed
 from moeexp_kernels.parts import tuning
 from test_kernels_moe import choices, experts, route
 from tolerances import tolerance
@@ -52,6 +53,34 @@ def check(op, *, tokens, shapes, bits, dtype, k, routing=None, runs=20):
 @pytest.mark.parametrize("tokens", [1, 3, 8])
 def test_decode(tokens, bits, dtype):
     check(moe_decode, tokens=tokens, shapes=BIG, bits=bits, dtype=dtype, k=8)
+
+
+def on_packed_rows(*, x, norm_weight, eps, ids, weights, **stored):
+    """`moe_decode` of one or two tokens, on rows that a router packed."""
+    matrices = {name: value for name, value in stored.items() if "gate_up" in name}
+    trace = torch.zeros(*ids.shape, dtype=torch.int32, device=x.device)
+    _, _, packed = router_packed(
+        x=x, norm_weight=norm_weight, weight=x.new_zeros(ids.shape[-1], x.shape[-1]), eps=eps, top_k=ids.shape[-1],
+        positions=torch.zeros(1, dtype=torch.int64, device=x.device), expert_ids=trace,
+        **packing(**matrices, rows=x.shape[1], features=x.shape[-1]),
+    )  # fmt: skip
+    return moe_decode(x=x, norm_weight=norm_weight, eps=eps, ids=ids, weights=weights, packed=packed, **stored)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("bits", "shapes"), [(4, BIG), (8, BIG), (4, SMALL | {"group": 64}), (8, SMALL | {"group": 64})])
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_decode_on_packed_rows(tokens, bits, shapes, dtype):
+    """Also rows that are no power of 2 of words, and a shared expert wider than the others."""
+    check(on_packed_rows, tokens=tokens, shapes=shapes, bits=bits, dtype=dtype, k=8)
+
+
+def test_launch_parameters_of_packed_rows_change_no_bit():
+    arguments = many_tokens(torch.bfloat16, tokens=2)
+    row, expected = tuning.lookup("moe_gate_up_packed", "int4/2048x512"), on_packed_rows(**arguments)
+    for change in candidates.GATE_UP_PACKED:
+        with tuning.override("moe_gate_up_packed", "int4", row | change), poisoned_empty():
+            assert_bitwise_equal(on_packed_rows(**arguments), expected, f"{change}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

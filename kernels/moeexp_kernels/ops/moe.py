@@ -9,8 +9,9 @@ width.
                  rows of gate_up: I gate rows, then I up rows
     shared_gate_up [2*Is, D], shared_down [D, Is] likewise; shared_gate [1, D] plain
 
-Which experts a token takes: `router.py`; references: `moe_reference.py`. Experts of very few tokens: `moe_pairs.py`. Up to
-32 tokens, some of whose experts are the same: `moe_tile.py`. Many tokens: `moe_prefill.py`.
+Which experts a token takes: `router.py`; references: `moe_reference.py`. Experts of very few tokens: `moe_pairs.py`, and of one
+or two, whose rows the router packed, `moe_packed.py`. Up to 32 tokens, some of whose experts are the same: `moe_tile.py`. Many
+tokens: `moe_prefill.py`.
 """
 
 from __future__ import annotations

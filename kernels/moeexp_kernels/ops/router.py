@@ -10,6 +10,8 @@ Shape letters: B batch, T tokens of this call, D hidden, E experts, k experts pe
 `router` is two kernels, logits and choice: one CTA alone would read the weights at a hundredth of the GPU's bandwidth, and
 CTAs that hand over to one another, or a router fused into the expert kernels, won nothing (docs/log.md).
 
+`router_packed` also packs the normed row for the experts, in programs beside the choice, which would wait for the logits anyway.
+
 A rounded logit would change which experts are chosen, so the normed float32 row must keep its bits on tensor cores. With many
 rows and bfloat16 weights it is three bfloat16 limbs, h = a + b + c of 8 bits each, times the same weights.
 """
