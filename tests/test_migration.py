@@ -120,7 +120,7 @@ def test_every_stored_result_is_read_and_repeated(path):
     data = read_record(path)
     assert set(data) == {"schema", *record.KEYS} and data["status"] == "ok"
     assert data["decode_tok_s"] == pytest.approx(1e3 * data["config"]["batch"] / data["token_latencies_ms"]["mean"], rel=1e-4)
-    if data["config"]["l2_prefetch"] or any((op, name) in REMOVED for op, name in data["config"]["ops"].items()):
+    if data["config"].get("l2_prefetch") or any((op, name) in REMOVED for op, name in data["config"]["ops"].items()):
         with pytest.raises(ValueError, match="was removed"):
             arguments_of(data)
         return
