@@ -206,6 +206,24 @@ def test_decode_shapes(name, dtype, head_dim, heads, kv_heads):
     check_attention(DECODE[name], case)
 
 
+def one_by_one(op, case):
+    """The tokens of a case in calls of their own."""
+    calls = [
+        op(**{**case, "q": case["q"][:, [t]], "qkv": case["qkv"][:, [t]], "positions": case["positions"] + t})
+        for t in range(case["q"].shape[1])
+    ]
+    return torch.cat(calls, dim=1)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("tokens, positions, slots", [(2, [149, 2], 200), (3, [62], 96), (8, [30, 0], 130), (5, [3], 24)])
+def test_tokens_of_one_call_are_to_the_bit_those_of_calls_of_their_own(tokens, positions, slots, dtype):
+    """The last of the cases has one split."""
+    case = make_attention_case(len(positions), tokens, 4, 2, 32, dtype, positions, slots)
+    together = check_attention(ops.sdpa_decode_splitk, case)
+    common.assert_bitwise_equal(together, one_by_one(ops.sdpa_decode_splitk, case))
+
+
 @pytest.mark.parametrize("name", DECODE)
 def test_decode_of_nothing_is_zero(name):
     case = make_attention_case(2, 1, 4, 2, 32, F32, [-1, 40], 64)
@@ -320,7 +338,6 @@ def test_refusals():
     def refused(*words: str, op=ops.sdpa_decode_splitk, **changed):
         common.expect_value_error(lambda: op(**{**case, **changed}), *words)
 
-    refused("one token", "2", q=case["q"].repeat(1, 2, 1, 1), qkv=case["qkv"].repeat(1, 2, 1))
     refused("head dim 512", "256", **{key: make_attention_case(1, 1, 2, 1, 512, F32, [0], 2)[key] for key in case})
     refused("3 query heads over 2", q=case["q"][:, :, :3], op=ops.sdpa_prefill)
     refused("k_cache", "float16", k_cache=case["k_cache"].half(), op=ops.sdpa_decode_tiled)

@@ -146,6 +146,17 @@ def test_decode_carries_its_state(monkeypatch, split):
     check(gdn_decode, make_case(1, 4, (1, 2), (16, 16)), DECODE_TOL[F32], splits=[1] * 4)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("tokens, batch, width", [(2, 1, 4), (3, 2, 4), (5, 1, 4), (8, 1, 2), (4, 2, 9)])
+def test_tokens_of_one_call_are_to_the_bit_those_of_calls_of_their_own(tokens, batch, width, dtype):
+    case = make_case(batch, tokens, (1, 2), (16, 8), dtype, width=width)
+    check(gdn_decode, case, DECODE_TOL[dtype])
+    alone = run(gdn_decode, case, splits=[1] * tokens)
+    for splits in ([tokens], [1, tokens - 1]):
+        for together, one, name in zip(run(gdn_decode, case, splits), alone, ("output", *STATE), strict=True):
+            common.assert_bitwise_equal(together, one, f"{name}, {splits}")
+
+
 @pytest.mark.parametrize("width", [2, 3, 5, 9])
 def test_other_conv_widths(width):
     case = make_case(1, 3, (1, 2), (16, 8), width=width)
@@ -287,13 +298,13 @@ def test_refusals(op):
         wide = make_case(1, 1, (1, 2), (16, 16), width=10)
         refused("conv width 10", "2..9", conv_weight=wide["conv_weight"], conv_state=wide["conv_state"])
     else:
-        refused("one token", "gdn_prefill", proj=case["proj"].expand(1, 2, -1))
+        refused("1 to 32 tokens", "33", "gdn_prefill", proj=case["proj"].expand(1, 33, -1))
 
 
 def test_refused_calls_leave_the_state_alone():
-    case = make_case(1, 2, (1, 2), (16, 16))
+    case = make_case(1, 33, (1, 2), (16, 16))
     before = [case[name].clone() for name in STATE]
-    common.expect_value_error(lambda: gdn_decode(**case), "one token")
+    common.expect_value_error(lambda: gdn_decode(**case), "1 to 32 tokens")
     for name, expected in zip(STATE, before, strict=True):
         common.assert_bitwise_equal(case[name], expected, name)
 

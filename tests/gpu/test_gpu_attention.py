@@ -50,6 +50,15 @@ def test_decode(name, dtype, positions, slots):
     cases.check_attention(DECODE[name], case)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("tokens", [2, 3, 4, 8, 32])
+@pytest.mark.parametrize("positions, slots", [([0], 4096), ([4060, 511], 4096), ([62], 128), ([32_000], 65_536)])
+def test_tokens_of_one_call_are_to_the_bit_those_of_calls_of_their_own(positions, slots, tokens, dtype):
+    case = cases.make_attention_case(len(positions), tokens, HEADS, KV_HEADS, HEAD_DIM, dtype, positions, slots)
+    together = cases.check_attention(ops.sdpa_decode_splitk, case)
+    common.assert_bitwise_equal(together, cases.one_by_one(ops.sdpa_decode_splitk, case))
+
+
 @pytest.mark.parametrize("name", DECODE)
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 96, 128, 256])

@@ -69,6 +69,18 @@ def test_decode_carries_its_state(dtype):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("batch", [1, 3, 9])
+@pytest.mark.parametrize("tokens", [2, 3, 4, 8, 32])
+def test_tokens_of_one_call_are_to_the_bit_those_of_calls_of_their_own(tokens, batch, dtype):
+    case = fresh(batch, tokens, *REAL, dtype)
+    check(gdn_decode, case, DECODE_TOL[dtype])
+    alone = run(gdn_decode, case, splits=[1] * tokens)
+    for together, one, name in zip(run(gdn_decode, case), alone, ("output", *STATE), strict=True):
+        common.assert_bitwise_equal(together, one, name)
+    common.assert_bitwise_stable(lambda: run(gdn_decode, case), 5)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("tokens", FAULT_LENGTHS)
 def test_prefill_fault_table_lengths(tokens, dtype):
     case = fresh(1, tokens, (2, 4), (128, 128), dtype)

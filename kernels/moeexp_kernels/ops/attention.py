@@ -80,7 +80,8 @@ def _attend_kernel(
     HEADS: tl.constexpr, SPLITS: tl.constexpr, INTERPRETED: tl.constexpr, HAS_VALID_LEN: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid (Hkv, tiles * SPLITS, B). Row r of a key-value head is token r // GROUP, query head r % GROUP of its group.
+    """Grid (Hkv, tiles * SPLITS, B), where row r of a key-value head is token r // GROUP, query head r % GROUP of its group.
+    With SPLITS beyond 1 (Hkv, SPLITS, B * T): one token a program, whose splits are then those of a call of its own.
 
     INTERPRETED: float32 products of bfloat16, of which Triton's interpreter multiplies the bit patterns."""
     HKV: tl.constexpr = HEADS[KV_HEADS]
@@ -97,17 +98,20 @@ def _attend_kernel(
     partial_sums += ready
     partial_stats += ready
     kv_head, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    own, count = b * 0, tokens  # the first token of this program's rows, and how many they are of
+    if SPLITS > 1:
+        own, b, count = b % tokens, b // tokens, 1
     split = tl.program_id(1) % SPLITS
     # Late tokens see the most slots: start them first, so that the last programs to run are short ones.
     tile = tl.num_programs(1) // SPLITS - 1 - tl.program_id(1) // SPLITS
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     t, head = row // GROUP, kv_head * GROUP + row % GROUP
     d = tl.arange(0, BLOCK_D)
-    used = (t < tokens)[:, None] & (d < DH)[None, :]
-    position = tl.load(positions + b).to(tl.int32)
-    last = tl.where(t < tokens, position + t, -1)
+    used = (t < count)[:, None] & (d < DH)[None, :]
+    position = (tl.load(positions + b) + own).to(tl.int32)
+    last = tl.where(t < count, position + t, -1)
     first_t = tile * BLOCK_M // GROUP
-    last_t = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, tokens - 1)
+    last_t = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, count - 1)
     if HAS_VALID_LEN:
         last_t = tl.minimum(last_t, tl.load(lengths + b).to(tl.int32) - 1)
     kv_len = tl.maximum(tl.minimum(position + last_t + 1, slots), 0)
@@ -115,7 +119,7 @@ def _attend_kernel(
     plain = tl.maximum(tl.minimum(position + first_t + 1, kv_len), 0) // BLOCK_N * BLOCK_N
     begin, end = _split_range(kv_len, split, BLOCK_N, SPLITS)
 
-    t_wide = t.to(tl.int64)
+    t_wide = own + t
     q_cells = b * q_stride_b + t_wide[:, None] * q_stride_t + (head * DH)[:, None] + d[None, :]
     q_tile = tl.load(q + q_cells, mask=used, other=0.0)
     if INTERPRETED and q.dtype.element_ty == tl.bfloat16:
@@ -147,7 +151,7 @@ def _attend_kernel(
         tl.store(out + out_cells, (result * tl.sigmoid(gate)).to(out.dtype.element_ty), mask=used)
     else:
         # One token: row r is query head r. Splits beyond the slots in use write nothing, and the merge reads nothing there.
-        cell = ((b * SPLITS + split) * HKV + kv_head) * GROUP + row
+        cell = (((b * tokens + own) * SPLITS + split) * HKV + kv_head) * GROUP + row
         written = row < tl.where(begin < end, GROUP, 0)
         tl.store(partial_sums + cell[:, None] * DH + d[None, :], acc, mask=written[:, None] & (d < DH)[None, :])
         tl.store(partial_stats + cell * 2, largest, mask=written)
@@ -156,29 +160,30 @@ def _attend_kernel(
 
 @triton.jit
 def _merge_kernel(
-    partial_sums, partial_stats, qkv, positions, out, slots, qkv_stride_b,
+    partial_sums, partial_stats, qkv, positions, out, tokens, slots, qkv_stride_b, qkv_stride_t,
     H: tl.constexpr, DH: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Grid (H, blocks of Dh, B): exact sum of the splits' partial softmaxes, in split order, times sigmoid(gate).
+    """Grid (H, blocks of Dh, B * T): exact sum of the splits' partial softmaxes, in split order, times sigmoid(gate).
 
     Gate and positions were complete before the previous kernel, which reads the same row and positions; past L1."""
-    head, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    head, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    b, t = row // tokens, row % tokens
     positions += start_next(PDL)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = d < DH
     split = tl.arange(0, SPLITS)
-    position = tl.load(positions + b, cache_modifier=".cg").to(tl.int32)
+    position = (tl.load(positions + b, cache_modifier=".cg") + t).to(tl.int32)
     kv_len = tl.maximum(tl.minimum(position + 1, slots), 0)
     begin, end = _split_range(kv_len, split, BLOCK_N, SPLITS)
     written = begin < end
-    gate_cells = b * qkv_stride_b + head * 2 * DH + DH + d
+    gate_cells = b * qkv_stride_b + t * qkv_stride_t + head * 2 * DH + DH + d
     gate = tl.load(qkv + gate_cells, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
     ready = after_previous(PDL)
     partial_sums += ready
     partial_stats += ready
     out += ready
-    cell = (b * SPLITS + split) * H + head
+    cell = (row * SPLITS + split) * H + head
     largest = tl.load(partial_stats + cell * 2, mask=written, other=float("-inf"))
     total = tl.load(partial_stats + cell * 2 + 1, mask=written, other=0.0)
     sums = tl.load(partial_sums + cell[:, None] * DH + d[None, :], mask=written[:, None] & inside[None, :], other=0.0)
@@ -186,7 +191,7 @@ def _merge_kernel(
     share = tl.exp2(largest - tl.where(pivot == float("-inf"), 0.0, pivot))
     whole = tl.sum(total * share, 0)
     result = tl.sum(sums * share[:, None], 0) / tl.where(whole > 0.0, whole, 1.0)
-    tl.store(out + (b * H + head) * DH + d, (result * tl.sigmoid(gate)).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + (row * H + head) * DH + d, (result * tl.sigmoid(gate)).to(out.dtype.element_ty), mask=inside)
 
 
 def check_cache(k_cache: Tensor, v_cache: Tensor, qkv: Tensor, heads: int) -> None:
@@ -239,7 +244,7 @@ def _attend(q, qkv, k_cache, v_cache, positions, out, sums, stats, *, splits, ti
     """`out` is written if splits is 1, else `sums` and `stats`; callers pass `q` for what is neither read nor written."""
     batch, tokens, heads, head_dim = q.shape
     kv_heads, slots = k_cache.shape[1], k_cache.shape[2]
-    wrap_triton(_attend_kernel)[(kv_heads, tiles * splits, batch)](
+    wrap_triton(_attend_kernel)[(kv_heads, tiles * splits, batch if splits == 1 else batch * tokens)](
         q, qkv, k_cache, v_cache, positions, positions if valid_len is None else valid_len, out, sums, stats, tokens, slots,
         q.stride(0), q.stride(1), qkv.stride(0), qkv.stride(1), k_cache.stride(0), k_cache.stride(1),
         HEADS=(kv_heads, heads // kv_heads, head_dim, block_d(head_dim)), SPLITS=splits, INTERPRETED=not q.is_cuda,
@@ -276,12 +281,13 @@ def sdpa_decode_tiled(q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, 
 
 @triton_op("moeexp::sdpa_decode_splitk", mutates_args=())
 def sdpa_decode_splitk(q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor) -> Tensor:
-    """`reference_sdpa` at T = 1, the slots in use of each key-value head split over programs. [B, 1, H*Dh].
+    """`reference_sdpa` of a few tokens, each with its slots of each key-value head split over programs, as many as for one
+    token: to the bit what a call for each computes. [B, T, H*Dh].
 
     The grid is fixed by S, the work by `positions`: a short context in a large cache reads only those in use."""
     batch, tokens, heads, head_dim = q.shape
-    if tokens != 1:
-        raise ValueError(f"sdpa_decode splitk takes one token a call, not {tokens}; choose `tiled`, or prefill them")
+    if not isinstance(tokens, int):
+        raise ValueError(f"sdpa_decode splitk takes a fixed number of tokens a call, not {tokens}; choose `tiled`, or prefill them")
     check_cache(k_cache, v_cache, qkv, heads)
     _check_queries(q, qkv, k_cache.shape[3], positions)
     kv_heads, slots = k_cache.shape[1], k_cache.shape[2]
@@ -290,16 +296,15 @@ def sdpa_decode_splitk(q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor,
     splits = splitk_splits(
         batch=batch, kv_heads=kv_heads, slots=slots, block_n=config["BLOCK_N"], programs=programs
     )  # fmt: skip
-    out = torch.empty((batch, 1, heads * head_dim), dtype=q.dtype, device=q.device)
     if splits == 1:
-        _attend(q, qkv, k_cache, v_cache, positions, out, q, q, splits=1, tiles=1, config=config)
-        return out
-    sums = torch.empty((batch, splits, heads, head_dim), dtype=torch.float32, device=q.device)
-    stats = torch.empty((batch, splits, heads, 2), dtype=torch.float32, device=q.device)
+        return _unsplit(q, qkv, k_cache, v_cache, positions, config)
+    out = torch.empty((batch, tokens, heads * head_dim), dtype=q.dtype, device=q.device)
+    sums = torch.empty((batch * tokens, splits, heads, head_dim), dtype=torch.float32, device=q.device)
+    stats = torch.empty((batch * tokens, splits, heads, 2), dtype=torch.float32, device=q.device)
     _attend(q, qkv, k_cache, v_cache, positions, q, sums, stats, splits=splits, tiles=1, config=config)
     merge = tuned("attention_merge", q)
-    wrap_triton(_merge_kernel)[(heads, triton.cdiv(head_dim, merge["BLOCK_D"]), batch)](
-        sums, stats, qkv, positions, out, slots, qkv.stride(0),
+    wrap_triton(_merge_kernel)[(heads, triton.cdiv(head_dim, merge["BLOCK_D"]), batch * tokens)](
+        sums, stats, qkv, positions, out, tokens, slots, qkv.stride(0), qkv.stride(1),
         H=heads, DH=head_dim, SPLITS=splits, BLOCK_N=config["BLOCK_N"], BLOCK_D=merge["BLOCK_D"],
         PDL=has_pdl(q), num_warps=merge["num_warps"],
     )  # fmt: skip

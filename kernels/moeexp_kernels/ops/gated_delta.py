@@ -32,6 +32,7 @@ from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.pdl import after_previous, has_pdl, start_next
 
 FEW_PROGRAMS = 64  # batch * Hk up to which an H100 is far from full: the table's key says `few`, else `many`
+MAX_TOKENS = 32  # of one call, each of them code of its own
 MAX_HEAD_DIM = 128  # a whole [Dk, Dv] float32 state tile stays in registers
 
 
@@ -107,14 +108,18 @@ def _store_conv_state(conv_state, first, count, values, WIDTH: tl.constexpr, BLO
 
 
 @triton.jit
-def _conv_past(conv_state, conv_weight, channels, inside, WIDTH: tl.constexpr):
-    """The causal conv's sum over the inputs before this token, and the newest tap, for `channels` [...] of one sequence;
-    float32. Reads nothing of this token."""
+def _conv_past(proj, conv_state, conv_weight, channels, inside, stride_t, TOKEN: tl.constexpr, WIDTH: tl.constexpr):
+    """The causal conv's sum over the inputs before a token of this call, and the newest tap, for `channels` [...] of one
+    sequence; float32. Reads nothing of that token, and for the first one nothing of this call."""
     newest = tl.load(conv_weight + channels * WIDTH + WIDTH - 1, mask=inside, other=0.0).to(tl.float32)
     mixed = newest * 0.0
     for tap in tl.static_range(WIDTH - 1):
         weight = tl.load(conv_weight + channels * WIDTH + tap, mask=inside, other=0.0).to(tl.float32)
-        mixed += tl.load(conv_state + channels * (WIDTH - 1) + tap, mask=inside, other=0.0).to(tl.float32) * weight
+        if TOKEN + tap < WIDTH - 1:
+            seen = tl.load(conv_state + channels * (WIDTH - 1) + TOKEN + tap, mask=inside, other=0.0)
+        else:
+            seen = tl.load(proj + (TOKEN + tap - (WIDTH - 1)) * stride_t + channels, mask=inside, other=0.0)
+        mixed += seen.to(tl.float32) * weight
     return mixed, newest
 
 
@@ -127,12 +132,13 @@ def _conv_now(proj, channels, inside, past, newest):
 
 @triton.jit
 def _decode_kernel(
-    proj, conv_weight, a_log, dt_bias, conv_state, state, raw, stride_b,
-    L2_EPS: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr,
-    SPLIT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PDL: tl.constexpr,
+    proj, conv_weight, a_log, dt_bias, conv_state, state, raw, stride_b, stride_t,
+    TOKENS: tl.constexpr, L2_EPS: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    WIDTH: tl.constexpr, SPLIT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (Hv * SPLIT, B), SPLIT programs of BV columns for each value head: the state, in place, and S^T q into `raw`
-    [B, Hv, Dv] float32. The conv state is left alone, because several programs read the same channels of it.
+    """Grid (Hv * SPLIT, B), SPLIT programs of BV columns for each value head: the state, in place, which is read once and
+    written once for all TOKENS, and S^T q of each into `raw` [B, T, Hv, Dv] float32. The conv state is left alone, because
+    several programs read the same channels of it.
 
     A barrier stands between the loads and the stores of state: where a tile has fewer elements than the CTA has threads,
     several warps load the same element."""
@@ -147,16 +153,17 @@ def _decode_kernel(
     proj += batch * stride_b
     conv_state += batch * CHANNELS * (WIDTH - 1)
     state += (batch * HV + head) * (DK * DV)
+    raw += (batch * TOKENS * HV + head) * DV
     tile = rows[:, None] * DV + cols[None, :]
 
-    # What was there before this token, the state first: it is most of the bytes.
-    old = tl.load(state + tile, mask=in_tile, other=0.0)
+    # What was there before this call, the state first: it is most of the bytes.
+    held = tl.load(state + tile, mask=in_tile, other=0.0)
     q_channel = head // (HV // HK) * DK + rows
     k_channel = HK * DK + q_channel
     v_channel = 2 * HK * DK + head * DV + cols
-    q_past, q_newest = _conv_past(conv_state, conv_weight, q_channel, in_k, WIDTH)
-    k_past, k_newest = _conv_past(conv_state, conv_weight, k_channel, in_k, WIDTH)
-    v_past, v_newest = _conv_past(conv_state, conv_weight, v_channel, in_v, WIDTH)
+    q_past, q_newest = _conv_past(proj, conv_state, conv_weight, q_channel, in_k, stride_t, 0, WIDTH)
+    k_past, k_newest = _conv_past(proj, conv_state, conv_weight, k_channel, in_k, stride_t, 0, WIDTH)
+    v_past, v_newest = _conv_past(proj, conv_state, conv_weight, v_channel, in_v, stride_t, 0, WIDTH)
     a_log_h = tl.load(a_log + head)
     dt_bias_h = tl.load(dt_bias + head)
 
@@ -164,56 +171,66 @@ def _decode_kernel(
     proj += ready
     state += ready
     raw += ready
-    q = _conv_now(proj, q_channel, in_k, q_past, q_newest)
-    k = _conv_now(proj, k_channel, in_k, k_past, k_newest)
-    v = _conv_now(proj, v_channel, in_v, v_past, v_newest)
-    b = tl.load(proj + CHANNELS + HV * DV + head).to(tl.float32)
-    a = tl.load(proj + CHANNELS + HV * DV + HV + head).to(tl.float32)
-    log_decay, beta = _gates(a, b, a_log_h, dt_bias_h)
-    decay = tl.exp(log_decay)
-    q_norm = tl.rsqrt(tl.sum(q * q, axis=0) + L2_EPS) * DK**-0.5
-    k_norm = tl.rsqrt(tl.sum(k * k, axis=0) + L2_EPS)
-    qk = tl.sum(q * k, axis=0) * q_norm * k_norm
-    # S_new^T q = decay S^T q + (k.q) delta: both reductions run over the old tile, with one wait instead of two; and the l2
-    # norms are applied to their results, so that the tile waits for no other reduction.
-    seen = tl.sum(old * k[:, None], axis=0) * k_norm
-    asked = tl.sum(old * q[:, None], axis=0) * q_norm
-    delta = beta * (v - decay * seen)
-    tl.debug_barrier()
-    tl.store(state + tile, old * decay + k[:, None] * (k_norm * delta)[None, :], mask=in_tile)
     # As a tile of which the first row is stored: as a vector it would change its layout, for which all warps write the same
     # values to the same shared memory.
     first = in_v[None, :] & (rows == 0)[:, None]
-    tl.store(
-        raw + (batch * HV + head) * DV + (cols[None, :] + rows[:, None] * 0), (decay * asked + qk * delta)[None, :], mask=first
-    )
+    for token in tl.static_range(TOKENS):
+        row = proj + token * stride_t
+        if token > 0:
+            q_past, q_newest = _conv_past(proj, conv_state, conv_weight, q_channel, in_k, stride_t, token, WIDTH)
+            k_past, k_newest = _conv_past(proj, conv_state, conv_weight, k_channel, in_k, stride_t, token, WIDTH)
+            v_past, v_newest = _conv_past(proj, conv_state, conv_weight, v_channel, in_v, stride_t, token, WIDTH)
+        q = _conv_now(row, q_channel, in_k, q_past, q_newest)
+        k = _conv_now(row, k_channel, in_k, k_past, k_newest)
+        v = _conv_now(row, v_channel, in_v, v_past, v_newest)
+        b = tl.load(row + CHANNELS + HV * DV + head).to(tl.float32)
+        a = tl.load(row + CHANNELS + HV * DV + HV + head).to(tl.float32)
+        log_decay, beta = _gates(a, b, a_log_h, dt_bias_h)
+        decay = tl.exp(log_decay)
+        q_norm = tl.rsqrt(tl.sum(q * q, axis=0) + L2_EPS) * DK**-0.5
+        k_norm = tl.rsqrt(tl.sum(k * k, axis=0) + L2_EPS)
+        qk = tl.sum(q * k, axis=0) * q_norm * k_norm
+        # S_new^T q = decay S^T q + (k.q) delta: both reductions run over the held tile, with one wait instead of two; and the
+        # l2 norms are applied to their results, so that the tile waits for no other reduction.
+        seen = tl.sum(held * k[:, None], axis=0) * k_norm
+        asked = tl.sum(held * q[:, None], axis=0) * q_norm
+        delta = beta * (v - decay * seen)
+        held = held * decay + k[:, None] * (k_norm * delta)[None, :]
+        if token == TOKENS - 1:
+            tl.debug_barrier()
+            tl.store(state + tile, held, mask=in_tile)
+        tl.store(
+            raw + token * HV * DV + (cols[None, :] + rows[:, None] * 0), (decay * asked + qk * delta)[None, :], mask=first
+        )
 
 
 @triton.jit
 def _finish_kernel(
-    proj, norm_weight, conv_state, raw, out, stride_b,
-    EPS: tl.constexpr, HV: tl.constexpr, DV: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
+    proj, norm_weight, conv_state, raw, out, stride_b, stride_t,
+    TOKENS: tl.constexpr, EPS: tl.constexpr, HV: tl.constexpr, DV: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
     SLICE: tl.constexpr, BV: tl.constexpr, FLAT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """After `_decode_kernel`, grid (Hv, B): gated norm of one head, conv state of SLICE channels.
+    """After `_decode_kernel`, grid (Hv, B, TOKENS): gated norm of one head of one token, and, by the programs of the first
+    one, the conv state of SLICE channels.
 
     Only `raw` is the previous kernel's result. What else is read lies there since before that kernel, which reads it too;
     past L1, which may hold what an older token left there."""
-    head = tl.program_id(0)
+    head, token = tl.program_id(0), tl.program_id(2)
     batch = tl.program_id(1).to(tl.int64)
     proj += batch * stride_b + start_next(PDL)
     conv_state += batch * CHANNELS * (WIDTH - 1)
     cols = tl.arange(0, BV)
     in_v = cols < DV
     first = head * SLICE
-    count = tl.minimum(SLICE, CHANNELS - first)
-    z = tl.load(proj + CHANNELS + head * DV + cols, mask=in_v, other=0.0, cache_modifier=".cg").to(tl.float32)
+    count = tl.where(token == 0, tl.minimum(SLICE, CHANNELS - first), 0)
+    z = tl.load(proj + token * stride_t + CHANNELS + head * DV + cols, mask=in_v, other=0.0, cache_modifier=".cg").to(tl.float32)
     gate = tl.load(norm_weight + cols, mask=in_v, other=0.0).to(tl.float32) * z * tl.sigmoid(z)
-    kept = _next_conv_state(proj, conv_state, first, count, 1, 0, WIDTH, FLAT, ".cg")
+    kept = _next_conv_state(proj, conv_state, first, count, TOKENS, stride_t, WIDTH, FLAT, ".cg")
     ready = after_previous(PDL)
-    o = tl.load(raw + ready + (batch * HV + head) * DV + cols, mask=in_v, other=0.0)
+    cell = ((batch * TOKENS + token) * HV + head) * DV + cols
+    o = tl.load(raw + ready + cell, mask=in_v, other=0.0)
     y = o * tl.rsqrt(tl.sum(o * o, axis=0) / DV + EPS) * gate
-    tl.store(out + ready + (batch * HV + head) * DV + cols, y.to(out.dtype.element_ty), mask=in_v)
+    tl.store(out + ready + cell, y.to(out.dtype.element_ty), mask=in_v)
     tl.debug_barrier()
     _store_conv_state(conv_state + ready, first, count, kept, WIDTH, FLAT)
 
@@ -233,18 +250,21 @@ def gdn_decode(
     head_v_dim: int,
     eps: float,
 ) -> Tensor:
-    """T = 1, `reference_gdn_decode` ("recurrent"): the state is read once and written once, in place; a second, small kernel
-    does what needs a whole head (the gated norm) or every program's reads done (the conv state).
+    """`reference_gdn_decode` ("recurrent") of a few tokens, one after the other: the state is read once and written once, in
+    place; a second, small kernel does what needs a whole head (the gated norm) or every program's reads done (the conv state).
+    To the bit what as many calls of one token compute.
 
-    Shapes as in the module's docstring; conv_state and recurrent_state are mutated. `ValueError` for head dims over 128, a
-    conv width below 2, a dtype other than float32 or bfloat16, or strides that `check_gdn` names."""
+    Shapes as in the module's docstring; conv_state and recurrent_state are mutated. `ValueError` for a T that is over 32 or
+    symbolic, head dims over 128, a conv width below 2, a dtype other than float32 or bfloat16, or strides that `check_gdn`
+    names."""
     check_gdn(
         proj=proj, conv_weight=conv_weight, a_log=a_log, dt_bias=dt_bias, norm_weight=norm_weight, conv_state=conv_state,
         recurrent_state=recurrent_state, num_k_heads=num_k_heads, num_v_heads=num_v_heads, head_k_dim=head_k_dim,
         head_v_dim=head_v_dim,
     )  # fmt: skip
-    if proj.shape[1] != 1:
-        raise ValueError(f"gdn_decode takes one token per call, got {proj.shape[1]}; use gdn_prefill")
+    tokens = proj.shape[1]
+    if not isinstance(tokens, int) or not 0 < tokens <= MAX_TOKENS:
+        raise ValueError(f"gdn_decode takes 1 to {MAX_TOKENS} tokens per call, got {tokens}; use gdn_prefill")
     batch, (channels, width) = proj.shape[0], conv_weight.shape
     pad_k, pad_v = triton.next_power_of_2(head_k_dim), triton.next_power_of_2(head_v_dim)
     key = f"{pad_k}x{pad_v}/{'few' if batch * num_k_heads <= FEW_PROGRAMS else 'many'}"
@@ -252,15 +272,16 @@ def gdn_decode(
     split, per_program = min(tuned["split"], pad_v), triton.cdiv(channels, num_v_heads)
     # At least four elements of the tile a thread: with fewer, threads hold the same ones and write them to the same places.
     warps = max(1, min(tuned["num_warps"], pad_k * pad_v // split // (32 * 4)))
-    raw = torch.empty(batch, num_v_heads, head_v_dim, dtype=torch.float32, device=proj.device)
-    out = torch.empty(batch, 1, num_v_heads * head_v_dim, dtype=proj.dtype, device=proj.device)
-    common = {"HV": num_v_heads, "DV": head_v_dim, "WIDTH": width, "PDL": has_pdl(proj)}
+    raw = torch.empty(batch, tokens, num_v_heads, head_v_dim, dtype=torch.float32, device=proj.device)
+    out = torch.empty(batch, tokens, num_v_heads * head_v_dim, dtype=proj.dtype, device=proj.device)
+    strides = proj.stride(0), proj.stride(1)
+    common = {"TOKENS": tokens, "HV": num_v_heads, "DV": head_v_dim, "WIDTH": width, "PDL": has_pdl(proj)}
     wrap_triton(_decode_kernel)[(num_v_heads * split, batch, 1)](
-        proj, conv_weight, a_log, dt_bias, conv_state, recurrent_state, raw, proj.stride(0), L2_EPS=L2_EPS,
+        proj, conv_weight, a_log, dt_bias, conv_state, recurrent_state, raw, *strides, L2_EPS=L2_EPS,
         HK=num_k_heads, DK=head_k_dim, SPLIT=split, BK=pad_k, BV=pad_v // split, num_warps=warps, **common,
     )  # fmt: skip
-    wrap_triton(_finish_kernel)[(num_v_heads, batch, 1)](
-        proj, norm_weight, conv_state, raw, out, proj.stride(0), EPS=eps, CHANNELS=channels, SLICE=per_program, BV=pad_v,
+    wrap_triton(_finish_kernel)[(num_v_heads, batch, tokens)](
+        proj, norm_weight, conv_state, raw, out, *strides, EPS=eps, CHANNELS=channels, SLICE=per_program, BV=pad_v,
         FLAT=triton.next_power_of_2(per_program * (width - 1)), num_warps=4, **common,
     )  # fmt: skip
     return out

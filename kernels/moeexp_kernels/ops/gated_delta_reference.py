@@ -102,7 +102,7 @@ def reference_gdn_decode(
     head_v_dim: int,
     eps: float,
 ) -> Tensor:
-    """T = 1. A handful of traced torch ops; the recurrent definition."""
+    """A few tokens, T no symbol: for each a handful of traced torch ops; the recurrent definition."""
     q, k, v, z, g, beta, new_conv_state = inputs_of(
         proj, conv_weight, a_log, dt_bias, conv_state, num_k_heads, num_v_heads, head_k_dim, head_v_dim
     )
