@@ -21,7 +21,8 @@ from moeexp_runner.explicit import ExplicitState
 from rich.console import Console
 
 from moeexp import cli
-from moeexp.check.verify import check_replay, generated_ids, record_trace, verify
+from moeexp.check.traces import check_replay, record_trace
+from moeexp.check.verify import generated_ids, verify
 from moeexp.config.compose import compose
 from moeexp.config.resolve import resolve
 from moeexp.config.validate import validate

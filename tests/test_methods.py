@@ -14,7 +14,7 @@ from moeexp_kernels import registry
 from rich.console import Console
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from moeexp.check.verify import record_trace
+from moeexp.check.traces import record_trace
 from moeexp.config.compose import compose
 from moeexp.config.quantisation import NEVER_QUANTISED
 from moeexp.config.resolve import resolve

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Callable, Hashable
 from dataclasses import replace
@@ -11,16 +10,13 @@ from typing import Any
 
 import torch
 from moeexp_kernels.ops.sample import reference_scores, reference_support
-from moeexp_runner.pieces import piece_sizes
-from moeexp_runner.session import Session
 from torch import Tensor
 
-from moeexp.check.bits_per_byte import position_slices
 from moeexp.check.check import Trace, check_float32, check_timed, check_tokens, check_trace
 from moeexp.check.reference import ReferenceRun, generate_reference, run_reference
 from moeexp.check.tolerances import Part, make_part, measured
+from moeexp.check.traces import check_replay, record_trace
 from moeexp.check.weight_agreement import check_weights
-from moeexp.config.memory_need import on_host
 from moeexp.config.schema import Config
 from moeexp.config.sources import weights_folder
 from moeexp.model.config_agreement import text_config
@@ -103,6 +99,8 @@ def verify(
             parts.append(check_replay(stack, trace))
     if parts[0].passed:
         parts += _against_reference(cfg, stack, config, trace, phases, references)
+    if parts[0].passed and cfg.verify_tokens:
+        parts += _of_steps_together(cfg, stack, config, trace, phases, references)
     failures = [f"{part.name}: {line}" for part in parts for line in part.failures()]
     return {
         "passed": all(part.passed for part in parts),
@@ -115,6 +113,22 @@ def verify(
         ),
         "generated_ids": generated_ids(trace),
     }
+
+
+def _of_steps_together(
+    cfg: Config, stack: Stack, config: Any, trace: Trace, phases: Phases, references: References
+) -> list[Part]:
+    """The same tokens, `verify_tokens` a step: judged as those of decode steps are. Their logits differ by rounding where rows
+    of a step meet other kernels than one row does, and with them the experts that are chosen."""
+    fed, count = trace.token_ids, trace.prompt_len
+    with phases("check: verify trace"):
+        together = record_trace(
+            stack, fed[:, :count].contiguous(), fed.shape[1] - count + 1, forced=fed[:, count:], together=cfg.verify_tokens
+        )
+    parts = [check_trace(together, config)]
+    if parts[0].passed:
+        parts += _against_reference(cfg, stack, config, together, phases, references, together=cfg.verify_tokens)
+    return [replace(part, name=f"verify {part.name}") for part in parts]
 
 
 def first_divergence(name: str, first: Trace, trace: Trace) -> dict[str, Any] | None:
@@ -143,88 +157,6 @@ def generated_ids(trace: Trace) -> list[list[int]]:
     return new.tolist()
 
 
-@torch.no_grad()
-def record_trace(stack: Stack, prompt: Tensor, new_tokens: int, *, forced: Tensor | None = None) -> Trace:
-    """Decodes `new_tokens` from prompt [B, T] through the session, keeping every logit and the final state. `forced`
-    [B, >= new_tokens - 1] is fed instead of what the sampler chooses."""
-    session, (batch, count) = stack.session, prompt.shape
-    length = count + new_tokens - 1
-    vocab, dtype = session.vocab_size, stack.model.embed_tokens.weight.dtype
-    where = "cpu" if on_host(batch * length * vocab * dtype.itemsize) else stack.device
-    kept = torch.empty(batch, length, vocab, dtype=dtype, device=where)
-    for positions in _position_sets(session, count):
-        session.reset()
-        kept.index_copy_(1, positions.to(where), session.prefill(prompt, positions).to(where))
-    # As a generation asks for them: of one position the head is another kernel, and at a tie it may choose another token.
-    session.reset()
-    logits = session.prefill(prompt).clone()
-    kept[:, count - 1 : count] = logits
-    fed = [prompt]
-    for step in range(new_tokens - 1):
-        token = session.sample(logits) if forced is None else forced[:, step : step + 1]
-        fed.append(token)
-        logits = session.decode(token).clone()
-        kept[:, count + step : count + step + 1] = logits
-    state = stack.arena.snapshot()
-    ids = [state.pop(f"layers.{i}.expert_ids")[:, :length] for i in range(stack.arch.num_hidden_layers)]
-    return Trace(
-        token_ids=torch.cat(fed, dim=1),
-        prompt_len=prompt.shape[1],
-        logits=kept,
-        expert_ids=torch.stack(ids).long(),
-        states=state,
-        next_token=session.sample(logits)[:, 0] if forced is None else None,
-    )
-
-
-def _position_sets(session: Session, count: int) -> list[Tensor]:
-    """Positions 0..count-1 in as few sets as there are slices of a piece: a prefill for each, and each piece's logits small."""
-    step = len(position_slices(session, count)[0])
-    places = torch.cat([torch.arange(size, device=session.device) for size in piece_sizes(count, session.prefill_chunk)])
-    return [(places // step == i).nonzero()[:, 0] for i in range(int(places.max()) // step + 1)]
-
-
-@torch.no_grad()
-def check_replay(stack: Stack, trace: Trace) -> Part:
-    """The prompt and two decode steps, by the methods run eagerly and by graph replay: bitwise equal."""
-    eager, eager_state = _prompt_and_steps(stack, trace, replay=False)
-    replayed, replayed_state = _prompt_and_steps(stack, trace, replay=True)
-    tolerances = [measured("replay.bitwise", _differing(eager[name], replayed[name]), name) for name in eager]
-    for name, tensor in eager_state.items():
-        differing = _differing(tensor, replayed_state[name])
-        if differing:
-            tolerances.append(measured("replay.bitwise", differing, name))
-    return make_part("replay", tolerances, {"outputs": len(eager), "state_tensors": len(eager_state)})
-
-
-def _prompt_and_steps(stack: Stack, trace: Trace, *, replay: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Outputs by name, and the state at the end: of what is captured, or of the same calls made eagerly."""
-    session, prompt = stack.session, trace.token_ids[:, : trace.prompt_len].contiguous()
-    session.reset()
-    last = torch.tensor([trace.prompt_len - 1], device=session.device)
-    logits = session.prefill(prompt, None if replay else last).clone()
-    outputs = {"logits of the prompt": logits}
-    steps = range(min(2, session.max_seq_len - trace.prompt_len))
-    token = session.sample(logits)
-    if replay and session.loop is not None:
-        session.loop.start(token, trace.prompt_len)
-        for step in steps:
-            outputs[f"logits of decode step {step}"] = session.loop.step().clone()
-            outputs[f"token of decode step {step}"] = session.loop.token.clone()
-        return outputs, stack.arena.snapshot()
-    with contextlib.nullcontext() if replay else session.eager():
-        for step in steps:
-            outputs[f"logits of decode step {step}"] = logits = session.decode(token).clone()
-            outputs[f"token of decode step {step}"] = token = session.sample(logits).clone()
-    return outputs, stack.arena.snapshot()
-
-
-def _differing(a: Tensor, b: Tensor) -> int:
-    """Elements that are not the same bits."""
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return int((a.view(bits) != b.view(bits)).sum())
-
-
 def snapshot_of(cfg: Config) -> Path | None:
     """What the weights are compared with. Those from a seed have no names but ours, and an artifact no snapshot beside it."""
     return weights_folder(cfg.model) if cfg.artifact is None else None
@@ -239,8 +171,9 @@ def check_snapshot(cfg: Config, model: Qwen35MoE, phases: Phases) -> Part:
 
 
 def _against_reference(
-    cfg: Config, stack: Stack, config: Any, trace: Trace, phases: Phases, references: References
+    cfg: Config, stack: Stack, config: Any, trace: Trace, phases: Phases, references: References, *, together: int = 1
 ) -> list[Part]:
+    """together: as of `record_trace`, by which the trace was made."""
     weights = DequantisedWeights(stack.model)
     tokens = (digest(trace.token_ids), trace.prompt_len)
 
@@ -261,10 +194,10 @@ def _against_reference(
     if cfg.dtype == "float32":
         # The timed methods are the float32 methods: part (a) judges them directly, with the stricter limits.
         parts = [check_float32(trace, reference), check_tokens(trace, reference, gumbel=gumbel)]
-        return parts + _against_generate(cfg, stack, trace, phases)
+        return parts if together > 1 else parts + _against_generate(cfg, stack, trace, phases)
     # Its eager methods know no graph and no compiler.
-    alike = (*tokens, cfg.dispatch, cfg.state, cfg.max_seq_len, tuple(sorted(stack.ops.items())))
-    parts = [references.get("float32", alike, lambda: _float32_twin(cfg, stack, config, trace, run, phases))]
+    alike = (*tokens, cfg.dispatch, cfg.state, cfg.max_seq_len, together, tuple(sorted(stack.ops.items())))
+    parts = [references.get("float32", alike, lambda: _float32_twin(cfg, stack, config, trace, run, phases, together))]
     bf16 = run("bf16 baseline", torch.bfloat16, None)
     reference_on_bf16 = run("bf16 reference", torch.float32, bf16.expert_ids)
     with phases("check: compare"):
@@ -305,7 +238,7 @@ def gumbel_scores(cfg: Config, trace: Trace) -> Callable[[Tensor, int], Tensor]:
 
 def _float32_twin(
     cfg: Config, stack: Stack, config: Any, trace: Trace, run: Callable[[str, torch.dtype, Tensor], ReferenceRun],
-    phases: Phases,
+    phases: Phases, together: int,
 ) -> Part:  # fmt: skip
     """Part (a) for a run in another dtype: the same ops, weights and tokens with float32 activations."""
     with phases("check: float32"):
@@ -315,7 +248,7 @@ def _float32_twin(
             fed = trace.token_ids
             twin_trace = record_trace(
                 twin, fed[:, : trace.prompt_len].contiguous(), fed.shape[1] - trace.prompt_len + 1,
-                forced=fed[:, trace.prompt_len :],
+                forced=fed[:, trace.prompt_len :], together=together,
             )  # fmt: skip
         finally:
             twin.close()

@@ -93,6 +93,10 @@ class Config:
         "tokens of a prompt that one call of prefill takes; a longer one goes through in even pieces; 0: the whole prompt in one",
         default=8192, role=AXIS, least=0, most=MANY, no_effect=(TOKEN_BY_TOKEN, TRANSFORMERS),
     )  # fmt: skip
+    verify_tokens: int = axis(
+        "beside decoding, a step of so many tokens of each sequence, as speculative decoding verifies its drafts with, on the "
+        "tokens that decoding chose; 0: none", default=0, role=AXIS, least=0, most=32, part_of=[ARTIFACT], only={TRANSFORMERS: 0},
+    )  # fmt: skip
     pdl: bool = axis(
         "programmatic dependent launch: in a captured decode step a kernel fetches its weights while the one before it runs",
         default=True, role=AXIS, no_effect=(ON_CPU, BEFORE_HOPPER, WITHOUT_GRAPH),

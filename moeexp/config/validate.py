@@ -101,8 +101,25 @@ def _check_axes(cfg: Config, device: str) -> None:
             "profile=budget says how long a decode step takes, and with check=off no speed is published: use check=inline or "
             "check=separate, or profile=off"
         )
+    if cfg.verify_tokens:
+        _check_verify(cfg)
     if cfg.cuda_graph == "all" and not cfg.prefill_graph_lengths:
         raise ValueError("cuda_graph=all needs prefill_graph_lengths, and it is empty: name one, or use cuda_graph=loop")
+
+
+def _check_verify(cfg: Config) -> None:
+    if cfg.verify_tokens == 1:
+        raise ValueError("verify_tokens=1 is a decode step: use 2 to 32, or 0 for none")
+    if cfg.dispatch != "dual":
+        raise ValueError(
+            f"verify_tokens={cfg.verify_tokens} is a method beside prefill and decode, and dispatch={cfg.dispatch} has no such "
+            "two: use dispatch=dual, or verify_tokens=0"
+        )
+    if cfg.new_tokens <= cfg.verify_tokens:
+        raise ValueError(
+            f"verify_tokens={cfg.verify_tokens} with new_tokens={cfg.new_tokens}: a step takes tokens that decoding has fed, one "
+            f"fewer than it makes: use new_tokens={cfg.verify_tokens + 1} or more, or fewer verify_tokens"
+        )
 
 
 def _check_prompt(cfg: Config, arch: Architecture) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 # Of a run that is ok and whose check passed.
 SPEEDS = (
-    "decode_tok_s", "prefill_tok_s", "ttft_s", "bandwidth_share", "joules_per_token", "stalls", "energy",
+    "decode_tok_s", "prefill_tok_s", "ttft_s", "bandwidth_share", "joules_per_token", "stalls", "energy", "verify",
 )  # fmt: skip
 
 # What a speed can be worked out from. Where the check passed it stays, also of a run that was interrupted then.

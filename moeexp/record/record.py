@@ -67,6 +67,7 @@ KEYS = (
     "prefill_tok_s",
     "ttft_s",
     "stalls",
+    "verify",
     "token_latencies_ms",
     "prefill_latencies_ms",
     "ttft_latencies_ms",

@@ -101,6 +101,14 @@ class Stalls(Shape):
     decode_tok_s: Positive
 
 
+class VerifySteps(Shape):
+    tokens: Annotated[int, Field(ge=2, le=32)]
+    passes: Count
+    steps: Count
+    step_ms: Positive
+    decode_steps: Positive | None = None
+
+
 class ToleranceShape(Shape):
     tolerance: str
     value: Outcome
@@ -294,6 +302,7 @@ class Whole(Shape):
     prefill_tok_s: Positive | None = None
     ttft_s: Amount | None = None
     stalls: Stalls | None = None
+    verify: VerifySteps | None = None
     token_latencies_ms: Latencies | None = None
     prefill_latencies_ms: Latencies | None = None
     ttft_latencies_ms: Latencies | None = None

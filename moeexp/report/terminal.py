@@ -157,6 +157,9 @@ def _speed_rows(record: dict[str, Any]) -> list[LabelledText]:
         if record["random_weights"]:
             text.append("  (random weights)", style="yellow not bold")
         rows.append(("decode", text))
+    if verify := record["verify"]:
+        steps = f", {number(verify['decode_steps'])} decode steps" if verify["decode_steps"] else ""
+        rows.append(("verify", f"{verify['tokens']} tokens of a sequence in {number(verify['step_ms'])} ms{steps}"))
     stalls = record["stalls"]
     if stalls and stalls["count"]:
         delay = f"{stalls['count']}, {number(stalls['total_ms'])} ms in all, the longest {number(stalls['longest_ms'])} ms"

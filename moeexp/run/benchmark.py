@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from moeexp_runner import energy, stalls, timing
 from moeexp_runner.session import Session
 from torch import Tensor
@@ -31,6 +32,8 @@ class Benchmark:
     steps in `decode_s`, which made `tokens`, and `prefills` in `prefills_s`. With `eos` a sequence that has ended runs along
     until all have: its steps take their time, and what they make is no token of an answer and not counted.
 
+    With `verify_tokens` a round begins with steps of so many tokens over what the generation before it chose, in `verify_s`.
+
     prompt [B, T] int64, on the session's device; `eos`: ids that end a generation, or None."""
 
     cfg: Config
@@ -41,6 +44,8 @@ class Benchmark:
     samples: timing.Samples = field(default_factory=timing.Samples)
     rounds: list[dict[str, Any]] = field(default_factory=list)
     ids: list[list[int]] = field(default_factory=list)  # of the last generation
+    verify_s: list[float] = field(default_factory=list)  # of each pass over a generation
+    verify_steps: int = 0  # of all passes
     seconds: float = 0.0
 
     def warm_up(self) -> None:
@@ -53,6 +58,8 @@ class Benchmark:
 
     def round(self) -> None:
         samples, cfg = self.samples, self.cfg
+        if cfg.verify_tokens and self.ids:
+            self._verify()
         prefills, firsts, tokens = len(samples.prefill_s), len(samples.ttft_s), len(samples.token_s)
         start, least = time.perf_counter(), cfg.min_time_s / cfg.repeats
         for _ in range(MAX_PREFILLS):
@@ -83,6 +90,8 @@ class Benchmark:
     def enough(self) -> bool:
         """Rounds, samples and time, all three."""
         cfg = self.cfg
+        if cfg.verify_tokens and len(self.rounds) < 2:  # the first has none to verify
+            return False
         count = max(len(self.samples.token_s), len(self.samples.ttft_s))
         return len(self.rounds) >= cfg.repeats and count >= cfg.min_samples and self.seconds >= cfg.min_time_s
 
@@ -94,6 +103,8 @@ class Benchmark:
             "ttft_s": statistics.median(samples.ttft_s),
             "rounds": self.rounds,
         }
+        if self.verify_s:
+            found["verify"] = self._verified()
         if samples.token_s:
             latencies = [1e3 * value for value in samples.token_s]
             ahead = cfg.loop_ahead if cfg.cuda_graph in ("loop", "all") else 1
@@ -118,6 +129,22 @@ class Benchmark:
         read = energy.counter(self.session.device)
         found = energy.of_decoding(generate, self.cfg.new_tokens, read=read)
         return {} if found is None else {"energy": found, "joules_per_token": found["joules"] / found["tokens"]}
+
+    def _verify(self) -> None:
+        count, fed = self.cfg.verify_tokens, min(map(len, self.ids)) - 1  # the last token of a generation is not fed
+        tokens = torch.tensor([row[:fed] for row in self.ids], device=self.session.device)
+        steps = [tokens[:, i : i + count].contiguous() for i in range(0, fed - count + 1, count)]
+        if steps:
+            self.verify_s.append(timing.time_verify(self.session, self.prompt, steps))
+            self.verify_steps += len(steps)
+
+    def _verified(self) -> dict[str, Any]:
+        """The record's `verify`: the mean time of a step over all passes, and how many decode steps take as long."""
+        step_s, own = math.fsum(self.verify_s) / self.verify_steps, self.step_s()
+        return {
+            "tokens": self.cfg.verify_tokens, "passes": len(self.verify_s), "steps": self.verify_steps,
+            "step_ms": round(1e3 * step_s, 5), "decode_steps": None if own is None else round(step_s / own, 4),
+        }  # fmt: skip
 
     def _generate(self) -> None:
         samples, record = self.samples, self.record

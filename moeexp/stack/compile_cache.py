@@ -38,18 +38,20 @@ TRACING = tuple(f"{__package__}.{name}" for name in ("factory", "methods", "indu
 @dataclass(frozen=True)
 class MethodSpec:
     """What, beside the code and its libraries, decides a method's graph. `settings`: those of the table of axes that are
-    part of the compile key, see `axes.compiled_in`; `ops` by their identities."""
+    part of the compile key, see `axes.compiled_in`; `ops` by their identities. count: tokens of each sequence in a call, where
+    they are a fixed number."""
 
     method: str
     settings: dict[str, Any]
     padded: bool = False
+    count: int = 1
 
     @property
     def device(self) -> str:
         return self.settings["device"]
 
     def plain(self) -> dict[str, Any]:
-        return {"method": self.method, "padded": self.padded} | self.settings
+        return {"method": self.method, "padded": self.padded, "count": self.count} | self.settings
 
 
 @dataclass(frozen=True)

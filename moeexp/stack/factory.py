@@ -28,7 +28,7 @@ from moeexp.record.phases import Phases
 from moeexp.stack import allocator, artifact
 from moeexp.stack.compile_cache import Artifact, key_of, source_digest
 from moeexp.stack.inductor import loading
-from moeexp.stack.methods import AtOne, example_inputs, session_methods, torch_compiled
+from moeexp.stack.methods import STEPS, AtOne, example_inputs, session_methods, torch_compiled
 from moeexp.stack.packages import MethodBuilder, by_none, device_of, op_names, package, package_specs
 
 # Share of the quantisable weight bytes (embedding apart) that default settings must quantise: below it, something was
@@ -147,10 +147,13 @@ def build_stack(
     builder = MethodBuilder(cfg, model, names, arena.tensors, made_ahead)
     methods, artifacts = EXPORTERS[cfg.export](builder, phases)
     prefill, decode = session_methods(cfg.dispatch, methods, padded=builder.padded)
+    verify = methods.get("verify")
     with phases("capture") if cfg.cuda_graph else phases("session"):
         session = Session(
             prefill=prefill,
             decode=decode,
+            verify=verify,
+            verify_tokens=cfg.verify_tokens,
             sample=sampler_of(cfg.sampler, names["sample"], device="cpu" if copy_outputs else device),
             arena=ExplicitState(arena) if cfg.state == "explicit" else arena,
             batch=cfg.batch,
@@ -200,15 +203,15 @@ def _torch_compiled_methods(builder: MethodBuilder, phases: Phases):
     cfg, methods = builder.cfg, {}
     # Of our ops Inductor\'s own cache knows the name alone: code that an earlier version\'s were compiled into would run.
     torch.compiler.config.cache_key_tag = source_digest()
-    for name in builder.methods:
+    for name, count in builder.methods.items():
         methods[name] = torch_compiled(builder.module(name))
         inputs = example_inputs(
             name, batch=cfg.batch, device=builder.model.norm.device,
-            padded=builder.padded and name != "decode", state=tuple(builder.state.values()),
+            padded=builder.padded and name not in STEPS, state=tuple(builder.state.values()), count=count,
         )  # fmt: skip
         with phases(f"compile {name}"), torch.no_grad():
             methods[name](*inputs)
-            if name != "decode":
+            if name not in STEPS:
                 methods[name](*inputs[:2], inputs[2][:1].clone(), *inputs[3:])
             if name in ("forward", "cond"):
                 state = tuple(builder.state.values())

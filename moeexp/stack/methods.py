@@ -2,6 +2,7 @@
 
     prefill   (tokens [B, T], positions [B], logit_positions [n], valid_len [B]?, *state?) -> logits [B, n, V]
     decode    (token [B, 1], positions [B], *state?) -> logits [B, 1, V]
+    verify    (tokens [B, T], positions [B], *state?) -> logits [B, T, V], a decode step of T tokens of each sequence, T fixed
     forward   as prefill, for any T in one method: ops choose when they run (dispatch=single)
     cond      as prefill, for any T in one method: torch.cond chooses between the two (dispatch=cond)
 
@@ -28,6 +29,8 @@ from moeexp.model.qwen3_5_moe import Ops, Qwen35MoE
 from moeexp.stack.inductor import declare_arrays_once_per_writer, remember_kernel_analyses, telling_constants_apart
 
 METHODS = ("prefill", "decode")
+# Of a fixed number of tokens, all of whose logits they return.
+STEPS = ("decode", "verify")
 # dispatch -> the methods that it is made of.
 OF_DISPATCH = {
     "dual": METHODS,
@@ -58,11 +61,11 @@ class Method(nn.Module):
         assert not (state_names and attached_state), "state is explicit or attached, not both"
         self.model, self.ops, self.name = model, ops, name
         self.state_names, self.attached_state = state_names, attached_state
-        self.padded = padded and name != "decode"
+        self.padded = padded and name not in STEPS
 
     def forward(self, tokens: Tensor, positions: Tensor, *more: Tensor) -> Tensor | tuple[Tensor, ...]:
         if self.name != "cond":
-            return self._run({"forward": "single"}.get(self.name, self.name), tokens, positions, *more)
+            return self._run({"forward": "single", "verify": "decode"}.get(self.name, self.name), tokens, positions, *more)
         inputs = (tokens, positions, *more)
         if not torch.compiler.is_compiling():
             return self._one([], *inputs) if tokens.shape[1] == 1 else self._many([], *inputs)
@@ -80,7 +83,7 @@ class Method(nn.Module):
 
     def _run(self, phase: str, tokens: Tensor, positions: Tensor, *more: Tensor, cut: bool = False):
         rest = list(more)
-        logit_positions = None if self.name == "decode" else rest.pop(0)
+        logit_positions = None if self.name in STEPS else rest.pop(0)
         valid_len = rest.pop(0) if self.padded else None
         # Clones: what a method is given stays as it is. In a compiled method they are the buffers that it returns.
         new = {name: tensor.clone() for name, tensor in zip(self.state_names, rest, strict=True)}
@@ -99,7 +102,7 @@ def _check_sizes(sizes: list[tuple[int, ...]], inputs: tuple[Tensor, ...]) -> No
 
 
 # As in the module's docstring: (model, ops, *, state_names=(), attached_state=None, padded=False).
-MODULES = {name: partial(Method, name=name) for name in ("prefill", "decode", "forward", "cond")}
+MODULES = {name: partial(Method, name=name) for name in ("prefill", "decode", "verify", "forward", "cond")}
 
 
 def session_methods(dispatch: str, methods: dict[str, Callable], *, padded: bool = False) -> tuple[Callable | None, Callable]:
@@ -139,11 +142,12 @@ class AtOne:
 
 
 def example_inputs(
-    method: str, *, batch: int, device: torch.device, padded: bool = False, state: tuple[Tensor, ...] = ()
+    method: str, *, batch: int, device: torch.device, padded: bool = False, state: tuple[Tensor, ...] = (), count: int = 1
 ) -> tuple[Tensor, ...]:
+    """count: tokens of each sequence, of a method of `STEPS`."""
     positions = torch.zeros(batch, dtype=torch.int64, device=device)
-    if method == "decode":
-        return torch.zeros(batch, 1, dtype=torch.int64, device=device), positions, *state
+    if method in STEPS:
+        return torch.zeros(batch, count, dtype=torch.int64, device=device), positions, *state
     # Neither T nor n may equal 1 or each other here: export would take that for a law.
     tokens = torch.zeros(batch, 7, dtype=torch.int64, device=device)
     valid_len = (torch.full_like(positions, 5),) if padded else ()
@@ -159,16 +163,19 @@ def export_method(
     max_seq_len: int,
     padded: bool = False,
     state: dict[str, Tensor] | None = None,
+    count: int = 1,
 ) -> ExportedProgram:
     """`model` has its state attached (`Qwen35MoE.attached`), or `state` (an example of each tensor) is explicit. Buffers keep
-    their names (`model.layers.0.…`) in every method. All of these may be FakeTensors: shapes are all that counts."""
+    their names (`model.layers.0.…`) in every method. count: as of `example_inputs`. All of these may be FakeTensors: shapes are all that counts."""
     remember_kernel_analyses()
     state = state or {}
     module = MODULES[method](model, ops, state_names=tuple(state), padded=padded).eval()
-    inputs = example_inputs(method, batch=batch, device=model.norm.device, padded=padded, state=tuple(state.values()))
+    inputs = example_inputs(
+        method, batch=batch, device=model.norm.device, padded=padded, state=tuple(state.values()), count=count
+    )  # fmt: skip
     more: list[dict | None] = [None] * (len(inputs) - 2)
     tokens = None
-    if method != "decode":
+    if method not in STEPS:
         tokens = {1: Dim("T", min=1, max=max_seq_len)}
         more[0] = {0: Dim("n", min=1, max=max_seq_len)}
     shapes = {"tokens": tokens, "positions": None} | ({"more": tuple(more)} if more else {})

@@ -18,7 +18,7 @@ from moeexp.model.qwen3_5_moe import Qwen35MoE, state_shapes
 from moeexp.model.weights import unfilled
 from moeexp.record.environment import compute_capability
 from moeexp.stack.compile_cache import Artifact, MethodSpec, get_or_compile
-from moeexp.stack.methods import MODULES, OF_DISPATCH, Method, export_method
+from moeexp.stack.methods import MODULES, OF_DISPATCH, STEPS, Method, export_method
 
 
 def device_of(cfg: Config) -> torch.device:
@@ -37,8 +37,15 @@ def _pads(cfg: Config) -> bool:
 
 def names_in(method: str, names: dict[str, str]) -> dict[str, str]:
     """What of `names` is in a method: the sampler is in none, and a prefill method has no op that is for one token."""
-    other = {"prefill": "_decode", "decode": "_prefill"}.get(method, "nothing")
-    return {op: name for op, name in names.items() if op != "sample" and not op.endswith(other)}
+    other = {"prefill": "_decode"} | dict.fromkeys(STEPS, "_prefill")
+    return {op: name for op, name in names.items() if op != "sample" and not op.endswith(other.get(method, "nothing"))}
+
+
+def methods_of(cfg: Config) -> dict[str, int]:
+    """{method: tokens of each sequence that a call takes, 1 where that is no fixed number of several}, in the order of the
+    config's dispatch."""
+    methods = dict.fromkeys(OF_DISPATCH[cfg.dispatch], 1)
+    return methods | {"verify": cfg.verify_tokens} if cfg.verify_tokens else methods
 
 
 def by_none(key: str) -> bool:
@@ -71,8 +78,8 @@ class MethodBuilder:
         return _pads(self.cfg)
 
     @property
-    def methods(self) -> tuple[str, ...]:
-        return OF_DISPATCH[self.cfg.dispatch]
+    def methods(self) -> dict[str, int]:
+        return methods_of(self.cfg)
 
     def ops(self) -> dict[str, Callable]:
         ops = {op: registry.implementation(op, name) for op, name in self.names.items()} | registry.joined(self.names)
@@ -89,13 +96,13 @@ def package_specs(cfg: Config) -> list[MethodSpec]:
     """Of the methods of a resolved config that are compiled as packages, in the order of its dispatch."""
     arch, names = load_architecture(cfg.model), op_names(cfg)
     found = []
-    for method in OF_DISPATCH[cfg.dispatch]:
+    for method, count in methods_of(cfg).items():
         settings = axes.compiled_in(cfg, compute_capability(cfg.device)) | {
             "architecture": arch.to_hf(),
             "ops": registry.identities(names_in(method, names)),
             "skip": sorted(cfg.quant.skip),
         }
-        found.append(MethodSpec(method, settings, padded=_pads(cfg) and method != "decode"))
+        found.append(MethodSpec(method, settings, padded=_pads(cfg) and method not in STEPS, count=count))
     return found
 
 
@@ -115,7 +122,7 @@ def package(cfg: Config, spec: MethodSpec) -> Artifact:
         with model.attached(builder.attached_state):
             return export_method(
                 spec.method, model, builder.ops(), batch=cfg.batch, max_seq_len=cfg.max_seq_len, padded=spec.padded,
-                state=builder.state,
+                state=builder.state, count=spec.count,
             )  # fmt: skip
 
     return get_or_compile(spec, export)

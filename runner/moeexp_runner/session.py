@@ -25,6 +25,7 @@ class Session:
 
     prefill     (tokens, positions, logit_positions) -> logits; None: prompts go through `decode`, token by token
     decode      (token, positions) -> logits
+    verify      (tokens [B, verify_tokens], positions) -> logits of them all: a step of several tokens of each sequence, or None
     arena       an `Arena`, or an `ExplicitState`: then both methods take and return the state tensors as well
     cuda_graph  False, "decode" (or True), "loop" (sampling and feedback inside), "all" (and prefill, at given lengths)
     padded      prefill has one more input, valid_len [B]: how many of its tokens count
@@ -38,6 +39,8 @@ class Session:
         *,
         prefill: Callable[..., Tensor] | None,
         decode: Callable[..., Tensor],
+        verify: Callable[..., Tensor] | None = None,
+        verify_tokens: int = 0,
         sample: Callable[..., Tensor],
         arena: State,
         batch: int,
@@ -57,16 +60,18 @@ class Session:
         self.arena, self.batch, self.max_seq_len, self.vocab_size = arena, batch, max_seq_len, vocab_size
         self.limits = inputs.Limits(batch, max_seq_len, vocab_size, device)
         self.device, self.copy_outputs, self.padded, self.prefill_chunk = device, copy_outputs, padded, prefill_chunk
-        self._prefill, self._decode, self._sample = prefill, decode, sample
+        self._prefill, self._decode, self._verify, self._sample = prefill, decode, verify, sample
         self._on_prefill, self._on_decode = (MethodStream(device, own=not shared_stream) for _ in range(2))
         self._token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self._positions = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._tokens = torch.zeros(batch, verify_tokens, dtype=torch.int64, device=device)
         self.length = 0
         self.overrun = 0  # steps that ran beyond the last token that was wanted; the state has seen them
         self.closed = self._eager = False
         self.graph: StepGraph | None = None
         self.loop: Loop | None = None
         self.prefill_graphs: PrefillGraphs | None = None
+        self.verify_graph: StepGraph | None = None
         if cuda_graph in (True, "decode"):
             self.graph = StepGraph(decode, (self._token, self._positions), arena, pdl=pdl)
         elif cuda_graph:
@@ -76,6 +81,8 @@ class Session:
             )  # fmt: skip
         if cuda_graph == "all" and prefill is not None:
             self.prefill_graphs = PrefillGraphs(prefill, arena, lengths=prefill_graph_lengths, batch=batch, device=device)
+        if cuda_graph and verify is not None:
+            self.verify_graph = StepGraph(verify, (self._tokens, self._positions), arena, swap=False, pdl=pdl)
         self.capture()
 
     def capture(self) -> None:
@@ -132,9 +139,29 @@ class Session:
         self.length += 1
         return logits
 
+    def verify(self, tokens: Tensor) -> Tensor:
+        """tokens [B, verify_tokens] int64, on the device: a decode step of as many tokens of each sequence, of which the state
+        has seen all afterwards. Returns logits [B, verify_tokens, V]."""
+        self._require_ready()
+        if self._verify is None:
+            raise RuntimeError("the session has no step of several tokens: it was made without a method `verify`")
+        if tokens.shape != self._tokens.shape:
+            raise ValueError(f"verify takes {list(self._tokens.shape)} tokens, got {list(tokens.shape)}")
+        inputs.check_tokens(self.limits, tokens, tokens.shape[1], start=self.length, ids=False)
+        self.arena.check_identity()
+        with torch.no_grad(), self._on_decode():
+            self._tokens.copy_(tokens)
+            self._positions.fill_(self.length)
+            if self.verify_graph is None or self._eager:
+                logits = self.arena.call(self._verify, self._tokens, self._positions)
+            else:
+                logits = self.verify_graph.replay(self._tokens, self._positions)
+        self.length += tokens.shape[1]
+        return logits
+
     @contextmanager
     def eager(self) -> Iterator[None]:
-        """Inside it `decode` runs the method itself; the captured step stays, and goes on from the same state afterwards."""
+        """Inside it `decode` and `verify` run the method itself; the captured step stays, and goes on from the same state afterwards."""
         before, self._eager = self._eager, True
         try:
             yield
@@ -175,7 +202,7 @@ class Session:
         self.closed = True
 
     def _graphs(self) -> list[StepGraph | Loop | PrefillGraphs]:
-        return [graph for graph in (self.prefill_graphs, self.graph, self.loop) if graph is not None]
+        return [graph for graph in (self.prefill_graphs, self.graph, self.loop, self.verify_graph) if graph is not None]
 
     def _prefill_pieces(self, tokens: Tensor, logit_positions: Tensor | None) -> Tensor:
         """Each piece from the position that the one before it reached. It makes logits of the wanted positions in it; where

@@ -84,6 +84,18 @@ def time_prefill(session: Session, tokens: Tensor, samples: Samples) -> None:
     samples.prefill_s.append(time.perf_counter() - start)
 
 
+def time_verify(session: Session, prompt: Tensor, steps: Sequence[Tensor]) -> float:
+    """Seconds that the steps [B, T] behind prompt [B, n] take together, none of them waited for by itself. Resets first."""
+    session.reset()
+    session.prefill(prompt)
+    synchronize(session.device)
+    start = time.perf_counter()
+    for tokens in steps:
+        session.verify(tokens)
+    synchronize(session.device)
+    return time.perf_counter() - start
+
+
 def read_bandwidth(device: torch.device, *, megabytes: int | None = None, rounds: int = 5) -> float:
     """Bytes per second of a large streaming read (the maximum of random int32), best of `rounds`, beyond any cache."""
     megabytes = megabytes or (2048 if device.type == "cuda" else 256)

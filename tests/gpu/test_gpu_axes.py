@@ -25,7 +25,8 @@ from moeexp_runner.profiler import kernels_per_token, token_split
 from rich.console import Console
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moeexp.check.verify import check_replay, record_trace, verify
+from moeexp.check.traces import check_replay, record_trace
+from moeexp.check.verify import verify
 from moeexp.config.compose import compose
 from moeexp.config.resolve import resolve
 from moeexp.config.validate import validate

@@ -51,18 +51,18 @@ class Layer:
 
 
 class Layers:
-    """The chain at `shapes`, int4, a token of each sequence. All layers share one set of experts, and choose other ones of it."""
+    """The chain at `shapes`, int4, `tokens` of each sequence. All layers share one set of experts, and choose other ones of it."""
 
-    def __init__(self, shapes: Shapes, device: str, sequences: int = 1):
+    def __init__(self, shapes: Shapes, device: str, sequences: int = 1, tokens: int = 1):
         self.shapes, self.sequences, self._source = shapes, sequences, SeededTensors(device)
-        self.x = self._source.randn(sequences, 1, shapes.hidden)
-        self._positions = torch.full((sequences,), min(POSITION, SLOTS - 1), dtype=torch.int64, device=device)
+        self.x = self._source.randn(sequences, tokens, shapes.hidden)
+        self._positions = torch.full((sequences,), min(POSITION, SLOTS - tokens), dtype=torch.int64, device=device)
         shared = self._weights("gate_up", shapes.experts, 2 * shapes.expert_width, shapes.hidden)
         shared |= self._weights("down", shapes.experts, shapes.hidden, shapes.expert_width)
         self.layers = [self._layer(kind, shared) for kind in LAYERS]
 
     def call(self, x: Tensor) -> Tensor:
-        """x [sequences, 1, D] after the four layers; states advance."""
+        """x [sequences, tokens, D] after the four layers; states advance."""
         for layer in self.layers:
             x = self._mix(layer, x)
             common = {"x": x, "norm_weight": layer.moe_norm, "eps": EPS}

@@ -287,7 +287,9 @@ def sdpa_decode_splitk(q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor,
     The grid is fixed by S, the work by `positions`: a short context in a large cache reads only those in use."""
     batch, tokens, heads, head_dim = q.shape
     if not isinstance(tokens, int):
-        raise ValueError(f"sdpa_decode splitk takes a fixed number of tokens a call, not {tokens}; choose `tiled`, or prefill them")
+        raise ValueError(
+            f"sdpa_decode splitk takes a fixed number of tokens a call, not {tokens}; choose `tiled`, or prefill them"
+        )
     check_cache(k_cache, v_cache, qkv, heads)
     _check_queries(q, qkv, k_cache.shape[3], positions)
     kv_heads, slots = k_cache.shape[1], k_cache.shape[2]

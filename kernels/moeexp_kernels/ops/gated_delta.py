@@ -199,9 +199,7 @@ def _decode_kernel(
         if token == TOKENS - 1:
             tl.debug_barrier()
             tl.store(state + tile, held, mask=in_tile)
-        tl.store(
-            raw + token * HV * DV + (cols[None, :] + rows[:, None] * 0), (decay * asked + qk * delta)[None, :], mask=first
-        )
+        tl.store(raw + token * HV * DV + (cols[None, :] + rows[:, None] * 0), (decay * asked + qk * delta)[None, :], mask=first)
 
 
 @triton.jit

@@ -1,0 +1,107 @@
+"""What the check judges, run through a session: traces of whole generations, and a few steps twice, eagerly and by replay."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from moeexp_runner.pieces import piece_sizes
+from moeexp_runner.session import Session
+from torch import Tensor
+
+from moeexp.check.bits_per_byte import position_slices
+from moeexp.check.check import Trace
+from moeexp.check.tolerances import Part, make_part, measured
+from moeexp.config.memory_need import on_host
+from moeexp.stack.factory import Stack
+
+
+@torch.no_grad()
+def record_trace(
+    stack: Stack, prompt: Tensor, new_tokens: int, *, forced: Tensor | None = None, together: int = 1
+) -> Trace:  # fmt: skip
+    """Decodes `new_tokens` from prompt [B, T] through the session, keeping every logit and the final state. `forced`
+    [B, >= new_tokens - 1] is fed instead of what the sampler chooses; `together`: so many of its tokens by one step of the
+    session's `verify`, and those that are left over by decode steps."""
+    session, (batch, count) = stack.session, prompt.shape
+    length = count + new_tokens - 1
+    vocab, dtype = session.vocab_size, stack.model.embed_tokens.weight.dtype
+    where = "cpu" if on_host(batch * length * vocab * dtype.itemsize) else stack.device
+    kept = torch.empty(batch, length, vocab, dtype=dtype, device=where)
+    for positions in _position_sets(session, count):
+        session.reset()
+        kept.index_copy_(1, positions.to(where), session.prefill(prompt, positions).to(where))
+    # As a generation asks for them: of one position the head is another kernel, and at a tie it may choose another token.
+    session.reset()
+    logits = session.prefill(prompt).clone()
+    kept[:, count - 1 : count] = logits
+    fed = [prompt]
+    while session.length < length:
+        step = session.length - count
+        if together > 1 and session.length + together <= length:
+            assert forced is not None, "tokens that are fed together are known before"
+            tokens = forced[:, step : step + together].contiguous()
+            logits = session.verify(tokens).clone()
+        else:
+            tokens = session.sample(logits) if forced is None else forced[:, step : step + 1]
+            logits = session.decode(tokens).clone()
+        fed.append(tokens)
+        kept[:, count + step : session.length] = logits
+    state = stack.arena.snapshot()
+    ids = [state.pop(f"layers.{i}.expert_ids")[:, :length] for i in range(stack.arch.num_hidden_layers)]
+    return Trace(
+        token_ids=torch.cat(fed, dim=1),
+        prompt_len=prompt.shape[1],
+        logits=kept,
+        expert_ids=torch.stack(ids).long(),
+        states=state,
+        next_token=session.sample(logits)[:, 0] if forced is None else None,
+    )
+
+
+def _position_sets(session: Session, count: int) -> list[Tensor]:
+    """Positions 0..count-1 in as few sets as there are slices of a piece: a prefill for each, and each piece's logits small."""
+    step = len(position_slices(session, count)[0])
+    places = torch.cat([torch.arange(size, device=session.device) for size in piece_sizes(count, session.prefill_chunk)])
+    return [(places // step == i).nonzero()[:, 0] for i in range(int(places.max()) // step + 1)]
+
+
+@torch.no_grad()
+def check_replay(stack: Stack, trace: Trace) -> Part:
+    """The prompt and two decode steps, by the methods run eagerly and by graph replay: bitwise equal."""
+    eager, eager_state = _prompt_and_steps(stack, trace, replay=False)
+    replayed, replayed_state = _prompt_and_steps(stack, trace, replay=True)
+    tolerances = [measured("replay.bitwise", _differing(eager[name], replayed[name]), name) for name in eager]
+    for name, tensor in eager_state.items():
+        differing = _differing(tensor, replayed_state[name])
+        if differing:
+            tolerances.append(measured("replay.bitwise", differing, name))
+    return make_part("replay", tolerances, {"outputs": len(eager), "state_tensors": len(eager_state)})
+
+
+def _prompt_and_steps(stack: Stack, trace: Trace, *, replay: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Outputs by name, and the state at the end: of what is captured, or of the same calls made eagerly."""
+    session, prompt = stack.session, trace.token_ids[:, : trace.prompt_len].contiguous()
+    session.reset()
+    last = torch.tensor([trace.prompt_len - 1], device=session.device)
+    logits = session.prefill(prompt, None if replay else last).clone()
+    outputs = {"logits of the prompt": logits}
+    steps = range(min(2, session.max_seq_len - trace.prompt_len))
+    token = session.sample(logits)
+    if replay and session.loop is not None:
+        session.loop.start(token, trace.prompt_len)
+        for step in steps:
+            outputs[f"logits of decode step {step}"] = session.loop.step().clone()
+            outputs[f"token of decode step {step}"] = session.loop.token.clone()
+        return outputs, stack.arena.snapshot()
+    with contextlib.nullcontext() if replay else session.eager():
+        for step in steps:
+            outputs[f"logits of decode step {step}"] = logits = session.decode(token).clone()
+            outputs[f"token of decode step {step}"] = token = session.sample(logits).clone()
+    return outputs, stack.arena.snapshot()
+
+
+def _differing(a: Tensor, b: Tensor) -> int:
+    """Elements that are not the same bits."""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return int((a.view(bits) != b.view(bits)).sum())
