@@ -194,12 +194,14 @@ def _decode_kernel(
         # l2 norms are applied to their results, so that the tile waits for no other reduction.
         seen = tl.sum(held * k[:, None], axis=0) * k_norm
         asked = tl.sum(held * q[:, None], axis=0) * q_norm
-        delta = beta * (v - decay * seen)
-        held = held * decay + k[:, None] * (k_norm * delta)[None, :]
+        # Which of two products an addition fuses with is the compiler's choice, which need not be the same for every token of
+        # a call: here it is written out.
+        delta = beta * tl.fma(-decay, seen, v)
+        held = tl.fma(held, decay, k[:, None] * (k_norm * delta)[None, :])
         if token == TOKENS - 1:
             tl.debug_barrier()
             tl.store(state + tile, held, mask=in_tile)
-        tl.store(raw + token * HV * DV + (cols[None, :] + rows[:, None] * 0), (decay * asked + qk * delta)[None, :], mask=first)
+        tl.store(raw + token * HV * DV + (cols[None, :] + rows[:, None] * 0), tl.fma(decay, asked, qk * delta)[None, :], mask=first)
 
 
 @triton.jit

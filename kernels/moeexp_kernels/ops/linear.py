@@ -124,10 +124,10 @@ def gemv_kernel(
     y_ptr += m * FORMAT[ROWS] + start + ready
     extra = load_extra(res_ptr, row, rows_left, HAS_RESIDUAL)  # at once: after the sums all would wait for it
     features, r = load_row_features(x_ptr + m * x_stride, norm, EPS, HAS_NORM, FORMAT, LIMBS)
-    for tile in range(TILES):
+    for tile in tl.static_range(TILES):
         here = row + tile * BLOCK_N
         ahead_words, ahead_pair, ahead_extra = words, pair, extra
-        if TILES > 1:  # the next rows are on their way while these are summed; beyond the last nothing is read
+        if tile + 1 < TILES:  # the next rows are on their way while these are summed
             ahead = here + BLOCK_N
             ahead_words, ahead_pair = load_rows(w_ptr, s_ptr, ahead, ahead < rows_left, FORMAT, CACHE)
             ahead_extra = load_extra(res_ptr, ahead, rows_left, HAS_RESIDUAL)
