@@ -148,6 +148,7 @@ def test_kernels_of_real_ops_are_placed(name, monkeypatch):
 
 # --- times made up from stored records ---
 
+# Kernels as the stored records name them.
 FEW = {"linear": ["gemv_kernel"], "gdn": ["_decode_kernel", "_finish_kernel"], "qk_norm_rope": ["_qk_norm_rope_kernel"],
        "sdpa": ["_attend_kernel", "_merge_kernel"], "router": ["gemv_kernel", "choose_experts_kernel"],
        "moe": ["gate_up_kernel", "down_kernel"], "sample": ["_chunk_best_kernel", "_best_kernel"]}  # fmt: skip

@@ -10,6 +10,7 @@ import kernels_common as common
 import pytest
 import torch
 from moeexp_kernels.ops import attention as ops
+from moeexp_kernels.ops import attention_splits
 from moeexp_kernels.ops import qk_norm_rope as rope
 from moeexp_kernels.ops.attention_reference import reference_sdpa
 from torch import Tensor
@@ -178,7 +179,7 @@ def test_qk_norm_rope_never_writes_outside_the_cache():
 
 # ---- decode
 
-DECODE = {"splitk": ops.sdpa_decode_splitk, "tiled": ops.sdpa_decode_tiled}
+DECODE = {"splitk": attention_splits.sdpa_decode_splitk, "tiled": ops.sdpa_decode_tiled}
 
 
 @pytest.mark.parametrize("name", DECODE)
@@ -220,8 +221,8 @@ def one_by_one(op, case):
 def test_tokens_of_one_call_are_to_the_bit_those_of_calls_of_their_own(tokens, positions, slots, dtype):
     """The last of the cases has one split."""
     case = make_attention_case(len(positions), tokens, 4, 2, 32, dtype, positions, slots)
-    together = check_attention(ops.sdpa_decode_splitk, case)
-    common.assert_bitwise_equal(together, one_by_one(ops.sdpa_decode_splitk, case))
+    together = check_attention(attention_splits.sdpa_decode_splitk, case)
+    common.assert_bitwise_equal(together, one_by_one(attention_splits.sdpa_decode_splitk, case))
 
 
 @pytest.mark.parametrize("name", DECODE)
@@ -242,18 +243,20 @@ def test_decode_survives_huge_scores(name):
 def test_decode_reads_the_live_slots_only():
     """The same context in a cache of another size has other splits and the same result."""
     short = make_attention_case(1, 1, 4, 2, 32, F32, [69], 70)
-    out = check_attention(ops.sdpa_decode_splitk, short)
+    out = check_attention(attention_splits.sdpa_decode_splitk, short)
     for slots in (71, 400):
         caches = make_cache(1, 2, slots, 32, used=[0])
         for cache, name in zip(caches, ("k_cache", "v_cache"), strict=True):
             cache[:, :, :70] = short[name]
         larger = {**short, "k_cache": caches[0], "v_cache": caches[1]}
-        common.assert_close_ratio(ops.sdpa_decode_splitk(**larger), out, 1e-6)
+        common.assert_close_ratio(attention_splits.sdpa_decode_splitk(**larger), out, 1e-6)
 
 
 def test_number_of_splits():
     def splits(**changed):
-        return ops.splitk_splits(**{"batch": 1, "kv_heads": 2, "slots": 65_536, "block_n": 32, "programs": 256, **changed})
+        return attention_splits.splitk_splits(
+            **{"batch": 1, "kv_heads": 2, "slots": 65_536, "block_n": 32, "programs": 256, **changed}
+        )
 
     assert splits() == 128 and splits(batch=8) == 16 and splits(batch=1000) == 1
     assert splits(slots=32) == 1 and splits(slots=65) == 2 and splits(slots=129) == 4
@@ -316,14 +319,14 @@ def run_in_pieces(pieces, qkv, slots, heads, kv_heads, head_dim, decode) -> tupl
 @pytest.mark.parametrize("pieces", [pytest.param((9, 1, 1, 6), marks=pytest.mark.slow), (1, 2, 14)])
 def test_pieces_equal_the_whole(pieces):
     qkv = make_qkv(1, 17, 4, 2, 32)
-    whole = run_in_pieces([17], qkv, 24, 4, 2, 32, ops.sdpa_decode_splitk)
-    parts = run_in_pieces(pieces, qkv, 24, 4, 2, 32, ops.sdpa_decode_splitk)
+    whole = run_in_pieces([17], qkv, 24, 4, 2, 32, attention_splits.sdpa_decode_splitk)
+    parts = run_in_pieces(pieces, qkv, 24, 4, 2, 32, attention_splits.sdpa_decode_splitk)
     common.assert_close_ratio(parts[0], whole[0], 1e-6)
     common.assert_bitwise_equal(parts[1], whole[1], "k_cache")
     common.assert_bitwise_equal(parts[2], whole[2], "v_cache")
 
 
-@pytest.mark.parametrize("op, tokens", [(ops.sdpa_decode_splitk, 1), (ops.sdpa_prefill, 9)])
+@pytest.mark.parametrize("op, tokens", [(attention_splits.sdpa_decode_splitk, 1), (ops.sdpa_prefill, 9)])
 def test_bitwise_stable(op, tokens):
     case = make_attention_case(1, tokens, 4, 2, 32, F32, [60], 80)
     common.assert_bitwise_stable(lambda: op(**{key: tensor.clone() for key, tensor in case.items()}), runs=3)
@@ -335,7 +338,7 @@ def test_bitwise_stable(op, tokens):
 def test_refusals():
     case = make_attention_case(1, 1, 4, 2, 32, F32, [3], 8)
 
-    def refused(*words: str, op=ops.sdpa_decode_splitk, **changed):
+    def refused(*words: str, op=attention_splits.sdpa_decode_splitk, **changed):
         common.expect_value_error(lambda: op(**{**case, **changed}), *words)
 
     refused("head dim 512", "256", **{key: make_attention_case(1, 1, 2, 1, 512, F32, [0], 2)[key] for key in case})

@@ -13,7 +13,7 @@ import pytest
 import torch
 from moeexp_kernels import dispatch
 from moeexp_kernels.hqq import quantise_rows
-from moeexp_kernels.ops import attention, moe, moe_prefill, qk_norm_rope, router, sample
+from moeexp_kernels.ops import attention, attention_splits, moe, moe_prefill, qk_norm_rope, router, sample
 from moeexp_kernels.ops.gated_delta import gdn_decode
 from moeexp_kernels.ops.gated_delta_prefill import gdn_prefill
 from moeexp_kernels.ops.linear import linear, linear_tile
@@ -173,7 +173,7 @@ CALLS = {
     "router, many rows in limbs": lambda: router_of(35, torch.bfloat16),
     "gdn decode": lambda: delta(gdn_decode, 1),
     "gdn prefill": lambda: delta(gdn_prefill, 19),
-    "attention, splitk": lambda: attend(attention.sdpa_decode_splitk, 1, 36),
+    "attention, splitk": lambda: attend(attention_splits.sdpa_decode_splitk, 1, 36),
     "attention, tiled": lambda: attend(attention.sdpa_decode_tiled, 1, 36),
     "attention, prefill": lambda: attend(attention.sdpa_prefill, 5, 20),
     "quantise to int4": lambda: quantised_by_hqq(4),
@@ -275,7 +275,7 @@ def test_positions_and_frequencies_of_another_layout_are_refused():
         "x": x, "norm_weight": common.randn(64, seed=2), "weight": common.randn(4, 64, seed=3), "eps": 1e-6, "top_k": 2,
         "positions": positions, "expert_ids": trace,
     }  # fmt: skip
-    calls = [(op, case) for op in (attention.sdpa_decode_splitk, attention.sdpa_decode_tiled, attention.sdpa_prefill)]
+    calls = [(op, case) for op in (attention_splits.sdpa_decode_splitk, attention.sdpa_decode_tiled, attention.sdpa_prefill)]
     calls += [(qk_norm_rope.qk_norm_rope, rope_arguments), (router.router, router_arguments)]
     for op, arguments in calls:
         for wrong, word in ((strided(positions), "strides"), (positions.int(), "int32"), (positions[:1], "(2,)")):
@@ -329,7 +329,7 @@ def test_an_expert_with_a_share_of_zero_adds_nothing(op, tokens):
 # --- KV cache
 
 
-@pytest.mark.parametrize("op", [attention.sdpa_decode_splitk, attention.sdpa_decode_tiled])
+@pytest.mark.parametrize("op", [attention_splits.sdpa_decode_splitk, attention.sdpa_decode_tiled])
 @pytest.mark.parametrize("position", [0, 1, 30, 31, 32, 62])
 def test_a_poisoned_tail_has_no_effect(op, position):
     """NaN and infinity beyond the slots in use: bitwise what zeros there give."""

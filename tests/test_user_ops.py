@@ -118,7 +118,7 @@ def test_an_op_of_torch_library_is_read_by_its_schema(module):
 
     assert names("splitk") == {"q", "qkv", "k_cache", "v_cache", "positions"} <= names("reference")
     ours = registry.OPS["sdpa_decode"].values()
-    user_ops.load("sdpa_decode", "moeexp_kernels.ops.attention:sdpa_decode_splitk", ours)
+    user_ops.load("sdpa_decode", "moeexp_kernels.ops.attention_splits:sdpa_decode_splitk", ours)
     with pytest.raises(ValueError, match="lacks q; it is called|lacks q and asks for"):
         user_ops.load("sdpa_decode", "moeexp_kernels.ops.qk_norm_rope:qk_norm_rope", ours)
 

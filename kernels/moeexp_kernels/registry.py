@@ -9,6 +9,7 @@ from moeexp_kernels import user_ops
 from moeexp_kernels.ops import (
     attention,
     attention_reference,
+    attention_splits,
     gated_delta,
     gated_delta_prefill,
     gated_delta_reference,
@@ -41,8 +42,8 @@ OPS: dict[str, dict[str, Callable]] = {
     "sdpa_prefill": {"reference": attention_reference.reference_sdpa_prefill, "triton": attention.sdpa_prefill},
     "sdpa_decode": {
         "reference": attention_reference.reference_sdpa,
-        "triton": attention.sdpa_decode_splitk,
-        "splitk": attention.sdpa_decode_splitk,
+        "triton": attention_splits.sdpa_decode_splitk,
+        "splitk": attention_splits.sdpa_decode_splitk,
         "tiled": attention.sdpa_decode_tiled,
     },
     "router": {"reference": router.reference_router, "triton": router.router},

@@ -39,7 +39,7 @@ KERNELS: dict[str, dict[str, str]] = {
         "_local_kernel": NOTHING, "_output_kernel": NOTHING,
     },
     "qk_norm_rope": {"_qk_norm_rope_kernel": WHOLE},
-    "sdpa": {"_attend_kernel": WHOLE, "_merge_kernel": NOTHING},
+    "sdpa": {"_attend_kernel": WHOLE, "_attend_splits_kernel": WHOLE, "_merge_kernel": NOTHING},
     "router": {
         "gemv_kernel": WHOLE, "gemm_kernel": WHOLE, "limb_logits_kernel": WHOLE, "rms_norm_kernel": NOTHING,
         "norm_limbs_kernel": NOTHING, "choose_experts_kernel": NOTHING,

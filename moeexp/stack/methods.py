@@ -166,7 +166,8 @@ def export_method(
     count: int = 1,
 ) -> ExportedProgram:
     """`model` has its state attached (`Qwen35MoE.attached`), or `state` (an example of each tensor) is explicit. Buffers keep
-    their names (`model.layers.0.…`) in every method. count: as of `example_inputs`. All of these may be FakeTensors: shapes are all that counts."""
+    their names (`model.layers.0.…`) in every method. All of these may be FakeTensors: shapes are all that counts. count: as of
+    `example_inputs`."""
     remember_kernel_analyses()
     state = state or {}
     module = MODULES[method](model, ops, state_names=tuple(state), padded=padded).eval()

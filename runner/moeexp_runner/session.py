@@ -161,7 +161,8 @@ class Session:
 
     @contextmanager
     def eager(self) -> Iterator[None]:
-        """Inside it `decode` and `verify` run the method itself; the captured step stays, and goes on from the same state afterwards."""
+        """Inside it `decode` and `verify` run the methods themselves; what is captured stays, and goes on from the same state
+        afterwards."""
         before, self._eager = self._eager, True
         try:
             yield

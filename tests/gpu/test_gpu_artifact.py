@@ -12,7 +12,7 @@ from moeexp.stack import artifact_manifest, factory, packages
 NANO = ["model=nano", "max_seq_len=96", "new_tokens=6"]
 RUN = ["new_tokens=6", "repeats=1", "tracker=jsonl", "prompt_len=9", "cuda_graph=true"]
 OWN_OP = """
-from moeexp_kernels.ops.attention import sdpa_decode_splitk
+from moeexp_kernels.ops.attention_splits import sdpa_decode_splitk
 
 def own(*, q, qkv, k_cache, v_cache, positions):
     return sdpa_decode_splitk(q=q, qkv=qkv, k_cache=k_cache, v_cache=v_cache, positions=positions)

@@ -7,6 +7,7 @@ import pytest
 import test_kernels_attention as cases
 import torch
 from moeexp_kernels.ops import attention as ops
+from moeexp_kernels.ops import attention_splits
 from moeexp_kernels.ops import qk_norm_rope as rope
 from moeexp_kernels.ops import sample as sampler
 from moeexp_kernels.ops.attention_reference import reference_sdpa
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("exact_reference")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 HEADS, KV_HEADS, HEAD_DIM, ROTARY = 16, 2, 256, 64
 VOCABULARY = 248_320
-DECODE = {"splitk": ops.sdpa_decode_splitk, "tiled": ops.sdpa_decode_tiled}
+DECODE = {"splitk": attention_splits.sdpa_decode_splitk, "tiled": ops.sdpa_decode_tiled}
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -55,8 +56,8 @@ def test_decode(name, dtype, positions, slots):
 @pytest.mark.parametrize("positions, slots", [([0], 4096), ([4060, 511], 4096), ([62], 128), ([32_000], 65_536)])
 def test_tokens_of_one_call_are_to_the_bit_those_of_calls_of_their_own(positions, slots, tokens, dtype):
     case = cases.make_attention_case(len(positions), tokens, HEADS, KV_HEADS, HEAD_DIM, dtype, positions, slots)
-    together = cases.check_attention(ops.sdpa_decode_splitk, case)
-    common.assert_bitwise_equal(together, cases.one_by_one(ops.sdpa_decode_splitk, case))
+    together = cases.check_attention(attention_splits.sdpa_decode_splitk, case)
+    common.assert_bitwise_equal(together, cases.one_by_one(attention_splits.sdpa_decode_splitk, case))
 
 
 @pytest.mark.parametrize("name", DECODE)
@@ -88,7 +89,7 @@ def test_prefill_shapes(dtype, head_dim, heads, kv_heads):
 @pytest.mark.parametrize("pieces", [(64, 1, 1, 63, 1, 126), (1, 255), (129, 127)])
 def test_pieces_equal_the_whole(pieces):
     qkv = cases.make_qkv(1, 256, HEADS, KV_HEADS, HEAD_DIM)
-    shape = (qkv, 300, HEADS, KV_HEADS, HEAD_DIM, ops.sdpa_decode_splitk)
+    shape = (qkv, 300, HEADS, KV_HEADS, HEAD_DIM, attention_splits.sdpa_decode_splitk)
     whole, parts = cases.run_in_pieces([256], *shape), cases.run_in_pieces(pieces, *shape)
     common.assert_close_ratio(parts[0], whole[0], 1e-5)
     common.assert_bitwise_equal(parts[1], whole[1], "k_cache")
@@ -96,7 +97,9 @@ def test_pieces_equal_the_whole(pieces):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("op, tokens", [(ops.sdpa_decode_splitk, 1), (ops.sdpa_decode_tiled, 1), (ops.sdpa_prefill, 200)])
+@pytest.mark.parametrize(
+    "op, tokens", [(attention_splits.sdpa_decode_splitk, 1), (ops.sdpa_decode_tiled, 1), (ops.sdpa_prefill, 200)]
+)
 def test_bitwise_stable(op, tokens, dtype):
     case = cases.make_attention_case(2, tokens, HEADS, KV_HEADS, HEAD_DIM, dtype, [3000, 77], 4096)
     common.assert_bitwise_stable(lambda: op(**case), runs=20)
@@ -111,7 +114,7 @@ def test_rows_beyond_2_to_the_31_elements():
         cache[:, :, :100] = small[name]
     expected = reference_sdpa(**small)
     large = {**small, "k_cache": caches[0], "v_cache": caches[1]}
-    for op in (ops.sdpa_decode_splitk, ops.sdpa_decode_tiled, ops.sdpa_prefill):
+    for op in (attention_splits.sdpa_decode_splitk, ops.sdpa_decode_tiled, ops.sdpa_prefill):
         common.assert_close_ratio(op(**large), expected, common.TOLERANCE[BF16])
 
 
@@ -130,7 +133,7 @@ def test_slots_beyond_2_to_the_31_elements():
         positions=cases.positions_of(tail - 1),
     )
     last = cases.positions_of(slots - 1)
-    for op in (ops.sdpa_decode_splitk, ops.sdpa_prefill):
+    for op in (attention_splits.sdpa_decode_splitk, ops.sdpa_prefill):
         out = op(**shared, k_cache=caches[0], v_cache=caches[1], positions=last)
         common.assert_close_ratio(out, expected, common.TOLERANCE[BF16])
     rope.qk_norm_rope(
@@ -176,7 +179,7 @@ def test_graph_replay_follows_the_position(name):
     common.assert_bitwise_equal(captured.v_cache, eager.v_cache)
 
 
-@pytest.mark.parametrize("attend, lengths", [(ops.sdpa_prefill, (5, 64, 129)), (ops.sdpa_decode_splitk, (1,))])
+@pytest.mark.parametrize("attend, lengths", [(ops.sdpa_prefill, (5, 64, 129)), (attention_splits.sdpa_decode_splitk, (1,))])
 def test_compiled_and_exported(attend, lengths, tmp_path):
     """torch.compile and AOTInductor run the same kernels: bitwise equal, at lengths that were not traced."""
     eager, compiled, exported = (Attention(512, BF16, attend) for _ in range(3))

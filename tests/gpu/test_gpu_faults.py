@@ -6,7 +6,7 @@ import kernels_common as common
 import pytest
 import test_kernels_faults as faults
 import torch
-from moeexp_kernels.ops import attention, sample
+from moeexp_kernels.ops import attention, attention_splits, sample
 from moeexp_kernels.ops.gated_delta import gdn_decode
 from moeexp_kernels.ops.gated_delta_prefill import gdn_prefill
 from moeexp_kernels.ops.linear import linear, reference_linear
@@ -146,7 +146,7 @@ def test_tokens_that_all_choose_the_same_experts(op, tokens):
 # --- KV cache
 
 
-@pytest.mark.parametrize("op", [attention.sdpa_decode_splitk, attention.sdpa_decode_tiled])
+@pytest.mark.parametrize("op", [attention_splits.sdpa_decode_splitk, attention.sdpa_decode_tiled])
 @pytest.mark.parametrize("position", [0, 31, 32, 511, 4000, 4094])
 def test_a_poisoned_tail_has_no_effect(op, position):
     case = make_attention_case(1, 1, 16, 2, 256, BF16, [position], 4096)

@@ -18,6 +18,7 @@ from moeexp_kernels.bench.shapes import Shapes
 from moeexp_kernels.ops import (
     attention,
     attention_reference,
+    attention_splits,
     gated_delta,
     gated_delta_prefill,
     gated_delta_reference,
@@ -284,7 +285,7 @@ def build_attention(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int
     tuned = ("attention_prefill",) if not decode else ("attention_decode", "attention_splits", "attention_merge")
     return Case(
         op="attention", shape=f"{shapes.heads}/{shapes.kv_heads} heads of {dim}, {kv_len} slots", phase=spec.phase,
-        tokens=spec.tokens, call=attention.sdpa_decode_splitk if decode else attention.sdpa_prefill,
+        tokens=spec.tokens, call=attention_splits.sdpa_decode_splitk if decode else attention.sdpa_prefill,
         reference=attention_reference.reference_sdpa, copies=copies, moved=moved("sdpa", copies[0], slots=kv_len),
         tolerance=tolerance_of(spec),
         flops=4 * shapes.heads * dim * (batch * kv_len if decode else tokens * (tokens + 1) // 2),

@@ -18,7 +18,7 @@ from moeexp_kernels.bench.case import SeededTensors
 from moeexp_kernels.bench.cases import EPS
 from moeexp_kernels.bench.shapes import Shapes
 from moeexp_kernels.bench.timing import graph_samples
-from moeexp_kernels.ops import attention, gated_delta, linear, moe, qk_norm_rope
+from moeexp_kernels.ops import attention_splits, gated_delta, linear, moe, qk_norm_rope
 
 LAYERS = ("gdn", "gdn", "gdn", "attention")
 SLOTS, POSITION = 1024, 512  # of the KV cache; where the token stands
@@ -51,7 +51,7 @@ class Layer:
 
 
 class Layers:
-    """The chain at `shapes`, int4, `tokens` of each sequence. All layers share one set of experts, and choose other ones of it."""
+    """The chain at `shapes`, int4, `tokens` of each sequence. Layers share one set of experts, and choose other ones of it."""
 
     def __init__(self, shapes: Shapes, device: str, sequences: int = 1, tokens: int = 1):
         self.shapes, self.sequences, self._source = shapes, sequences, SeededTensors(device)
@@ -82,7 +82,7 @@ class Layers:
             mixed = gated_delta.gdn_decode(proj=proj, eps=EPS, **layer.mixer, **layer.state)
         else:
             q = qk_norm_rope.qk_norm_rope(qkv=proj, positions=self._positions, eps=EPS, **layer.mixer, **layer.state)
-            mixed = attention.sdpa_decode_splitk(q=q, qkv=proj, positions=self._positions, **layer.state)
+            mixed = attention_splits.sdpa_decode_splitk(q=q, qkv=proj, positions=self._positions, **layer.state)
         return linear.linear(x=mixed, **layer.project_out, residual=x)
 
     def _weights(self, name: str, *shape: int) -> dict[str, Tensor]:

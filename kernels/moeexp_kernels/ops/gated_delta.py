@@ -108,9 +108,9 @@ def _store_conv_state(conv_state, first, count, values, WIDTH: tl.constexpr, BLO
 
 
 @triton.jit
-def _conv_past(proj, conv_state, conv_weight, channels, inside, stride_t, TOKEN: tl.constexpr, WIDTH: tl.constexpr):
+def _conv_past(rows, conv_state, conv_weight, channels, inside, TOKEN: tl.constexpr, WIDTH: tl.constexpr):
     """The causal conv's sum over the inputs before a token of this call, and the newest tap, for `channels` [...] of one
-    sequence; float32. Reads nothing of that token, and for the first one nothing of this call."""
+    sequence; float32. rows: the inputs of the call's tokens before that one, which are none for the first."""
     newest = tl.load(conv_weight + channels * WIDTH + WIDTH - 1, mask=inside, other=0.0).to(tl.float32)
     mixed = newest * 0.0
     for tap in tl.static_range(WIDTH - 1):
@@ -118,16 +118,26 @@ def _conv_past(proj, conv_state, conv_weight, channels, inside, stride_t, TOKEN:
         if TOKEN + tap < WIDTH - 1:
             seen = tl.load(conv_state + channels * (WIDTH - 1) + TOKEN + tap, mask=inside, other=0.0)
         else:
-            seen = tl.load(proj + (TOKEN + tap - (WIDTH - 1)) * stride_t + channels, mask=inside, other=0.0)
+            seen = rows[TOKEN + tap - (WIDTH - 1)]
         mixed += seen.to(tl.float32) * weight
     return mixed, newest
 
 
 @triton.jit
-def _conv_now(proj, channels, inside, past, newest):
-    """SiLU of the conv, with this token's input."""
-    mixed = past + tl.load(proj + channels, mask=inside, other=0.0).to(tl.float32) * newest
+def _conv_now(row, past, newest):
+    """SiLU of the conv, with a token's own input `row`."""
+    mixed = past + row.to(tl.float32) * newest
     return mixed * tl.sigmoid(mixed)
+
+
+@triton.jit
+def _add_two(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
+
+
+@triton.jit
+def _add_three(a0, a1, a2, b0, b1, b2):
+    return a0 + b0, a1 + b1, a2 + b2
 
 
 @triton.jit
@@ -161,9 +171,9 @@ def _decode_kernel(
     q_channel = head // (HV // HK) * DK + rows
     k_channel = HK * DK + q_channel
     v_channel = 2 * HK * DK + head * DV + cols
-    q_past, q_newest = _conv_past(proj, conv_state, conv_weight, q_channel, in_k, stride_t, 0, WIDTH)
-    k_past, k_newest = _conv_past(proj, conv_state, conv_weight, k_channel, in_k, stride_t, 0, WIDTH)
-    v_past, v_newest = _conv_past(proj, conv_state, conv_weight, v_channel, in_v, stride_t, 0, WIDTH)
+    q_past, q_newest = _conv_past((), conv_state, conv_weight, q_channel, in_k, 0, WIDTH)
+    k_past, k_newest = _conv_past((), conv_state, conv_weight, k_channel, in_k, 0, WIDTH)
+    v_past, v_newest = _conv_past((), conv_state, conv_weight, v_channel, in_v, 0, WIDTH)
     a_log_h = tl.load(a_log + head)
     dt_bias_h = tl.load(dt_bias + head)
 
@@ -174,26 +184,34 @@ def _decode_kernel(
     # As a tile of which the first row is stored: as a vector it would change its layout, for which all warps write the same
     # values to the same shared memory.
     first = in_v[None, :] & (rows == 0)[:, None]
+    # All tokens' inputs at once: behind a token's barriers the next one's would wait again.
+    q_rows, k_rows, v_rows, a_rows, b_rows = (), (), (), (), ()
     for token in tl.static_range(TOKENS):
         row = proj + token * stride_t
+        q_rows = q_rows + (tl.load(row + q_channel, mask=in_k, other=0.0),)
+        k_rows = k_rows + (tl.load(row + k_channel, mask=in_k, other=0.0),)
+        v_rows = v_rows + (tl.load(row + v_channel, mask=in_v, other=0.0),)
+        b_rows = b_rows + (tl.load(row + CHANNELS + HV * DV + head),)
+        a_rows = a_rows + (tl.load(row + CHANNELS + HV * DV + HV + head),)
+    for token in tl.static_range(TOKENS):
         if token > 0:
-            q_past, q_newest = _conv_past(proj, conv_state, conv_weight, q_channel, in_k, stride_t, token, WIDTH)
-            k_past, k_newest = _conv_past(proj, conv_state, conv_weight, k_channel, in_k, stride_t, token, WIDTH)
-            v_past, v_newest = _conv_past(proj, conv_state, conv_weight, v_channel, in_v, stride_t, token, WIDTH)
-        q = _conv_now(row, q_channel, in_k, q_past, q_newest)
-        k = _conv_now(row, k_channel, in_k, k_past, k_newest)
-        v = _conv_now(row, v_channel, in_v, v_past, v_newest)
-        b = tl.load(row + CHANNELS + HV * DV + head).to(tl.float32)
-        a = tl.load(row + CHANNELS + HV * DV + HV + head).to(tl.float32)
-        log_decay, beta = _gates(a, b, a_log_h, dt_bias_h)
+            q_past, q_newest = _conv_past(q_rows, conv_state, conv_weight, q_channel, in_k, token, WIDTH)
+            k_past, k_newest = _conv_past(k_rows, conv_state, conv_weight, k_channel, in_k, token, WIDTH)
+            v_past, v_newest = _conv_past(v_rows, conv_state, conv_weight, v_channel, in_v, token, WIDTH)
+        q = _conv_now(q_rows[token], q_past, q_newest)
+        k = _conv_now(k_rows[token], k_past, k_newest)
+        v = _conv_now(v_rows[token], v_past, v_newest)
+        log_decay, beta = _gates(a_rows[token].to(tl.float32), b_rows[token].to(tl.float32), a_log_h, dt_bias_h)
         decay = tl.exp(log_decay)
-        q_norm = tl.rsqrt(tl.sum(q * q, axis=0) + L2_EPS) * DK**-0.5
-        k_norm = tl.rsqrt(tl.sum(k * k, axis=0) + L2_EPS)
-        qk = tl.sum(q * k, axis=0) * q_norm * k_norm
+        qq, kk, qk = tl.reduce((q * q, k * k, q * k), 0, _add_three)
+        q_norm = tl.rsqrt(qq + L2_EPS) * DK**-0.5
+        k_norm = tl.rsqrt(kk + L2_EPS)
+        qk = qk * q_norm * k_norm
         # S_new^T q = decay S^T q + (k.q) delta: both reductions run over the held tile, with one wait instead of two; and the
         # l2 norms are applied to their results, so that the tile waits for no other reduction.
-        seen = tl.sum(held * k[:, None], axis=0) * k_norm
-        asked = tl.sum(held * q[:, None], axis=0) * q_norm
+        seen, asked = tl.reduce((held * k[:, None], held * q[:, None]), 0, _add_two)
+        seen = seen * k_norm
+        asked = asked * q_norm
         # Which of two products an addition fuses with is the compiler's choice, which need not be the same for every token of
         # a call: here it is written out.
         delta = beta * tl.fma(-decay, seen, v)
@@ -201,7 +219,8 @@ def _decode_kernel(
         if token == TOKENS - 1:
             tl.debug_barrier()
             tl.store(state + tile, held, mask=in_tile)
-        tl.store(raw + token * HV * DV + (cols[None, :] + rows[:, None] * 0), tl.fma(decay, asked, qk * delta)[None, :], mask=first)
+        out = tl.fma(decay, asked, qk * delta)[None, :]
+        tl.store(raw + token * HV * DV + (cols[None, :] + rows[:, None] * 0), out, mask=first)
 
 
 @triton.jit

@@ -45,6 +45,7 @@ PDL_KERNELS = (
     "_finish_kernel",
     "_qk_norm_rope_kernel",
     "_attend_kernel",
+    "_attend_splits_kernel",
     "_merge_kernel",
 )
 
@@ -59,7 +60,7 @@ WITHIN_AN_OP = (
     ("limbs_kernel", "down_tile_kernel"),
     ("down_tile_kernel", "combine_tile_kernel"),
     ("_decode_kernel", "_finish_kernel"),
-    ("_attend_kernel", "_merge_kernel"),
+    ("_attend_splits_kernel", "_merge_kernel"),
 )
 
 # Kernels that let the next one start before they wait, and the kernels that may follow them so: what those read before their own
@@ -68,7 +69,7 @@ EARLY = {
     "limbs_kernel": ("linear_tile_kernel", "gate_up_tile_kernel", "down_tile_kernel"),
     "_finish_kernel": ("gemv_kernel", "limbs_kernel"),
     "_merge_kernel": ("gemv_kernel", "limbs_kernel"),
-    "_qk_norm_rope_kernel": ("_attend_kernel",),
+    "_qk_norm_rope_kernel": ("_attend_kernel", "_attend_splits_kernel"),
     "choose_experts_kernel": ("gate_up_kernel", "gate_up_packed_kernel", "limbs_kernel"),
 }
 
