@@ -1,11 +1,18 @@
 """Choice of the next token: the largest logit, or a draw from the filtered softmax, without leaving the GPU.
 
-Shape letters: B batch, V vocabulary, C chunks of the vocabulary (one program each).
+Shape letters: B batch, V vocabulary, C chunks of the vocabulary (one program each), S rows of ids.
 
     logits      [B, 1, V] any float dtype
     seed_state  [2] int64: seed and offset. Every draw advances the offset by one, so that replays of one graph differ;
                 writing the seed and offset again repeats the draws. Rows of a batch draw independently.
     returns     [B, 1] int64
+
+`feed_greedy` and `feed_sample` return nothing and make the token the next step's input, all int64, contiguous, in place:
+
+    token       [B, 1]  becomes the chosen token
+    positions   [B]     move on by one
+    index       [1]     moves on by one; then it is the row of ids that is written
+    ids         [S, B]  gets the token as that row, or nothing where 0..S-1 has no such row
 
 A draw is a Gumbel-argmax: the token with the largest x/temperature - log(E), E ~ Exp(1), is
 distributed as softmax(x/temperature). The noise is Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as
@@ -27,7 +34,10 @@ from torch.library import triton_op, wrap_triton
 
 from moeexp_kernels.ops.sample_search import found_by_step, launch_searches, ordered, search_steps, sizes_of
 from moeexp_kernels.parts import tuning
+from moeexp_kernels.parts.checks import check_argument
 from moeexp_kernels.parts.pdl import after_previous, has_pdl
+
+Fed = tuple[Tensor, Tensor, Tensor, Tensor]  # token, positions, index, ids
 
 MIN_TEMPERATURE = 1e-6
 PHILOX_ROUND, PHILOX_KEY = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
@@ -111,18 +121,22 @@ def _exponential(seed_state, token, row):
 
 @triton.jit
 def _chunk_best_kernel(
-    logits, seed_state, sums, prefixes, best, vocabulary, stride_b, first, shift,
+    logits, seed_state, sums, prefixes, best, index, vocabulary, stride_b, first, shift,
     STEPS: tl.constexpr, INVERSE_T: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BY_MASS: tl.constexpr,
-    NOISE: tl.constexpr, SIZES: tl.constexpr, PDL: tl.constexpr,
+    NOISE: tl.constexpr, FEED: tl.constexpr, SIZES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (B, C), as only its first dimension may exceed 65,535; SIZES as of `sizes_of`. best [B, C] int64: the packed winner of
-    a chunk, among all its logits, or (NOISE) of the draw among those that the STEPS of searches left."""
+    a chunk, among all its logits, or (NOISE) of the draw among those that the STEPS of searches left. FEED: index moves here,
+    where no other program reads it: in `_best_kernel` all do."""
     CHUNKS: tl.constexpr = SIZES[0]
     BLOCK: tl.constexpr = SIZES[3]
     chunk, b = tl.program_id(1), tl.program_id(0).to(tl.int64)
     token = chunk * BLOCK + tl.arange(0, BLOCK)
     runs = token < vocabulary
     ready = after_previous(PDL)
+    if FEED:
+        one = (chunk == 0) & (b == 0)
+        row = tl.load(index + ready, mask=one, other=0)
     x = tl.load(logits + ready + b * stride_b + token, mask=runs, other=float("-inf")).to(tl.float32)
     score = x
     if NOISE:
@@ -133,22 +147,32 @@ def _chunk_best_kernel(
             )  # fmt: skip
             runs = runs & (ordered(x) >= threshold)
     tl.store(best + ready + b * CHUNKS + chunk, tl.max(tl.where(runs, _pack(score, token), -1), 0))
+    if FEED:
+        tl.store(index + ready, row + 1, mask=one)
 
 
 @triton.jit
 def _best_kernel(
-    best, out, seed_state, NOISE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_CHUNKS: tl.constexpr, PDL: tl.constexpr,
+    best, out, seed_state, positions, index, ids, slots,
+    NOISE: tl.constexpr, FEED: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_CHUNKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B,): out [B], the winner over all chunks. The offset moves here, where nobody reads it any more."""
+    """Grid (B,): out [B], the winner over all chunks. The offset moves here, where nobody reads it any more. FEED: positions [B]
+    move too, and row `index`, which `_chunk_best_kernel` has moved, of ids [slots, B] is written."""
     b = tl.program_id(0).to(tl.int64)
     chunk = tl.arange(0, BLOCK_CHUNKS)
     ready = after_previous(PDL)
     packed = tl.load(best + ready + b * CHUNKS + chunk, mask=chunk < CHUNKS, other=-1)
-    if NOISE:  # at once: after the maximum all would wait for it
+    if FEED:  # at once: after the maximum all would wait for them
+        position, row = tl.load(positions + ready + b), tl.load(index + ready)
+    if NOISE:
         offset = tl.load(seed_state + ready + 1)
-    tl.store(out + ready + b, 2147483647 - (tl.max(packed, 0) & 2147483647))
+    token = 2147483647 - (tl.max(packed, 0) & 2147483647)
+    tl.store(out + ready + b, token)
     if NOISE:
         tl.store(seed_state + ready + 1, offset + 1, mask=b == 0)
+    if FEED:
+        tl.store(positions + ready + b, position + 1)
+        tl.store(ids + ready + row * tl.num_programs(0) + b, token, mask=(row >= 0) & (row < slots))
 
 
 def _check(logits: Tensor, seed_state: Tensor | None, temperature: float, top_k: int, top_p: float) -> None:
@@ -176,50 +200,64 @@ def _tuned(logits: Tensor) -> dict[str, int]:
     return tuning.lookup("sample", key, tuning.architecture(logits.device))
 
 
-def _pick(logits: Tensor, seed_state: Tensor, searches: tuple[Tensor, Tensor, int, int], constants: dict) -> Tensor:
-    """Winner per chunk, then per row. searches as of `launch_searches`."""
+def _fed(logits: Tensor, token: Tensor, positions: Tensor, index: Tensor, ids: Tensor) -> Fed:
+    """What is fed, checked."""
+    rows, wide = logits.shape[0], (torch.int64,)
+    check_argument(token, name="token", shape=(rows, 1), dtypes=wide)
+    check_argument(positions, name="positions", shape=(rows,), dtypes=wide)
+    check_argument(index, name="index", shape=(1,), dtypes=wide)
+    check_argument(ids, name="ids", shape=(*ids.shape[:1], rows), dtypes=wide)
+    return token, positions, index, ids
+
+
+def _pick(
+    logits: Tensor, seed_state: Tensor, searches: tuple[Tensor, Tensor, int, int], constants: dict, fed: Fed | None
+) -> Tensor:
+    """Winner per chunk, then per row: `token` of what is fed, else a new tensor. searches as of `launch_searches`."""
     rows, _, vocabulary = logits.shape
     sums, prefixes, first, shift = searches
     tuned = _tuned(logits)
     sizes = sizes_of(vocabulary, tuned["BLOCK"])
     best = torch.empty((rows, sizes[0]), dtype=torch.int64, device=logits.device)
-    out = torch.empty((rows, 1), dtype=torch.int64, device=logits.device)
-    common = {"NOISE": constants["NOISE"], "PDL": has_pdl(logits)}
+    # `best` stands in for the tensors that nothing is fed to.
+    out, positions, index, ids = fed or (torch.empty((rows, 1), dtype=torch.int64, device=logits.device), best, best, best)
+    common = {"NOISE": constants["NOISE"], "FEED": fed is not None, "PDL": has_pdl(logits)}
     wrap_triton(_chunk_best_kernel)[(rows, sizes[0])](
-        logits, seed_state, sums, prefixes, best, vocabulary, logits.stride(0), first, shift, SIZES=sizes,
+        logits, seed_state, sums, prefixes, best, index, vocabulary, logits.stride(0), first, shift, SIZES=sizes,
         num_warps=tuned["num_warps"], **(constants | common),
     )  # fmt: skip
     wrap_triton(_best_kernel)[(rows,)](
-        best, out, seed_state, CHUNKS=sizes[0], BLOCK_CHUNKS=sizes[1], num_warps=1, **common,
+        best, out, seed_state, positions, index, ids, 0 if fed is None else ids.shape[0], CHUNKS=sizes[0],
+        BLOCK_CHUNKS=sizes[1], num_warps=1, **common,
     )  # fmt: skip
     return out
 
 
-def _greedy(logits: Tensor) -> Tensor:
+def _greedy(logits: Tensor, fed: Fed | None = None) -> Tensor:
     _check(logits, None, 0.0, 0, 1.0)
     # `logits` stands in for the tensors that this variant neither reads nor writes.
-    return _pick(logits, logits, (logits, logits, 0, 0), UNFILTERED | {"NOISE": False})
+    return _pick(logits, logits, (logits, logits, 0, 0), UNFILTERED | {"NOISE": False}, fed)
 
 
-def _draw(logits: Tensor, seed_state: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+def _draw(logits: Tensor, seed_state: Tensor, temperature: float, top_k: int, top_p: float, fed: Fed | None = None) -> Tensor:
     _check(logits, seed_state, temperature, top_k, top_p)
     if temperature == 0:
-        return _greedy(logits)
+        return _greedy(logits, fed)
     rows, _, vocabulary = logits.shape
     steps = search_steps(dtype=logits.dtype, vocabulary=vocabulary, top_k=top_k, top_p=top_p)
     constants = {"TOP_K": top_k, "STEPS": len(steps), "INVERSE_T": 1.0 / temperature, "TOP_P": top_p}
     if not steps:
-        return _pick(logits, seed_state, (logits, logits, 0, 0), constants | {"BY_MASS": False, "NOISE": True})
+        return _pick(logits, seed_state, (logits, logits, 0, 0), constants | {"BY_MASS": False, "NOISE": True}, fed)
     tuned, peaks = _tuned(logits), None
     sizes = sizes_of(vocabulary, tuned["BLOCK"])
     if top_p < 1:
         peaks = torch.empty((rows, sizes[0]), dtype=torch.int64, device=logits.device)
         wrap_triton(_chunk_best_kernel)[(rows, sizes[0])](
-            logits, logits, logits, logits, peaks, vocabulary, logits.stride(0), 0, 0, **UNFILTERED, NOISE=False,
-            SIZES=sizes, PDL=has_pdl(logits), num_warps=tuned["num_warps"],
+            logits, logits, logits, logits, peaks, peaks, vocabulary, logits.stride(0), 0, 0, **UNFILTERED, NOISE=False,
+            FEED=False, SIZES=sizes, PDL=has_pdl(logits), num_warps=tuned["num_warps"],
         )  # fmt: skip
     searches = launch_searches(logits=logits, peaks=peaks, steps=steps, sizes=sizes, tuned=tuned, constants=constants)
-    return _pick(logits, seed_state, searches, constants | {"BY_MASS": steps[-1][0], "NOISE": True})
+    return _pick(logits, seed_state, searches, constants | {"BY_MASS": steps[-1][0], "NOISE": True}, fed)
 
 
 @triton_op("moeexp::greedy", mutates_args=())
@@ -233,3 +271,26 @@ def sample(logits: Tensor, seed_state: Tensor, temperature: float, top_k: int, t
     """`reference_sample`: same seed_state, same tokens (up to rounding of a near-tie). 2 kernels without filters; each
     filter adds a kernel per four bits of the logits' dtype."""
     return _draw(logits, seed_state, temperature, top_k, top_p)
+
+
+@triton_op("moeexp::feed_greedy", mutates_args=("token", "positions", "index", "ids"))
+def feed_greedy(logits: Tensor, token: Tensor, positions: Tensor, index: Tensor, ids: Tensor) -> None:
+    """`greedy`, and its token is fed (legend above) by the same two kernels. `ValueError` for shapes, dtypes or strides other
+    than the legend's."""
+    _greedy(logits, _fed(logits, token, positions, index, ids))
+
+
+@triton_op("moeexp::feed_sample", mutates_args=("seed_state", "token", "positions", "index", "ids"))
+def feed_sample(
+    logits: Tensor,
+    seed_state: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    token: Tensor,
+    positions: Tensor,
+    index: Tensor,
+    ids: Tensor,
+) -> None:
+    """`sample`, and its token is fed (legend above) by the same kernels. `ValueError` as of both."""
+    _draw(logits, seed_state, temperature, top_k, top_p, _fed(logits, token, positions, index, ids))
