@@ -16,6 +16,7 @@ import reference_model
 import torch
 from moeexp_kernels import registry
 from moeexp_runner.arena import Arena
+from moeexp_runner.sampler import Sampler
 from moeexp_runner.session import Session
 from safetensors.torch import save_file
 from torch import Tensor
@@ -161,9 +162,10 @@ def build_session(
     batch: int = 1,
     max_seq_len: int = 96,
     device: str = "cpu",
+    sampler: Sampler | None = None,
     **options,
 ) -> Session:
-    """An eager session of reference ops. Several may share a model."""
+    """An eager session of reference ops, with another sampler if given. Several may share a model."""
     if isinstance(model, Architecture):
         model = load_model(Random(model, seed), device=device)
     dtype, where = model.embed_tokens.weight.dtype, model.norm.device
@@ -172,7 +174,7 @@ def build_session(
     return Session(
         prefill=MODULES["prefill"](model, ops, **own),
         decode=MODULES["decode"](model, ops, **own),
-        sample=ops["sample"],
+        sample=sampler or Sampler(ops["sample"]),
         arena=arena,
         batch=batch,
         max_seq_len=max_seq_len,

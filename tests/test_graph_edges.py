@@ -5,6 +5,7 @@ import ctypes
 import kernels_common  # noqa: F401  before triton
 import pytest
 from moeexp_kernels.parts import graph_edges
+from moeexp_kernels.parts.pdl import WITHIN_AN_OP
 
 KERNEL, MEMCPY, ALLOCATION = 0, 1, 10
 
@@ -85,6 +86,24 @@ def test_behind_a_kernel_that_starts_the_next_early_only_the_kernels_made_for_it
         ]
     )
     assert start(monkeypatch, driver) == (4, [(1, 2), (2, 3), (3, 4), (5, 6)]), "not 4 to 5, nor 6 to 7"
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        ["_chunk_best_kernel", "_best_kernel"],
+        ["_narrow_kernel"] * 2 + ["_chunk_best_kernel", "_best_kernel"],
+        ["_chunk_best_kernel"] + ["_narrow_kernel"] * 2 + ["_chunk_best_kernel", "_best_kernel"],
+    ],
+    ids=["greedy", "top_k", "top_p"],
+)
+@pytest.mark.parametrize("head", ["gemv_kernel", "linear_tile_kernel", "gemm_kernel"])
+def test_every_kernel_of_a_sampler_may_start_early(monkeypatch, head, sampler):
+    """The first behind a head that waits, too; of many rows it does not."""
+    first = 0 if head == "gemm_kernel" else 1
+    found = [(handle, handle + 1) for handle in range(2 - first, len(sampler) + 1)]
+    assert start(monkeypatch, chain_of([head, *sampler])) == (len(sampler) - 1 + first, found)
+    assert start(monkeypatch, chain_of([head, *sampler]), pairs=WITHIN_AN_OP)[0] == len(sampler) - 1
 
 
 def test_a_graph_that_allocates_is_left_as_it_is(monkeypatch):

@@ -159,6 +159,18 @@ def draw(**filters):
     return lambda: sample.sample(logits=logits, seed_state=seed.clone(), **filters)
 
 
+def fed(**filters):
+    logits, seed = common.randn(2, 1, 300, seed=4), torch.tensor([1, 0], device=common.DEVICE)
+    shapes = {"token": (2, 1), "positions": (2,), "index": (1,), "ids": (3, 2)}
+
+    def call():
+        into = {name: torch.zeros(shape, dtype=torch.int64, device=common.DEVICE) for name, shape in shapes.items()}
+        sample.feed_sample(logits=logits, seed_state=seed.clone(), **filters, **into)
+        return tuple(into.values())
+
+    return call
+
+
 # Every op, and what quantises: what makes one call of it, on arguments that it leaves as they are or gets afresh.
 CALLS = {
     "linear, one row": lambda: dense(1),
@@ -181,6 +193,8 @@ CALLS = {
     "rope": rope,
     "greedy": lambda: draw(temperature=0.0, top_k=0, top_p=1.0),
     "sample": lambda: draw(temperature=0.8, top_k=20, top_p=0.9),
+    "greedy, fed": lambda: fed(temperature=0.0, top_k=0, top_p=1.0),
+    "sample, fed": lambda: fed(temperature=0.8, top_k=20, top_p=0.9),
 }
 
 

@@ -1,6 +1,9 @@
-"""Greedy choice and draws: against the references, against transformers' filters, and against the distribution."""
+"""Greedy choice and draws: against the references, against transformers' filters, and against the distribution. A token that is
+fed: against torch's ops."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import kernels_common as common
 import pytest
@@ -202,6 +205,98 @@ def test_no_temperature_is_greedy(small_blocks):
     assert state.tolist() == [1, 2]
     almost = ops.sample(logits=x, seed_state=state, temperature=ops.MIN_TEMPERATURE, **NO_FILTER)
     common.assert_bitwise_equal(almost, ops.reference_greedy(logits=x))
+
+
+# ---- what is fed
+
+SLOTS = 6
+
+
+def to_feed(rows: int, *, index: int = 0) -> dict[str, Tensor]:
+    """As a loop has them after `index` steps; ids that nobody chose."""
+    wide: dict = {"dtype": torch.int64, "device": common.DEVICE}
+    positions = torch.arange(rows, **wide) * 3 + 2**40
+    return {
+        "token": torch.full((rows, 1), -7, **wide), "positions": positions, "index": torch.tensor([index], **wide),
+        "ids": torch.arange(SLOTS * rows, **wide).view(SLOTS, rows) - 1000,
+    }  # fmt: skip
+
+
+def feed_by_torch(into: dict[str, Tensor], token: Tensor) -> None:
+    into["token"].copy_(token)
+    into["positions"].add_(1)
+    into["index"].add_(1)
+    into["ids"].index_copy_(0, into["index"], into["token"].view(1, -1))
+
+
+FEEDS = {
+    "greedy": None,
+    "draw": {"temperature": 1.0, **NO_FILTER},
+    "filtered draw": {"temperature": 0.7, "top_k": 20, "top_p": 0.9},
+    "no temperature": {"temperature": 0.0, "top_k": 5, "top_p": 0.5},
+}
+
+
+@pytest.mark.parametrize(
+    "kind, rows",
+    [
+        pytest.param(kind, rows, marks=[pytest.mark.slow] if kind == "filtered draw" and rows > 1 else [])
+        for kind in FEEDS for rows in (1, 3, 17)
+    ],
+)  # fmt: skip
+def test_feeding_is_what_torchs_ops_do(small_blocks, kind, rows):
+    """Steps in a row, each with other logits, the last of which fills the last row of ids."""
+    settings, state, expected_state = FEEDS[kind], common.Guarded(seeds()), seeds()
+    expected, guarded = to_feed(rows, index=1), {name: common.Guarded(each) for name, each in to_feed(rows, index=1).items()}
+    into = {name: each.tensor for name, each in guarded.items()}
+    for step in range(SLOTS - 2):
+        x = logits_of(rows, 75, seed=step, dtype=BF16)
+        with common.poisoned_empty():
+            if settings is None:
+                assert ops.feed_greedy(logits=x, **into) is None
+            else:
+                assert ops.feed_sample(logits=x, seed_state=state.tensor, **settings, **into) is None
+        token = (
+            ops.reference_greedy(logits=x) if settings is None
+            else ops.reference_sample(logits=x, seed_state=expected_state, **settings)
+        )  # fmt: skip
+        feed_by_torch(expected, token)
+        for name in into:
+            common.assert_bitwise_equal(into[name], expected[name], f"{name} after step {step}")
+        common.assert_bitwise_equal(state.tensor, expected_state, "seed_state")
+    assert into["index"].item() == SLOTS - 1
+    for name, each in [*guarded.items(), ("seed_state", state)]:
+        each.check(name)
+
+
+@pytest.mark.parametrize("index", [-(2**62), -2, SLOTS - 1, SLOTS, 2**62])
+def test_a_row_of_ids_that_is_none_is_not_written(small_blocks, index):
+    guarded = {name: common.Guarded(each) for name, each in to_feed(3, index=index).items()}
+    x, before = logits_of(3, 40, seed=1), to_feed(3)
+    ops.feed_greedy(logits=x, **{name: each.tensor for name, each in guarded.items()})
+    common.assert_bitwise_equal(guarded["ids"].tensor, before["ids"], "ids")
+    common.assert_bitwise_equal(guarded["token"].tensor, ops.reference_greedy(logits=x))
+    common.assert_bitwise_equal(guarded["positions"].tensor, before["positions"] + 1, "positions")
+    assert guarded["index"].tensor.item() == index + 1
+    for name, each in guarded.items():
+        each.check(name)
+
+
+def test_what_cannot_be_fed_is_refused():
+    x, into = logits_of(2, 8, seed=1), to_feed(2)
+    draw = {"seed_state": seeds(), "temperature": 1.0, **NO_FILTER}
+    wrong = {
+        "token": into["token"][:1], "positions": into["positions"].int(), "index": into["index"][0],
+        "ids": into["ids"].T.contiguous().T,
+    }  # fmt: skip
+    for name, value in wrong.items():
+        for feed in (partial(ops.feed_greedy, logits=x), partial(ops.feed_sample, logits=x, **draw)):
+            common.expect_value_error(lambda feed=feed, name=name, value=value: feed(**{**into, name: value}), name, "int64")
+    common.expect_value_error(lambda: ops.feed_greedy(logits=x.double(), **into), "float64")
+    common.expect_value_error(lambda: ops.feed_sample(logits=x, **{**draw, "top_k": -1}, **into), "top_k=-1")
+    before = to_feed(2)
+    for name, value in into.items():
+        common.assert_bitwise_equal(value, before[name], name)
 
 
 @pytest.mark.parametrize("draw", [ops.sample, ops.reference_sample])

@@ -11,6 +11,7 @@ from moeexp_runner import step_graph
 from moeexp_runner.arena import Arena
 from moeexp_runner.binding import CompiledMethod
 from moeexp_runner.explicit import ExplicitState
+from moeexp_runner.sampler import Sampler
 from moeexp_runner.session import Session
 
 from moeexp.config.compose import compose
@@ -84,7 +85,7 @@ def build(*, explicit=False, wrap=lambda method: method, **options):
     return Session(
         prefill=wrap(MODULES["prefill"](model, ops, padded=valid_len, **how)),
         decode=wrap(MODULES["decode"](model, ops, **how)),
-        sample=ops["sample"],
+        sample=Sampler(ops["sample"]),
         arena=ExplicitState(arena) if explicit else arena,
         batch=1,
         max_seq_len=96,

@@ -59,6 +59,9 @@ OPS: dict[str, dict[str, Callable]] = {
 # A draw from the softmax by the implementation of `sample` that is chosen; `OPS["sample"]` is the greedy choice.
 DRAWS: dict[str, Callable] = {"reference": sample.reference_sample, "triton": sample.sample}
 
+# An op that chooses the next token, and the one that also makes it the next step's input; of others torch's ops do that.
+FEEDS: tuple[tuple[Callable, Callable], ...] = ((sample.greedy, sample.feed_greedy), (sample.sample, sample.feed_sample))
+
 # What `auto` means.
 AUTO = {"cpu": "reference", "cuda": "triton"}
 
@@ -103,6 +106,12 @@ def resolve(*, default: str, chosen: dict[str, str | None], device: str) -> dict
 def implementation(op: str, name: str) -> Callable:
     """The callable that a name out of `resolve` stands for."""
     return user_ops.load(op, name, OPS[op].values()) if user_ops.is_user_op(name) else OPS[op][name]
+
+
+def feed_of(op: Callable) -> Callable | None:
+    """The op of `FEEDS` for one that chooses the next token, or None. By the op and not by its name: what stands in for one of
+    ours, under whatever name, is called and not passed over."""
+    return next((feed for choice, feed in FEEDS if choice is op), None)
 
 
 def joined(names: dict[str, str]) -> dict[str, Callable]:

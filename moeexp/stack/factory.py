@@ -180,11 +180,14 @@ def pdl_of(cfg: Config) -> Callable[[int], int] | None:
 
 def sampler_of(cfg: SamplerConfig, implementation: str, *, device: torch.device | str) -> Sampler:
     """The config's choice of the next token, by the named implementation of `sample`; validated, so it makes draws if need
-    be."""
+    be. Where its op has one that feeds the token as well, a captured loop runs that, else torch's ops feed."""
     if cfg.name == "greedy":
-        return Sampler(registry.implementation("sample", implementation))
+        op = registry.implementation("sample", implementation)
+        return Sampler(op, feed_op=registry.feed_of(op))
+    op = registry.DRAWS[implementation]
     return Sampler(
-        registry.DRAWS[implementation],
+        op,
+        feed_op=registry.feed_of(op),
         seed=cfg.seed,
         device=device,
         temperature=cfg.temperature,

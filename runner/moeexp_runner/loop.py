@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from moeexp_runner.sampler import Sampler
 from moeexp_runner.step_graph import State, StepGraph
 
 OnToken = Callable[[list[int], int], bool | None]
@@ -27,7 +28,7 @@ class Loop:
         self,
         *,
         decode: Callable[..., Tensor],
-        sample: Callable[..., Tensor],
+        sample: Sampler,
         state: State,
         token: Tensor,
         positions: Tensor,
@@ -48,10 +49,7 @@ class Loop:
 
     def _feed(self, logits: Tensor) -> None:
         """What follows the logits in every step."""
-        self.token.copy_(self._sample(logits=logits))
-        self.positions.add_(1)
-        self.index.add_(1)
-        self.ids.index_copy_(0, self.index, self.token.view(1, -1))
+        self._sample.feed(logits=logits, token=self.token, positions=self.positions, index=self.index, ids=self.ids)
         if self._copies is not None and not torch.cuda.is_current_stream_capturing():
             # A warm-up, of which there are more than the smallest max_seq_len has slots.
             self.positions.sub_(1)

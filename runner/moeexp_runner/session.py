@@ -15,6 +15,7 @@ from moeexp_runner import inputs, token_by_token
 from moeexp_runner.loop import Loop, OnToken
 from moeexp_runner.pieces import piece_sizes
 from moeexp_runner.prefill_graphs import PrefillGraphs
+from moeexp_runner.sampler import Sampler
 from moeexp_runner.step_graph import State, StepGraph
 from moeexp_runner.streams import MethodStream
 
@@ -41,7 +42,7 @@ class Session:
         decode: Callable[..., Tensor],
         verify: Callable[..., Tensor] | None = None,
         verify_tokens: int = 0,
-        sample: Callable[..., Tensor],
+        sample: Sampler,
         arena: State,
         batch: int,
         max_seq_len: int,
@@ -106,7 +107,7 @@ class Session:
     def _forget(self) -> None:
         self._require_open()
         self.arena.reset()
-        getattr(self._sample, "reset", lambda: None)()
+        self._sample.reset()
         self.length = self.overrun = 0
 
     def prefill(self, tokens: Tensor, logit_positions: Tensor | None = None) -> Tensor:

@@ -1,11 +1,18 @@
 """Choice of the next token: the largest logit, or a draw from the filtered softmax, without leaving the GPU.
 
-Shape letters: B batch, V vocabulary, C chunks of the vocabulary (one program each).
+Shape letters: B batch, V vocabulary, C chunks of the vocabulary (one program each), S rows of ids.
 
     logits      [B, 1, V] any float dtype
     seed_state  [2] int64: seed and offset. Every draw advances the offset by one, so that replays of one graph differ;
                 writing the seed and offset again repeats the draws. Rows of a batch draw independently.
     returns     [B, 1] int64
+
+`feed_greedy` and `feed_sample` return nothing and make the token the next step's input, all int64, contiguous, in place:
+
+    token       [B, 1]  becomes the chosen token
+    positions   [B]     move on by one
+    index       [1]     moves on by one; then it is the row of ids that is written
+    ids         [S, B]  gets the token as that row, or nothing where 0..S-1 has no such row
 
 A draw is a Gumbel-argmax: the token with the largest x/temperature - log(E), E ~ Exp(1), is
 distributed as softmax(x/temperature). The noise is Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as
@@ -14,13 +21,10 @@ distributed as softmax(x/temperature). The noise is Philox-4x32-10 (Salmon et al
 Filters act as in transformers: first the `top_k` largest logits (all that tie with the k-th stay), then, among those,
 the most likely tokens whose probabilities first add up to `top_p` (all that tie with the last of them stay).
 
-The kernels sort nothing: the k-th largest logit, and the smallest one inside top_p, are found four bits at a time in an
-order-preserving integer image of the logits, by counting (or weighing) what lies above sixteen candidates.
+The kernels sort nothing: `sample_search.py` finds what the filters keep.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -28,7 +32,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from moeexp_kernels.ops.sample_search import found_by_step, launch_searches, ordered, search_steps, sizes_of
 from moeexp_kernels.parts import tuning
+from moeexp_kernels.parts.checks import check_argument
+from moeexp_kernels.parts.pdl import after_previous, has_pdl
+
+Fed = tuple[Tensor, Tensor, Tensor, Tensor]  # token, positions, index, ids
 
 MIN_TEMPERATURE = 1e-6
 PHILOX_ROUND, PHILOX_KEY = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
@@ -89,21 +98,10 @@ def reference_sample(*, logits: Tensor, seed_state: Tensor, temperature: float, 
     return score.masked_fill(~keep, float("-inf")).argmax(-1, keepdim=True)
 
 
-DIGIT_BITS = 4
-
-
-@triton.jit
-def _ordered(x):
-    """int64 in [0, 2^32) that sorts as the float32 x does; -0 equals +0 and NaN comes last, as in torch.argmax."""
-    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
-    bits = tl.where(x != x, 0x7FC00000, bits).to(tl.int64)
-    return tl.where(bits < 0, -1 - bits, bits + 2147483648)
-
-
 @triton.jit
 def _pack(x, token):
     """int64 >= 0 whose maximum is the largest x, at the lowest token where several are equal."""
-    return _ordered(x) * 2147483648 + (2147483647 - token)
+    return ordered(x) * 2147483648 + (2147483647 - token)
 
 
 @triton.jit
@@ -122,108 +120,59 @@ def _exponential(seed_state, token, row):
 
 
 @triton.jit
-def _resolve(
-    sums, prefixes, cell, first_cell, shift,
-    TOP_K: tl.constexpr, TOP_P: tl.constexpr, BY_MASS: tl.constexpr,
-    CHUNKS: tl.constexpr, BLOCK_CHUNKS: tl.constexpr, DIGITS: tl.constexpr,
-):  # fmt: skip
-    """What a search step (row `cell` of sums and prefixes) found: the largest candidate with still enough at or above it.
-
-    Every program that needs it adds up the chunks itself, in the same order and so to the same bits."""
-    chunk, digit = tl.arange(0, BLOCK_CHUNKS), tl.arange(0, DIGITS)
-    inside = chunk < CHUNKS
-    table = tl.load(sums + (cell * CHUNKS + chunk)[:, None] * DIGITS + digit[None, :], mask=inside[:, None], other=0.0)
-    above = tl.sum(table, 0)
-    if BY_MASS:
-        goal = TOP_P * tl.sum(tl.load(sums + (first_cell * CHUNKS + chunk) * DIGITS, mask=inside, other=0.0), 0)
-    else:
-        goal = TOP_K * 1.0
-    best = tl.maximum(tl.sum((above >= goal).to(tl.int32), 0) - 1, 0)
-    return tl.load(prefixes + cell) + (best.to(tl.int64) << shift)
-
-
-@triton.jit
-def _narrow_kernel(
-    logits, peaks, sums, prefixes, vocabulary, stride_b, first, step, shift, previous_shift,
-    STEPS: tl.constexpr, INVERSE_T: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BY_MASS: tl.constexpr,
-    OPENING: tl.constexpr, FLOORED: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_CHUNKS: tl.constexpr,
-    DIGITS: tl.constexpr, BLOCK: tl.constexpr, NARROW_STEP: tl.constexpr,
-):  # fmt: skip
-    """Grid (C, B). Per chunk, how many tokens (or what unnormalised probability, BY_MASS) lie at or above each candidate
-    prefix + j << shift: sums [B, STEPS, C, DIGITS]. prefixes [B, STEPS] is what each step starts from.
-
-    OPENING: first step of a search. FLOORED: the search by mass, where one by count came before it: its opening weighs
-    only what that kept, which sets the goal. Later steps need no floor: below it there is always enough."""
-    chunk, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    cell = b * STEPS + step
-    prefix = cell * 0
-    floor = cell * 0
-    if OPENING:
-        if FLOORED:
-            floor = _resolve(
-                sums, prefixes, cell - 1, cell, previous_shift, TOP_K, TOP_P, False, CHUNKS, BLOCK_CHUNKS, DIGITS
-            )  # fmt: skip
-    else:
-        prefix = _resolve(
-            sums, prefixes, cell - 1, b * STEPS + first, previous_shift, TOP_K, TOP_P, BY_MASS,
-            CHUNKS, BLOCK_CHUNKS, DIGITS,
-        )  # fmt: skip
-    tl.store(prefixes + cell, prefix, mask=chunk == 0)
-
-    digit = tl.arange(0, DIGITS)
-    candidate = prefix + (digit.to(tl.int64) << shift)
-    if BY_MASS:
-        each = tl.arange(0, BLOCK_CHUNKS)
-        peak = tl.max(tl.load(peaks + b * CHUNKS + each, mask=each < CHUNKS, other=-1), 0) >> 31
-        bits = tl.where(peak < 2147483648, -1 - peak, peak - 2147483648).to(tl.int32)
-        largest = bits.to(tl.float32, bitcast=True)
-    total = tl.zeros([DIGITS, NARROW_STEP], tl.float32)
-    for i in tl.static_range(BLOCK // NARROW_STEP):
-        token = chunk * BLOCK + i * NARROW_STEP + tl.arange(0, NARROW_STEP)
-        x = tl.load(logits + b * stride_b + token, mask=token < vocabulary, other=float("-inf")).to(tl.float32)
-        key = _ordered(x)
-        key = tl.where((token < vocabulary) & (key >= floor), key, -1)
-        if BY_MASS:
-            weight = tl.exp((x - largest) * INVERSE_T)
-        else:
-            weight = tl.full([NARROW_STEP], 1.0, tl.float32)
-        total += tl.where(key[None, :] >= candidate[:, None], weight[None, :], 0.0)
-    tl.store(sums + (cell * CHUNKS + chunk) * DIGITS + digit, tl.sum(total, 1))
-
-
-@triton.jit
 def _chunk_best_kernel(
-    logits, seed_state, sums, prefixes, best, vocabulary, stride_b, first, shift,
+    logits, seed_state, sums, prefixes, best, index, vocabulary, stride_b, first, shift,
     STEPS: tl.constexpr, INVERSE_T: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BY_MASS: tl.constexpr,
-    NOISE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_CHUNKS: tl.constexpr, DIGITS: tl.constexpr, BLOCK: tl.constexpr,
+    NOISE: tl.constexpr, FEED: tl.constexpr, SIZES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (C, B): best [B, C] int64, the packed winner of a chunk, among all its logits, or (NOISE) of the draw among those
-    that the STEPS of searches left."""
-    chunk, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """Grid (B, C), as only its first dimension may exceed 65,535; SIZES as of `sizes_of`. best [B, C] int64: the packed winner of
+    a chunk, among all its logits, or (NOISE) of the draw among those that the STEPS of searches left. FEED: index moves here,
+    where no other program reads it: in `_best_kernel` all do."""
+    CHUNKS: tl.constexpr = SIZES[0]
+    BLOCK: tl.constexpr = SIZES[3]
+    chunk, b = tl.program_id(1), tl.program_id(0).to(tl.int64)
     token = chunk * BLOCK + tl.arange(0, BLOCK)
     runs = token < vocabulary
-    x = tl.load(logits + b * stride_b + token, mask=runs, other=float("-inf")).to(tl.float32)
+    ready = after_previous(PDL)
+    if FEED:
+        one = (chunk == 0) & (b == 0)
+        row = tl.load(index + ready, mask=one, other=0)
+    x = tl.load(logits + ready + b * stride_b + token, mask=runs, other=float("-inf")).to(tl.float32)
     score = x
     if NOISE:
-        score = x * INVERSE_T - tl.log(_exponential(seed_state, token, tl.program_id(1)))
+        score = x * INVERSE_T - tl.log(_exponential(seed_state + ready, token, tl.program_id(0)))
         if STEPS > 0:
-            threshold = _resolve(
-                sums, prefixes, b * STEPS + STEPS - 1, b * STEPS + first, shift, TOP_K, TOP_P, BY_MASS,
-                CHUNKS, BLOCK_CHUNKS, DIGITS,
+            threshold = found_by_step(
+                sums + ready, prefixes + ready, b * STEPS + STEPS - 1, b * STEPS + first, shift, TOP_K, TOP_P, BY_MASS, SIZES
             )  # fmt: skip
-            runs = runs & (_ordered(x) >= threshold)
-    tl.store(best + b * CHUNKS + chunk, tl.max(tl.where(runs, _pack(score, token), -1), 0))
+            runs = runs & (ordered(x) >= threshold)
+    tl.store(best + ready + b * CHUNKS + chunk, tl.max(tl.where(runs, _pack(score, token), -1), 0))
+    if FEED:
+        tl.store(index + ready, row + 1, mask=one)
 
 
 @triton.jit
-def _best_kernel(best, out, seed_state, NOISE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_CHUNKS: tl.constexpr):
-    """Grid (B,): the winner over all chunks. The offset moves here, where nobody reads it any more."""
+def _best_kernel(
+    best, out, seed_state, positions, index, ids, slots,
+    NOISE: tl.constexpr, FEED: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_CHUNKS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (B,): out [B], the winner over all chunks. The offset moves here, where nobody reads it any more. FEED: positions [B]
+    move too, and row `index`, which `_chunk_best_kernel` has moved, of ids [slots, B] is written."""
     b = tl.program_id(0).to(tl.int64)
     chunk = tl.arange(0, BLOCK_CHUNKS)
-    winner = tl.max(tl.load(best + b * CHUNKS + chunk, mask=chunk < CHUNKS, other=-1), 0)
-    tl.store(out + b, 2147483647 - (winner & 2147483647))
+    ready = after_previous(PDL)
+    packed = tl.load(best + ready + b * CHUNKS + chunk, mask=chunk < CHUNKS, other=-1)
+    if FEED:  # at once: after the maximum all would wait for them
+        position, row = tl.load(positions + ready + b), tl.load(index + ready)
     if NOISE:
-        tl.store(seed_state + 1, tl.load(seed_state + 1) + 1, mask=b == 0)
+        offset = tl.load(seed_state + ready + 1)
+    token = 2147483647 - (tl.max(packed, 0) & 2147483647)
+    tl.store(out + ready + b, token)
+    if NOISE:
+        tl.store(seed_state + ready + 1, offset + 1, mask=b == 0)
+    if FEED:
+        tl.store(positions + ready + b, position + 1)
+        tl.store(ids + ready + row * tl.num_programs(0) + b, token, mask=(row >= 0) & (row < slots))
 
 
 def _check(logits: Tensor, seed_state: Tensor | None, temperature: float, top_k: int, top_p: float) -> None:
@@ -242,47 +191,78 @@ def _check(logits: Tensor, seed_state: Tensor | None, temperature: float, top_k:
         raise ValueError(f"seed_state is {seed_state.dtype} {tuple(seed_state.shape)}; it must be int64 [2]: seed, offset")
 
 
+# Of `_chunk_best_kernel` over all logits as they are.
+UNFILTERED = {"TOP_K": 0, "STEPS": 0, "INVERSE_T": 1.0, "TOP_P": 1.0, "BY_MASS": False}
+
+
 def _tuned(logits: Tensor) -> dict[str, int]:
     key = f"{tuning.activation_class(logits.dtype)}/{logits.shape[2]}"
     return tuning.lookup("sample", key, tuning.architecture(logits.device))
 
 
-def _sizes(logits: Tensor) -> dict[str, int]:
-    block = _tuned(logits)["BLOCK"]
-    chunks = triton.cdiv(logits.shape[2], block)
-    return {
-        "CHUNKS": chunks, "BLOCK_CHUNKS": triton.next_power_of_2(chunks), "BLOCK": block, "DIGITS": 1 << DIGIT_BITS
-    }  # fmt: skip
+def _fed(logits: Tensor, token: Tensor, positions: Tensor, index: Tensor, ids: Tensor) -> Fed:
+    """What is fed, checked."""
+    rows, wide = logits.shape[0], (torch.int64,)
+    check_argument(token, name="token", shape=(rows, 1), dtypes=wide)
+    check_argument(positions, name="positions", shape=(rows,), dtypes=wide)
+    check_argument(index, name="index", shape=(1,), dtypes=wide)
+    check_argument(ids, name="ids", shape=(*ids.shape[:1], rows), dtypes=wide)
+    return token, positions, index, ids
 
 
-def _pick(logits: Tensor, seed_state: Tensor, searches: tuple[Tensor, Tensor, int, int], constants: dict) -> Tensor:
-    """Winner per chunk, then per row. `searches`: sums, prefixes, first step and shift of the last search."""
+def _pick(
+    logits: Tensor, seed_state: Tensor, searches: tuple[Tensor, Tensor, int, int], constants: dict, fed: Fed | None
+) -> Tensor:
+    """Winner per chunk, then per row: `token` of what is fed, else a new tensor. searches as of `launch_searches`."""
     rows, _, vocabulary = logits.shape
     sums, prefixes, first, shift = searches
-    sizes = _sizes(logits)
-    best = torch.empty((rows, sizes["CHUNKS"]), dtype=torch.int64, device=logits.device)
-    out = torch.empty((rows, 1), dtype=torch.int64, device=logits.device)
-    wrap_triton(_chunk_best_kernel)[(sizes["CHUNKS"], rows)](
-        logits, seed_state, sums, prefixes, best, vocabulary, logits.stride(0), first, shift, **constants, **sizes,
-        num_warps=_tuned(logits)["num_warps"],
+    tuned = _tuned(logits)
+    sizes = sizes_of(vocabulary, tuned["BLOCK"])
+    best = torch.empty((rows, sizes[0]), dtype=torch.int64, device=logits.device)
+    # `best` stands in for the tensors that nothing is fed to.
+    out, positions, index, ids = fed or (torch.empty((rows, 1), dtype=torch.int64, device=logits.device), best, best, best)
+    common = {"NOISE": constants["NOISE"], "FEED": fed is not None, "PDL": has_pdl(logits)}
+    wrap_triton(_chunk_best_kernel)[(rows, sizes[0])](
+        logits, seed_state, sums, prefixes, best, index, vocabulary, logits.stride(0), first, shift, SIZES=sizes,
+        num_warps=tuned["num_warps"], **(constants | common),
     )  # fmt: skip
     wrap_triton(_best_kernel)[(rows,)](
-        best, out, seed_state, NOISE=constants["NOISE"], CHUNKS=sizes["CHUNKS"], BLOCK_CHUNKS=sizes["BLOCK_CHUNKS"],
-        num_warps=4,
+        best, out, seed_state, positions, index, ids, 0 if fed is None else ids.shape[0], CHUNKS=sizes[0],
+        BLOCK_CHUNKS=sizes[1], num_warps=1, **common,
     )  # fmt: skip
     return out
 
 
-def _greedy(logits: Tensor) -> Tensor:
+def _greedy(logits: Tensor, fed: Fed | None = None) -> Tensor:
+    _check(logits, None, 0.0, 0, 1.0)
     # `logits` stands in for the tensors that this variant neither reads nor writes.
-    constants = {"TOP_K": 0, "STEPS": 0, "INVERSE_T": 1.0, "TOP_P": 1.0, "BY_MASS": False, "NOISE": False}
-    return _pick(logits, logits, (logits, logits, 0, 0), constants)
+    return _pick(logits, logits, (logits, logits, 0, 0), UNFILTERED | {"NOISE": False}, fed)
+
+
+def _draw(logits: Tensor, seed_state: Tensor, temperature: float, top_k: int, top_p: float, fed: Fed | None = None) -> Tensor:
+    _check(logits, seed_state, temperature, top_k, top_p)
+    if temperature == 0:
+        return _greedy(logits, fed)
+    rows, _, vocabulary = logits.shape
+    steps = search_steps(dtype=logits.dtype, vocabulary=vocabulary, top_k=top_k, top_p=top_p)
+    constants = {"TOP_K": top_k, "STEPS": len(steps), "INVERSE_T": 1.0 / temperature, "TOP_P": top_p}
+    if not steps:
+        return _pick(logits, seed_state, (logits, logits, 0, 0), constants | {"BY_MASS": False, "NOISE": True}, fed)
+    tuned, peaks = _tuned(logits), None
+    sizes = sizes_of(vocabulary, tuned["BLOCK"])
+    if top_p < 1:
+        peaks = torch.empty((rows, sizes[0]), dtype=torch.int64, device=logits.device)
+        wrap_triton(_chunk_best_kernel)[(rows, sizes[0])](
+            logits, logits, logits, logits, peaks, peaks, vocabulary, logits.stride(0), 0, 0, **UNFILTERED, NOISE=False,
+            FEED=False, SIZES=sizes, PDL=has_pdl(logits), num_warps=tuned["num_warps"],
+        )  # fmt: skip
+    searches = launch_searches(logits=logits, peaks=peaks, steps=steps, sizes=sizes, tuned=tuned, constants=constants)
+    return _pick(logits, seed_state, searches, constants | {"BY_MASS": steps[-1][0], "NOISE": True}, fed)
 
 
 @triton_op("moeexp::greedy", mutates_args=())
 def greedy(logits: Tensor) -> Tensor:
     """`reference_greedy` in two kernels: [B, 1, V] -> [B, 1] int64, the lowest index on a tie. NaN counts as largest."""
-    _check(logits, None, 0.0, 0, 1.0)
     return _greedy(logits)
 
 
@@ -290,37 +270,27 @@ def greedy(logits: Tensor) -> Tensor:
 def sample(logits: Tensor, seed_state: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     """`reference_sample`: same seed_state, same tokens (up to rounding of a near-tie). 2 kernels without filters; each
     filter adds a kernel per four bits of the logits' dtype."""
-    _check(logits, seed_state, temperature, top_k, top_p)
-    if temperature == 0:
-        return _greedy(logits)
-    rows, _, vocabulary = logits.shape
-    sizes, tuned = _sizes(logits), _tuned(logits)
-    # bfloat16 as float32 has its low 16 bits all equal, so no candidate needs them; float16 has more exponents than that.
-    shifts = range(28, 12 if logits.dtype == torch.bfloat16 else -1, -DIGIT_BITS)
-    kinds = [False] * (0 < top_k < vocabulary) + [True] * (top_p < 1)
-    plan = [(by_mass, shift) for by_mass in kinds for shift in shifts]
-    constants = {"TOP_K": top_k, "STEPS": len(plan), "INVERSE_T": 1.0 / temperature, "TOP_P": top_p}
-    if not plan:
-        return _pick(logits, seed_state, (logits, logits, 0, 0), {**constants, "BY_MASS": False, "NOISE": True})
+    return _draw(logits, seed_state, temperature, top_k, top_p)
 
-    wide: dict[str, Any] = {"dtype": torch.int64, "device": logits.device}
-    sums = torch.empty((rows, len(plan), sizes["CHUNKS"], sizes["DIGITS"]), dtype=torch.float32, device=logits.device)
-    prefixes = torch.empty((rows, len(plan)), **wide)
-    peaks = prefixes
-    if top_p < 1:
-        peaks = torch.empty((rows, sizes["CHUNKS"]), **wide)
-        wrap_triton(_chunk_best_kernel)[(sizes["CHUNKS"], rows)](
-            logits, logits, logits, logits, peaks, vocabulary, logits.stride(0), 0, 0,
-            STEPS=0, INVERSE_T=1.0, TOP_K=0, TOP_P=1.0, BY_MASS=False, NOISE=False, **sizes, num_warps=tuned["num_warps"],
-        )  # fmt: skip
-    first = 0
-    for step, (by_mass, shift) in enumerate(plan):
-        opening = shift == shifts[0]
-        first = step if opening else first
-        wrap_triton(_narrow_kernel)[(sizes["CHUNKS"], rows)](
-            logits, peaks, sums, prefixes, vocabulary, logits.stride(0), first, step, shift,
-            shifts[-1] if opening else shift + DIGIT_BITS, **constants, BY_MASS=by_mass, OPENING=opening,
-            FLOORED=by_mass and len(kinds) == 2, NARROW_STEP=tuned["NARROW_STEP"], **sizes,
-            num_warps=tuned["narrow_warps"],
-        )  # fmt: skip
-    return _pick(logits, seed_state, (sums, prefixes, first, shifts[-1]), {**constants, "BY_MASS": by_mass, "NOISE": True})
+
+@triton_op("moeexp::feed_greedy", mutates_args=("token", "positions", "index", "ids"))
+def feed_greedy(logits: Tensor, token: Tensor, positions: Tensor, index: Tensor, ids: Tensor) -> None:
+    """`greedy`, and its token is fed (legend above) by the same two kernels. `ValueError` for shapes, dtypes or strides other
+    than the legend's."""
+    _greedy(logits, _fed(logits, token, positions, index, ids))
+
+
+@triton_op("moeexp::feed_sample", mutates_args=("seed_state", "token", "positions", "index", "ids"))
+def feed_sample(
+    logits: Tensor,
+    seed_state: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    token: Tensor,
+    positions: Tensor,
+    index: Tensor,
+    ids: Tensor,
+) -> None:
+    """`sample`, and its token is fed (legend above) by the same kernels. `ValueError` as of both."""
+    _draw(logits, seed_state, temperature, top_k, top_p, _fed(logits, token, positions, index, ids))

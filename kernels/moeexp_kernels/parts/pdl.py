@@ -2,12 +2,12 @@
 
 A kernel calls `after_previous` once in every program, adds what it returns (0) to the pointers it touches afterwards, and
 touches before it only what neither the previous kernel nor anything still running can write: weights, the state that it
-alone writes, positions, and results of the kernel before the previous. As much as that allows is done before: afterwards the
-whole GPU waits for each load and each reduction. The last kind is safe because the call waits *first* and lets the
-next kernel start *then*: when a kernel starts under PDL, all programs of the previous one are past their own wait, so that
-everything before that one is complete and visible. A kernel that reads its own state before its wait must not directly follow
-another call on the same state; in a model its layer's other kernels stand between. A program that has nothing to do may leave
-without a wait, as long as others of its kernel wait.
+alone writes, positions (which a step's last kernel writes, after its wait), and results of the kernel before the previous. As
+much as that allows is done before: afterwards the whole GPU waits for each load and each reduction. The last kind is safe
+because the call waits *first* and lets the next kernel start *then*: when a kernel starts under PDL, all programs of the
+previous one are past their own wait, so that everything before that one is complete and visible. A kernel that reads its own
+state before its wait must not directly follow another call on the same state; in a model its layer's other kernels stand
+between. A program that has nothing to do may leave without a wait, as long as others of its kernel wait.
 
 A kernel whose successor reads nothing before its wait but weights, or what is older than this kernel's predecessor, lets it
 start at once, by `start_next`: a short kernel would otherwise leave it no time to load its weights. The successor is of another
@@ -47,6 +47,9 @@ PDL_KERNELS = (
     "_attend_kernel",
     "_attend_splits_kernel",
     "_merge_kernel",
+    "_narrow_kernel",
+    "_chunk_best_kernel",
+    "_best_kernel",
 )
 
 # Of these, the kernels (earlier, later) of one op: the edges that PDL may have where an op is timed by itself.
@@ -61,6 +64,10 @@ WITHIN_AN_OP = (
     ("down_tile_kernel", "combine_tile_kernel"),
     ("_decode_kernel", "_finish_kernel"),
     ("_attend_splits_kernel", "_merge_kernel"),
+    ("_chunk_best_kernel", "_narrow_kernel"),
+    ("_narrow_kernel", "_narrow_kernel"),
+    ("_narrow_kernel", "_chunk_best_kernel"),
+    ("_chunk_best_kernel", "_best_kernel"),
 )
 
 # Kernels that let the next one start before they wait, and the kernels that may follow them so: what those read before their own
