@@ -101,7 +101,7 @@ PER_TOKEN = ("x", "ids", "weights")
 
 def many_tokens(dtype, bits=4, tokens=32):
     x = randn(1, tokens, BIG["D"], seed=1, dtype=dtype)
-    x[0, 5] *= 300.0
+    x[0, tokens // 4] *= 300.0
     return {"x": x, **experts(**BIG, bits=bits, dtype=dtype), **choices(1, tokens, k=8, E=BIG["E"], seed=2)}
 
 
