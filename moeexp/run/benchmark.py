@@ -53,6 +53,8 @@ class Benchmark:
         unused, start = timing.Samples(), time.perf_counter()
         timing.time_prefill(self.session, self.prompt, unused)
         timing.time_generation(self.session, self.prompt, min(self.cfg.new_tokens, 8), unused)
+        if count := self.cfg.verify_tokens:
+            timing.time_verify(self.session, self.prompt, [self.prompt.new_zeros(self.cfg.batch, count)])
         while self.session.device.type == "cuda" and time.perf_counter() - start < WARM_UP_S:
             timing.time_generation(self.session, self.prompt, self.cfg.new_tokens, unused)
 

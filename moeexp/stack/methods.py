@@ -228,7 +228,7 @@ def torch_compiled(module: Method) -> Callable:
     # Said, so that it is in the key of Inductor's own cache: not every torch has there how many threads kernels are written for.
     options: dict[str, Any] | None = {"cpp.threads": torch.get_num_threads()} if module.model.norm.device.type == "cpu" else None
     compiled = torch.compile(module, fullgraph=True, options=options)
-    if module.name == "decode":
+    if module.name in STEPS:
         return compiled
 
     def run(tokens: Tensor, positions: Tensor, logit_positions: Tensor, *more: Tensor):

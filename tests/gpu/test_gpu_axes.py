@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from covering import AXES, BASE, COMPILED, PAIRWISE, legal_points
-from kernels_common import poison_state
+from kernels_common import assert_close_ratio, poison_state
 from moeexp_kernels.parts.graph_edges import add_pdl_edges
 from moeexp_runner.binding import package_in
 from moeexp_runner.profiler import kernels_per_token, token_split
@@ -144,6 +144,24 @@ def bound_anew_is_captured_anew(session, expected):
     with pytest.raises(RuntimeError, match="bound anew"):
         session.decode(tokens(1)) if session.graph else session.decode_tokens(tokens(1), 3)
     assert session.generate(tokens(21), 12) == expected and step.state == "captured"
+
+
+@pytest.mark.parametrize("state", ["shared", "explicit"])
+@pytest.mark.parametrize("ops", [["ops.linear=tile", "ops.moe_decode=tile"], ["ops=reference"]])
+def test_a_step_of_several_tokens_is_as_many_decode_steps(stack, state, ops):
+    """To the bit where no kernel's rows depend on how many there are; captured, and eagerly."""
+    built = stack("cuda_graph=decode", "verify_tokens=3", f"state={state}", *ops, dtype="bfloat16")
+    fed = tokens(21)
+    alone, together = (record_trace(built, tokens(9), 13, forced=fed, together=count) for count in (1, 3))
+    with built.session.eager():
+        eager = record_trace(built, tokens(9), 13, forced=fed, together=3)
+    assert torch.equal(together.logits, eager.logits)
+    if "ops=reference" in ops:
+        assert_close_ratio(together.logits.float(), alone.logits.float(), 2e-2)
+        return
+    assert torch.equal(together.logits, alone.logits) and torch.equal(together.expert_ids, alone.expert_ids)
+    for name, tensor in together.states.items():
+        assert torch.equal(tensor, alone.states[name]), name
 
 
 # --- streams ---

@@ -25,6 +25,8 @@ CELLS = [
     "model=tiny quant=int4 cuda_graph=true export=aoti",
     "model=nano quant=int4 cuda_graph=true export=aoti ops=reference prompt_len=70",
     "model=nano quant=int4 cuda_graph=true export=eager batch=2 prompt_len=33",
+    "model=tiny quant=int4 cuda_graph=loop export=eager verify_tokens=3",
+    "model=tiny quant=int4 cuda_graph=loop export=eager verify_tokens=4 ops.linear=tile ops.moe_decode=tile",
     "model=small quant=int4 cuda_graph=true export=eager prompt_len=100",
 ]
 
@@ -37,7 +39,9 @@ def test_run_is_correct(cell, tmp_path, monkeypatch):
     assert (code, record["status"]) == (0, "ok"), (record["error"], (record["check"] or {}).get("failures"))
     names = {part["name"] for part in record["check"]["parts"]}
     assert {"trace", "float32", "tokens"} <= names
-    assert ("replay" in names) == ("cuda_graph=true" in cell)
+    assert ("replay" in names) == ("cuda_graph=false" not in cell)
+    assert ({"verify trace", "verify float32", "verify timed", "verify tokens"} <= names) == ("verify_tokens" in cell)
+    assert (record["verify"] is None) == ("verify_tokens" not in cell)
     floor, batch, latencies = record["bytes_per_token"], record["config"]["batch"], record["token_latencies_ms"]
     assert record["decode_tok_s"] == pytest.approx(1e3 * batch / latencies["mean"], rel=1e-4)
     assert record["kernels_per_token"] == pytest.approx(record["time_split"]["kernels"], abs=0.05)

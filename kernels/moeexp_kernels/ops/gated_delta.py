@@ -188,11 +188,11 @@ def _decode_kernel(
     q_rows, k_rows, v_rows, a_rows, b_rows = (), (), (), (), ()
     for token in tl.static_range(TOKENS):
         row = proj + token * stride_t
-        q_rows = q_rows + (tl.load(row + q_channel, mask=in_k, other=0.0),)
-        k_rows = k_rows + (tl.load(row + k_channel, mask=in_k, other=0.0),)
-        v_rows = v_rows + (tl.load(row + v_channel, mask=in_v, other=0.0),)
-        b_rows = b_rows + (tl.load(row + CHANNELS + HV * DV + head),)
-        a_rows = a_rows + (tl.load(row + CHANNELS + HV * DV + HV + head),)
+        q_rows = q_rows + (tl.load(row + q_channel, mask=in_k, other=0.0),)  # type: ignore[assignment]
+        k_rows = k_rows + (tl.load(row + k_channel, mask=in_k, other=0.0),)  # type: ignore[assignment]
+        v_rows = v_rows + (tl.load(row + v_channel, mask=in_v, other=0.0),)  # type: ignore[assignment]
+        b_rows = b_rows + (tl.load(row + CHANNELS + HV * DV + head),)  # type: ignore[assignment]
+        a_rows = a_rows + (tl.load(row + CHANNELS + HV * DV + HV + head),)  # type: ignore[assignment]
     for token in tl.static_range(TOKENS):
         if token > 0:
             q_past, q_newest = _conv_past(q_rows, conv_state, conv_weight, q_channel, in_k, token, WIDTH)
