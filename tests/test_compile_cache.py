@@ -38,6 +38,7 @@ SPEC = MethodSpec(
 CHANGES = {
     "state": "explicit",
     "padded": True,
+    "count": 2,
     "method": "prefill",
     "architecture": ODD.to_hf() | {"rms_norm_eps": 1e-6},
     "ops": {"linear": "triton", "sample": "reference"},
@@ -52,7 +53,7 @@ CHANGES = {
 
 
 def changed(**changes):
-    own = {name: changes.pop(name) for name in ("method", "padded") if name in changes}
+    own = {name: changes.pop(name) for name in ("method", "padded", "count") if name in changes}
     return dataclasses.replace(SPEC, settings=SPEC.settings | changes, **own)
 
 
@@ -391,5 +392,5 @@ def test_buffers_that_inductor_would_freeze_are_refused():
 def test_inductors_own_cache_is_of_these_sources(monkeypatch):
     """It knows our ops by their names: code for an argument that has another name now would be found and run."""
     monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
-    factory.EXPORTERS["compile"](SimpleNamespace(cfg=None, methods=()), None)
+    factory.EXPORTERS["compile"](SimpleNamespace(cfg=None, methods={}), None)
     assert torch.compiler.config.cache_key_tag == compile_cache.source_digest()

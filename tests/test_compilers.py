@@ -93,6 +93,75 @@ def test_what_several_runs_share_is_compiled_once(play):
     assert len(logged()) == 4
 
 
+AHEAD = """
+log('begun', *sys.argv[4:])
+told = sys.stdin.buffer.read()
+log('told', bool(told))
+if told:
+    pickle.dump(True, sys.stdout.buffer)
+"""
+
+
+@pytest.fixture
+def ahead(play, monkeypatch):
+    """As `play` with a child that waits for its job."""
+    monkeypatch.setattr(free_memory, "of_device", lambda device: None)
+    monkeypatch.setattr("moeexp.record.gpus.visible_gpus", lambda: [])
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    yield play(AHEAD)
+    compilers.end_ahead()
+
+
+def test_where_the_cache_is_empty_they_are_started_ahead_and_told_later(ahead):
+    compilers.start_ahead(CFG)
+    compilers.start_ahead(CFG)  # of a second run in the process
+    until(lambda: ahead() == [f"begun {os.getpid()}"] * 2)
+    with compilers.Compilers([CFG]) as running:
+        assert all(map(running.join, keys().values()))
+    assert ahead()[2:] == ["told True"] * 2, "and no others"
+
+
+@pytest.mark.parametrize(
+    "other", [{"export": "eager"}, {"export": "compile"}, {"artifact": "somewhere"}, {"engine": "transformers"}]
+)
+def test_none_is_started_ahead_where_nothing_may_have_to_be_compiled(ahead, tmp_path, other):
+    compilers.start_ahead(replace(CFG, **other))
+    (tmp_path / "cache" / "compiled" / "something").mkdir(parents=True)
+    compilers.start_ahead(CFG)
+    assert not compilers._ahead
+
+
+def test_those_without_a_job_end(ahead, monkeypatch):
+    compilers.start_ahead(CFG)
+    pids = [process.pid for process, *_ in compilers._ahead]
+    monkeypatch.setattr(compile_cache, "find", lambda key, spec: spec if spec.method == "prefill" else None)
+    with compilers.Compilers([CFG]) as running:
+        assert running.join(keys()["decode"])
+    assert len(pids) == 2 and not compilers._ahead
+    until(lambda: not any(map(runs, pids)), 5)
+    compilers.start_ahead(CFG)
+    pids = [process.pid for process, *_ in compilers._ahead]
+    with compilers.Compilers([replace(CFG, export="eager")]):
+        assert len(pids) == 2 and not any(map(runs, pids))
+
+
+@pytest.mark.parametrize("change", ["variable", "path", "dead"])
+def test_one_that_would_compile_something_else_is_not_told(ahead, monkeypatch, change):
+    compilers.start_ahead(CFG)
+    first = list(compilers._ahead)
+    if change == "variable":
+        monkeypatch.setenv("TORCHINDUCTOR_MAX_AUTOTUNE", "1")
+    elif change == "path":
+        monkeypatch.setattr(sys, "path", [*sys.path, "/elsewhere"])
+    else:
+        os.kill(first[0][0].pid, signal.SIGKILL)
+        until(lambda: not runs(first[0][0].pid))
+    with compilers.Compilers([CFG]) as running:
+        assert all(map(running.join, keys().values())), "by others"
+    assert not any(runs(process.pid) for process, *_ in first)
+    assert ahead().count("told True") == 2
+
+
 def test_no_more_at_once_than_the_machine_grants(play, monkeypatch):
     logged = play(f"log('begun'); time.sleep(0.2); {MADE}")
     monkeypatch.setattr(threads, "granted", lambda: SimpleNamespace(cores=1))

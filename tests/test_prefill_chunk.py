@@ -10,7 +10,7 @@ from moeexp_runner.pieces import piece_sizes
 from rich.console import Console
 
 from moeexp import cli
-from moeexp.check import bits_per_byte, verify
+from moeexp.check import bits_per_byte, traces, verify
 from moeexp.config.compose import compose
 from moeexp.config.resolve import resolve
 from moeexp.record.phases import Phases
@@ -125,7 +125,7 @@ def test_the_check_compares_the_pieces_with_the_whole_prompt(model, phases, monk
     cfg = configured("state=explicit", f"prefill_chunk={CHUNK}", "prefill_graph_lengths=[8]", cuda_graph=cuda_graph)
     monkeypatch.setattr(bits_per_byte, "SLICE_ELEMENTS", 4 * 256)
     sizes = []
-    monkeypatch.setattr(verify, "on_host", lambda size: sizes.append(size) or True)
+    monkeypatch.setattr(traces, "on_host", lambda size: sizes.append(size) or True)
     stack = build_stack(cfg, model, phases)
     sets, prefill = [], stack.session.prefill
 

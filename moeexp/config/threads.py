@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,12 +89,17 @@ def prepare() -> None:
 
 
 def apply(choice: Choice, device: str) -> None:
-    """In this process, before it computes or compiles. The compilers beside each other are those of Triton's kernels, of
-    which a CPU has none; torch counts CPUs for them, whatever the quota. A number of the user's stays."""
+    """In this process, before it computes or compiles."""
     import torch
 
     torch.set_num_threads(choice.number)
-    os.environ.setdefault(COMPILERS, str(granted().cores if device == "cuda" else 1))
+    os.environ |= with_compilers(os.environ, device)
+
+
+def with_compilers(environment: Mapping[str, str], device: str) -> dict[str, str]:
+    """And how many compilers work beside each other: those of Triton's kernels, of which a CPU has none. torch counts CPUs for
+    them, whatever the quota. A number of the user's stays."""
+    return {COMPILERS: str(granted().cores if device == "cuda" else 1), **environment}
 
 
 def describe(choice: Choice) -> dict[str, Any]:

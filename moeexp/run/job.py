@@ -24,7 +24,7 @@ from moeexp.record.record import Record, write_atomically
 from moeexp.report import terminal
 from moeexp.run import signals
 from moeexp.run.identity import Identities, code_fingerprint, config_hash
-from moeexp.stack import allocator, caches
+from moeexp.stack import allocator, caches, compilers
 
 OK, FAILED, INVALID, INTERRUPTED = 0, 1, 2, 130
 EXIT_CODES = {
@@ -86,7 +86,7 @@ def run_job(job: Job, cfg: DictConfig, experiment: RunFunction) -> int:
         failure: BaseException | None = None
         try:
             with signals.allowed():
-                config = prepare(cfg, record, phases)
+                config = prepare(cfg, record, phases, compiles=experiment is default_experiment)
                 experiment(config, run_dir=Path(job.run_dir), record=record, phases=phases)
                 signals.raise_if_received()  # where something in the run swallowed the interrupt
                 status = verdict(config, record)
@@ -124,13 +124,15 @@ def folders_of(job: Job) -> dict[str, Path]:
     return found
 
 
-def prepare(cfg: DictConfig, record: Record, phases: Phases) -> schema.Config:
-    """Validates and resolves; the record then says what runs, and on what."""
+def prepare(cfg: DictConfig, record: Record, phases: Phases, *, compiles: bool = True) -> schema.Config:
+    """Validates and resolves; the record then says what runs, and on what. compiles: the run will, where its config says so."""
     composed = schema.to_config(cfg)
     validate.check_values(composed)
     allocator.prepare(composed)
     check_surroundings(composed)
     threads.prepare()
+    if compiles:
+        compilers.start_ahead(composed)
     with signals.deferred():  # in the middle of an import an interrupt may be swallowed, or become another error
         import torch
 
@@ -203,6 +205,7 @@ def conclude(
     job: Job, record: Record, phases: Phases, config: schema.Config | None, status: str, error: BaseException | None
 ) -> int:
     """Finishes the record, tracks and shows it. Returns the exit code. Only tracking can be interrupted."""
+    compilers.end_ahead()
     error = None if error is None else disk.explained(error, folders_of(job))
     begun = set(record.data["phases_s"])
     if status == "unsupported" and begun - {"identity"}:  # of a snapshot that was read only to know it, nothing was begun

@@ -4,7 +4,11 @@ One takes 0.6 GiB of host memory, its C++ compiler 0.4 GiB more. On a GPU it hol
 the arguments of one call: Inductor launches each kernel once. Where a device has no room for that beside what the runs need, they
 compile in their own process, one method after the other.
 
-python -m moeexp.stack.compilers      compiles one. What it is told, and what it answers, are pickles of its parent's own.
+Where the cache is empty a run will need them all: the first are started before it knows what for (`start_ahead`), and import
+while it does, as both take seconds for that.
+
+python -m moeexp.stack.compilers      compiles one. What it is told, and what it answers, are pickles of its parent's own. With
+its parent's number it imports first, and ends where it is told nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 from moeexp.record.process_group import die_with_parent, end_groups, has_ended, kill_group, signal_name
@@ -27,6 +31,8 @@ if TYPE_CHECKING:
     from moeexp.config.schema import Config
     from moeexp.stack.compile_cache import MethodSpec
 
+# Those that were started ahead: the process, the pipe for its job, the file of its answer, and what it was started in.
+_ahead: list[tuple[subprocess.Popen, IO[bytes], IO[bytes], object]] = []
 # How often a wait for one looks, and what one has to remove what it has half written.
 LOOK_S, GRACE_S = 0.05, 5.0
 # Bytes that are free for one, on each device that it uses.
@@ -52,10 +58,12 @@ class Compilers:
         self._at_once = min(len(self._waiting), granted().cores, room(configs)) if self._waiting else 0
         if self._at_once == 0:
             self._waiting.clear()
+            end_ahead()
 
     def __enter__(self) -> Compilers:
         try:
             self._go_on()
+            end_ahead()  # of those that are left nobody knows when they will be needed
         except BaseException:
             self.__exit__()
             raise
@@ -63,6 +71,7 @@ class Compilers:
 
     def __exit__(self, *exception: object) -> None:
         self._waiting.clear()
+        end_ahead()
         end_groups([process for _, process, _ in self._running.values()], GRACE_S)
         for _, _, answer in self._running.values():
             answer.close()
@@ -107,23 +116,76 @@ def room(configs: Sequence[Config]) -> int:
     return most
 
 
+def start_ahead(cfg: Config) -> None:
+    """Processes for the methods of a config that is not resolved yet, where all are sure to be missing."""
+    from moeexp.config.threads import granted, with_compilers
+    from moeexp.record import free_memory
+    from moeexp.record.gpus import visible_gpus
+    from moeexp.stack.caches import cache_dir
+
+    if _ahead or cfg.engine != "moeexp" or cfg.export != "aoti" or cfg.artifact is not None:
+        return
+    with contextlib.suppress(OSError):  # there is no folder yet
+        if any(entry.is_dir() for entry in (cache_dir() / "compiled").iterdir()):
+            return
+    free = free_memory.of_device("cpu")
+    most = sys.maxsize if free is None else free // ROOM["cpu"] - 1
+    device = cfg.device if cfg.device != "auto" else "cuda" if visible_gpus() else "cpu"
+    environment = with_compilers(os.environ, device)
+    for _ in range(min(2 if cfg.dispatch == "dual" else 1, granted().cores, most)):
+        answer = _file()
+        process = _spawn(subprocess.PIPE, answer, environment, str(os.getpid()))
+        assert process.stdin is not None
+        _ahead.append((process, process.stdin, answer, _surroundings(environment)))
+
+
+def end_ahead() -> None:
+    """Ends those that have no job."""
+    while _ahead:
+        process, pipe, answer, _ = _ahead.pop()
+        with contextlib.suppress(BrokenPipeError):
+            pipe.close()
+        kill_group(process)  # it has written nothing
+        process.wait()
+        answer.close()
+
+
 def _start(cfg: Config, method: str, key: str, at_once: int) -> tuple[subprocess.Popen, IO[bytes]]:
     """The process, and the file that its answer will be in."""
     import torch
 
+    job = pickle.dumps((os.getpid(), cfg, method, key, torch.get_num_threads(), at_once))
+    while _ahead:
+        process, pipe, answer, started_in = _ahead.pop(0)
+        if started_in == _surroundings(os.environ) and not has_ended(process):
+            with contextlib.suppress(BrokenPipeError):  # one that has ended since says so itself
+                with pipe:
+                    pipe.write(job)
+            return process, answer
+        _ahead.insert(0, (process, pipe, answer, started_in))
+        end_ahead()  # what one was not started in, none was
     answer = _file()
-    with _file() as job:
-        pickle.dump((os.getpid(), cfg, method, key, torch.get_num_threads(), at_once), job)
-        job.seek(0)
-        process = subprocess.Popen(
-            # -P: of the working directory only what the parent would import.
-            [sys.executable, "-P", "-m", "moeexp.stack.compilers"],
-            stdin=job,
-            stdout=answer,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)},
-            start_new_session=True,  # Ctrl-C reaches the parent alone, which ends this
-        )
-    return process, answer
+    with _file() as told:
+        told.write(job)
+        told.seek(0)
+        return _spawn(told, answer, os.environ), answer
+
+
+def _spawn(stdin: IO[bytes] | int, answer: IO[bytes], environment: Mapping[str, str], *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        # -P: of the working directory only what the parent would import.
+        [sys.executable, "-P", "-m", "moeexp.stack.compilers", *arguments],
+        stdin=stdin,
+        stdout=answer,
+        env={**environment, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)},
+        start_new_session=True,  # Ctrl-C reaches the parent alone, which ends this
+    )
+
+
+def _surroundings(environment: Mapping[str, str]) -> object:
+    """What decides what a process imports and compiles. torch writes down where its cache is once it has looked."""
+    variables = {name: value for name, value in environment.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+    return variables, list(sys.path), os.getcwd()
 
 
 def _file() -> IO[bytes]:
@@ -147,7 +209,13 @@ def _read(method: str, code: int, answer: IO[bytes]) -> bool | Exception:
 def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # what is half written is removed
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    parent, *job = pickle.load(sys.stdin.buffer)
+    if sys.argv[1:]:
+        die_with_parent(int(sys.argv[1]), signal.SIGTERM)
+        _import()
+    told = sys.stdin.buffer.read()
+    if not told:
+        return 0
+    parent, *job = pickle.loads(told)
     die_with_parent(parent, signal.SIGTERM)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a compiler prints is no answer
@@ -158,6 +226,17 @@ def main() -> int:
     with answers:
         pickle.dump(answer, answers)
     return 0
+
+
+def _import() -> None:
+    """What compiling imports, and that late."""
+    import torch._inductor.codegen.cpp_wrapper_gpu
+    import torch._inductor.codegen.triton
+    import torch._inductor.compile_fx
+    import torch._inductor.package
+    import torch.export._trace  # noqa: F401
+
+    import moeexp.stack.packages  # noqa: F401
 
 
 def _compile(cfg: Config, method: str, key: str, threads: int, at_once: int) -> bool:
