@@ -1,5 +1,5 @@
-"""Blocks of figures of runs that are one process each: by the length of the prompt, how fast it is taken in and how fast
-decoding goes on behind it; and of other models of the family."""
+"""Blocks of figures by one number: the length of the prompt, for how fast it is taken in and how fast decoding goes on behind
+it; the tokens of a step; and of other models of the family."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from moeexp.report.markup import code, escaped, markdown_table
 from moeexp.report.records import cell_of, load_records
 
 LONG = "long_prompts_qwen3_5_35b_a3b_int4_h200"
+VERIFY = "verify_qwen3_5_35b_a3b_int4_h200"
 FAMILY = "family_qwen3_5_122b_a10b_int4_h200"
 COMMON: dict[str, Callable[[dict[str, Any]], str]] = {
     "device memory, GiB": lambda record: number(record["memory_gib"].get("device_in_use")),
@@ -41,6 +42,21 @@ def decode_by_depth(results: Path) -> str:
         "of the measured read bandwidth": lambda record: percent(record["bandwidth_share"]),
     }
     return _curve(results, "depth", columns | COMMON)
+
+
+def verify_steps(results: Path) -> str:
+    """The cells `verify …`, which took turns in one process; nothing until they were measured."""
+    folder = results / VERIFY
+    records = [record for record in load_records([folder]) if record["verify"]] if folder.exists() else []
+    columns: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "tokens of a step": lambda record: number(record["verify"]["tokens"]),
+        "ms": lambda record: number(record["verify"]["step_ms"]),
+        "decode steps": lambda record: number(record["verify"]["decode_steps"]),
+        "decode tok/s": lambda record: number(record["decode_tok_s"]),
+        "of the measured read bandwidth": lambda record: percent(record["bandwidth_share"]),
+        "check": COMMON["check"],
+    }
+    return _table(sorted(records, key=lambda record: record["verify"]["tokens"]), columns, "in turns in one process")
 
 
 def family(results: Path) -> str:
@@ -74,10 +90,12 @@ def _curve(results: Path, kind: str, columns: dict[str, Callable[[dict[str, Any]
     return _table(sorted(found, key=lambda record: record["config"]["prompt_len"]), columns)
 
 
-def _table(found: Sequence[dict[str, Any]], columns: dict[str, Callable[[dict[str, Any]], Any]]) -> str:
+def _table(
+    found: Sequence[dict[str, Any]], columns: dict[str, Callable[[dict[str, Any]], Any]], how: str = "one process each"
+) -> str:  # fmt: skip
     if not found:
         return ""
     table = markdown_table(list(columns), [[value(record) for value in columns.values()] for record in found])
-    text = f"{table}\nOne {escaped(gpus_of(found))}, one process each."
+    text = f"{table}\nOne {escaped(gpus_of(found))}, {how}."
     unchecked = any(record["check"] is None for record in found)
     return text + " Where the check is off, a run shows that it fits, and publishes no speed." * unchecked

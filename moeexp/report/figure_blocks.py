@@ -319,6 +319,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "headline": headline,
     "sequences": sequences,
     "family": curves.family,
+    "verify-steps": curves.verify_steps,
     "prefill-by-prompt": curves.prefill_by_prompt,
     "decode-by-depth": curves.decode_by_depth,
     "soak": soak,

@@ -26,6 +26,16 @@ from moeexp.report.records import cell_of, is_median, setting, varying, why
 MEASURED = ("decode tok/s", "prefill tok/s", "TTFT ms", "bits/byte", "peak GiB")
 
 
+def verify_text(record: dict[str, Any]) -> str:
+    """A step of several tokens: how long, in how many decode steps."""
+    if not (verify := record["verify"]):
+        return "–"
+    return f"{verify['tokens']}: {number(verify['step_ms'])}, {number(verify['decode_steps'])}"
+
+
+MORE = {"tokens of a step: ms, decode steps": verify_text, STALLS: stalls_text}
+
+
 def table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: what differs between the configs, then what was measured."""
     cells = [cell_of(record) for record in records]
@@ -33,16 +43,16 @@ def table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]
     named, unique = all(cells), len(set(cells)) == len(cells)
     axes = [] if named and unique else varying(records)
     first = (["cell"] if named else []) + axes
-    # Of stalls a table speaks where a run had any.
-    stalled = any(stalls_text(record) not in ("–", NONE) for record in records)
-    header = [*(first or ["run"]), "status", *MEASURED, *[STALLS] * stalled]
+    # Of these a table speaks where a run had any.
+    more = {name: text for name, text in MORE.items() if any(text(record) not in ("–", NONE) for record in records)}
+    header = [*(first or ["run"]), "status", *MEASURED, *more]
     settings = [
         ([str(cell)] if named else []) + [setting(record, axis) for axis in axes] or [record["id"]]
         for cell, record in zip(cells, records, strict=True)
     ]
     marks = [APART * apart + WEIGHTS * bool(weights) for apart, weights in _against_first(records)]
     return header, [
-        [*chosen, *_results(record, mark), *[stalls_text(record)] * stalled]
+        [*chosen, *_results(record, mark), *(text(record) for text in more.values())]
         for chosen, record, mark in zip(settings, records, marks, strict=True)
     ]
 

@@ -179,6 +179,7 @@ FIGURES: dict[str, Callable[[Run, dict[tuple, Run]], TableCell]] = {
     "p50 ms": _figure(_of("token_latencies_ms", "p50")),
     "p99 ms": _figure(_of("token_latencies_ms", "p99")),
     "stalls": _stalls,
+    "verify ms": _figure(_of("verify", "step_ms")),
     "prefill tok/s": _prefill,
     "first token ms": _figure(_of("ttft_s"), 1e3),
     "bits/byte": _figure(_of("bits_per_byte")),
