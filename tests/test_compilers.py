@@ -145,6 +145,16 @@ def test_those_without_a_job_end(ahead, monkeypatch):
         assert len(pids) == 2 and not any(map(runs, pids))
 
 
+def test_what_torch_adds_changes_nothing(ahead, monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    compilers.start_ahead(CFG)
+    monkeypatch.setenv("TEARDOWN_CUPTI", "0")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/somewhere")
+    with compilers.Compilers([CFG]) as running:
+        assert all(map(running.join, keys().values()))
+    assert ahead().count("told True") == 2 and len(ahead()) == 4, ahead()
+
+
 @pytest.mark.parametrize("change", ["variable", "path", "dead"])
 def test_one_that_would_compile_something_else_is_not_told(ahead, monkeypatch, change):
     compilers.start_ahead(CFG)

@@ -23,6 +23,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from moeexp.record.process_group import die_with_parent, end_groups, has_ended, kill_group, signal_name
@@ -31,8 +32,26 @@ if TYPE_CHECKING:
     from moeexp.config.schema import Config
     from moeexp.stack.compile_cache import MethodSpec
 
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What decides what a process imports and compiles: the variables that it was started with, the import path, the folder."""
+
+    environment: dict[str, str]
+    path: list[str]
+    folder: str
+
+    def are_here(self) -> bool:
+        """Whether a process that is started now has the same. torch adds variables, where its cache is, what its profiler does;
+        of such that change what is compiled there must be none."""
+        added = os.environ.keys() - self.environment.keys()
+        changing = any(name.startswith(("TORCHINDUCTOR_", "TRITON_")) and not name.endswith("_DIR") for name in added)
+        kept = all(os.environ.get(name) == value for name, value in self.environment.items())
+        return kept and not changing and (self.path, self.folder) == (sys.path, os.getcwd())
+
+
 # Those that were started ahead: the process, the pipe for its job, the file of its answer, and what it was started in.
-_ahead: list[tuple[subprocess.Popen, IO[bytes], IO[bytes], object]] = []
+_ahead: list[tuple[subprocess.Popen, IO[bytes], IO[bytes], Surroundings]] = []
 # How often a wait for one looks, and what one has to remove what it has half written.
 LOOK_S, GRACE_S = 0.05, 5.0
 # Bytes that are free for one, on each device that it uses.
@@ -136,7 +155,7 @@ def start_ahead(cfg: Config) -> None:
         answer = _file()
         process = _spawn(subprocess.PIPE, answer, environment, str(os.getpid()))
         assert process.stdin is not None
-        _ahead.append((process, process.stdin, answer, _surroundings(environment)))
+        _ahead.append((process, process.stdin, answer, Surroundings(environment, list(sys.path), os.getcwd())))
 
 
 def end_ahead() -> None:
@@ -157,7 +176,7 @@ def _start(cfg: Config, method: str, key: str, at_once: int) -> tuple[subprocess
     job = pickle.dumps((os.getpid(), cfg, method, key, torch.get_num_threads(), at_once))
     while _ahead:
         process, pipe, answer, started_in = _ahead.pop(0)
-        if started_in == _surroundings(os.environ) and not has_ended(process):
+        if started_in.are_here() and not has_ended(process):
             with contextlib.suppress(BrokenPipeError):  # one that has ended since says so itself
                 with pipe:
                     pipe.write(job)
@@ -180,12 +199,6 @@ def _spawn(stdin: IO[bytes] | int, answer: IO[bytes], environment: Mapping[str, 
         env={**environment, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)},
         start_new_session=True,  # Ctrl-C reaches the parent alone, which ends this
     )
-
-
-def _surroundings(environment: Mapping[str, str]) -> object:
-    """What decides what a process imports and compiles. torch writes down where its cache is once it has looked."""
-    variables = {name: value for name, value in environment.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
-    return variables, list(sys.path), os.getcwd()
 
 
 def _file() -> IO[bytes]:
