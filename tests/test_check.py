@@ -271,6 +271,26 @@ def test_tokens_judges_the_last_token_that_was_not_fed(references):
     assert "position 24" in check_tokens(trace, run).failures()[0]
 
 
+def test_choices_of_logits_are_judged_where_others_chose_the_tokens(references):
+    """Also that of the last position. Tokens that nobody would choose are no fault of theirs, another choice is."""
+
+    def change(ids):
+        ids[1, 19] = references[0].logits(18, 19)[1, 0].topk(5).indices[4]
+
+    trace, (run, half, on_half) = with_tokens(references, change)
+    noise = torch.zeros(trace.logits.shape[-1])
+    noise[7] = 1e3  # that every draw would choose
+    for more in ((), (half, on_half)):
+        part = check_tokens(trace, run, *more, by_logits=True)
+        assert not failed(part) and part.report["argmax"] == part.report["tokens"] == 2 * (LENGTH - PROMPT + 1)
+        drawn = check_tokens(trace, run, *more, gumbel=lambda logits, first: logits + noise, by_logits=True)
+        assert not failed(drawn)
+    trace.logits = trace.logits.clone()
+    trace.logits[0, LENGTH - 1, run.logits(LENGTH - 1, LENGTH)[0, 0].argmin()] = 1e3
+    part = check_tokens(trace, run, by_logits=True)
+    assert failed(part) == {"tokens.logit_margin"} and f"batch 0, position {LENGTH}" in part.failures()[0]
+
+
 def test_tokens_accepts_a_near_tie_and_goes_on(references):
     """A near-tie made by scaling one pair of logits; a wrong token after it is still seen."""
     run, half, on_half = (copy.copy(r) for r in references)

@@ -145,6 +145,16 @@ def check_timed(
     return make_part("timed", tolerances, report)
 
 
+def _choices_of(trace: Trace, start: int, gumbel: Callable[[Tensor, int], Tensor] | None) -> Tensor:
+    """[B, n]: what the logits of the positions from `start` on would choose, with the noise that `gumbel` adds."""
+    batch, length, vocab = trace.logits.shape
+    chosen = []
+    for first, last in slices(batch, start, length, vocab):
+        logits = trace.logits[:, first:last]
+        chosen.append((logits if gumbel is None else gumbel(logits.float(), first)).argmax(-1).to(trace.token_ids.device))
+    return torch.cat(chosen, 1)
+
+
 def check_tokens(
     trace: Trace,
     reference: ReferenceRun,
@@ -152,11 +162,14 @@ def check_tokens(
     reference_on_bf16_choices: ReferenceRun | None = None,
     *,
     gumbel: Callable[[Tensor, int], Tensor] | None = None,
+    by_logits: bool = False,
 ) -> Part:
     """Every generated token must be the reference's argmax or a near-tie with it.
 
     Of tokens that were drawn it is the Gumbel-argmax check: `gumbel(logits [B, n, V], position of the first)` adds the noise
     that each was drawn with, and the token must be the argmax of the reference's logits with that noise.
+
+    by_logits: not the tokens that were fed are judged, which others chose, but those that the trace's own logits would choose.
 
     A near-tie is as far as noise reaches at that position, but capped. Without the bf16 pair, for a float32 trace,
     noise is what the float32 logits tolerance would let pass. A near-tie ends nothing: each later token is judged too.
@@ -164,8 +177,8 @@ def check_tokens(
     _assert_same_run(trace, reference)
     batch, length = trace.token_ids.shape
     start = trace.prompt_len - 1  # the last prompt position predicts the first generated token
-    targets = trace.token_ids[:, trace.prompt_len :]
-    if trace.next_token is not None:
+    targets = _choices_of(trace, start, gumbel) if by_logits else trace.token_ids[:, trace.prompt_len :]
+    if trace.next_token is not None and not by_logits:
         targets = torch.cat([targets, trace.next_token.to(targets).view(batch, 1)], dim=1)
     stop = start + targets.shape[1]
     assert start < stop, "the trace generated no token"

@@ -119,7 +119,8 @@ def _of_steps_together(
     cfg: Config, stack: Stack, config: Any, trace: Trace, phases: Phases, references: References
 ) -> list[Part]:
     """The same tokens, `verify_tokens` a step: judged as those of decode steps are. Their logits differ by rounding where rows
-    of a step meet other kernels than one row does, and with them the experts that are chosen."""
+    of a step meet other kernels than one row does, and with them the experts that are chosen. So each is held against its own
+    reference, and what is judged as chosen is what these logits choose."""
     fed, count = trace.token_ids, trace.prompt_len
     with phases("check: verify trace"):
         together = record_trace(
@@ -193,7 +194,7 @@ def _against_reference(
     gumbel = gumbel_scores(cfg, trace) if cfg.sampler.name == "gumbel" else None
     if cfg.dtype == "float32":
         # The timed methods are the float32 methods: part (a) judges them directly, with the stricter limits.
-        parts = [check_float32(trace, reference), check_tokens(trace, reference, gumbel=gumbel)]
+        parts = [check_float32(trace, reference), check_tokens(trace, reference, gumbel=gumbel, by_logits=together > 1)]
         return parts if together > 1 else parts + _against_generate(cfg, stack, trace, phases)
     # Its eager methods know no graph and no compiler.
     alike = (*tokens, cfg.dispatch, cfg.state, cfg.max_seq_len, together, tuple(sorted(stack.ops.items())))
@@ -202,7 +203,7 @@ def _against_reference(
     reference_on_bf16 = run("bf16 reference", torch.float32, bf16.expert_ids)
     with phases("check: compare"):
         parts.append(check_timed(trace, reference, bf16, reference_on_bf16))
-        parts.append(check_tokens(trace, reference, bf16, reference_on_bf16, gumbel=gumbel))
+        parts.append(check_tokens(trace, reference, bf16, reference_on_bf16, gumbel=gumbel, by_logits=together > 1))
     return parts
 
 
