@@ -60,15 +60,16 @@ CHAIN = replace(TINY, gdn_k_dim=32, gdn_v_dim=32, head_dim=32)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sequences", [1, 3])
-def test_every_layer_of_the_chain_advances_its_state(sequences):
-    chain = Layers(CHAIN, common.DEVICE, sequences)
-    assert chain.x.shape[0] == sequences
+@pytest.mark.parametrize("sequences, tokens", [(1, 1), (3, 1), (1, 2)])
+def test_every_layer_of_the_chain_advances_its_state(sequences, tokens):
+    chain = Layers(CHAIN, common.DEVICE, sequences, tokens)
+    assert chain.x.shape[:2] == (sequences, tokens)
     before = [{name: tensor.clone() for name, tensor in layer.state.items()} for layer in chain.layers]
     assert chain.call(chain.x).isfinite().all()
     for was, layer in zip(before, chain.layers, strict=True):
         assert all(not torch.equal(was[name], now) for name, now in layer.state.items()), layer.kind
-        assert layer.trace[-1, 512].unique().numel() == CHAIN.top_k, "a choice is traced where the token stands"
+        for slot in range(512, 512 + tokens):
+            assert layer.trace[-1, slot].unique().numel() == CHAIN.top_k, "a choice is traced where the token stands"
 
 
 @pytest.mark.slow

@@ -209,7 +209,7 @@ def heads_of(q: Tensor, k_cache: Tensor) -> tuple[int, ...]:
 
 
 def decode_config(q: Tensor, k_cache: Tensor) -> dict[str, int]:
-    """Tile rows for one token: all query heads of a key-value head, at least the 16 that tensor cores take."""
+    """Tile rows of one token: all query heads of a key-value head, at least the 16 that tensor cores take."""
     group = q.shape[2] // k_cache.shape[1]
     return {"BLOCK_M": max(16, triton.next_power_of_2(group)), **tuned("attention_decode", q)}
 
@@ -224,5 +224,5 @@ def sdpa_prefill(
 
 @triton_op("moeexp::sdpa_decode_tiled", mutates_args=())
 def sdpa_decode_tiled(q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor) -> Tensor:
-    """`reference_sdpa` at T = 1, one program per key-value head over all slots in use: one kernel, best for short contexts."""
+    """`reference_sdpa` of a few tokens, a program for each key-value head over all slots in use: best for short contexts."""
     return unsplit(q, qkv, k_cache, v_cache, positions, decode_config(q, k_cache))

@@ -2,12 +2,12 @@
 
 A kernel calls `after_previous` once in every program, adds what it returns (0) to the pointers it touches afterwards, and
 touches before it only what neither the previous kernel nor anything still running can write: weights, the state that it
-alone writes, positions (which a step's last kernel writes, after its wait), and results of the kernel before the previous. As
-much as that allows is done before: afterwards the whole GPU waits for each load and each reduction. The last kind is safe
-because the call waits *first* and lets the next kernel start *then*: when a kernel starts under PDL, all programs of the
-previous one are past their own wait, so that everything before that one is complete and visible. A kernel that reads its own
-state before its wait must not directly follow another call on the same state; in a model its layer's other kernels stand
-between. A program that has nothing to do may leave without a wait, as long as others of its kernel wait.
+alone writes, positions (which a step's last kernel writes, after its wait), what earlier steps left in the KV cache, and
+results of the kernel before the previous. As much as that allows is done before: afterwards the whole GPU waits for each load and
+each reduction. The last kind is safe because the call waits *first* and lets the next kernel start *then*: when a kernel starts
+under PDL, all programs of the previous one are past their own wait, so that everything before that one is complete and visible. A
+kernel that reads its own state before its wait must not directly follow another call on the same state; in a model its layer's
+other kernels stand between. A program that has nothing to do may leave without a wait, as long as others of its kernel wait.
 
 A kernel whose successor reads nothing before its wait but weights, or what is older than this kernel's predecessor, lets it
 start at once, by `start_next`: a short kernel would otherwise leave it no time to load its weights. The successor is of another
