@@ -95,7 +95,8 @@ class Config:
     )  # fmt: skip
     verify_tokens: int = axis(
         "beside decoding, a step of so many tokens of each sequence, as speculative decoding verifies its drafts with, on the "
-        "tokens that decoding chose; 0: none", default=0, role=AXIS, least=0, most=32, part_of=[ARTIFACT], only={TRANSFORMERS: 0},
+        "tokens that decoding chose; 0: none", default=0, role=MEASUREMENT, least=0, most=32, part_of=[ARTIFACT],
+        only={TRANSFORMERS: 0},
     )  # fmt: skip
     pdl: bool = axis(
         "programmatic dependent launch: in a captured decode step a kernel fetches its weights while the one before it runs",
