@@ -43,6 +43,18 @@ def exact_reference(monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
+@pytest.fixture(scope="module")
+def phases(tmp_path_factory):
+    """Of a run that shows nothing and is of no config: for what builds a model or a stack, or checks one."""
+    from rich.console import Console
+
+    from moeexp.record.phases import Phases
+    from moeexp.record.record import Record
+
+    record = Record(tmp_path_factory.mktemp("run") / "record.json", id="t", config=None, command=["test"])
+    return Phases(record, Console(quiet=True))
+
+
 SKIPS = Path(__file__).with_name("skips.txt")
 NO_GPU = "no CUDA device"
 

@@ -18,7 +18,6 @@ from kernels_common import poison_state
 from moeexp_kernels import registry
 from moeexp_runner.arena import Arena
 from moeexp_runner.explicit import ExplicitState
-from rich.console import Console
 
 from moeexp import cli
 from moeexp.check.traces import check_replay, record_trace
@@ -27,7 +26,6 @@ from moeexp.config.compose import compose
 from moeexp.config.resolve import resolve
 from moeexp.config.validate import validate
 from moeexp.model.qwen3_5_moe import state_shapes
-from moeexp.record.phases import Phases
 from moeexp.record.record import Record
 from moeexp.run.experiment import Experiment, chosen_experts
 from moeexp.stack import factory
@@ -38,12 +36,6 @@ from moeexp.stack.methods import MODULES, compile_method, export_method, session
 BASE = ["model=nano", "quant=int4", "max_seq_len=96", "export=eager", "new_tokens=12", "dtype=float32"]
 DISPATCH, STATE = ("dual", "single", "token_by_token", "cond"), ("shared", "explicit")
 LEGAL = [pair for pair in itertools.product(DISPATCH, STATE) if pair != ("cond", "shared")]
-
-
-@pytest.fixture(scope="module")
-def phases(tmp_path_factory):
-    record = Record(tmp_path_factory.mktemp("run") / "record.json", id="t", config=None, command=["test"])
-    return Phases(record, Console(quiet=True))
 
 
 def configured(*overrides, cuda_graph=False):

@@ -7,14 +7,11 @@ import pytest
 import torch
 from common import build_session, random_tokens, same_state
 from moeexp_runner.pieces import piece_sizes
-from rich.console import Console
 
 from moeexp import cli
 from moeexp.check import bits_per_byte, traces, verify
 from moeexp.config.compose import compose
 from moeexp.config.resolve import resolve
-from moeexp.record.phases import Phases
-from moeexp.record.record import Record
 from moeexp.stack.factory import build_model, build_stack
 from moeexp.stack.methods import OF_DISPATCH
 
@@ -24,12 +21,6 @@ LEGAL = [
     (dispatch, state) for dispatch in OF_DISPATCH for state in ("shared", "explicit") if (dispatch, state) != ("cond", "shared")
 ]
 PROMPT = random_tokens(1, 40, vocab=256)
-
-
-@pytest.fixture(scope="module")
-def phases(tmp_path_factory):
-    record = Record(tmp_path_factory.mktemp("run") / "record.json", id="t", config=None, command=["test"])
-    return Phases(record, Console(quiet=True))
 
 
 def configured(*overrides, cuda_graph=False):

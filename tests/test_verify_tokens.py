@@ -20,8 +20,6 @@ from moeexp.check.verify import verify
 from moeexp.config.compose import compose
 from moeexp.config.resolve import resolve
 from moeexp.config.validate import validate
-from moeexp.record.phases import Phases
-from moeexp.record.record import Record
 from moeexp.report.terminal import print_run
 from moeexp.run import benchmark
 from moeexp.run.benchmark import Benchmark
@@ -30,12 +28,6 @@ from moeexp.stack.packages import package_specs
 
 BASE = ["model=nano", "quant=int4", "max_seq_len=96", "export=eager", "new_tokens=12", "dtype=float32", "verify_tokens=3"]
 PROMPT = random_tokens(2, 21, vocab=256)
-
-
-@pytest.fixture(scope="module")
-def phases(tmp_path_factory):
-    record = Record(tmp_path_factory.mktemp("run") / "record.json", id="t", config=None, command=["test"])
-    return Phases(record, Console(quiet=True))
 
 
 def configured(*overrides, cuda_graph=False):

@@ -145,7 +145,7 @@ def check_timed(
     return make_part("timed", tolerances, report)
 
 
-def _choices_of(trace: Trace, start: int, gumbel: Callable[[Tensor, int], Tensor] | None) -> Tensor:
+def _chosen_by_logits(trace: Trace, start: int, gumbel: Callable[[Tensor, int], Tensor] | None) -> Tensor:
     """[B, n]: what the logits of the positions from `start` on would choose, with the noise that `gumbel` adds."""
     batch, length, vocab = trace.logits.shape
     chosen = []
@@ -177,7 +177,7 @@ def check_tokens(
     _assert_same_run(trace, reference)
     batch, length = trace.token_ids.shape
     start = trace.prompt_len - 1  # the last prompt position predicts the first generated token
-    targets = _choices_of(trace, start, gumbel) if by_logits else trace.token_ids[:, trace.prompt_len :]
+    targets = _chosen_by_logits(trace, start, gumbel) if by_logits else trace.token_ids[:, trace.prompt_len :]
     if trace.next_token is not None and not by_logits:
         targets = torch.cat([targets, trace.next_token.to(targets).view(batch, 1)], dim=1)
     stop = start + targets.shape[1]

@@ -147,12 +147,11 @@ def build_stack(
     builder = MethodBuilder(cfg, model, names, arena.tensors, made_ahead)
     methods, artifacts = EXPORTERS[cfg.export](builder, phases)
     prefill, decode = session_methods(cfg.dispatch, methods, padded=builder.padded)
-    verify = methods.get("verify")
     with phases("capture") if cfg.cuda_graph else phases("session"):
         session = Session(
             prefill=prefill,
             decode=decode,
-            verify=verify,
+            verify=methods.get("verify"),
             verify_tokens=cfg.verify_tokens,
             sample=sampler_of(cfg.sampler, names["sample"], device="cpu" if copy_outputs else device),
             arena=ExplicitState(arena) if cfg.state == "explicit" else arena,

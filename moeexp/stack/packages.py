@@ -36,7 +36,7 @@ def _pads(cfg: Config) -> bool:
 
 
 def names_in(method: str, names: dict[str, str]) -> dict[str, str]:
-    """What of `names` is in a method: the sampler is in none, and a prefill method has no op that is for one token."""
+    """What of `names` is in a method: the sampler is in none, and a prefill method has no op of a decode step."""
     other = {"prefill": "_decode"} | dict.fromkeys(STEPS, "_prefill")
     return {op: name for op, name in names.items() if op != "sample" and not op.endswith(other.get(method, "nothing"))}
 

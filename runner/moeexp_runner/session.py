@@ -129,16 +129,7 @@ class Session:
         inputs.check_tokens(self.limits, token, 1, start=self.length, ids=False)
         if token.shape[1] != 1:
             raise ValueError(f"decode takes one token per row, [{self.batch}, 1], got {list(token.shape)}")
-        self.arena.check_identity()
-        with torch.no_grad(), self._on_decode():
-            self._token.copy_(token)
-            self._positions.fill_(self.length)
-            if self.graph is None or self._eager:
-                logits = self.arena.call(self._decode, self._token, self._positions)
-            else:
-                logits = self.graph.replay(self._token, self._positions)
-        self.length += 1
-        return logits
+        return self._step(self._decode, self.graph, self._token, token)
 
     def verify(self, tokens: Tensor) -> Tensor:
         """tokens [B, verify_tokens] int64, on the device: a decode step of as many tokens of each sequence, of which the state
@@ -149,14 +140,18 @@ class Session:
         if tokens.shape != self._tokens.shape:
             raise ValueError(f"verify takes {list(self._tokens.shape)} tokens, got {list(tokens.shape)}")
         inputs.check_tokens(self.limits, tokens, tokens.shape[1], start=self.length, ids=False)
+        return self._step(self._verify, self.verify_graph, self._tokens, tokens)
+
+    def _step(self, method: Callable[..., Tensor], graph: StepGraph | None, held: Tensor, tokens: Tensor) -> Tensor:
+        """One call on checked tokens [B, T], by the graph where there is one. held [B, T]: where it reads them."""
         self.arena.check_identity()
         with torch.no_grad(), self._on_decode():
-            self._tokens.copy_(tokens)
+            held.copy_(tokens)
             self._positions.fill_(self.length)
-            if self.verify_graph is None or self._eager:
-                logits = self.arena.call(self._verify, self._tokens, self._positions)
+            if graph is None or self._eager:
+                logits = self.arena.call(method, held, self._positions)
             else:
-                logits = self.verify_graph.replay(self._tokens, self._positions)
+                logits = graph.replay(held, self._positions)
         self.length += tokens.shape[1]
         return logits
 

@@ -22,7 +22,6 @@ from kernels_common import assert_close_ratio, poison_state
 from moeexp_kernels.parts.graph_edges import add_pdl_edges
 from moeexp_runner.binding import package_in
 from moeexp_runner.profiler import kernels_per_token, token_split
-from rich.console import Console
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moeexp.check.traces import check_replay, record_trace
@@ -31,8 +30,6 @@ from moeexp.config.compose import compose
 from moeexp.config.resolve import resolve
 from moeexp.config.validate import validate
 from moeexp.model.quantise import quantise
-from moeexp.record.phases import Phases
-from moeexp.record.record import Record
 from moeexp.run.benchmark import Benchmark
 from moeexp.stack.factory import build_model, build_stack
 from moeexp.stack.inductor import inductor_config
@@ -46,12 +43,6 @@ LEGAL = [tuple(point.values()) for point in legal_points(AXES)]
 
 def overrides_of(cell):
     return [f"{name}={value}" for name, value in zip(AXES, cell, strict=True)]
-
-
-@pytest.fixture(scope="module")
-def phases(tmp_path_factory):
-    record = Record(tmp_path_factory.mktemp("run") / "record.json", id="t", config=None, command=["test"])
-    return Phases(record, Console(quiet=True))
 
 
 def configured(*overrides):

@@ -12,14 +12,11 @@ from moeexp_kernels import registry
 from moeexp_kernels.ops import sample
 from moeexp_kernels.parts.graph_edges import add_pdl_edges
 from moeexp_runner.sampler import Sampler
-from rich.console import Console
 from test_gpu_axes import nodes_of
 
 from moeexp.config.compose import compose
 from moeexp.config.resolve import resolve
 from moeexp.config.validate import validate
-from moeexp.record.phases import Phases
-from moeexp.record.record import Record
 from moeexp.stack.factory import build_model, build_stack, sampler_of
 
 pytestmark = pytest.mark.gpu
@@ -35,12 +32,6 @@ SAMPLERS = {
     "top_p": ([*GUMBEL, "sampler.top_p=0.9"], 7),
     "both": ([*GUMBEL, "sampler.top_k=20", "sampler.top_p=0.9"], 11),
 }
-
-
-@pytest.fixture(scope="module")
-def phases(tmp_path_factory):
-    record = Record(tmp_path_factory.mktemp("run") / "record.json", id="t", config=None, command=["test"])
-    return Phases(record, Console(quiet=True))
 
 
 def configured(*overrides):

@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rich.console import Console
 
 from moeexp.config.compose import compose
 from moeexp.config.resolve import resolve
 from moeexp.config.validate import validate
-from moeexp.record.phases import Phases
-from moeexp.record.record import Record
 from moeexp.stack.factory import build_model, build_stack
 
 pytestmark = pytest.mark.gpu
 
 STEPS, ROUNDS = 24, 5
-
-
-@pytest.fixture(scope="module")
-def phases(tmp_path_factory):
-    record = Record(tmp_path_factory.mktemp("run") / "record.json", id="t", config=None, command=["test"])
-    return Phases(record, Console(quiet=True))
 
 
 def configured(*overrides):
