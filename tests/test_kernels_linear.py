@@ -118,12 +118,31 @@ def test_several_tiles_a_program(tiles):
         out = Guarded(torch.full((1, 21), float("nan"), device=DEVICE))
         launch_gemv(
             x=x, weight=guarded.tensor, scales=scales, norm_weight=norm, eps=1e-6, residual=None, out=out.tensor,
-            bits=4, group=32, config={"BLOCK_N": block, "TILES": count, "CACHE": "", "num_warps": 4},
+            bits=4, group=32, config={"BLOCK_N": block, "TILES": count, "CACHE": "", "num_warps": 4, "TOGETHER": 1},
         )  # fmt: skip
         out.check("y")
         outputs.append(out.tensor)
     for other in outputs[1:]:
         assert_bitwise_equal(other, outputs[0])
+
+
+@pytest.mark.parametrize(("bits", "together"), [(4, 2), (8, 3), (16, 6)])
+def test_rows_that_a_program_takes_together_are_those_of_a_program_each(bits, together):
+    x, extra, norm = randn(6, 64, seed=1), randn(6, 21, seed=4), randn(64, seed=3, scale=0.2)
+    weight, scales = quantised(21, 64, bits=bits, group=32, seed=2, dtype=torch.float32)
+    outputs = []
+    for count in (1, together):
+        out = Guarded(torch.full((6, 21), float("nan"), device=DEVICE))
+        launch_gemv(
+            x=x, weight=weight, scales=scales, norm_weight=norm, eps=1e-6, residual=extra, out=out.tensor,
+            bits=32 if bits == 16 else bits, group=64 if bits == 16 else 32,
+            config={"BLOCK_N": 4, "TILES": 2, "CACHE": "", "num_warps": 4, "TOGETHER": count},
+        )  # fmt: skip
+        out.check("y")
+        outputs.append(out.tensor)
+    assert_bitwise_equal(*outputs)
+    reference = reference_linear(x=x, weight=weight, scales=scales, norm_weight=norm, eps=1e-6, residual=extra)
+    assert_close_ratio(outputs[0], reference, 1e-4, "linear")
 
 
 @pytest.mark.parametrize(("bits", "places"), [(4, 8), (8, 4)])
@@ -138,7 +157,7 @@ def test_every_code_is_exact_in_every_place_of_a_word(bits, places):
         y = torch.full((1, 256), float("nan"), device=DEVICE)
         launch_gemv(
             x=x, weight=weight, scales=scales, norm_weight=None, eps=0.0, residual=None, out=y, bits=bits, group=group,
-            config={"BLOCK_N": 256, "TILES": 1, "CACHE": "", "num_warps": 4},
+            config={"BLOCK_N": 256, "TILES": 1, "CACHE": "", "num_warps": 4, "TOGETHER": 1},
         )  # fmt: skip
         assert torch.equal(y, reference_linear(x=x, weight=weight, scales=scales)), f"place {place}"
 

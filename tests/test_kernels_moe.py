@@ -15,7 +15,7 @@ from kernels_common import (
     randn,
 )
 from moeexp_kernels.ops.moe import moe_decode, route_decode
-from moeexp_kernels.ops.moe_prefill import HEIGHTS, moe_prefill, shared_ranges
+from moeexp_kernels.ops.moe_prefill import HEIGHTS, has_order, moe_prefill, scales_after, served_heights, shared_ranges
 from moeexp_kernels.ops.moe_reference import reference_moe_decode
 from moeexp_kernels.ops.moe_sort import block_bounds, sort_by_expert
 from moeexp_kernels.ops.router import reference_router, router, router_packed
@@ -227,10 +227,40 @@ def test_prefill_scales_after_the_product():
     """int4 in bfloat16 whose tile is one group; the same row serves float32 and int8, which are scaled before."""
     blocks = {"BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
     row = heights_row((16, 16, 16), blocks, after=True)
+    assert scales_after(row["low"]["gate_up"], bits=4, group=32, dtype=torch.bfloat16)
+    assert not scales_after(row["low"]["gate_up"], bits=4, group=32, dtype=torch.float32)
     with tuning.override("moe_prefill", "", row):
         check_experts(moe_prefill, rows=(1, 21), dtype=torch.bfloat16)
         check_experts(moe_prefill, rows=(1, 21))
         check_experts(moe_prefill, rows=(1, 21), dtype=torch.bfloat16, bits=8)
+
+
+def test_few_pairs_run_in_low_blocks_alone():
+    config = {name: {"height": height} for name, height in zip((*HEIGHTS, "least"), (128, 64, 32, 16), strict=True)}
+
+    def heights(pairs, config):
+        return [row["height"] for row in served_heights(pairs=pairs, experts=256, config=config)]
+
+    assert heights(8, config) == heights(4096, config) == [32, 16] and heights(4097, config) == [128, 64, 32]
+    del config["least"]
+    assert heights(4096, config) == [32]
+
+
+@pytest.mark.parametrize("mixed", ["groups of 32", "groups of 16", "int8", "int8 and int4", "a shared expert of other groups"])
+def test_prefill_of_weights_in_the_order_of_the_product(mixed):
+    """Groups of whole 32 weights in 2 bytes, of which the activations stand in another order, and groups that allow none; gate
+    and up whose down, or a shared expert, is of the other kind."""
+    assert has_order(bits=4, group=32, dtype=torch.bfloat16) and not has_order(bits=4, group=16, dtype=torch.bfloat16)
+    shapes = {"D": 64, "E": 4, "width": 32, "shared": 32, "dtype": torch.bfloat16}
+    arguments = experts(**shapes, bits=8 if "int8" in mixed else 4, group=16 if mixed == "groups of 16" else 32)
+    other = experts(**shapes, bits=4, group=16)
+    replaced = {"int8 and int4": ("down", "down_scales"), "a shared expert of other groups": [n for n in other if "shared" in n]}
+    arguments |= {name: other[name] for name in replaced.get(mixed, ()) if name != "shared_gate"}
+    x = randn(1, 21, 64, seed=1, dtype=torch.bfloat16)
+    arguments |= choices(1, 21, k=2, E=4)
+    with poisoned_empty():
+        y = moe_prefill(x=x, **arguments)
+    assert_close_ratio(y.float(), reference_moe_decode(x=x.float(), **arguments), TOLERANCE[torch.bfloat16], "experts")
 
 
 def test_each_number_of_tokens_has_one_height_for_the_shared_expert():
@@ -317,7 +347,7 @@ def test_decode_repeats_bitwise():
 # --- the sort by expert ---
 
 
-@pytest.mark.parametrize("heights", [(8, 4, 2), (4, 4, 4), (16, 4, 4)])
+@pytest.mark.parametrize("heights", [(8, 4, 2), (4, 4, 4), (16, 4, 4), (8, 2), (4,)])
 @pytest.mark.parametrize("case", ["random", "one expert", "last expert", "each once", "none of most"])
 def test_sort_by_expert(case, heights):
     """Every pair once, its expert's together and in token order; tallest blocks first, then the lowest that holds the rest."""
@@ -333,13 +363,13 @@ def test_sort_by_expert(case, heights):
     with poisoned_empty():
         order, lists = sort_by_expert(ids=ids, experts=E, heights=heights)
     assert order.tolist() == ids.flatten().argsort(stable=True).tolist()
-    expected, first = [[], [], []], 0
+    expected, first = [[] for _ in heights], 0
     for e in range(E):
         count = (ids == e).sum().item()
         whole = count // heights[0] * heights[0]
         expected[0] += [[e, first + start, heights[0]] for start in range(0, whole, heights[0])]
         if left := count - whole:
-            height = max(which for which in range(3) if heights[which] >= left)
+            height = max(which for which in range(len(heights)) if heights[which] >= left)
             expected[height].append([e, first + whole, left])
         first += count
     bounds = block_bounds(pairs=total, experts=E, heights=heights)
@@ -398,9 +428,9 @@ def test_a_packed_feature_that_is_not_finite_stays_seen(value):
 
 
 def test_where_nothing_is_packed():
-    """Plain weights, a shared expert stored differently, more tokens than the kernels take."""
-    for tokens, bits in ((1, 16), (1, (4, 8)), (3, 4)):
-        stored = experts(D=64, E=4, width=32, shared=32, bits=bits, group=32, dtype=torch.float32)
+    """Plain weights, a shared expert stored differently, more tokens than the kernels take, and as many as the tile serves."""
+    for tokens, bits, group in ((1, 16, 32), (1, (4, 8), 32), (17, 4, 32), (9, 4, 64)):
+        stored = experts(D=64, E=4, width=64, shared=64, bits=bits, group=group, dtype=torch.float32)
         common = {"x": randn(tokens, 1, 64, seed=1), "norm_weight": stored.pop("norm_weight"), "eps": stored.pop("eps")}
         trace = torch.zeros(tokens, 1, 2, dtype=torch.int32, device=DEVICE)
         positions = torch.zeros(tokens, dtype=torch.int64, device=DEVICE)

@@ -110,7 +110,7 @@ def test_tune_writes_the_table_of_this_architecture(tmp_path, monkeypatch):
         assert main(["tune", "router", "--jobs", "1", "--budget", "60"]) == 0
         written = json.loads((tmp_path / f"{name}.json").read_text())
         key = f"plain16/{FULL.experts}x{FULL.hidden}"
-        assert set(written["router_gemv"][key]) == {"BLOCK_N", "TILES", "CACHE", "num_warps"}
+        assert set(written["router_gemv"][key]) == {"BLOCK_N", "TILES", "CACHE", "num_warps", "TOGETHER"}
         assert written["_about"]["device"] == torch.cuda.get_device_name()
         assert tuning.source("router_gemv", key) == name
     finally:
@@ -124,6 +124,6 @@ def test_two_rows_of_the_table_give_the_same_result():
     case = build(spec, FULL, "cuda", cold=0)
     op, key = case.tuned[0]
     first = case.call(**case.copies[0])
-    with tuning.override(op, key, {**tuning.lookup(op, key), "BLOCK_I": 4}):
+    with tuning.override(op, key, {**tuning.lookup(op, key), "EACH": 1}):
         second = case.call(**case.copies[0])
     common.assert_close_ratio(second.float(), first.float(), 1e-3)

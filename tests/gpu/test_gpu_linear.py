@@ -191,13 +191,31 @@ def test_tiles_do_not_change_the_result(tiles):
     weight, scales = quantised(1003, 2048, bits=4, group=128, seed=2, dtype=torch.bfloat16)
     expected = linear(x=x, weight=weight, scales=scales, norm_weight=None, eps=1e-6, residual=None)
     out = Guarded(torch.full((1, 1003), float("nan"), dtype=torch.bfloat16, device="cuda"))
-    config = {"BLOCK_N": 16, "TILES": tiles, "CACHE": ".cg", "num_warps": 4}
+    config = {"BLOCK_N": 16, "TILES": tiles, "CACHE": ".cg", "num_warps": 4, "TOGETHER": 1}
     launch_gemv(
         x=x, weight=weight, scales=scales, norm_weight=None, eps=1e-6, residual=None, out=out.tensor, bits=4, group=128,
         config=config,
     )  # fmt: skip
     out.check("y")
     assert_close_ratio(out.tensor.float(), expected.float(), 3e-3)
+
+
+@pytest.mark.parametrize("features, out, together", [(2048, 12352, 2), (4096, 2048, 2), (2048, 1003, 3)])
+def test_rows_that_a_program_takes_together_are_those_of_a_program_each(features, out, together):
+    x = randn(6, features, seed=1, dtype=torch.bfloat16)
+    weight, scales = quantised(out, features, bits=4, group=128, seed=2, dtype=torch.bfloat16)
+    arguments = {
+        "x": x, "weight": weight, "scales": scales, "norm_weight": randn(features, seed=3), "eps": 1e-6, "bits": 4, "group": 128,
+        "residual": randn(6, out, seed=4, dtype=torch.bfloat16),
+    }  # fmt: skip
+    outputs = []
+    for count in (1, together):
+        y = Guarded(torch.full((6, out), float("nan"), dtype=torch.bfloat16, device="cuda"))
+        config = {"BLOCK_N": 16, "TILES": 3, "CACHE": ".cg", "num_warps": 8, "TOGETHER": count}
+        launch_gemv(**arguments, out=y.tensor, config=config)
+        y.check("y")
+        outputs.append(y.tensor)
+    assert_bitwise_equal(*outputs)
 
 
 @pytest.mark.parametrize("rows", [1, 8, 40])

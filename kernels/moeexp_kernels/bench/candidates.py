@@ -26,7 +26,7 @@ class Target:
 
 def _gemv(pairs: list[tuple[int, int, int]]) -> tuple[dict, ...]:
     return tuple(
-        {"BLOCK_N": block, "TILES": tiles, "CACHE": cache, "num_warps": warps}
+        {"BLOCK_N": block, "TILES": tiles, "CACHE": cache, "num_warps": warps, "TOGETHER": 1}
         for block, tiles, warps in pairs
         for cache in (".cg", "")
     )
@@ -35,6 +35,9 @@ def _gemv(pairs: list[tuple[int, int, int]]) -> tuple[dict, ...]:
 # Every program prepares the row for itself, so that for long weights fewer programs with several tiles win.
 GEMV = _gemv([(4, 1, 2), (8, 1, 2), (16, 1, 2), (4, 1, 4), (8, 1, 4), (16, 1, 4), (16, 1, 8), (32, 1, 8), (8, 2, 4), (8, 3, 4),
               (8, 4, 4), (16, 4, 4), (4, 3, 4), (4, 4, 4), (4, 6, 4), (8, 2, 2), (4, 4, 2), (16, 2, 8)])  # fmt: skip
+TWO_ROWS = tuple(
+    row | {"TOGETHER": together} for row in _gemv([(16, 2, 8), (16, 3, 8), (8, 6, 8), (16, 4, 8)]) for together in (1, 2)
+)
 HEAD = _gemv([(16, 1, 4), (32, 1, 4), (16, 4, 4), (16, 8, 4), (16, 16, 4), (32, 4, 8), (8, 8, 4)])
 WIDE_GEMV = _gemv([(2, 1, 2), (4, 1, 2), (8, 1, 2), (2, 1, 4), (4, 1, 4), (8, 1, 4), (16, 1, 4), (8, 1, 8), (4, 1, 8), (16, 1, 8),
                    (2, 1, 1), (4, 1, 1), (4, 4, 4), (8, 4, 8)])  # fmt: skip
@@ -86,6 +89,7 @@ MOE_PREFILL = tuple(
         ("middle", 64, [((64, 32, 4, 4), False), ((64, 64, 4, 3), False)], [(128, 64, 4, 3), (128, 32, 8, 4), (64, 64, 4, 3)]),
         ("low", 32, [((64, 64, 4, 3), True), ((64, 64, 4, 3), False), ((64, 32, 4, 4), False)],
          [(128, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 4)]),
+        ("least", 16, [((64, 64, 4, 3), True), ((64, 64, 4, 4), True)], [(64, 64, 4, 3), (128, 64, 4, 3)]),
     ]
     for up, after in firsts for down in seconds
 )  # fmt: skip
@@ -154,7 +158,9 @@ def targets(ops: list[str]) -> list[Target]:
         Target("gemm", "int4/half", (gemm,), GEMM),
         Target("router_gemv", f"plain16/{FULL.experts}x{FULL.hidden}", (Spec("router", "decode", 1),), ROUTER),
         Target("moe_gate_up_packed", f"int4/{expert}", (moe,), GATE_UP_PACKED),
-        Target("moe_down", f"int4/{expert}", (moe,), DOWN),
+        Target("gemv", f"int4/{out}x{features}/2", (Spec("linear", "decode", 2, "gdn in"),), TWO_ROWS),
+        Target("moe_down", f"int4/{expert}/few", (moe,), DOWN),
+        Target("moe_down", f"int4/{expert}/many", (Spec("moe", "decode", 4), Spec("moe", "decode", 8)), DOWN),
         *(
             Target("moe_tile", f"int4/{expert}/{tokens}", (Spec("moe", "decode", tokens),), MOE_TILE)
             for tokens in (8, 16, 24, 32)

@@ -32,7 +32,8 @@ from moeexp_kernels.ops import (
     router,
     sample,
 )
-from moeexp_kernels.ops.linear_tile import tile_key, tile_serves
+from moeexp_kernels.ops.linear_tile import tile_key
+from moeexp_kernels.ops.moe_pairs import down_key
 from moeexp_kernels.parts import tuning
 from moeexp_kernels.traffic import moved
 
@@ -94,7 +95,8 @@ def build_linear(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -
     key = f"{'plain' if spec.bits == 16 else 'int'}{spec.bits}/"
     bits, group = linear.weight_format(weight=weight, scales=scales, in_features=features, name="weight")
     table = {
-        "gemv": ("gemv", f"{key}{out}x{features}"), "gemm": ("gemm", f"{key}half/{out}x{features}"),
+        "gemv": ("gemv", linear.gemv_key(bits=spec.bits, rows=out, in_features=features, tokens=spec.tokens)),
+        "gemm": ("gemm", f"{key}half/{out}x{features}"),
         "matmul": ("dequantise", tuning.weight_class(spec.bits)),
         "tile": ("linear_tile", tile_key(bits=bits, out_features=out, features=features, rows=spec.tokens)),
     }[linear.kernel_for(rows=spec.tokens, bits=bits, group=group, out_features=out, features=features)]  # fmt: skip
@@ -184,15 +186,17 @@ def build_moe(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -> C
             copy[name], copy[f"{name}_scales"] = source.weight(*stored, bits=bits, group=shapes.group)
         copies.append({**shared, **copy})
     op: Callable = moe.moe_decode if decode else moe_prefill.moe_prefill
-    form = moe_packed.packing(**{name: copies[0][name] for name in GATE_UP}, rows=spec.tokens, features=shapes.hidden)
-    if decode and form:  # as in a step, where the router's kernels pack the rows
+    served = decode and moe.tile_row(x, moe.decode_formats(copies[0], features=shapes.hidden)) is not None
+    form = {}
+    if decode and not served:
+        form = moe_packed.packing(**{name: copies[0][name] for name in GATE_UP}, rows=spec.tokens, features=shapes.hidden)
+    if form:  # as in a step, where the router's kernels pack the rows
         op = partial(op, packed=packed_rows(x, shared["norm_weight"], top_k, form))
     size, flops_width = f"{shapes.hidden}x{shapes.expert_width}", top_k * shapes.expert_width + shapes.shared_width
     key = f"int{bits}/{size}"
-    tuned: tuple[tuple[str, str], ...] = (("moe_gate_up_packed" if form else "moe_gate_up", key), ("moe_down", key))
     tile: dict[str, Any] = {"bits": bits, "features": shapes.hidden, "width": shapes.expert_width, "rows": spec.tokens}
-    served = shapes.shared_width == shapes.expert_width and tile_serves(rows=spec.tokens, bits=bits, group=shapes.group)
-    if served and spec.tokens >= moe_tile.moe_tile_config(**tile)["FROM"]:
+    tuned: tuple[tuple[str, str], ...] = (("moe_gate_up_packed" if form else "moe_gate_up", key), ("moe_down", down_key(**tile)))
+    if served:
         tuned = (("moe_tile", moe_tile.moe_tile_key(**tile)),)
     return Case(
         op="moe", shape=f"{top_k} of {count} + shared, {size} int{bits}", phase=spec.phase, tokens=spec.tokens,

@@ -31,7 +31,8 @@ def chain_rows(shapes: Shapes) -> set[tuple[str, str]]:
     expert = f"int4/{shapes.hidden}x{shapes.expert_width}"
     return {
         *(("gemv", linears[name]) for name in ("gdn in", "attention in", "out")),
-        ("router_gemv", f"plain16/{shapes.experts}x{shapes.hidden}"), ("moe_gate_up_packed", expert), ("moe_down", expert),
+        ("router_gemv", f"plain16/{shapes.experts}x{shapes.hidden}"), ("moe_gate_up_packed", expert),
+        ("moe_down", f"{expert}/few"),
         ("gdn_decode", f"{shapes.gdn_k_dim}x{shapes.gdn_v_dim}/few"),
     }  # fmt: skip
 

@@ -126,6 +126,29 @@ def stored_tile(
 
 
 @triton.jit
+def operand_place(k):
+    """Where feature k stands in a row of activations that meets `in_operand_order`."""
+    return k // 16 * 16 + k // 2 % 2 * 8 + k // 4 % 4 * 2 + k % 2
+
+
+@triton.jit
+def in_operand_order(q):
+    """A stored tile [rows, columns] with each 16 columns in another order, which activations must share (`operand_place`).
+
+    A product's first operand lies in registers so that a thread has of 16 columns the four 2j, 2j + 1, 2j + 8, 2j + 9:
+
+        column    | 0 1 | 2 3 | 4 5 | 6 7 | 8 9 | 10 11 | 12 13 | 14 15 |
+        thread j  |  0  |  1  |  2  |  3  |  0  |   1   |   2   |   3   |
+
+    Taken as they are stored, these are two loads of two bytes, put together by seven instructions. In the order below they are
+    stored bytes 4j to 4j + 3: one word, as `nibbles` takes it."""
+    rows: tl.constexpr = q.shape[0]
+    columns: tl.constexpr = q.shape[1]
+    q = tl.permute(tl.reshape(q, [rows, columns // 16, 4, 2, 2]), [0, 1, 3, 2, 4])
+    return tl.reshape(q, [rows, columns])
+
+
+@triton.jit
 def scale_tile(
     s_ptr, row, row_mask, start, FORMAT: tl.constexpr, FITS: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
@@ -185,27 +208,27 @@ def widened(q, scale, shift, HIGH: tl.constexpr, dtype: tl.constexpr, bits: tl.c
         return (centred_int8(q, INTERPRETED) * scale + shift).to(dtype)
 
 
+NIBBLE_ZERO: tl.constexpr = tl.constexpr(136.0)  # what `nibbles` has for a weight whose code is the middle one
+
+
 @triton.jit
 def nibbles(q, HIGH: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Packed bytes -> low (or high) nibble - 8, exact, as a product's operand that is scaled afterwards: bfloat16, or float32
-    when INTERPRETED.
+    """Packed bytes -> 128 + the low (or high) nibble, exact, as a product's operand: bfloat16, or float32 when INTERPRETED.
 
-    On a GPU a nibble is put into the mantissa of a bfloat16 whose unit is 1 (128 + q), two at a time, and 136 subtracted."""
+    On a GPU a nibble is put into the mantissa of a bfloat16 whose unit is 1, two at a time. NIBBLE_ZERO is left in it: it is
+    cheaper taken from the shift, which a group's sum of activations is multiplied with anyway."""
     if INTERPRETED:
-        return centred_int4(q, HIGH, INTERPRETED)
+        return centred_int4(q, HIGH, INTERPRETED) + NIBBLE_ZERO
     elif HIGH:
         return tl.inline_asm_elementwise(
             """
             {
-            .reg .b32 w, c;
-            mov.b32 c, 0x43084308;
+            .reg .b32 w;
             shr.u32 w, $2, 4;
             prmt.b32 $0, w, 0, 0x4140;
             prmt.b32 $1, w, 0, 0x4342;
             lop3.b32 $0, $0, 0x000F000F, 0x43004300, 0xEA;
             lop3.b32 $1, $1, 0x000F000F, 0x43004300, 0xEA;
-            sub.rn.bf16x2 $0, $0, c;
-            sub.rn.bf16x2 $1, $1, c;
             }
             """,
             "=&r,=&r,r",
@@ -217,16 +240,10 @@ def nibbles(q, HIGH: tl.constexpr, INTERPRETED: tl.constexpr):
     else:
         return tl.inline_asm_elementwise(
             """
-            {
-            .reg .b32 c;
-            mov.b32 c, 0x43084308;
             prmt.b32 $0, $2, 0, 0x4140;
             prmt.b32 $1, $2, 0, 0x4342;
             lop3.b32 $0, $0, 0x000F000F, 0x43004300, 0xEA;
             lop3.b32 $1, $1, 0x000F000F, 0x43004300, 0xEA;
-            sub.rn.bf16x2 $0, $0, c;
-            sub.rn.bf16x2 $1, $1, c;
-            }
             """,
             "=&r,=&r,r",
             args=[q],
@@ -254,7 +271,7 @@ def add_scaled(acc, q, scale, shift, x, x_high, sums, INTERPRETED: tl.constexpr)
     two more for each result, and no weight is rounded. sums: of the group's activations, [1, columns]."""
     part = tl.dot(nibbles(q, False, INTERPRETED), x, tl.zeros_like(acc))
     part = tl.dot(nibbles(q, True, INTERPRETED), x_high, part)
-    return part * scale + (sums * shift + acc)
+    return part * scale + (sums * (shift - NIBBLE_ZERO * scale) + acc)
 
 
 @triton.jit

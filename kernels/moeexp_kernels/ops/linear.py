@@ -104,14 +104,17 @@ def reference_linear(
 @triton.jit
 def gemv_kernel(
     x_ptr, w_ptr, s_ptr, norm_ptr, res_ptr, y_ptr, x_stride,
-    EPS: tl.constexpr, M: tl.constexpr, FORMAT: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    INTERPRETED: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, CACHE: tl.constexpr,
+    EPS: tl.constexpr, M: tl.constexpr, TOGETHER: tl.constexpr, FORMAT: tl.constexpr, HAS_NORM: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+    CACHE: tl.constexpr,
 ):  # fmt: skip
-    """y[m, n] for one m and TILES x BLOCK_N outputs n. Grid (blocks * M), m fastest: programs that share weights start
-    together. One dimension, because only the first may exceed 65,535."""
+    """y[m, n] for TOGETHER successive m, a divisor of M, and TILES x BLOCK_N outputs n, whose weights are read once. Grid (blocks
+    * M / TOGETHER), m fastest: programs that share weights start together. One dimension, because only the first may exceed
+    65,535."""
     LIMBS: tl.constexpr = 2 if x_ptr.dtype.element_ty == tl.float32 else 1  # as `int16_limbs`
     program = tl.program_id(0).to(tl.int64)
-    m, start = program % M, program // M * (BLOCK_N * TILES)
+    shares: tl.constexpr = M // TOGETHER
+    m, start = program % shares * TOGETHER, program // shares * (BLOCK_N * TILES)
     # From here offsets are relative to the program's first row: int32 is enough within it.
     w_ptr, s_ptr = at_row(w_ptr, s_ptr, start, FORMAT)
     rows_left = tl.minimum(FORMAT[ROWS] - start, BLOCK_N * TILES).to(tl.int32)
@@ -122,28 +125,37 @@ def gemv_kernel(
     x_ptr += ready
     res_ptr += m * FORMAT[ROWS] + start + ready
     y_ptr += m * FORMAT[ROWS] + start + ready
-    extra = load_extra(res_ptr, row, rows_left, HAS_RESIDUAL)  # at once: after the sums all would wait for it
-    features, r = load_row_features(x_ptr + m * x_stride, norm, EPS, HAS_NORM, FORMAT, LIMBS)
+    # At once: after the sums all would wait for it.
+    extra = load_extra(res_ptr, row, rows_left, TOGETHER, HAS_RESIDUAL, FORMAT)
+    features, scale = (), ()
+    for i in tl.static_range(TOGETHER):
+        own, r = load_row_features(x_ptr + (m + i) * x_stride, norm, EPS, HAS_NORM, FORMAT, LIMBS)
+        features, scale = features + (own,), scale + (r,)  # type: ignore[assignment]
     for tile in tl.static_range(TILES):
         here = row + tile * BLOCK_N
         ahead_words, ahead_pair, ahead_extra = words, pair, extra
         if tile + 1 < TILES:  # the next rows are on their way while these are summed
             ahead = here + BLOCK_N
             ahead_words, ahead_pair = load_rows(w_ptr, s_ptr, ahead, ahead < rows_left, FORMAT, CACHE)
-            ahead_extra = load_extra(res_ptr, ahead, rows_left, HAS_RESIDUAL)
-        y = r * dot_rows(words, pair, features, FORMAT, LIMBS, INTERPRETED)
-        if HAS_RESIDUAL:
-            y += extra
-        tl.store(y_ptr + here, y.to(y_ptr.dtype.element_ty), mask=here < rows_left)
+            ahead_extra = load_extra(res_ptr, ahead, rows_left, TOGETHER, HAS_RESIDUAL, FORMAT)
+        for i in tl.static_range(TOGETHER):
+            y = scale[i] * dot_rows(words, pair, features[i], FORMAT, LIMBS, INTERPRETED)
+            if HAS_RESIDUAL:
+                y += extra[i]
+            tl.store(y_ptr + i * FORMAT[ROWS] + here, y.to(y_ptr.dtype.element_ty), mask=here < rows_left)
         words, pair, extra = ahead_words, ahead_pair, ahead_extra
 
 
 @triton.jit
-def load_extra(res_ptr, row, rows_left, HAS_RESIDUAL: tl.constexpr):
-    """What is added to the products of `row` [rows], float32; without a residual 0, which is not used."""
-    extra = 0.0
+def load_extra(
+    res_ptr, row, rows_left, TOGETHER: tl.constexpr, HAS_RESIDUAL: tl.constexpr, FORMAT: tl.constexpr
+):  # fmt: skip
+    """What is added to the products of `row` [rows] with each of TOGETHER activations, float32; without a residual nothing."""
+    extra = ()
     if HAS_RESIDUAL:
-        extra = tl.load(res_ptr + row, mask=row < rows_left, other=0.0).to(tl.float32)
+        for i in tl.static_range(TOGETHER):
+            found = tl.load(res_ptr + i * FORMAT[ROWS] + row, mask=row < rows_left, other=0.0).to(tl.float32)
+            extra = extra + (found,)  # type: ignore[assignment]
     return extra
 
 
@@ -154,11 +166,17 @@ GEMV_ROWS = 8  # beyond, a weight is used often enough for tensor cores
 MATMUL_MOST = 2**27
 
 
-def gemv_config(*, bits: int, rows: int, in_features: int, arch: str | None = None) -> dict:
+def gemv_key(*, bits: int, rows: int, in_features: int, tokens: int) -> str:
+    """Of the table's row; with more `tokens` than one, rows of activations, a row of their own may come first."""
+    return f"{tuning.weight_class(bits)}/{rows}x{in_features}" + (f"/{tokens}" if tokens > 1 else "")
+
+
+def gemv_config(*, bits: int, rows: int, in_features: int, tokens: int = 1, arch: str | None = None) -> dict:
     """Launch parameters of the GEMV; unlisted shapes get tiles of <= 16 KiB, less where the GPU would idle."""
     block = max(1, min(16, 16384 * 8 // (in_features * bits), max(4, rows // 512)))
-    rule = {"BLOCK_N": 1 << (block.bit_length() - 1), "TILES": 1, "CACHE": ".cg", "num_warps": 4}
-    return tuning.lookup("gemv", f"{tuning.weight_class(bits)}/{rows}x{in_features}", arch, rule=rule)
+    rule = {"BLOCK_N": 1 << (block.bit_length() - 1), "TILES": 1, "CACHE": ".cg", "num_warps": 4, "TOGETHER": 1}
+    key = gemv_key(bits=bits, rows=rows, in_features=in_features, tokens=tokens)
+    return tuning.lookup("gemv", key, arch, rule=rule)
 
 
 def weight_format(*, weight: Tensor, scales: Tensor | None, in_features: int, name: str) -> tuple[int, int]:
@@ -225,13 +243,15 @@ def launch_gemv(
     residual: Tensor | None, out: Tensor, bits: int, group: int, config: dict | None = None,
 ) -> None:  # fmt: skip
     """out [M, N] = residual + norm(x [M, K]) @ weight.T; all flat, checked, residual and out contiguous."""
-    rows, features = weight.shape[0], x.shape[1]
-    config = config or gemv_config(bits=bits, rows=rows, in_features=features, arch=tuning.architecture(x.device))
-    grid = (x.shape[0] * triton.cdiv(rows, config["BLOCK_N"] * config["TILES"]),)
+    (tokens, features), rows = x.shape, weight.shape[0]
+    config = config or gemv_config(
+        bits=bits, rows=rows, in_features=features, tokens=tokens, arch=tuning.architecture(x.device)
+    )  # fmt: skip
+    grid = (tokens // config["TOGETHER"] * triton.cdiv(rows, config["BLOCK_N"] * config["TILES"]),)
     wrap_triton(gemv_kernel)[grid](
         x, weight, weight if scales is None else scales, x if norm_weight is None else norm_weight,
         x if residual is None else residual, out, x.stride(0),
-        EPS=eps, M=x.shape[0], FORMAT=matrix_format(weight, bits=bits, group=group), HAS_NORM=norm_weight is not None,
+        EPS=eps, M=tokens, FORMAT=matrix_format(weight, bits=bits, group=group), HAS_NORM=norm_weight is not None,
         HAS_RESIDUAL=residual is not None, INTERPRETED=not x.is_cuda, PDL=has_pdl(x), **config,
     )  # fmt: skip
 

@@ -9,9 +9,9 @@ width.
                  rows of gate_up: I gate rows, then I up rows
     shared_gate_up [2*Is, D], shared_down [D, Is] likewise; shared_gate [1, D] plain
 
-Which experts a token takes: `router.py`; references: `moe_reference.py`. Experts of very few tokens: `moe_pairs.py`, and of one
-or two, whose rows the router packed, `moe_packed.py`. Up to 32 tokens, some of whose experts are the same: `moe_tile.py`. Many
-tokens: `moe_prefill.py`.
+Which experts a token takes: `router.py`; references: `moe_reference.py`. Experts of few tokens, a GEMV for each pair:
+`moe_pairs.py`, and where the router packed their rows `moe_packed.py`. Up to 32 tokens, some of whose experts are the same:
+`moe_tile.py`. Many tokens: `moe_prefill.py`.
 """
 
 from __future__ import annotations
@@ -59,10 +59,8 @@ def check_vectors(
     check_argument(weights, name="weights", shape=chosen, dtypes=(torch.float32,))
 
 
-def launch_decode(*, x: Tensor, ids: Tensor, tile_from: int | None, packed: Tensor | None = None, **arguments: Any) -> Tensor:
-    """Checks the arguments of `moe_decode` and runs the kernels for its tokens. tile_from: the least number of tokens that go to
-    `moe_tile.py`; None: the tuning table's."""
-    features = x.shape[-1]
+def decode_formats(arguments: dict[str, Any], *, features: int) -> dict[str, tuple[int, int, int]]:
+    """{matrix: (width, bits, group)} of the matrices that `moe_decode` takes; checked."""
     formats: dict[str, tuple[int, int, int]] = {}
     for prefix in ("", "shared_"):
         stored = {
@@ -70,18 +68,34 @@ def launch_decode(*, x: Tensor, ids: Tensor, tile_from: int | None, packed: Tens
         }
         width, up, back = expert_formats(**stored, features=features, name=prefix)
         formats |= {f"{prefix}gate_up": (width, *up), f"{prefix}down": (width, *back)}
+    return formats
+
+
+def tile_row(x: Tensor, formats: dict[str, tuple[int, int, int]], *, tile_from: int | None = None) -> dict | None:
+    """The table's row of `moe_tile.py` where that serves x [..., D], of `tile_from` tokens or more; None: GEMVs of pairs do."""
+    rows, features = x.shape[:-1].numel(), x.shape[-1]
+    if not experts_served(rows=rows, formats=formats):
+        return None
+    width, bits, _ = formats["gate_up"]
+    row = moe_tile_config(bits=bits, features=features, width=width, rows=rows, arch=tuning.architecture(x.device))
+    return row if rows >= (row["FROM"] if tile_from is None else tile_from) else None
+
+
+def launch_decode(*, x: Tensor, ids: Tensor, tile_from: int | None, packed: Tensor | None = None, **arguments: Any) -> Tensor:
+    """Checks the arguments of `moe_decode` and runs the kernels for its tokens. tile_from: the least number of tokens that go to
+    `moe_tile.py`; None: the tuning table's."""
+    features = x.shape[-1]
+    formats = decode_formats(arguments, features=features)
     flat = flat_rows(x, name="x", features=features)
     check_vectors(x=x, ids=ids, **{name: arguments[name] for name in ("norm_weight", "weights", "shared_gate")})
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     common = {"x": flat, "ids": ids, "out": y.view(-1, features), **arguments}
-    rows = flat.shape[0]
-    if experts_served(rows=rows, formats=formats):
-        width, bits, group = formats["gate_up"]
-        config = moe_tile_config(bits=bits, features=features, width=width, rows=rows, arch=tuning.architecture(x.device))
-        if rows >= (config["FROM"] if tile_from is None else tile_from):
-            launch_moe_tile(**common, width=width, up=(bits, group), back=formats["down"][1:], config=config)
-            return y
-    launch_pairs(**common, formats=formats, packed=packed)
+    config = tile_row(x, formats, tile_from=tile_from)
+    if config is not None:
+        width, *up = formats["gate_up"]
+        launch_moe_tile(**common, width=width, up=tuple(up), back=formats["down"][1:], config=config)
+    else:
+        launch_pairs(**common, formats=formats, packed=packed)
     return y
 
 
@@ -117,7 +131,8 @@ def moe_decode(
 def route_decode(choice: dict[str, Any], experts: dict[str, Any]) -> dict[str, Tensor]:
     """`ids`, `weights` and, where its kernels take it, `packed` of `moe_decode`. choice: the arguments of `router`; experts: the
     matrices that `moe_decode` takes."""
-    form = packing(
+    on_tile = tile_row(choice["x"], decode_formats(experts, features=choice["x"].shape[-1])) is not None
+    form = {} if on_tile else packing(
         rows=choice["x"].shape[:-1].numel(), features=choice["x"].shape[-1],
         **{f"{kind}{scales}": experts[f"{kind}{scales}"] for kind in ("gate_up", "shared_gate_up") for scales in ("", "_scales")},
     )  # fmt: skip

@@ -21,7 +21,7 @@ from moeexp_kernels.parts.packed import packable, packed_length
 from moeexp_kernels.parts.pdl import after_previous, has_pdl
 from moeexp_kernels.parts.warp_rows import EACH, WARPS, dot_warp_rows, load_packed, load_warp_rows, spread_of
 
-PACKED_ROWS = 2  # tokens for which the router packs rows; beyond, reading experts is most of the time
+PACKED_ROWS = 16  # tokens for which the router packs rows; beyond, experts on the tile are faster
 
 
 @triton.jit
@@ -102,7 +102,7 @@ def packing(
     *, gate_up: Tensor, gate_up_scales: Tensor | None, shared_gate_up: Tensor, shared_gate_up_scales: Tensor | None, rows: int,
     features: int,
 ) -> dict[str, int]:  # fmt: skip
-    """{"pack_bits", "pack_group"} of `router_packed` where `moe_decode` of so many tokens takes packed rows; else nothing."""
+    """{"pack_bits", "pack_group"} of `router_packed` where the kernels of so many tokens take packed rows; else nothing."""
     found = weight_format(weight=gate_up, scales=gate_up_scales, in_features=features, name="gate_up")
     shared = weight_format(weight=shared_gate_up, scales=shared_gate_up_scales, in_features=features, name="shared_gate_up")
     bits, group = found

@@ -179,6 +179,11 @@ def down_kernel(
 DOWN_VECTOR = 2
 
 
+def down_key(*, bits: int, features: int, width: int, rows: int) -> str:
+    """Of the table's row: with more tokens than two there are programs enough, and fewer warps of one win."""
+    return f"{tuning.weight_class(bits)}/{features}x{width}/{'few' if rows <= 2 else 'many'}"
+
+
 def folded_rows(*, block: int, slots: int, features: int, bits: int) -> int:
     """FOLD of `down_kernel`: as many of the shared expert's rows, of `bits` each, side by side as there are slots; 1 where
     rows have words of padding between them or the last block is not whole."""
@@ -198,7 +203,7 @@ def launch_pairs(
     width, shared_width = formats["gate_up"][0], formats["shared_gate_up"][0]
     arch, shape = tuning.architecture(x.device), f"{features}x{width}"
     key = f"{tuning.weight_class(formats['gate_up'][1])}/{shape}"
-    second = tuning.lookup("moe_down", f"{tuning.weight_class(formats['down'][1])}/{shape}", arch)
+    second = tuning.lookup("moe_down", down_key(bits=formats["down"][1], features=features, width=width, rows=rows), arch)
     act_row = top_k * width + shared_width
     wide = int16_limbs(x.dtype) == 2
     act_shape = (rows, act_row) if wide else (rows, 2, act_row)

@@ -23,165 +23,44 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from moeexp_kernels.ops.gemm import activation_tile, add_product, add_scaled, scale_tile, stored_tile
+from moeexp_kernels.ops.gemm import operand_place
 from moeexp_kernels.ops.linear import flat_rows
 from moeexp_kernels.ops.moe import check_vectors, expert_formats
+from moeexp_kernels.ops.moe_grouped import grouped_down_kernel, grouped_gate_up_kernel
 from moeexp_kernels.ops.moe_sort import sort_by_expert
 from moeexp_kernels.parts import tuning
-from moeexp_kernels.parts.matrix import BITS, FEATURES, GROUP, ROWS, at_row, matrix_format
+from moeexp_kernels.parts.matrix import matrix_format
 
 # Weight and scales of gate_up, then of down; a weight without scales stands for them too.
 ExpertTensors = tuple[Tensor, Tensor, Tensor, Tensor]
 Kind = tuple[int, tuple[int, int], tuple[int, int]]  # what `expert_formats` returns
 HEIGHTS = ("tall", "middle", "low")  # of blocks: the parts of a table's row
+FEW_HEIGHTS = ("low", "least")  # where experts have few pairs each; a row may lack the last
+FEW_PAIRS = 16  # of an expert on average, that is
 
 
 @triton.jit
 def norm_kernel(
-    x_ptr, norm_ptr, gate_ptr, h_ptr, sums_ptr, share_ptr, x_stride,
-    K: tl.constexpr, GROUP: tl.constexpr, EPS: tl.constexpr, SUMS: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_ptr, norm_ptr, gate_ptr, h_ptr, extra_ptr, x_stride,
+    K: tl.constexpr, GROUP: tl.constexpr, EPS: tl.constexpr, IN_ORDER: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Of one token: h = norm(x), with SUMS also h's sum over each group, and the shared expert's share sigmoid(h @ gate), both
-    float32."""
+    """Of one token: h = norm(x), with IN_ORDER as `operand_place` has it; and a row of `extra` [M, 1 + K / GROUP] float32, the
+    shared expert's share sigmoid(h @ gate), then h's sum over each group."""
     m = tl.program_id(0).to(tl.int64)
+    groups: tl.constexpr = K // GROUP
     k = tl.arange(0, BLOCK_K)
     x = tl.load(x_ptr + m * x_stride + k, mask=k < K, other=0.0).to(tl.float32)
     norm = tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + k, mask=k < K, other=0.0).to(tl.float32)
     h = (x * (1.0 / tl.sqrt(tl.sum(x * x, axis=0) / K + EPS)) * (1.0 + norm)).to(h_ptr.dtype.element_ty)
-    tl.store(h_ptr + m * K + k, h, mask=k < K)
+    tl.store(h_ptr + m * K + (operand_place(k) if IN_ORDER else k), h, mask=k < K)
     wide = h.to(tl.float32)
-    tl.store(share_ptr + m, tl.sigmoid(tl.sum(wide * gate, axis=0)))
-    if SUMS:
+    extra_ptr += m * (1 + groups)
+    tl.store(extra_ptr, tl.sigmoid(tl.sum(wide * gate, axis=0)))
+    if BLOCK_K % GROUP == 0:
         group = tl.arange(0, BLOCK_K // GROUP)
         sums = tl.sum(tl.reshape(wide, (BLOCK_K // GROUP, GROUP)), axis=1)
-        tl.store(sums_ptr + m * (K // GROUP) + group, sums, mask=group < K // GROUP)
-
-
-@triton.jit
-def block_of(
-    list_ptr, block, shared_blocks, A, M, SHARED_RANGE: tl.constexpr, BLOCK_M: tl.constexpr
-):  # fmt: skip
-    """(is it the shared expert's, expert, first place, pairs): of `block`, the shared expert's blocks first. No pairs: nothing to
-    do. The shared expert's places begin at A; this height serves it for SHARED_RANGE[0] to SHARED_RANGE[1] - 1
-    tokens."""
-    shared = block < shared_blocks
-    if shared:
-        expert = 0
-        first = A + block * BLOCK_M
-        pairs = tl.minimum(A + M - first, BLOCK_M)
-        pairs = tl.where((M >= SHARED_RANGE[0]) & (M < SHARED_RANGE[1]), pairs, 0)
-    else:
-        row = list_ptr + (block - shared_blocks) * 3
-        expert = tl.load(row)
-        first = tl.load(row + 1)
-        pairs = tl.load(row + 2)
-    return shared, expert, first, pairs
-
-
-@triton.jit
-def grouped_gate_up_kernel(
-    h_ptr, sums_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, order_ptr, list_ptr, weights_ptr, share_ptr, act_ptr,
-    shared_blocks, A, M,
-    TOP_K: tl.constexpr, FORMAT: tl.constexpr, SHARED_RANGE: tl.constexpr, INTERPRETED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AFTER: tl.constexpr,
-):  # fmt: skip
-    """act [A + M, I] = share * silu(gate) * up, for one block of pairs and BLOCK_N of the expert's I rows.
-
-    Grid (rows of the expert, blocks), the former fast: a block's programs read the same tokens. As in `gemm_kernel` the
-    weights are the first operand, and BLOCK_K counts stored columns. AFTER: as in `add_scaled`, a group at a time, whose scales
-    are loaded one group ahead."""
-    shared, expert, first, pairs = block_of(list_ptr, tl.program_id(1), shared_blocks, A, M, SHARED_RANGE, BLOCK_M)
-    if pairs == 0:
-        return
-    PRECISION: tl.constexpr = "ieee" if h_ptr.dtype.element_ty == tl.float32 else "tf32"  # as `dot_precision`
-    K: tl.constexpr = FORMAT[FEATURES]
-    WIDTH: tl.constexpr = FORMAT[ROWS] // 2
-    width: tl.constexpr = K // 2 if FORMAT[BITS] == 4 else K
-    fits: tl.constexpr = WIDTH % BLOCK_N == 0
-    if shared:
-        w_ptr = shared_w_ptr
-        s_ptr = shared_s_ptr
-    else:
-        w_ptr, s_ptr = at_row(w_ptr, s_ptr, expert.to(tl.int64) * FORMAT[ROWS], FORMAT)
-    i = tl.arange(0, BLOCK_M)
-    used = i < pairs
-    place = (first + i).to(tl.int64)
-    pair = tl.load(order_ptr + place, mask=used & (place < A), other=0)
-    token = tl.where(shared, place - A, pair // TOP_K).to(tl.int64)
-    dtype = tl.float32 if INTERPRETED else h_ptr.dtype.element_ty
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    h_row = h_ptr + token * K
-    gate = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    if AFTER:
-        sums_row = sums_ptr + token * (K // FORMAT[GROUP])
-        gate_scale, gate_shift = scale_tile(s_ptr, n, n < WIDTH, 0, FORMAT, fits, BLOCK_K)
-        up_scale, up_shift = scale_tile(s_ptr, WIDTH + n, n < WIDTH, 0, FORMAT, fits, BLOCK_K)
-        sums = tl.load(sums_row, mask=used, other=0.0)
-    for start in range(0, width, BLOCK_K):
-        gate_q = stored_tile(w_ptr, n, n < WIDTH, start, FORMAT, fits, BLOCK_K)
-        up_q = stored_tile(w_ptr, WIDTH + n, n < WIDTH, start, FORMAT, fits, BLOCK_K)
-        h, high = activation_tile(h_row, used, start, dtype, FORMAT, BLOCK_K)
-        if AFTER:
-            ahead = tl.minimum(start + BLOCK_K, width - BLOCK_K)
-            gate_scale_ahead, gate_shift_ahead = scale_tile(s_ptr, n, n < WIDTH, ahead, FORMAT, fits, BLOCK_K)
-            up_scale_ahead, up_shift_ahead = scale_tile(s_ptr, WIDTH + n, n < WIDTH, ahead, FORMAT, fits, BLOCK_K)
-            sums_ahead = tl.load(sums_row + ahead // BLOCK_K, mask=used, other=0.0)
-            gate = add_scaled(gate, gate_q, gate_scale, gate_shift, h, high, sums[None, :], INTERPRETED)
-            up = add_scaled(up, up_q, up_scale, up_shift, h, high, sums[None, :], INTERPRETED)
-            gate_scale, gate_shift, up_scale, up_shift = gate_scale_ahead, gate_shift_ahead, up_scale_ahead, up_shift_ahead
-            sums = sums_ahead
-        else:
-            gate_scale, gate_shift = scale_tile(s_ptr, n, n < WIDTH, start, FORMAT, fits, BLOCK_K)
-            up_scale, up_shift = scale_tile(s_ptr, WIDTH + n, n < WIDTH, start, FORMAT, fits, BLOCK_K)
-            gate = add_product(gate, gate_q, gate_scale, gate_shift, h, high, FORMAT, INTERPRETED, PRECISION)
-            up = add_product(up, up_q, up_scale, up_shift, h, high, FORMAT, INTERPRETED, PRECISION)
-    share = tl.load(weights_ptr + pair, mask=used & (place < A), other=0.0)
-    share += tl.load(share_ptr + token, mask=used & (place >= A), other=0.0)
-    act = gate * tl.sigmoid(gate) * up * share[None, :]
-    tl.store(
-        act_ptr + (place * WIDTH)[None, :] + n[:, None],
-        act.to(act_ptr.dtype.element_ty),
-        mask=(n < WIDTH)[:, None] & used[None, :],
-    )
-
-
-@triton.jit
-def grouped_down_kernel(
-    act_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, order_ptr, list_ptr, out_ptr, shared_blocks, A, M,
-    FORMAT: tl.constexpr, SHARED_RANGE: tl.constexpr, INTERPRETED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """out [A + M, D] = act @ down.T for one block of pairs and BLOCK_N features; FORMAT: one expert's, [D, I]."""
-    shared, expert, first, pairs = block_of(list_ptr, tl.program_id(1), shared_blocks, A, M, SHARED_RANGE, BLOCK_M)
-    if pairs == 0:
-        return
-    PRECISION: tl.constexpr = "ieee" if act_ptr.dtype.element_ty == tl.float32 else "tf32"  # as `dot_precision`
-    D: tl.constexpr = FORMAT[ROWS]
-    K: tl.constexpr = FORMAT[FEATURES]
-    width: tl.constexpr = K // 2 if FORMAT[BITS] == 4 else K
-    fits: tl.constexpr = D % BLOCK_N == 0
-    if shared:
-        w_ptr = shared_w_ptr
-        s_ptr = shared_s_ptr
-    else:
-        w_ptr, s_ptr = at_row(w_ptr, s_ptr, expert.to(tl.int64) * D, FORMAT)
-    i = tl.arange(0, BLOCK_M)
-    used = i < pairs
-    place = (first + i).to(tl.int64)
-    dtype = tl.float32 if INTERPRETED else act_ptr.dtype.element_ty
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    act_row = act_ptr + place * K
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for start in range(0, width, BLOCK_K):
-        q = stored_tile(w_ptr, n, n < D, start, FORMAT, fits, BLOCK_K)
-        scale, shift = scale_tile(s_ptr, n, n < D, start, FORMAT, fits, BLOCK_K)
-        act, high = activation_tile(act_row, used, start, dtype, FORMAT, BLOCK_K)
-        acc = add_product(acc, q, scale, shift, act, high, FORMAT, INTERPRETED, PRECISION)
-    pair = tl.load(order_ptr + place, mask=used & (place < A), other=0)
-    row = tl.where(shared, place, pair.to(tl.int64))
-    tl.store(out_ptr + (row * D)[None, :] + n[:, None], acc.to(out_ptr.dtype.element_ty), mask=(n < D)[:, None] & used[None, :])
+        tl.store(extra_ptr + 1 + group, sums, mask=group < groups)
 
 
 @triton.jit
@@ -200,7 +79,7 @@ def combine_kernel(
 
 
 def shared_ranges(heights: Sequence[int]) -> list[tuple[int, int]]:
-    """SHARED_RANGE of each height, tallest first: how many tokens' shared expert it serves. A height needs 16 blocks of them,
+    """(LEAST, BEYOND) of each height, tallest first: how many tokens' shared expert it serves. A height needs 16 blocks of them,
     which with the parts of an expert are a program for each SM; the lowest takes what is less."""
     found, beyond = [], 2**31 - 1
     for height in heights:
@@ -210,42 +89,68 @@ def shared_ranges(heights: Sequence[int]) -> list[tuple[int, int]]:
     return found
 
 
-def can_scale_after(*, dtype: torch.dtype, kind: Kind, config: dict) -> bool:
-    """Whether `add_scaled` can serve gate_up of such experts, and a height of the table's row asks for it."""
-    bits, group = kind[1]
-    asked = [rows["gate_up"] for rows in config.values() if rows["gate_up"]["AFTER"]]
-    return bits == 4 and dtype == torch.bfloat16 and bool(asked) and all(group == 2 * row["BLOCK_K"] for row in asked)
+def served_heights(*, pairs: int | torch.SymInt, experts: int, config: dict) -> list[dict]:
+    """Of the table's row the heights in which so many pairs run: each costs two launches. A number that only the call knows
+    counts as many."""
+    few = isinstance(pairs, int) and pairs <= FEW_PAIRS * experts
+    return [config[name] for name in (FEW_HEIGHTS if few else HEIGHTS) if name in config]
+
+
+def has_order(*, bits: int, group: int, dtype: torch.dtype) -> bool:
+    """Whether activations of such weights stand in `in_operand_order`'s order: in whole words of a product of 2-byte operands."""
+    return bits <= 8 and group % 32 == 0 and dtype != torch.float32
+
+
+def scales_after(part: dict, *, bits: int, group: int, dtype: torch.dtype) -> bool:
+    """Whether `add_scaled` serves gate_up of a height, as its row asks."""
+    return part["AFTER"] and bits == 4 and dtype == torch.bfloat16 and group == 2 * part["BLOCK_K"]
 
 
 def launch_experts(
-    *, h: Tensor, sums: Tensor | None, order: Tensor, lists: Sequence[Tensor | None], pairs, tokens, choices: Tensor,
-    share: Tensor, routed: ExpertTensors, shared: ExpertTensors, top_k: int, kind: Kind, config: dict,
+    *, h: Tensor, extra: Tensor, order: Tensor, lists: Sequence[Tensor | None], pairs, tokens, choices: Tensor,
+    routed: ExpertTensors, shared: ExpertTensors, kind: Kind, heights: Sequence[dict],
 ) -> Tensor:  # fmt: skip
     """[pairs + tokens, D] in h's dtype: each pair's expert output times its weight, then the shared expert's for so many tokens.
 
-    sums: of h over groups, None where `can_scale_after` says no; lists: blocks by height, None where there are none."""
+    heights: rows of the table; lists: the blocks of each, None where there are none."""
     features, (width, up, back) = h.shape[1], kind
     up_format = matrix_format(routed[0], bits=up[0], group=up[1])
     down_format = matrix_format(routed[2], bits=back[0], group=back[1])
     act = torch.empty((pairs + tokens, width), dtype=h.dtype, device=h.device)
     out = torch.empty((pairs + tokens, features), dtype=h.dtype, device=h.device)
-    heights = [config[name] for name in HEIGHTS]
-    ranges = shared_ranges([rows["height"] for rows in heights])
-    for rows, blocks, shared_range in zip(heights, lists, ranges, strict=True):
-        shared_blocks = triton.cdiv(tokens, rows["height"])
+    orders = tuple(has_order(bits=bits, group=group, dtype=h.dtype) for bits, group in (up, back))
+    ranges = shared_ranges([row["height"] for row in heights])
+    for row, blocks, shared_range in zip(heights, lists, ranges, strict=True):
+        shared_blocks = triton.cdiv(tokens, row["height"])
         count = shared_blocks + (0 if blocks is None else blocks.shape[0])
         blocks = order if blocks is None else blocks
-        first, second = rows["gate_up"] | {"AFTER": rows["gate_up"]["AFTER"] and sums is not None}, rows["down"]
-        common = {"SHARED_RANGE": shared_range, "INTERPRETED": not h.is_cuda, "BLOCK_M": rows["height"]}
+        first, second = dict(row["gate_up"]), row["down"]
+        after = scales_after(first, bits=up[0], group=up[1], dtype=h.dtype)
+        del first["AFTER"]
+        common = {"ROUTING": (*shared_range, choices.shape[-1]), "INTERPRETED": not h.is_cuda, "BLOCK_M": row["height"]}
         wrap_triton(grouped_gate_up_kernel)[(triton.cdiv(width, first["BLOCK_N"]), count)](
-            h, h if sums is None else sums, *routed[:2], *shared[:2], order, blocks, choices, share, act,
-            shared_blocks, pairs, tokens, TOP_K=top_k, FORMAT=up_format, **common, **first,
+            h, extra, *routed[:2], *shared[:2], order, blocks, choices, act, shared_blocks, pairs, tokens,
+            FORMAT=up_format, MODE=(after, *orders), **common, **first,
         )  # fmt: skip
         wrap_triton(grouped_down_kernel)[(triton.cdiv(features, second["BLOCK_N"]), count)](
             act, *routed[2:], *shared[2:], order, blocks, out, shared_blocks, pairs, tokens,
-            FORMAT=down_format, **common, **second,
+            FORMAT=down_format, IN_ORDER=orders[1], **common, **second,
         )  # fmt: skip
     return out
+
+
+def launch_norm(
+    *, x: Tensor, norm_weight: Tensor, shared_gate: Tensor, eps: float, kind: Kind
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`h` and `extra` of x [M, D] as `norm_kernel` makes them for experts of such weights."""
+    (rows, features), (bits, group) = x.shape, kind[1]
+    h = torch.empty((rows, features), dtype=x.dtype, device=x.device)
+    extra = torch.empty((rows, 1 + features // group), dtype=torch.float32, device=x.device)
+    wrap_triton(norm_kernel)[(rows,)](
+        x, norm_weight, shared_gate, h, extra, x.stride(0), K=features, GROUP=group, EPS=eps,
+        IN_ORDER=has_order(bits=bits, group=group, dtype=x.dtype), BLOCK_K=triton.next_power_of_2(features),
+    )  # fmt: skip
+    return h, extra
 
 
 @triton_op("moeexp::moe_prefill", mutates_args=())
@@ -280,37 +185,28 @@ def moe_prefill(
     check_vectors(x=x, norm_weight=norm_weight, ids=ids, weights=weights, shared_gate=shared_gate)
     key = f"{tuning.activation_class(x.dtype)}/{tuning.weight_class(formats[1][0])}/{features}x{formats[0]}"
     config = tuning.lookup("moe_prefill", key, tuning.architecture(x.device))
-    group, rows = formats[1][1], flat.shape[0]
-    after = can_scale_after(dtype=x.dtype, kind=formats, config=config)
+    rows = flat.shape[0]
     together = formats == shared_formats and (gate_up.dtype, down.dtype) == (shared_gate_up.dtype, shared_down.dtype)
-    h = torch.empty((rows, features), dtype=x.dtype, device=x.device)
-    sums = torch.empty((rows, features // group), dtype=torch.float32, device=x.device) if after else None
-    share = torch.empty((rows,), dtype=torch.float32, device=x.device)
-    wrap_triton(norm_kernel)[(rows,)](
-        flat, norm_weight, shared_gate, h, h if sums is None else sums, share, flat.stride(0),
-        K=features, GROUP=group, EPS=eps, SUMS=after, BLOCK_K=triton.next_power_of_2(features),
-    )  # fmt: skip
+    norm = {"x": flat, "norm_weight": norm_weight, "shared_gate": shared_gate, "eps": eps}
+    h, extra = launch_norm(**norm, kind=formats)
     routed = (gate_up, gate_up if gate_up_scales is None else gate_up_scales, down, down if down_scales is None else down_scales)
     shared = (
         shared_gate_up, shared_gate_up if shared_gate_up_scales is None else shared_gate_up_scales,
         shared_down, shared_down if shared_down_scales is None else shared_down_scales,
     )  # fmt: skip
 
-    order, lists = sort_by_expert(ids=ids, experts=gate_up.shape[0], heights=tuple(config[name]["height"] for name in HEIGHTS))
     pairs = rows * top_k
-    common: dict[str, Any] = {
-        "h": h, "order": order, "choices": weights, "share": share, "top_k": top_k, "config": config,
-    }  # fmt: skip
-    if together:
-        own = out = launch_experts(
-            sums=sums, lists=lists, pairs=pairs, tokens=rows, routed=routed, shared=shared, kind=formats, **common
-        )
-    else:  # what a launch has none of is stood for by what it has: both weights of a kernel must be of one type
-        out = launch_experts(
-            sums=sums, lists=lists, pairs=pairs, tokens=0, routed=routed, shared=routed, kind=formats, **common
-        )  # fmt: skip
+    heights = served_heights(pairs=pairs, experts=gate_up.shape[0], config=config)
+    order, lists = sort_by_expert(ids=ids, experts=gate_up.shape[0], heights=tuple(row["height"] for row in heights))
+    common: dict[str, Any] = {"order": order, "choices": weights, "heights": heights}
+    own = out = launch_experts(
+        h=h, extra=extra, lists=lists, pairs=pairs, tokens=rows if together else 0, routed=routed,
+        shared=shared if together else routed, kind=formats, **common,
+    )  # fmt: skip
+    if not together:  # both weights of a launch must be of one type, and activations in the order that suits it
+        h, extra = launch_norm(**norm, kind=shared_formats)
         own = launch_experts(
-            sums=None, lists=[None] * len(lists), pairs=0, tokens=rows, routed=shared, shared=shared, kind=shared_formats,
+            h=h, extra=extra, lists=[None] * len(lists), pairs=0, tokens=rows, routed=shared, shared=shared, kind=shared_formats,
             **common,
         )  # fmt: skip
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)

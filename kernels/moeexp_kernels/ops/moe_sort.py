@@ -86,28 +86,27 @@ def sort_kernel(
         done += tl.sum(match, axis=0)
 
 
-def block_bounds(*, pairs, experts: int, heights: tuple[int, int, int]) -> tuple:
+def block_bounds(*, pairs, experts: int, heights: tuple[int, ...]) -> tuple:
     """Blocks of each height that any routing fits into; `pairs` may be symbolic. A block of what is left holds more pairs than
     the next lower height."""
-    tall, middle, low = heights
-    return (
-        pairs // tall + torch.sym_min(pairs // (middle + 1), experts),
-        torch.sym_min(pairs // (low + 1), experts),
-        torch.sym_min(pairs, experts),
-    )
+    lower = (*heights[1:], 0)
+    left = tuple(torch.sym_min(pairs // (less + 1), experts) for less in lower)
+    return (pairs // heights[0] + left[0], *left[1:])
 
 
-def sort_by_expert(*, ids: Tensor, experts: int, heights: tuple[int, int, int]) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """ids int32 [..., k] contiguous, in 0..E-1; heights: powers of 2, none taller than the one before it.
+def sort_by_expert(*, ids: Tensor, experts: int, heights: tuple[int, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """ids int32 [..., k] contiguous, in 0..E-1; heights: one to three powers of 2, none taller than the one before it.
     Returns (order [A], lists), as in the module's docstring."""
     pairs = ids.numel()
     whole: dict[str, Any] = {"dtype": torch.int32, "device": ids.device}
     counts, order = torch.empty((experts,), **whole), torch.empty((pairs,), **whole)
     bounds = block_bounds(pairs=pairs, experts=experts, heights=heights)
     lists = tuple(torch.empty((bound, 3), **whole) for bound in bounds)
+    none = 3 - len(heights)  # of a height 0 there are no blocks
+    tall, middle, low = (*heights, *(0,) * none)
     wrap_triton(count_kernel)[(experts,)](ids, counts, pairs, BLOCK=STEP, num_warps=8)
     wrap_triton(sort_kernel)[(experts,)](
-        ids, counts, order, *lists, pairs, *bounds, E=experts, E_PADDED=triton.next_power_of_2(experts),
-        TALL=heights[0], MIDDLE=heights[1], LOW=heights[2], BLOCK=STEP, num_warps=8,
+        ids, counts, order, *lists, *(order,) * none, pairs, *bounds, *(0,) * none,
+        E=experts, E_PADDED=triton.next_power_of_2(experts), TALL=tall, MIDDLE=middle, LOW=low, BLOCK=STEP, num_warps=8,
     )  # fmt: skip
     return order, lists

@@ -1,6 +1,6 @@
 """One table of launch parameters per GPU architecture: `tuned/<architecture>.json`, and `tuned/default.json` for the rest.
 
-    lookup("gemv", "int4/12352x2048", arch)  ->  {"BLOCK_N": 16, "TILES": 1, "CACHE": ".cg", "num_warps": 4}
+    lookup("gemv", "int4/12352x2048", arch)  ->  {"BLOCK_N": 16, "TILES": 1, "CACHE": ".cg", …}
     source("gemv", "int4/12352x2048", arch)  ->  "sm_90"
 
 A key is a shape class, general parts first. A row serves every key that it begins: `int4` serves `int4/12352x2048` unless
