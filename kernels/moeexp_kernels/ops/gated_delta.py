@@ -108,25 +108,30 @@ def _store_conv_state(conv_state, first, count, values, WIDTH: tl.constexpr, BLO
 
 
 @triton.jit
-def _conv_past(rows, conv_state, conv_weight, channels, inside, TOKEN: tl.constexpr, WIDTH: tl.constexpr):
-    """The causal conv's sum over the inputs before a token of this call, and the newest tap, for `channels` [...] of one
-    sequence; float32. rows: the inputs of the call's tokens before that one, which are none for the first."""
-    newest = tl.load(conv_weight + channels * WIDTH + WIDTH - 1, mask=inside, other=0.0).to(tl.float32)
-    mixed = newest * 0.0
-    for tap in tl.static_range(WIDTH - 1):
+def _conv_window(conv_state, conv_weight, channels, inside, WIDTH: tl.constexpr):
+    """The conv's taps and the inputs before this call, oldest first, for `channels` [...] of one sequence, float32."""
+    taps, kept = (), ()
+    for tap in tl.static_range(WIDTH):
         weight = tl.load(conv_weight + channels * WIDTH + tap, mask=inside, other=0.0).to(tl.float32)
-        if TOKEN + tap < WIDTH - 1:
-            seen = tl.load(conv_state + channels * (WIDTH - 1) + TOKEN + tap, mask=inside, other=0.0)
-        else:
-            seen = rows[TOKEN + tap - (WIDTH - 1)]
-        mixed += seen.to(tl.float32) * weight
-    return mixed, newest
+        taps = taps + (weight,)  # type: ignore[assignment]
+    for i in tl.static_range(WIDTH - 1):
+        kept = kept + (tl.load(conv_state + channels * (WIDTH - 1) + i, mask=inside, other=0.0).to(tl.float32),)  # type: ignore[assignment]
+    return taps, kept
 
 
 @triton.jit
-def _conv_now(row, past, newest):
-    """SiLU of the conv, with a token's own input `row`."""
-    mixed = past + row.to(tl.float32) * newest
+def _conv_past(taps, inputs, TOKEN: tl.constexpr):
+    """The causal conv's sum over the inputs before a token; inputs: those before this call, then this call's."""
+    mixed = inputs[TOKEN] * taps[0]
+    for tap in tl.static_range(1, len(taps) - 1):
+        mixed = tl.fma(inputs[TOKEN + tap], taps[tap], mixed)
+    return mixed
+
+
+@triton.jit
+def _conv_now(taps, inputs, past, TOKEN: tl.constexpr):
+    """SiLU of the conv, with the token's own input."""
+    mixed = tl.fma(inputs[TOKEN + len(taps) - 1], taps[len(taps) - 1], past)
     return mixed * tl.sigmoid(mixed)
 
 
@@ -171,9 +176,10 @@ def _decode_kernel(
     q_channel = head // (HV // HK) * DK + rows
     k_channel = HK * DK + q_channel
     v_channel = 2 * HK * DK + head * DV + cols
-    q_past, q_newest = _conv_past((), conv_state, conv_weight, q_channel, in_k, 0, WIDTH)
-    k_past, k_newest = _conv_past((), conv_state, conv_weight, k_channel, in_k, 0, WIDTH)
-    v_past, v_newest = _conv_past((), conv_state, conv_weight, v_channel, in_v, 0, WIDTH)
+    q_taps, q_in = _conv_window(conv_state, conv_weight, q_channel, in_k, WIDTH)
+    k_taps, k_in = _conv_window(conv_state, conv_weight, k_channel, in_k, WIDTH)
+    v_taps, v_in = _conv_window(conv_state, conv_weight, v_channel, in_v, WIDTH)
+    q_past, k_past, v_past = _conv_past(q_taps, q_in, 0), _conv_past(k_taps, k_in, 0), _conv_past(v_taps, v_in, 0)
     a_log_h = tl.load(a_log + head)
     dt_bias_h = tl.load(dt_bias + head)
 
@@ -185,28 +191,30 @@ def _decode_kernel(
     # values to the same shared memory.
     first = in_v[None, :] & (rows == 0)[:, None]
     # All tokens' inputs at once: behind a token's barriers the next one's would wait again.
-    q_rows, k_rows, v_rows, a_rows, b_rows = (), (), (), (), ()
+    a_rows, b_rows = (), ()
     for token in tl.static_range(TOKENS):
         row = proj + token * stride_t
-        q_rows = q_rows + (tl.load(row + q_channel, mask=in_k, other=0.0),)  # type: ignore[assignment]
-        k_rows = k_rows + (tl.load(row + k_channel, mask=in_k, other=0.0),)  # type: ignore[assignment]
-        v_rows = v_rows + (tl.load(row + v_channel, mask=in_v, other=0.0),)  # type: ignore[assignment]
+        q_in = q_in + (tl.load(row + q_channel, mask=in_k, other=0.0).to(tl.float32),)  # type: ignore[assignment]
+        k_in = k_in + (tl.load(row + k_channel, mask=in_k, other=0.0).to(tl.float32),)  # type: ignore[assignment]
+        v_in = v_in + (tl.load(row + v_channel, mask=in_v, other=0.0).to(tl.float32),)  # type: ignore[assignment]
         b_rows = b_rows + (tl.load(row + CHANNELS + HV * DV + head),)  # type: ignore[assignment]
         a_rows = a_rows + (tl.load(row + CHANNELS + HV * DV + HV + head),)  # type: ignore[assignment]
+    steps = ()
     for token in tl.static_range(TOKENS):
         if token > 0:
-            q_past, q_newest = _conv_past(q_rows, conv_state, conv_weight, q_channel, in_k, token, WIDTH)
-            k_past, k_newest = _conv_past(k_rows, conv_state, conv_weight, k_channel, in_k, token, WIDTH)
-            v_past, v_newest = _conv_past(v_rows, conv_state, conv_weight, v_channel, in_v, token, WIDTH)
-        q = _conv_now(q_rows[token], q_past, q_newest)
-        k = _conv_now(k_rows[token], k_past, k_newest)
-        v = _conv_now(v_rows[token], v_past, v_newest)
+            q_past = _conv_past(q_taps, q_in, token)
+            k_past = _conv_past(k_taps, k_in, token)
+            v_past = _conv_past(v_taps, v_in, token)
+        q = _conv_now(q_taps, q_in, q_past, token)
+        k = _conv_now(k_taps, k_in, k_past, token)
+        v = _conv_now(v_taps, v_in, v_past, token)
         log_decay, beta = _gates(a_rows[token].to(tl.float32), b_rows[token].to(tl.float32), a_log_h, dt_bias_h)
-        decay = tl.exp(log_decay)
         qq, kk, qk = tl.reduce((q * q, k * k, q * k), 0, _add_three)
         q_norm = tl.rsqrt(qq + L2_EPS) * DK**-0.5
         k_norm = tl.rsqrt(kk + L2_EPS)
-        qk = qk * q_norm * k_norm
+        steps = steps + ((q, k, v, tl.exp(log_decay), beta, q_norm, k_norm, qk * q_norm * k_norm),)  # type: ignore[assignment]
+    for token in tl.static_range(TOKENS):
+        q, k, v, decay, beta, q_norm, k_norm, qk = steps[token]
         # S_new^T q = decay S^T q + (k.q) delta: both reductions run over the held tile, with one wait instead of two; and the
         # l2 norms are applied to their results, so that the tile waits for no other reduction.
         seen, asked = tl.reduce((held * k[:, None], held * q[:, None]), 0, _add_two)
