@@ -56,7 +56,7 @@ def test_decode(tokens, bits, dtype):
 
 
 def on_packed_rows(*, x, norm_weight, eps, ids, weights, **stored):
-    """`moe_decode` of one or two tokens, on rows that a router packed."""
+    """`moe_decode` of few tokens, on rows that a router packed."""
     matrices = {name: value for name, value in stored.items() if "gate_up" in name}
     trace = torch.zeros(*ids.shape, dtype=torch.int32, device=x.device)
     _, _, packed = router_packed(
@@ -69,7 +69,7 @@ def on_packed_rows(*, x, norm_weight, eps, ids, weights, **stored):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("bits", "shapes"), [(4, BIG), (8, BIG), (4, SMALL | {"group": 64}), (8, SMALL | {"group": 64})])
-@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("tokens", [1, 2, 16])
 def test_decode_on_packed_rows(tokens, bits, shapes, dtype):
     """Also rows that are no power of 2 of words, and a shared expert wider than the others."""
     check(on_packed_rows, tokens=tokens, shapes=shapes, bits=bits, dtype=dtype, k=8)
