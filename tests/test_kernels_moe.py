@@ -209,7 +209,7 @@ def test_prefill_bfloat16_and_odd_sizes():
 
 def heights_row(heights, blocks, *, after):
     both = {"gate_up": blocks | {"AFTER": after}, "down": blocks}
-    return {name: {"height": height, **both} for name, height in zip(HEIGHTS, heights, strict=True)}
+    return {name: {"height": height, **both} for name, height in zip((*HEIGHTS, "least"), (*heights, heights[-1]), strict=True)}
 
 
 @pytest.mark.parametrize("tokens", [15, 100, 130])
@@ -238,12 +238,10 @@ def test_prefill_scales_after_the_product():
 def test_few_pairs_run_in_low_blocks_alone():
     config = {name: {"height": height} for name, height in zip((*HEIGHTS, "least"), (128, 64, 32, 16), strict=True)}
 
-    def heights(pairs, config):
+    def heights(pairs):
         return [row["height"] for row in served_heights(pairs=pairs, experts=256, config=config)]
 
-    assert heights(8, config) == heights(4096, config) == [32, 16] and heights(4097, config) == [128, 64, 32]
-    del config["least"]
-    assert heights(4096, config) == [32]
+    assert heights(8) == heights(4096) == [32, 16] and heights(4097) == [128, 64, 32]
 
 
 @pytest.mark.parametrize("mixed", ["groups of 32", "groups of 16", "int8", "int8 and int4", "a shared expert of other groups"])

@@ -35,7 +35,7 @@ from moeexp_kernels.parts.matrix import matrix_format
 ExpertTensors = tuple[Tensor, Tensor, Tensor, Tensor]
 Kind = tuple[int, tuple[int, int], tuple[int, int]]  # what `expert_formats` returns
 HEIGHTS = ("tall", "middle", "low")  # of blocks: the parts of a table's row
-FEW_HEIGHTS = ("low", "least")  # where experts have few pairs each; a row may lack the last
+FEW_HEIGHTS = ("low", "least")  # where experts have few pairs each
 FEW_PAIRS = 16  # of an expert on average, that is
 
 
@@ -93,7 +93,7 @@ def served_heights(*, pairs: int | torch.SymInt, experts: int, config: dict) -> 
     """Of the table's row the heights in which so many pairs run: each costs two launches. A number that only the call knows
     counts as many."""
     few = isinstance(pairs, int) and pairs <= FEW_PAIRS * experts
-    return [config[name] for name in (FEW_HEIGHTS if few else HEIGHTS) if name in config]
+    return [config[name] for name in (FEW_HEIGHTS if few else HEIGHTS)]
 
 
 def has_order(*, bits: int, group: int, dtype: torch.dtype) -> bool:
