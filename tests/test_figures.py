@@ -119,9 +119,9 @@ def test_curves_by_prompt_and_by_depth_where_they_were_measured(tmp_path):
     synthetic.write(tmp_path / LONG, records)
     lines = blocks["prompt"](tmp_path).splitlines()
     assert lines[2:5] == [
-        "| 4,096 | 1 | 9,000 | 0.01 | 14 | passed |",
-        "| 32,768 | 4 | 9,000 | 0.01 | 14 | passed |",
-        "| 262,144 | 32 | – | – | 14 | off |",
+        "| 4,096 | 1 | no | 9,000 | 0.01 | 14 | passed |",
+        "| 32,768 | 4 | no | 9,000 | 0.01 | 14 | passed |",
+        "| 262,144 | 32 | no | – | – | 14 | off |",
     ]
     assert lines[-1].startswith("One NVIDIA H100") and "a run shows that it fits, and publishes no speed" in lines[-1]
     assert "NVIDIA H200" not in lines[-1]
@@ -157,6 +157,22 @@ def test_a_run_without_a_check_has_no_figure_in_a_block(tmp_path):
     assert [row[8] for row in ladder] == ["210 / 5 / 25 / 60", "–", "210 / 5 / 25 / 60"]
 
 
+def test_sequences_of_a_later_group_are_named(tmp_path):
+    records = [
+        synthetic.record(f"batch={batch}", id=f"ab.{batch}", noise=0.0, time_split=synthetic.TIME_SPLIT)
+        | {"group": {"id": "ab.1" if batch < 4 else "cd.0"}, "started": f"2026-11-2{9 if batch == 4 else 8}T00:00:00+00:00"}
+        for batch in (1, 2, 4)
+    ]
+    for one in records:
+        one["bytes_per_token"]["distinct_experts"] = 8
+    synthetic.write(tmp_path / "two" / FULLSIZE, records)
+    said = " ".join(BLOCKS["sequences"](tmp_path / "two").split())
+    assert said.endswith("Those of 4 sequences took theirs in another process, later.")
+    records[2]["group"] = records[0]["group"]
+    synthetic.write(tmp_path / "one" / FULLSIZE, records)
+    assert "later" not in BLOCKS["sequences"](tmp_path / "one")
+
+
 BROKEN = ("config.prompt_len", "config.prefill_chunk", "memory_gib", "environment", "environment.gpu", "check")
 
 
@@ -181,7 +197,7 @@ def test_a_prompt_of_any_length_is_counted_at_once(tmp_path):
     record["design"] = {"name": "fullsize", "cell": "prompt 64", "index": 0}
     record["config"] |= {"prompt_len": 10**12, "prefill_chunk": 1}
     synthetic.write(tmp_path / LONG, [record])
-    assert "| 1,000,000,000,000 | 1,000,000,000,000 | 9,000 |" in BLOCKS["prefill-by-prompt"](tmp_path)
+    assert "| 1,000,000,000,000 | 1,000,000,000,000 | no | 9,000 |" in BLOCKS["prefill-by-prompt"](tmp_path)
 
 
 def stray(text):

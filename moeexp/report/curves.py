@@ -27,6 +27,7 @@ def prefill_by_prompt(results: Path) -> str:
     columns = {
         "prompt tokens": lambda record: number(record["config"]["prompt_len"]),
         "calls of prefill": lambda record: number(_calls(record["config"])),
+        "a graph": lambda record: "yes" if record["config"]["cuda_graph"] == "all" else "no",
         "prefill tok/s": lambda record: number(record["prefill_tok_s"]),
         "time to first token, s": lambda record: number(record["ttft_s"]),
     }

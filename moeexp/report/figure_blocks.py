@@ -103,7 +103,16 @@ def sequences(results: Path) -> str:
         "of the measured read bandwidth", "kernels a step", "device memory, GiB",
     ]  # fmt: skip
     gpu = escaped(curves.gpus_of([run.record for run in runs]))
-    return f"{markdown_table(header, rows)}\n{_prose(f'One {gpu}. {_stalled(runs)} ' + ONCE.replace('rungs', 'runs'))}"
+    prose = f"One {gpu}. {_stalled(runs)} {ONCE.replace('rungs', 'runs')}{_of_a_later_group([run.record for run in runs])}"
+    return f"{markdown_table(header, rows)}\n{_prose(prose)}"
+
+
+def _of_a_later_group(records: Sequence[dict[str, Any]]) -> str:
+    """Names the runs that took turns with others than the rest did."""
+    groups = {(record["group"] or {}).get("id"): record["started"] for record in reversed(records)}
+    first = min(groups, key=lambda group: groups[group])
+    later = [number(record["config"]["batch"]) for record in records if (record["group"] or {}).get("id") != first]
+    return f" Those of {' and '.join(later)} sequences took theirs in another process, later." if later else ""
 
 
 def soak(results: Path) -> str:
