@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ExportedProgram
 
 from moeexp.model.qwen3_5_moe import Ops, Qwen35MoE
+from moeexp.stack import kernel_calls
 from moeexp.stack.inductor import declare_arrays_once_per_writer, remember_kernel_analyses, telling_constants_apart
 
 METHODS = ("prefill", "decode")
@@ -169,6 +170,7 @@ def export_method(
     their names (`model.layers.0.…`) in every method. All of these may be FakeTensors: shapes are all that counts. count: as of
     `example_inputs`."""
     remember_kernel_analyses()
+    kernel_calls.shorten()
     state = state or {}
     module = MODULES[method](model, ops, state_names=tuple(state), padded=padded).eval()
     inputs = example_inputs(
@@ -208,6 +210,7 @@ def compile_method(program: ExportedProgram, path: Path, config: dict[str, Any])
     from torch._inductor import aoti_compile_and_package
 
     remember_kernel_analyses()
+    kernel_calls.shorten()
     declare_arrays_once_per_writer()
     package = io.BytesIO()
     with torch.no_grad(), _sizes_may_be_one(), telling_constants_apart(), warnings.catch_warnings():
@@ -221,6 +224,7 @@ def torch_compiled(module: Method) -> Callable:
     """The module under torch.compile, whole (fullgraph). T and n are symbols, apart from 1, which dynamo compiles on its
     own: a method then has one more version for a single token or a single row of logits."""
     remember_kernel_analyses()
+    kernel_calls.shorten()
     torch._dynamo.config.recompile_limit = DYNAMO_RECOMPILE_LIMIT
     # The methods are one function to dynamo, which else makes symbols of whatever differs between their inputs: with explicit
     # state of the trace's length too, and torch 2.11 cannot lower a kernel that mutates such a tensor.

@@ -194,12 +194,11 @@ def _decode_kernel(
     a_rows, b_rows = (), ()
     for token in tl.static_range(TOKENS):
         row = proj + token * stride_t
-        q_in = q_in + (tl.load(row + q_channel, mask=in_k, other=0.0).to(tl.float32),)  # type: ignore[assignment]
-        k_in = k_in + (tl.load(row + k_channel, mask=in_k, other=0.0).to(tl.float32),)  # type: ignore[assignment]
-        v_in = v_in + (tl.load(row + v_channel, mask=in_v, other=0.0).to(tl.float32),)  # type: ignore[assignment]
+        q_in = q_in + (tl.load(row + q_channel, mask=in_k, other=0.0).to(tl.float32),)
+        k_in = k_in + (tl.load(row + k_channel, mask=in_k, other=0.0).to(tl.float32),)
+        v_in = v_in + (tl.load(row + v_channel, mask=in_v, other=0.0).to(tl.float32),)
         b_rows = b_rows + (tl.load(row + CHANNELS + HV * DV + head),)  # type: ignore[assignment]
         a_rows = a_rows + (tl.load(row + CHANNELS + HV * DV + HV + head),)  # type: ignore[assignment]
-    steps = ()
     for token in tl.static_range(TOKENS):
         if token > 0:
             q_past = _conv_past(q_taps, q_in, token)
@@ -209,12 +208,11 @@ def _decode_kernel(
         k = _conv_now(k_taps, k_in, k_past, token)
         v = _conv_now(v_taps, v_in, v_past, token)
         log_decay, beta = _gates(a_rows[token].to(tl.float32), b_rows[token].to(tl.float32), a_log_h, dt_bias_h)
+        decay = tl.exp(log_decay)
         qq, kk, qk = tl.reduce((q * q, k * k, q * k), 0, _add_three)
         q_norm = tl.rsqrt(qq + L2_EPS) * DK**-0.5
         k_norm = tl.rsqrt(kk + L2_EPS)
-        steps = steps + ((q, k, v, tl.exp(log_decay), beta, q_norm, k_norm, qk * q_norm * k_norm),)  # type: ignore[assignment]
-    for token in tl.static_range(TOKENS):
-        q, k, v, decay, beta, q_norm, k_norm, qk = steps[token]
+        qk = qk * q_norm * k_norm
         # S_new^T q = decay S^T q + (k.q) delta: both reductions run over the held tile, with one wait instead of two; and the
         # l2 norms are applied to their results, so that the tile waits for no other reduction.
         seen, asked = tl.reduce((held * k[:, None], held * q[:, None]), 0, _add_two)

@@ -92,8 +92,8 @@ def launch_decode(*, x: Tensor, ids: Tensor, tile_from: int | None, packed: Tens
     common = {"x": flat, "ids": ids, "out": y.view(-1, features), **arguments}
     config = tile_row(x, formats, tile_from=tile_from)
     if config is not None:
-        width, *up = formats["gate_up"]
-        launch_moe_tile(**common, width=width, up=tuple(up), back=formats["down"][1:], config=config)
+        width, bits, group = formats["gate_up"]
+        launch_moe_tile(**common, width=width, up=(bits, group), back=formats["down"][1:], config=config)
     else:
         launch_pairs(**common, formats=formats, packed=packed)
     return y

@@ -187,7 +187,7 @@ def moe_prefill(
     config = tuning.lookup("moe_prefill", key, tuning.architecture(x.device))
     rows = flat.shape[0]
     together = formats == shared_formats and (gate_up.dtype, down.dtype) == (shared_gate_up.dtype, shared_down.dtype)
-    norm = {"x": flat, "norm_weight": norm_weight, "shared_gate": shared_gate, "eps": eps}
+    norm: dict[str, Any] = {"x": flat, "norm_weight": norm_weight, "shared_gate": shared_gate, "eps": eps}
     h, extra = launch_norm(**norm, kind=formats)
     routed = (gate_up, gate_up if gate_up_scales is None else gate_up_scales, down, down if down_scales is None else down_scales)
     shared = (
