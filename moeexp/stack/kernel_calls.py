@@ -39,7 +39,7 @@ def of_shapes(clone: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     def cloned(x: Tensor) -> Tensor:
         if not isinstance(x, FakeTensor) or get_proxy_mode() is not None or not _is_zero(x.storage_offset()):
             return clone(x)
-        return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
+        return x.new_empty_strided(x.size(), x.stride())
 
     cloned.shortened = True  # type: ignore[attr-defined]
     return cloned
