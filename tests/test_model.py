@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from common import random_tokens
 from moeexp_kernels import registry
 from moeexp_runner.arena import Arena
 
@@ -30,12 +31,6 @@ def build(arch, *, bits=16, batch=1, max_seq_len=128, dtype=torch.float32, seed=
     names = registry.resolve(default="reference", chosen={}, device="cpu")
     ops = {op: registry.OPS[op][name] for op, name in names.items()}
     return model, arena, {"ops": ops, "state": arena.tensors}
-
-
-def random_tokens(vocabulary, shape):
-    """The same in each run: one sequence in some thousands has a token for which two right orders of sums differ by more than
-    2e-5 here, where 5e-6 is usual."""
-    return torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(0))
 
 
 def transformers_logits(model, tokens):
@@ -68,7 +63,9 @@ ODD = Architecture.from_hf({
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_prefill_equals_transformers(arch, bits):
     model, _, how = build(arch, bits=bits, batch=2)
-    tokens = random_tokens(arch.vocab_size, (2, 70))
+    # The same in each run: one sequence in some thousands has a token for which two right orders of sums differ by more than
+    # 2e-5, where 5e-6 is usual.
+    tokens = random_tokens(2, 70, vocab=arch.vocab_size)
     ours = model(tokens, torch.zeros(2, dtype=torch.int64), None, phase="prefill", **how)
     torch.testing.assert_close(ours, transformers_logits(model, tokens), rtol=0, atol=2e-5)
 
@@ -76,7 +73,7 @@ def test_prefill_equals_transformers(arch, bits):
 @pytest.mark.parametrize("split", [1, 2, 63, 64, 65])
 def test_decode_continues_prefill(split):
     model, arena, how = build(NANO)
-    tokens = random_tokens(NANO.vocab_size, (1, 70))
+    tokens = random_tokens(1, 70, vocab=NANO.vocab_size)
     whole = model(tokens, torch.zeros(1, dtype=torch.int64), None, phase="prefill", **how)
     state = arena.snapshot()
     arena.reset()
@@ -90,7 +87,7 @@ def test_decode_continues_prefill(split):
 
 def test_logit_positions_select_rows():
     model, arena, how = build(NANO)
-    tokens = random_tokens(NANO.vocab_size, (1, 9))
+    tokens = random_tokens(1, 9, vocab=NANO.vocab_size)
     zero = torch.zeros(1, dtype=torch.int64)
     whole = model(tokens, zero, None, phase="prefill", **how)
     arena.reset()
@@ -102,7 +99,7 @@ def test_logit_positions_select_rows():
 def test_expert_ids_are_traced_by_position():
     model, arena, how = build(NANO)
     arena.tensors["layers.0.expert_ids"][:, :-1].fill_(-7)
-    tokens = random_tokens(NANO.vocab_size, (1, 5))
+    tokens = random_tokens(1, 5, vocab=NANO.vocab_size)
     model(tokens, torch.tensor([10]), None, phase="prefill", **how)
     trace = arena.tensors["layers.0.expert_ids"]
     assert (trace[:, :10] == -7).all() and (trace[:, 15:-1] == -7).all() and (trace[:, -1] == 0).all()

@@ -155,6 +155,12 @@ def example_inputs(
     return tokens, positions, torch.arange(3, dtype=torch.int64, device=device), *valid_len, *state
 
 
+def trace_kernels_once() -> None:
+    """From now on, in this process, torch does with a kernel and its calls what it needs to, once."""
+    remember_kernel_analyses()
+    kernel_calls.shorten()
+
+
 def export_method(
     method: str,
     model: Qwen35MoE,
@@ -169,8 +175,7 @@ def export_method(
     """`model` has its state attached (`Qwen35MoE.attached`), or `state` (an example of each tensor) is explicit. Buffers keep
     their names (`model.layers.0.…`) in every method. All of these may be FakeTensors: shapes are all that counts. count: as of
     `example_inputs`."""
-    remember_kernel_analyses()
-    kernel_calls.shorten()
+    trace_kernels_once()
     state = state or {}
     module = MODULES[method](model, ops, state_names=tuple(state), padded=padded).eval()
     inputs = example_inputs(
@@ -209,8 +214,7 @@ def compile_method(program: ExportedProgram, path: Path, config: dict[str, Any])
     By way of memory: torch's own writer ends the process on a full disk, where ours raises `OSError`."""
     from torch._inductor import aoti_compile_and_package
 
-    remember_kernel_analyses()
-    kernel_calls.shorten()
+    trace_kernels_once()
     declare_arrays_once_per_writer()
     package = io.BytesIO()
     with torch.no_grad(), _sizes_may_be_one(), telling_constants_apart(), warnings.catch_warnings():
@@ -223,8 +227,7 @@ def compile_method(program: ExportedProgram, path: Path, config: dict[str, Any])
 def torch_compiled(module: Method) -> Callable:
     """The module under torch.compile, whole (fullgraph). T and n are symbols, apart from 1, which dynamo compiles on its
     own: a method then has one more version for a single token or a single row of logits."""
-    remember_kernel_analyses()
-    kernel_calls.shorten()
+    trace_kernels_once()
     torch._dynamo.config.recompile_limit = DYNAMO_RECOMPILE_LIMIT
     # The methods are one function to dynamo, which else makes symbols of whatever differs between their inputs: with explicit
     # state of the trace's length too, and torch 2.11 cannot lower a kernel that mutates such a tensor.

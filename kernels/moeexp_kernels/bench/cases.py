@@ -24,7 +24,6 @@ from moeexp_kernels.ops import (
     gated_delta_reference,
     linear,
     moe,
-    moe_packed,
     moe_prefill,
     moe_reference,
     moe_tile,
@@ -141,9 +140,6 @@ def build_router(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -
     )  # fmt: skip
 
 
-GATE_UP = ("gate_up", "gate_up_scales", "shared_gate_up", "shared_gate_up_scales")
-
-
 def packed_rows(x: Tensor, norm_weight: Tensor, top_k: int, form: dict[str, int]) -> Tensor:
     """x [B, 1, D] packed by a router for experts of this form."""
     trace = torch.zeros(x.shape[0], 1, top_k, dtype=torch.int32, device=x.device)
@@ -186,17 +182,14 @@ def build_moe(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -> C
             copy[name], copy[f"{name}_scales"] = source.weight(*stored, bits=bits, group=shapes.group)
         copies.append({**shared, **copy})
     op: Callable = moe.moe_decode if decode else moe_prefill.moe_prefill
-    served = decode and moe.tile_row(x, moe.decode_formats(copies[0], features=shapes.hidden)) is not None
-    form = {}
-    if decode and not served:
-        form = moe_packed.packing(**{name: copies[0][name] for name in GATE_UP}, rows=spec.tokens, features=shapes.hidden)
+    form = moe.packed_form(x, copies[0]) if decode else {}
     if form:  # as in a step, where the router's kernels pack the rows
         op = partial(op, packed=packed_rows(x, shared["norm_weight"], top_k, form))
     size, flops_width = f"{shapes.hidden}x{shapes.expert_width}", top_k * shapes.expert_width + shapes.shared_width
     key = f"int{bits}/{size}"
     tile: dict[str, Any] = {"bits": bits, "features": shapes.hidden, "width": shapes.expert_width, "rows": spec.tokens}
     tuned: tuple[tuple[str, str], ...] = (("moe_gate_up_packed" if form else "moe_gate_up", key), ("moe_down", down_key(**tile)))
-    if served:
+    if decode and moe.tile_row(x, moe.decode_formats(copies[0], features=shapes.hidden)) is not None:
         tuned = (("moe_tile", moe_tile.moe_tile_key(**tile)),)
     return Case(
         op="moe", shape=f"{top_k} of {count} + shared, {size} int{bits}", phase=spec.phase, tokens=spec.tokens,

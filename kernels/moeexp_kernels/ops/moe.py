@@ -128,14 +128,19 @@ def moe_decode(
     )  # fmt: skip
 
 
+def packed_form(x: Tensor, experts: dict[str, Any]) -> dict[str, int]:
+    """`packing` of the rows of x [..., D] for these experts: nothing where the tile serves, which has no use for them."""
+    features = x.shape[-1]
+    if tile_row(x, decode_formats(experts, features=features)) is not None:
+        return {}
+    matrices = [f"{kind}{scales}" for kind in ("gate_up", "shared_gate_up") for scales in ("", "_scales")]
+    return packing(rows=x.shape[:-1].numel(), features=features, **{name: experts[name] for name in matrices})
+
+
 def route_decode(choice: dict[str, Any], experts: dict[str, Any]) -> dict[str, Tensor]:
     """`ids`, `weights` and, where its kernels take it, `packed` of `moe_decode`. choice: the arguments of `router`; experts: the
     matrices that `moe_decode` takes."""
-    on_tile = tile_row(choice["x"], decode_formats(experts, features=choice["x"].shape[-1])) is not None
-    form = {} if on_tile else packing(
-        rows=choice["x"].shape[:-1].numel(), features=choice["x"].shape[-1],
-        **{f"{kind}{scales}": experts[f"{kind}{scales}"] for kind in ("gate_up", "shared_gate_up") for scales in ("", "_scales")},
-    )  # fmt: skip
+    form = packed_form(choice["x"], experts)
     found = router_packed(**choice, **form) if form else router(**choice)
     return dict(zip(("ids", "weights", "packed"), found, strict=False))
 

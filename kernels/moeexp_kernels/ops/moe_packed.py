@@ -1,4 +1,4 @@
-"""Gate, up and SwiGLU of the experts of very few tokens, on rows that the router packed: `moe_pairs.py`'s first kernel, in which
+"""Gate, up and SwiGLU of the experts of few tokens, on rows that the router packed: `moe_pairs.py`'s first kernel, in which
 a warp has rows of its own and nothing to prepare.
 
 Shape letters and weight formats: `moe.py`; packed rows: `parts/packed.py`; their products: `parts/warp_rows.py`.

@@ -1,4 +1,4 @@
-"""Experts of very few tokens: a GEMV for each pair of token and expert, with the shared expert as one more; two kernels.
+"""Experts of few tokens: a GEMV for each pair of token and expert, with the shared expert as one more; two kernels.
 
 Shape letters and weight formats: `moe.py`; words and their products: `parts/int_dot.py`.
 """
