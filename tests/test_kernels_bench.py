@@ -17,13 +17,13 @@ import torch.nn.functional as F
 import yaml
 from moeexp_kernels.bench import measure, table
 from moeexp_kernels.bench.__main__ import main, measure_or_say
-from moeexp_kernels.bench.candidates import targets
+from moeexp_kernels.bench.candidates import chain_targets, targets
 from moeexp_kernels.bench.case import SeededTensors, count_for, ratios, red
 from moeexp_kernels.bench.cases import BUILDERS, Spec, build, specs
-from moeexp_kernels.bench.layers import Layers, chain_rows
+from moeexp_kernels.bench.layers import Layers
 from moeexp_kernels.bench.peers import executorch, fla, torch_int4, torch_ops
 from moeexp_kernels.bench.peers.peer import WHOLE, delta_expected, delta_inputs
-from moeexp_kernels.bench.shapes import FULL
+from moeexp_kernels.bench.shapes import FULL, MODELS
 from moeexp_kernels.ops.linear import dequantise
 from moeexp_kernels.parts import tuning
 
@@ -41,8 +41,9 @@ def case_of(spec: Spec, cold: int = 0):
     return case
 
 
-def test_the_shapes_are_those_of_the_model():
-    path = Path(__file__).resolve().parents[1] / "conf" / "model" / "qwen3_5_35b_a3b.yaml"
+@pytest.mark.parametrize("name", MODELS)
+def test_the_shapes_are_those_of_the_model(name):
+    path, shapes = Path(__file__).resolve().parents[1] / "conf" / "model" / f"{name}.yaml", MODELS[name]
     model = yaml.safe_load(path.read_text())["architecture"]
     names = {
         "vocab": "vocab_size", "hidden": "hidden_size", "heads": "num_attention_heads", "kv_heads": "num_key_value_heads",
@@ -51,8 +52,11 @@ def test_the_shapes_are_those_of_the_model():
         "experts": "num_experts", "top_k": "num_experts_per_tok", "expert_width": "moe_intermediate_size",
         "shared_width": "shared_expert_intermediate_size",
     }  # fmt: skip
-    assert {ours: getattr(FULL, ours) for ours in names} == {ours: model[theirs] for ours, theirs in names.items()}
-    assert FULL.rotary == model["head_dim"] * model["partial_rotary_factor"]
+    assert {ours: getattr(shapes, ours) for ours in names} == {ours: model[theirs] for ours, theirs in names.items()}
+    assert shapes.rotary == model["head_dim"] * model["partial_rotary_factor"]
+
+
+def test_the_projections_are_as_wide_as_the_table_s_keys_say():
     assert FULL.linears()["gdn in"][:2] == (12_352, 2048) and FULL.linears()["attention in"][:2] == (9216, 2048)
 
 
@@ -73,13 +77,22 @@ def test_every_layer_of_the_chain_advances_its_state(sequences, tokens):
 
 
 @pytest.mark.slow
-def test_the_chain_s_rows_are_those_it_runs_with(monkeypatch):
-    asked, lookup = set(), tuning.lookup
-    monkeypatch.setattr(tuning, "lookup", lambda op, key, *a, **k: asked.add((op, key)) or lookup(op, key, *a, **k))
-    chain = Layers(CHAIN, common.DEVICE)
-    chain.call(chain.x)
-    assert chain_rows(CHAIN) <= asked
-    assert chain_rows(FULL) <= {(target.op, target.key) for target in targets(list(BUILDERS))}
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_a_chain_s_targets_are_rows_it_asks_for_and_a_case_runs_with_each(sequences):
+    shapes = replace(CHAIN, hidden=128, group=64, gdn_v_dim=64, head_dim=64, expert_width=64, shared_width=64)
+    chain = Layers(shapes, common.DEVICE, sequences)
+    asked = chain.rows()
+    found = chain_targets(shapes, sequences, asked)
+    once = {"gdn_decode", "router_gemv"}  # rows that serve several sequences too
+    wanted = {"moe_gate_up_packed", "moe_down"} | ({"gemv", *once} if sequences == 1 else {"linear_tile", "limbs"})
+    assert {target.op for target in found} == wanted
+    for target in found:
+        assert (target.op, target.key) in asked and target.candidates
+        (spec,) = target.specs
+        case = build(spec, shapes, common.DEVICE, 0)
+        with tuning.asked() as by_itself:
+            case.call(**case.copies[0])
+        assert (target.op, target.key) in by_itself, (spec, target.key)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from moeexp_kernels.bench.cases import BUILDERS, Spec, build, specs
 from moeexp_kernels.bench.layers import Layers
 from moeexp_kernels.bench.measure import OpTiming, measure, measure_peers, unavailable_sources
 from moeexp_kernels.bench.peers import SOURCES
-from moeexp_kernels.bench.shapes import FULL
+from moeexp_kernels.bench.shapes import FULL, MODELS, Shapes
 from moeexp_kernels.bench.table import markdown, write_json
 from moeexp_kernels.bench.timing import Reader, cold_bytes
 from moeexp_kernels.bench.tune import tune
@@ -34,12 +34,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m moeexp_kernels.bench", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("ops", nargs="*", metavar="op", help="ops to do (default: all); `tune` first: tune them")
-    parser.add_argument("--tokens", default=TOKENS, help=f"sequences of a decode step (default {TOKENS})")
+    parser.add_argument("--tokens", help=f"sequences of a decode step (default {TOKENS}; of tune --layers 1)")
+    parser.add_argument("--model", default="qwen3_5_35b_a3b", help="whose shapes `layers` and `tune --layers` take")
     parser.add_argument("--json", type=Path, help="write every number here, raw samples included")
     parser.add_argument("--quick", action="store_true", help="one token count, one prompt length, int4 only")
     parser.add_argument("--no-peers", action="store_true", help="our ops only")
     parser.add_argument("--jobs", type=int, default=max(1, min(12, (os.cpu_count() or 2) - 2)), help="compiling processes")
-    parser.add_argument("--layers", action="store_true", help="tune by the time of the chain: only the rows that serve it")
+    parser.add_argument("--layers", action="store_true", help="tune by the time of the chain: only the rows that it asks for")
     parser.add_argument("--budget", type=float, default=150.0, help="seconds that tune may take (default 150)")
     return parser.parse_args(arguments)
 
@@ -120,11 +121,11 @@ def bench(options: argparse.Namespace, ops: list[str], command: str) -> int:
     return WRONG if any(row.problem for row in rows) else 0
 
 
-def time_layers(counts: list[int]) -> int:
+def time_layers(counts: list[int], shapes: Shapes) -> int:
     """Prints the chain's time a layer by sequences, with PDL and without."""
     print(f"{torch.cuda.get_device_name()}: microseconds of a layer, the mean of three delta nets and one attention")
     for count in counts:
-        chain = Layers(FULL, "cuda", count)
+        chain = Layers(shapes, "cuda", count)
         pdl, plain = (chain.microseconds(pdl=on) for on in (True, False))
         print(f"{count:3d} sequences {pdl:7.2f} with PDL, {plain:7.2f} without", flush=True)
     return 0
@@ -137,12 +138,18 @@ def main(arguments: list[str]) -> int:
     unknown = [op for op in ops if op not in BUILDERS]
     if unknown:
         return refuse(f"{unknown[0]!r} is not an op of the bench; the ops are {', '.join(BUILDERS)}")
+    options.tokens = options.tokens or ("1" if options.layers else TOKENS)
     try:
-        token_counts(options.tokens)
+        counts = token_counts(options.tokens)
     except ValueError as error:
         return refuse(str(error))
     if options.layers and not tuning_run:
         return refuse("--layers belongs to tune; `layers` alone times the chain")
+    if options.model not in MODELS:
+        return refuse(f"--model={options.model} has no shapes here; the models are {', '.join(MODELS)}")
+    shapes = MODELS[options.model]
+    if shapes is not FULL and not (options.layers or layers_run):
+        return refuse("--model belongs to `layers` and `tune --layers`; all else is measured at the shapes of qwen3_5_35b_a3b")
     if options.jobs < 1 or options.budget <= 0:
         return refuse(f"--jobs={options.jobs} and --budget={options.budget}: both must be above 0")
 
@@ -152,10 +159,11 @@ def main(arguments: list[str]) -> int:
     with torch.no_grad():
         if tuning_run:
             return tune(
-                ops or list(BUILDERS), processes=options.jobs, budget=options.budget, command=command, layers=options.layers
-            )
+                ops or list(BUILDERS), processes=options.jobs, budget=options.budget, command=command,
+                chains=counts if options.layers else (), shapes=shapes,
+            )  # fmt: skip
         if layers_run:
-            return time_layers(token_counts(options.tokens))
+            return time_layers(counts, shapes)
         return bench(options, ops or list(BUILDERS), command)
 
 

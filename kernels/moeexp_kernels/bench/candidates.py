@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeexp_kernels.bench.cases import Spec
-from moeexp_kernels.bench.shapes import FULL
-from moeexp_kernels.ops.linear_tile import tile_key
+from moeexp_kernels.bench.shapes import FULL, Shapes
+from moeexp_kernels.ops.linear_tile import columns_of, tile_key
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ GEMV = _gemv([(4, 1, 2), (8, 1, 2), (16, 1, 2), (4, 1, 4), (8, 1, 4), (16, 1, 4)
 TWO_ROWS = tuple(
     row | {"TOGETHER": together} for row in _gemv([(16, 2, 8), (16, 3, 8), (8, 6, 8), (16, 4, 8)]) for together in (1, 2)
 )
+THREE_ROWS = tuple(row | {"TOGETHER": together} for row in _gemv([(16, 2, 8), (16, 3, 8), (8, 1, 8)]) for together in (1, 3))
 HEAD = _gemv([(16, 1, 4), (32, 1, 4), (16, 4, 4), (16, 8, 4), (16, 16, 4), (32, 4, 8), (8, 8, 4)])
 WIDE_GEMV = _gemv([(2, 1, 2), (4, 1, 2), (8, 1, 2), (2, 1, 4), (4, 1, 4), (8, 1, 4), (16, 1, 4), (8, 1, 8), (4, 1, 8), (16, 1, 8),
                    (2, 1, 1), (4, 1, 1), (4, 4, 4), (8, 4, 8)])  # fmt: skip
@@ -46,7 +47,8 @@ ROUTER = _gemv([(1, 1, 2), (2, 1, 2), (1, 1, 4), (2, 1, 4), (4, 1, 4), (2, 1, 8)
 TILE: tuple[dict[str, Any], ...] = tuple(
     {"BLOCK_N": block, "COLUMNS": columns, "PASSES": passes, "CACHE": ".cg", "num_warps": warps}
     for block, columns, passes, warps in [
-        (16, 8, 1, 4), (16, 8, 2, 4), (16, 8, 1, 8), (16, 8, 2, 8), (32, 8, 1, 4), (32, 8, 2, 8), (16, 16, 1, 4),
+        (16, 8, 1, 4), (16, 8, 2, 4), (16, 8, 1, 8), (16, 8, 2, 8), (32, 8, 1, 4), (32, 8, 2, 8), (32, 8, 1, 8), (64, 8, 1, 8),
+        (16, 8, 1, 2), (16, 8, 2, 2), (16, 16, 1, 4),
         (16, 16, 2, 4), (16, 16, 1, 8), (32, 16, 2, 8), (16, 32, 1, 8),
     ]
 )  # fmt: skip
@@ -181,3 +183,28 @@ def targets(ops: list[str]) -> list[Target]:
         Target("sample", "half", (Spec("sample", "decode", 1),), SAMPLE),
     ]  # fmt: skip
     return [target for target in found if target.specs[0].op in ops]
+
+
+def chain_targets(shapes: Shapes, sequences: int, asked: set[tuple[str, str]]) -> list[Target]:
+    """What to tune of the rows that a chain of `sequences` asked for. Left as they are: those of attention, which serve contexts
+    of any length, and of several sequences those that serve one too."""
+    linears = shapes.linears()
+    names = {f"{out}x{features}": name for name, (out, features, _) in linears.items()}
+    names |= {str(features): name for name, (_, features, _) in linears.items()}  # a row of limbs serves all of them
+    few = tuple(row for row in TILE if row["COLUMNS"] <= columns_of(sequences))
+    candidates = {
+        "gemv": {1: GEMV, 2: TWO_ROWS, 3: THREE_ROWS}.get(sequences, GEMV), "limbs": LIMBS, "linear_tile": few,
+        "gdn_decode": GDN_DECODE, "router_gemv": ROUTER, "moe_gate_up_packed": GATE_UP_PACKED, "moe_tile": MOE_TILE,
+        "moe_down": DOWN,
+    }  # fmt: skip
+    ops = {"gdn_decode": "gdn", "router_gemv": "router"} | dict.fromkeys(("moe_gate_up_packed", "moe_tile", "moe_down"), "moe")
+    found = []
+    if "moe_down" in {op for op, _ in asked}:
+        del candidates["moe_tile"]  # its row was asked for no more than the number of tokens from which it serves
+    for op, choices in candidates.items():
+        if sequences > 1 and op in ("gdn_decode", "router_gemv"):
+            continue
+        for key in sorted(key for asked_op, key in asked if asked_op == op):
+            variant = "" if op in ops else names[key.split("/")[1]]
+            found.append(Target(op, key, (Spec(ops.get(op, "linear"), "decode", sequences, variant),), choices))
+    return found

@@ -188,7 +188,8 @@ def build_moe(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -> C
     size, flops_width = f"{shapes.hidden}x{shapes.expert_width}", top_k * shapes.expert_width + shapes.shared_width
     key = f"int{bits}/{size}"
     tile: dict[str, Any] = {"bits": bits, "features": shapes.hidden, "width": shapes.expert_width, "rows": spec.tokens}
-    tuned: tuple[tuple[str, str], ...] = (("moe_gate_up_packed" if form else "moe_gate_up", key), ("moe_down", down_key(**tile)))
+    gate_up = ("moe_gate_up_packed", f"{key}/{spec.tokens}") if form else ("moe_gate_up", key)
+    tuned: tuple[tuple[str, str], ...] = (gate_up, ("moe_down", down_key(**tile)))
     if decode and moe.tile_row(x, moe.decode_formats(copies[0], features=shapes.hidden)) is not None:
         tuned = (("moe_tile", moe_tile.moe_tile_key(**tile)),)
     return Case(
@@ -223,8 +224,8 @@ def build_gdn(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -> C
     copies = [{**first, **sizes, "eps": EPS}]
     copies += [{**fresh(), **sizes, "eps": EPS} for _ in range(count_for(cold, size) - 1)]
     reference = gated_delta_reference.reference_gdn_decode if decode else gated_delta_reference.reference_gdn_prefill
-    few = "few" if batch * heads[0] <= gated_delta.FEW_PROGRAMS else "many"
-    tuned = ("gdn_decode", f"{dims[0]}x{dims[1]}/{few}") if decode else ("gdn_prefill", f"half/{dims[0]}x{dims[1]}")
+    key = gated_delta.decode_key(batch=batch, k_heads=heads[0], v_heads=heads[1], dims=dims)
+    tuned = ("gdn_decode", key) if decode else ("gdn_prefill", f"half/{dims[0]}x{dims[1]}")
     return Case(
         op="gdn", shape=f"{heads[0]}/{heads[1]} heads of {dims[0]}, conv, norm", phase=spec.phase, tokens=spec.tokens,
         call=gated_delta.gdn_decode if decode else gated_delta_prefill.gdn_prefill,

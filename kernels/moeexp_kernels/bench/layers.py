@@ -19,22 +19,11 @@ from moeexp_kernels.bench.cases import EPS
 from moeexp_kernels.bench.shapes import Shapes
 from moeexp_kernels.bench.timing import graph_samples
 from moeexp_kernels.ops import attention_splits, gated_delta, linear, moe, qk_norm_rope
+from moeexp_kernels.parts import tuning
 
 LAYERS = ("gdn", "gdn", "gdn", "attention")
 SLOTS, POSITION = 1024, 512  # of the KV cache; where the token stands
 CALLS = 4  # chains in a graph
-
-
-def chain_rows(shapes: Shapes) -> set[tuple[str, str]]:
-    """(op, key) of the tuning table's rows that the chain runs with and that serve no longer context and no other batch."""
-    linears = {name: f"int4/{out}x{features}" for name, (out, features, _) in shapes.linears().items()}
-    expert = f"int4/{shapes.hidden}x{shapes.expert_width}"
-    return {
-        *(("gemv", linears[name]) for name in ("gdn in", "attention in", "out")),
-        ("router_gemv", f"plain16/{shapes.experts}x{shapes.hidden}"), ("moe_gate_up_packed", expert),
-        ("moe_down", f"{expert}/few"),
-        ("gdn_decode", f"{shapes.gdn_k_dim}x{shapes.gdn_v_dim}/few"),
-    }  # fmt: skip
 
 
 @dataclass
@@ -76,6 +65,12 @@ class Layers:
         """Median time of a layer, of graphs of several chains."""
         samples = graph_samples(lambda _: self.call(self.x), [{}], calls=CALLS, replays=replays, pdl="all" if pdl else "none")
         return statistics.median(samples) / len(LAYERS)
+
+    def rows(self) -> set[tuple[str, str]]:
+        """(op, key) of the tuning table's rows that the chain asks for."""
+        with tuning.asked() as found:
+            self.call(self.x)
+        return found
 
     def _mix(self, layer: Layer, x: Tensor) -> Tensor:
         proj = linear.linear(x=x, norm_weight=layer.norm, eps=EPS, **layer.project_in)

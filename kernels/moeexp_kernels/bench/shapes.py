@@ -1,8 +1,8 @@
-"""The shapes that the bench measures: those of Qwen3.5-35B-A3B (a test compares them with conf/model/qwen3_5_35b_a3b.yaml)."""
+"""The shapes that the bench measures: those of Qwen3.5-35B-A3B, and others to tune for (a test compares them with conf/model)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -56,3 +56,7 @@ FULL = Shapes(
     gdn_k_dim=128, gdn_v_dim=128, conv_width=4, experts=256, top_k=8, expert_width=512, shared_width=512, group=128,
     kv_lens=(512, 4096, 65_536), prefill=(512, 2048),
 )  # fmt: skip
+MODELS = {
+    "qwen3_5_35b_a3b": FULL,
+    "qwen3_5_122b_a10b": replace(FULL, hidden=3072, heads=32, gdn_v_heads=64, expert_width=1024, shared_width=1024),
+}

@@ -4,7 +4,7 @@ Every candidate's result is compared with the reference before its time counts, 
 graph replay, with cold memory. For rows whose kernel takes several independent settings one is varied at a time: a
 candidate that wins becomes the row that the next ones change.
 
-With a chain of layers (`layers.py`) its time decides, for the rows that serve it: what wins alone need not win there.
+With a chain of layers (`layers.py`) its time decides, for the rows that it asks for: what wins alone need not win there.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from datetime import date
 from functools import partial
 
 import torch
 import triton
 
-from moeexp_kernels.bench.candidates import Target, targets
+from moeexp_kernels.bench.candidates import Target, chain_targets, targets
 from moeexp_kernels.bench.case import Case, red
 from moeexp_kernels.bench.cases import build
-from moeexp_kernels.bench.layers import Layers, chain_rows
-from moeexp_kernels.bench.shapes import FULL
+from moeexp_kernels.bench.layers import Layers
+from moeexp_kernels.bench.shapes import FULL, Shapes
 from moeexp_kernels.bench.timing import calls_for, cold_bytes, graph_samples
 from moeexp_kernels.bench.warm import CompileTask, warm
 from moeexp_kernels.parts import tuning
@@ -35,10 +36,12 @@ CHAIN_MARGIN = 0.998  # of the chain, where a row is a part of what is timed; th
 MARGIN = 0.99  # a challenger must be 1 % faster: less is noise, and a table that flutters makes diffs and recompiles
 
 
-def jobs_of(target: Target, arch: str) -> list[CompileTask]:
+def jobs_of(target: Target, arch: str, shapes: Shapes = FULL) -> list[CompileTask]:
     current = current_row(target, arch)
     rows = [current] + [{**current, **change} for change in target.candidates]
-    return [CompileTask(spec, row=(target.op, target.key, json.dumps(row))) for row in rows for spec in target.specs]
+    return [
+        CompileTask(spec, row=(target.op, target.key, json.dumps(row)), shapes=shapes) for row in rows for spec in target.specs
+    ]
 
 
 def current_row(target: Target, arch: str) -> dict:
@@ -72,10 +75,10 @@ def score(cases: list[Case], chain: Layers | None) -> tuple[float, str | None]:
 
 
 def choose(
-    target: Target, arch: str, cold: int, deadline: float, chain: Layers | None = None
+    target: Target, arch: str, cold: int, deadline: float, chain: Layers | None = None, shapes: Shapes = FULL
 ) -> tuple[dict, list[str]]:  # fmt: skip
     """(best row, a line for each candidate tried)."""
-    cases = [build(spec, FULL, "cuda", cold) for spec in target.specs]
+    cases = [build(spec, shapes, "cuda", cold) for spec in target.specs]
     best = current_row(target, arch)
     with tuning.override(target.op, target.key, best):
         best_time, problem = score(cases, chain)
@@ -105,25 +108,32 @@ def choose(
     return best, lines
 
 
-def tune(ops: list[str], *, processes: int, budget: float, command: str, layers: bool = False) -> int:
-    """layers: the rows that serve a chain of layers are chosen by its time, and no others are tuned."""
+def tune(
+    ops: list[str], *, processes: int, budget: float, command: str, chains: Sequence[int] = (), shapes: Shapes = FULL
+) -> int:  # fmt: skip
+    """chains: numbers of sequences; the rows that a chain of so many asks for are chosen by its time, and no others are tuned."""
     start = time.monotonic()
     arch, cold = tuning.current_architecture(), cold_bytes(torch.device("cuda"))
-    wanted, chain = targets(ops), None
-    if layers:
-        chain = Layers(FULL, "cuda")
-        wanted = [target for target in wanted if (target.op, target.key) in chain_rows(FULL)]
-    jobs = [job for target in wanted for job in jobs_of(target, arch)]
+    work: list[tuple[Layers | None, list[Target]]] = []
+    for count in chains:
+        layers = Layers(shapes, "cuda", count)
+        wanted = chain_targets(shapes, count, layers.rows())
+        work.append((layers, [target for target in wanted if target.specs[0].op in ops]))
+    if not chains:
+        work = [(None, targets(ops))]
+    jobs = [job for _, wanted in work for target in wanted for job in jobs_of(target, arch, shapes)]
     done = warm(jobs, processes, seconds=0.5 * budget)
     print(f"compiled {done} of {len(jobs)} in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
     rows = copy.deepcopy(tuning.table(arch))
     deadline, path = start + budget, None
-    for target in wanted:
+    for chain, target in [(chain, target) for chain, wanted in work for target in wanted]:
         if time.monotonic() > deadline:
             print(f"out of time before {target.op} {target.key!r}: its row stays as it is", flush=True)
             continue
-        best, lines = choose(target, arch, cold, deadline, chain)
+        best, lines = choose(target, arch, cold, deadline, chain, shapes)
         print(f"{target.op} {target.key!r}\n" + "\n".join(lines), flush=True)
+        if chain is not None and best == tuning.lookup(target.op, target.key, arch, rule={}):
+            continue  # a row that serves more than this key says the same
         rows.setdefault(target.op, {})[target.key] = best
         # Written at once: what was measured is kept if the run is stopped, and the next targets run with it.
         about = {

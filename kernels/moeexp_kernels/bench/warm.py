@@ -17,7 +17,7 @@ import torch
 
 from moeexp_kernels.bench.cases import Spec, build
 from moeexp_kernels.bench.peers import SOURCES
-from moeexp_kernels.bench.shapes import FULL
+from moeexp_kernels.bench.shapes import FULL, Shapes
 from moeexp_kernels.parts import tuning
 
 OWN = ""  # the job is our op, not a peer
@@ -28,6 +28,7 @@ class CompileTask:
     spec: Spec
     peer: str = OWN
     row: tuple[str, str, str] | None = None  # op, key and (as JSON) row of the tuning table to run with
+    shapes: Shapes = FULL
 
 
 def do(job: CompileTask) -> None:
@@ -35,7 +36,7 @@ def do(job: CompileTask) -> None:
         if job.row is not None:
             op, key, row = job.row
             stack.enter_context(tuning.override(op, key, json.loads(row)))
-        case = build(job.spec, FULL, "cuda", cold=0)
+        case = build(job.spec, job.shapes, "cuda", cold=0)
         if job.peer == OWN:
             case.call(**case.copies[0])
         else:

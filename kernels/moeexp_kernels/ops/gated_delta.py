@@ -260,6 +260,12 @@ def _finish_kernel(
     _store_conv_state(conv_state + ready, first, count, kept, WIDTH, FLAT)
 
 
+def decode_key(*, batch: int, k_heads: int, v_heads: int, dims: tuple[int, int]) -> str:
+    """Key of the tuning table: "128x128/few/32" of so many value heads, while there are few programs. dims: rounded up."""
+    few = "few" if batch * k_heads <= FEW_PROGRAMS else "many"
+    return f"{dims[0]}x{dims[1]}/{few}/{v_heads}"
+
+
 @triton_op("moeexp::gdn_decode", mutates_args=("conv_state", "recurrent_state"))
 def gdn_decode(
     proj: Tensor,
@@ -292,7 +298,7 @@ def gdn_decode(
         raise ValueError(f"gdn_decode takes 1 to {MAX_TOKENS} tokens per call, got {tokens}; use gdn_prefill")
     batch, (channels, width) = proj.shape[0], conv_weight.shape
     pad_k, pad_v = triton.next_power_of_2(head_k_dim), triton.next_power_of_2(head_v_dim)
-    key = f"{pad_k}x{pad_v}/{'few' if batch * num_k_heads <= FEW_PROGRAMS else 'many'}"
+    key = decode_key(batch=batch, k_heads=num_k_heads, v_heads=num_v_heads, dims=(pad_k, pad_v))
     tuned = tuning.lookup("gdn_decode", key, tuning.architecture(proj.device))
     split, per_program = min(tuned["split"], pad_v), triton.cdiv(channels, num_v_heads)
     # At least four elements of the tile a thread: with fewer, threads hold the same ones and write them to the same places.

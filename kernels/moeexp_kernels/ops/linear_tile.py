@@ -103,8 +103,8 @@ def columns_of(rows: int) -> int:
 
 
 def tile_key(*, bits: int, out_features: int, features: int, rows: int) -> str:
-    """Key of the tuning table: "int4/12352x2048/8" for 1 to 8 rows."""
-    return f"{tuning.weight_class(bits)}/{out_features}x{features}/{columns_of(rows)}"
+    """Key of the tuning table: "int4/12352x2048/8/3" for 3 rows, after which "int4/12352x2048/8" serves 1 to 8."""
+    return f"{tuning.weight_class(bits)}/{out_features}x{features}/{columns_of(rows)}/{rows}"
 
 
 def launch_limbs(

@@ -121,7 +121,7 @@ def launch_gate_up_packed(
     check_argument(packed, name="packed", shape=(rows, length), dtypes=(torch.int32,))
     if form[1:] != shared_form[1:] or gate_up_scales is None or shared_gate_up_scales is None:
         raise ValueError("packed rows are for quantised experts and a shared expert of the same format, which these are not")
-    config = tuning.lookup("moe_gate_up_packed", key, tuning.architecture(x.device))
+    config = tuning.lookup("moe_gate_up_packed", f"{key}/{rows}", tuning.architecture(x.device))
     each, warps = config["EACH"], config["num_warps"]
     blocks = triton.cdiv(max(form[0], shared_form[0]) // 2, each * warps)
     wrap_triton(gate_up_packed_kernel)[(blocks, top_k + 1, rows)](

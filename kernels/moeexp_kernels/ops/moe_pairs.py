@@ -180,8 +180,9 @@ DOWN_VECTOR = 2
 
 
 def down_key(*, bits: int, features: int, width: int, rows: int) -> str:
-    """Of the table's row: with more tokens than two there are programs enough, and fewer warps of one win."""
-    return f"{tuning.weight_class(bits)}/{features}x{width}/{'few' if rows <= 2 else 'many'}"
+    """Of the table's row: with more tokens than two there are programs enough, and fewer warps of one win. A number of tokens may
+    have a row of its own."""
+    return f"{tuning.weight_class(bits)}/{features}x{width}/{'few' if rows <= 2 else 'many'}/{rows}"
 
 
 def folded_rows(*, block: int, slots: int, features: int, bits: int) -> int:

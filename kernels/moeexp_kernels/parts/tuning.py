@@ -29,6 +29,7 @@ ABOUT = "_about"  # the one entry of a table that is no op: where its rows were 
 
 LaunchParameters = dict[str, Any]
 OVERRIDES: dict[tuple[str, str], LaunchParameters] = {}  # empty but within `override`
+ASKED: list[set[tuple[str, str]]] = []  # empty but within `asked`
 
 
 @cache
@@ -78,6 +79,8 @@ def lookup(op: str, key: str, arch: str | None = None, *, rule: LaunchParameters
     """The row that serves `key` of `op` on `arch` (None: the current device's). Not to be changed by the caller.
 
     rule: what the op computes itself for shapes without a row; without one a missing row is a `LookupError`."""
+    for found_so_far in ASKED:
+        found_so_far.add((op, key))
     for prefix in _prefixes(key) if OVERRIDES else ():
         if (op, prefix) in OVERRIDES:
             return OVERRIDES[op, prefix]
@@ -113,6 +116,17 @@ def override(op: str, key: str, row: LaunchParameters) -> Iterator[None]:
         del OVERRIDES[op, key]
         if before is not None:
             OVERRIDES[op, key] = before
+
+
+@contextmanager
+def asked() -> Iterator[set[tuple[str, str]]]:
+    """A set that every (op, key) which is looked up within joins: what the calls in it run with."""
+    found: set[tuple[str, str]] = set()
+    ASKED.append(found)
+    try:
+        yield found
+    finally:
+        ASKED.remove(found)
 
 
 def weight_class(bits: int) -> str:
