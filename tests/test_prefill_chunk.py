@@ -1,7 +1,9 @@
 """A prompt longer than `prefill_chunk` goes through in pieces: the same tokens, logits and state; no call has it whole."""
 
 import json
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from moeexp import cli
 from moeexp.check import bits_per_byte, traces, verify
 from moeexp.config.compose import compose
 from moeexp.config.resolve import resolve
+from moeexp.record import free_memory
 from moeexp.stack.factory import build_model, build_stack
 from moeexp.stack.methods import OF_DISPATCH
 
@@ -112,23 +115,25 @@ def test_every_combination_decodes_the_tokens_of_the_whole_prompt(model, phases,
 
 @pytest.mark.parametrize("cuda_graph", [False, "all"])
 def test_the_check_compares_the_pieces_with_the_whole_prompt(model, phases, monkeypatch, cuda_graph):
-    """In two sets of positions, since a piece's logits are two slices; and a fault where pieces meet is seen."""
+    """In two prefills of all positions, since a piece's logits are two slices; and a fault where pieces meet is seen."""
     cfg = configured("state=explicit", f"prefill_chunk={CHUNK}", "prefill_graph_lengths=[8]", cuda_graph=cuda_graph)
     monkeypatch.setattr(bits_per_byte, "SLICE_ELEMENTS", 4 * 256)
     sizes = []
     monkeypatch.setattr(traces, "on_host", lambda size: sizes.append(size) or True)
     stack = build_stack(cfg, model, phases)
-    sets, prefill = [], stack.session.prefill
+    places, prefill = [], stack.session.prefill
 
     def asked(tokens, positions=None):
-        sets.extend([] if positions is None or len(positions) == 1 else [positions])
+        if positions is not None and len(positions) > 1:
+            places.append((stack.session.length + positions).tolist())
         return prefill(tokens, positions)
 
     with monkeypatch.context() as patch:
         patch.setattr(stack.session, "prefill", asked)
         found = verify.verify(cfg, stack, PROMPT, phases)
     assert found["passed"], found["failures"]
-    assert len(sets) == 2 and torch.equal(torch.cat(sets).sort().values, torch.arange(40))
+    pieces = [piece.tolist() for piece in torch.arange(40).split(PIECES)]
+    assert places == [piece[:4] for piece in pieces] + [piece[4:] for piece in pieces]
     assert sizes == [45 * 256 * 4], "what the estimate counts of a check: the logits of all positions"
     call = stack.arena.call
 
@@ -142,6 +147,63 @@ def test_the_check_compares_the_pieces_with_the_whole_prompt(model, phases, monk
     monkeypatch.setattr(stack.arena, "call", forgetful)
     found = verify.verify(cfg, stack, PROMPT, phases)
     assert not found["passed"] and any(line.startswith("float32: float32.position") for line in found["failures"])
+
+
+@pytest.mark.parametrize("dispatch, state", [("dual", "shared"), ("dual", "explicit"), ("token_by_token", "shared")])
+@pytest.mark.parametrize(
+    ("step", "made"), [(7, [PIECES]), (6, [[6] * 6, [1, 1, 1, 1, 6, 6]]), (3, [[3] * 6, [3] * 6, [1, 1, 1, 1, 3, 3]])]
+)
+def test_a_trace_in_slices_of_its_pieces_is_that_of_the_session_itself(model, phases, monkeypatch, dispatch, state, step, made):
+    """Of two sequences. A piece of 6 has a slice less than one of 7, and makes its last one again; the logits of a piece are gone
+    when the next one is run, and none makes more than a slice."""
+    stack = build_stack(configured("batch=2", f"dispatch={dispatch}", f"state={state}", f"prefill_chunk={CHUNK}"), model, phases)
+    session, prompt = stack.session, random_tokens(2, 40, vocab=256)
+    expected = session.prefill(prompt, torch.arange(40))
+    monkeypatch.setattr(bits_per_byte, "SLICE_ELEMENTS", step * 2 * 256)
+    prefill, calls, living = session.prefill, [], []
+
+    def watching(tokens, positions=None):
+        assert all(storage() is None for storage in living)
+        logits = prefill(tokens, positions)
+        calls.append((session.length - tokens.shape[1], *logits.shape))
+        living.append(weakref.ref(logits.untyped_storage()))
+        return logits
+
+    monkeypatch.setattr(session, "prefill", watching)
+    trace = traces.record_trace(stack, prompt, 6)
+    starts = [sum(PIECES[:i]) for i in range(len(PIECES))]
+    assert calls[:-1] == [(start, 2, n, 256) for counts in made for start, n in zip(starts, counts, strict=True)]
+    assert calls[-1] == (0, 2, 1, 256), "of the last position alone, as a generation asks for it"
+    torch.testing.assert_close(trace.logits[:, :40], expected, rtol=0, atol=1e-5)
+    if step == 7:
+        assert torch.equal(trace.logits[:, :39], expected[:, :39])
+
+
+@pytest.mark.parametrize(
+    ("device", "batch", "dtype", "free", "positions"),
+    [
+        ("cuda", 1, torch.float32, 110 << 30, 8648),  # all that 32 bits count; a piece of 8,192 is one slice
+        ("cuda", 1, torch.float32, 24 << 30, 6486),  # 6 GiB
+        ("cuda", 1, torch.bfloat16, 8 << 30, 4324),
+        ("cuda", 8, torch.float32, 24 << 30, 810),
+        ("cuda", 1, torch.float32, 2 << 30, 1081),  # never less than on a cpu
+        ("cuda", 1, torch.float32, -1 << 30, 1081),
+        ("cuda", 1, torch.float32, None, 1081),
+        ("cpu", 1, torch.float32, 110 << 30, 1081),
+        ("cpu", 8, torch.float32, 110 << 30, 135),
+    ],
+)
+def test_a_gpu_makes_as_many_logits_at_a_time_as_fit_its_free_memory_four_times(
+    monkeypatch, device, batch, dtype, free, positions
+):
+    """What torch holds counts as free in the driver's number, and part of it is in use."""
+    used = 20 << 30
+    monkeypatch.setattr(free_memory, "of_device", {"cuda": None if free is None else free + used}.get)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: used)
+    session = SimpleNamespace(batch=batch, vocab_size=248320, device=torch.device("cpu"))
+    stack = SimpleNamespace(session=session, device=torch.device(device))
+    assert traces._positions_at_once(stack, 8192, dtype) == positions
+    assert batch * positions * 248320 < 2**31
 
 
 @pytest.mark.slow

@@ -59,17 +59,27 @@ def test_equals_one_forward_of_the_whole_model(model):
     "dtype, close", [(torch.float32, {"rtol": 1e-5, "atol": 5e-6}), (torch.bfloat16, {"rtol": 0, "atol": 0.04})]
 )
 def test_full_attention_in_pieces_of_queries_is_the_same(model, monkeypatch, dtype, close):
-    """Of 20 positions, 16 in one call of all: here in calls of 3, none of which holds more scores than it may."""
-    ids, called = tokens(2, 20), []
-    mask = reference_module._causal_mask
+    """Of 20 positions, 16 in one call of all: here in pieces of 3, none of which holds more scores than it may. Experts see the
+    16 at once all the same, and so do norms."""
+    ids, called, routed = tokens(2, 20), [], []
+    mask, hook = reference_module._causal_mask, reference_module._Routing.hook
     monkeypatch.setattr(reference_module, "_causal_mask", lambda *a: called.append(a[:2]) or mask(*a))
+
+    def counted(self, gate, args, output):
+        routed.append((self.start, self.stop, len(args[0])))
+        return hook(self, gate, args, output)
+
+    monkeypatch.setattr(reference_module._Routing, "hook", counted)
+    calls = [(0, 16, 2 * 16), *((i, i + 1, 2) for i in range(16, 20))]
     whole = reference(model, ids, 12, dtype)
     layers = ARCHITECTURE.layer_types.count("full_attention")
-    assert called == layers * [(0, 16)]
+    assert called == layers * [(0, 16)] and routed == len(ARCHITECTURE.layer_types) * calls
     called.clear()
+    routed.clear()
     monkeypatch.setattr(reference_module, "SCORES", 3 * 20 * 2 * ARCHITECTURE.num_attention_heads)
     pieces = reference(model, ids, 12, dtype, expert_ids=whole.expert_ids)
     assert called == layers * [(0, 3), (3, 6), (6, 9), (9, 12), (12, 15)], "the last piece is a single query"
+    assert routed == len(ARCHITECTURE.layer_types) * calls
     torch.testing.assert_close(pieces.logits(0, 20), whole.logits(0, 20), **close)
     for name, state in whole.states.items():
         torch.testing.assert_close(pieces.states[name], state, **close, msg=lambda m, n=name: f"{n}: {m}")

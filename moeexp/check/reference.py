@@ -4,8 +4,9 @@ Layer-major: each layer runs all positions but the last few as one call and then
 transformers' own cache, before the next layer is loaded. A 35B model so needs one dequantised layer (3.3 GB in float32), not
 itself. Which call a position belongs to changes its result by the rounding of the run's dtype alone; a call costs 2.5 ms a
 layer however short it is, so that one for each of 256 generated tokens would be half of a check's time at full size.
-Full attention, whose scores are heads x queries x positions, takes a long call in pieces: each query still has all positions
-before it in one softmax of transformers' own.
+Of a long call full attention alone goes in pieces, because its scores are heads x queries x positions: each query still has all
+positions before it in one softmax of transformers' own. Norms and experts see the call whole: transformers' loop over all experts
+takes its time again for each call, however few tokens that has.
 Shape letters: B batch, S sequence, L layers, D hidden, V vocabulary, E experts, k experts per token.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,8 +25,8 @@ from moeexp.check.pure_torch import assert_pure_torch, eager, full_precision, mo
 
 # Positions at the end that are calls of their own: transformers' own decode path, from a state that its prompt path left.
 SINGLE_STEPS = 4
-# Scores of one call of full attention, of which transformers holds three tensors at a time, in float32 2 GiB each. At full size
-# 5,792 positions are one call.
+# Scores of one piece of full attention, of which transformers holds three tensors at a time, in float32 2 GiB each. At full size
+# 5,792 positions are one piece.
 SCORES = 1 << 29
 
 
@@ -172,22 +174,14 @@ def _run_layer(
 
     cache = DynamicCache(config=config)  # a fresh one: only the entry of this layer is ever used
     output = torch.full_like(hidden, float("nan"))
-    length = hidden.shape[1]
+    batch, length, _ = hidden.shape
     first = max(prompt_len, length - SINGLE_STEPS)
     attends = config.layer_types[index] == "full_attention"
-    most = max(1, SCORES // (hidden.shape[0] * config.num_attention_heads * length)) if attends else first
-    starts = [*range(0, first, most), *range(first, length)]
-    for route.start, route.stop in zip(starts, [*starts[1:], length], strict=True):
+    if attends:
+        layer.self_attn = _InPieces(layer.self_attn, max(1, SCORES // (batch * config.num_attention_heads * length)))
+    for route.start, route.stop in pairwise([0, *range(first, length + 1)]):
         here = slice(route.start, route.stop)
-        mask = None
-        if attends and route.stop - route.start > 1:
-            mask = _causal_mask(route.start, route.stop, hidden)
-        output[:, here] = layer(
-            hidden[:, here],
-            position_embeddings=(rope[0][:, here], rope[1][:, here]),
-            attention_mask=mask,
-            past_key_values=cache,
-        )
+        output[:, here] = layer(hidden[:, here], position_embeddings=(rope[0][:, here], rope[1][:, here]), past_key_values=cache)
     entry: Any = cache.layers[index]  # of another class for each kind of layer
     prefix = f"layers.{index}"
     if attends:
@@ -195,6 +189,39 @@ def _run_layer(
     # transformers keeps as many inputs as the convolution is wide; the oldest is never read again.
     conv_state = entry.conv_states[0][..., 1:].contiguous()
     return output, {f"{prefix}.conv_state": conv_state, f"{prefix}.recurrent_state": entry.recurrent_states[0]}
+
+
+class _InPieces(nn.Module):
+    """A layer's attention, in whose place it stands: queries at most `most` at a time, and the cache grows with each piece."""
+
+    def __init__(self, attention: Any, most: int):
+        super().__init__()
+        self.attention, self.most = attention, most
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: None,
+        past_key_values: Any,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
+        """hidden_states [B, T, D] -> ([B, T, D], no weights), as of transformers' own attention: of the first T positions, or of
+        one (T = 1) after those in the cache. position_embeddings: of these T. The mask is each piece's own."""
+        length, outputs = hidden_states.shape[1], []
+        for start in range(0, length, self.most):
+            here = slice(start, min(start + self.most, length))
+            mask = _causal_mask(start, here.stop, hidden_states) if here.stop - start > 1 else None
+            found = self.attention(
+                hidden_states=hidden_states[:, here],
+                position_embeddings=(position_embeddings[0][:, here], position_embeddings[1][:, here]),
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                **options,
+            )
+            outputs.append(found[0])
+            del found  # with the scores, before the next piece's are made
+        return torch.cat(outputs, dim=1), None
 
 
 def _causal_mask(start: int, stop: int, like: Tensor) -> Tensor:

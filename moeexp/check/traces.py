@@ -6,14 +6,19 @@ import contextlib
 
 import torch
 from moeexp_runner.pieces import piece_sizes
-from moeexp_runner.session import Session
 from torch import Tensor
 
 from moeexp.check.bits_per_byte import position_slices
 from moeexp.check.check import Trace
 from moeexp.check.tolerances import Part, make_part, measured
 from moeexp.config.memory_need import on_host
+from moeexp.record import free_memory
 from moeexp.stack.factory import Stack
+
+# A slice of logits on a GPU has at most one part in so many of the free memory: a prefill holds other tensors beside it.
+SHARE = 4
+# Kernels may count a tensor's elements with 32 bits.
+MOST_ELEMENTS = 2**31 - 1
 
 
 @torch.no_grad()
@@ -28,9 +33,7 @@ def record_trace(
     vocab, dtype = session.vocab_size, stack.model.embed_tokens.weight.dtype
     where = "cpu" if on_host(batch * length * vocab * dtype.itemsize) else stack.device
     kept = torch.empty(batch, length, vocab, dtype=dtype, device=where)
-    for positions in _position_sets(session, count):
-        session.reset()
-        kept.index_copy_(1, positions.to(where), session.prefill(prompt, positions).to(where))
+    _keep_prompt(stack, prompt, kept)
     # As a generation asks for them: of one position the head is another kernel, and at a tie it may choose another token.
     session.reset()
     logits = session.prefill(prompt).clone()
@@ -59,11 +62,41 @@ def record_trace(
     )
 
 
-def _position_sets(session: Session, count: int) -> list[Tensor]:
-    """Positions 0..count-1 in as few sets as there are slices of a piece: a prefill for each, and each piece's logits small."""
-    step = len(position_slices(session, count)[0])
-    places = torch.cat([torch.arange(size, device=session.device) for size in piece_sizes(count, session.prefill_chunk)])
-    return [(places // step == i).nonzero()[:, 0] for i in range(int(places.max()) // step + 1)]
+def _keep_prompt(stack: Stack, prompt: Tensor, kept: Tensor) -> None:
+    """Logits of all positions of prompt [B, T] into kept [B, >= T, V], by as many prefills as there are slices of a piece: in
+    each the session is given the prompt piece by piece, as it cuts it itself, and makes logits of one slice of each."""
+    session = stack.session
+    sizes = piece_sizes(prompt.shape[1], session.prefill_chunk)
+    step = _positions_at_once(stack, max(sizes), kept.dtype)
+    for index in range(-(-max(sizes) // step)):
+        session.reset()
+        for piece in prompt.split(sizes, dim=1):
+            starts = range(0, piece.shape[1], step)
+            start = starts[min(index, len(starts) - 1)]  # a shorter piece may have a slice less: its last one again
+            stop, before = min(start + step, piece.shape[1]), session.length
+            positions = torch.arange(start, stop, device=session.device)
+            # A copy, as the session makes of its pieces: for views torch.compile compiles anew. The logits have no name here:
+            # they are gone before the next piece's are made.
+            tokens = piece.clone(memory_format=torch.contiguous_format)
+            _copy_rows(kept[:, before + start : before + stop], session.prefill(tokens, positions))
+
+
+def _copy_rows(kept: Tensor, logits: Tensor) -> None:
+    """Both [B, n, V]. One sequence at a time: its slice of `kept` is contiguous, so that nothing lies between it and a GPU."""
+    for into, row in zip(kept, logits, strict=True):
+        into.copy_(row)
+
+
+def _positions_at_once(stack: Stack, count: int, dtype: torch.dtype) -> int:
+    """Of how many of a piece's `count` positions logits of `dtype` are made at a time: a slice of `position_slices`, and on a
+    GPU more where they fit its free memory `SHARE` times."""
+    session = stack.session
+    least = len(position_slices(session, count)[0])
+    free = free_memory.of_device("cuda") if stack.device.type == "cuda" else None
+    if free is None:
+        return least
+    free -= torch.cuda.memory_allocated()  # `of_device` counts all that torch holds
+    return max(least, min(free // SHARE // dtype.itemsize, MOST_ELEMENTS) // (session.batch * session.vocab_size))
 
 
 @torch.no_grad()
