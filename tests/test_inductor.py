@@ -207,7 +207,7 @@ for method in ("prefill", "decode"):
             result if isinstance(result, list) else (dependence.name for dependence in result.read_writes.writes)
         )
 assert written["choose_experts_kernel"] == {"ids_ptr", "weights_ptr", "trace_ptr", "packed_ptr"}, written
-assert written["gate_up_packed_kernel"] == {"act_ptr"} and written["down_kernel"] == {"y_ptr"}, written
+assert written["gate_up_packed_kernel"] == {"act_ptr"} and written["down_packed_kernel"] == {"y_ptr"}, written
 assert written["_decode_kernel"] == {"state", "raw"}, written
 assert written["gemv_kernel"] == {"y_ptr"}, written
 """

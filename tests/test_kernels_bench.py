@@ -84,7 +84,7 @@ def test_a_chain_s_targets_are_rows_it_asks_for_and_a_case_runs_with_each(sequen
     asked = chain.rows()
     found = chain_targets(shapes, sequences, asked)
     once = {"gdn_decode", "router_gemv"}  # rows that serve several sequences too
-    wanted = {"moe_gate_up_packed", "moe_down"} | ({"gemv", *once} if sequences == 1 else {"linear_tile", "limbs"})
+    wanted = {"moe_gate_up_packed", "moe_down_packed"} | ({"gemv", *once} if sequences == 1 else {"linear_tile", "limbs"})
     assert {target.op for target in found} == wanted
     for target in found:
         assert (target.op, target.key) in asked and target.candidates
@@ -381,7 +381,7 @@ def test_every_candidate_completes_a_row_of_the_table():
             assert set({**row, **change}) == fields[target.op], (target.op, change)
         for spec in target.specs:
             assert spec.op in BUILDERS
-    assert {"gemv", "moe_gate_up_packed", "moe_down", "gdn_decode", "attention_decode"} <= set(fields)
+    assert {"gemv", "moe_gate_up_packed", "moe_down_packed", "gdn_decode", "attention_decode"} <= set(fields)
 
 
 def test_ratios_see_one_bad_row_and_a_value_that_is_not_finite():

@@ -382,16 +382,21 @@ def test_sort_by_expert(case, heights):
     ("tokens", "D", "bits", "group", "shared", "dtype"),
     [
         (2, 96, 4, 32, 64, torch.float32), (1, 64, 8, 32, 32, torch.bfloat16), (1, 192, 4, 64, 64, torch.bfloat16),
+        (2, 64, (4, 8), 32, 96, torch.bfloat16), (1, 64, (8, 4), 32, 96, torch.float32),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in (
             (1, 96, 8, 32, 32, torch.float32), (2, 64, 4, 32, 32, torch.bfloat16))),
     ],
 )  # fmt: skip
 def test_experts_on_rows_that_the_router_packed(tokens, D, bits, group, shared, dtype):
     """Ids, shares and trace are the router's to the bit; the experts' result is as near to the reference as without. Rows that
-    are no power of 2 of words, a shared expert wider than the others, both storages, one limb and two."""
-    E, k, width = 4, 2, max(32, group)
+    are no power of 2 of words, a shared expert wider than the others, both storages, one limb and two, and gate/up stored
+    otherwise than down."""
+    E, k, width = 4, 3, max(32, group)
     x = randn(tokens, 1, D, seed=1, dtype=dtype)
     stored = experts(D=D, E=E, width=width, shared=shared, bits=bits, group=group, dtype=dtype)
+    if isinstance(bits, tuple):
+        one, other = (experts(D=D, E=E, width=width, shared=shared, bits=kind, group=group, dtype=dtype) for kind in bits)
+        stored |= {name: (other if "down" in name else one)[name] for name in stored if "gate_up" in name or "down" in name}
     common = {"x": x, "norm_weight": stored.pop("norm_weight"), "eps": stored.pop("eps")}
     trace, plain = (torch.zeros(tokens, 4, k, dtype=torch.int32, device=DEVICE) for _ in range(2))
     choice = common | {"weight": randn(E, D, seed=5, scale=D**-0.5, dtype=dtype), "top_k": k}

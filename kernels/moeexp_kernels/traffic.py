@@ -46,7 +46,7 @@ KERNELS: dict[str, dict[str, str]] = {
     },
     "moe": {
         **dict.fromkeys(("gate_up_kernel", "gate_up_packed_kernel", "gate_up_tile_kernel", "grouped_gate_up_kernel"), GATE_UP),
-        **dict.fromkeys(("down_kernel", "down_tile_kernel", "grouped_down_kernel"), DOWN),
+        **dict.fromkeys(("down_kernel", "down_packed_kernel", "down_tile_kernel", "grouped_down_kernel"), DOWN),
         **dict.fromkeys(("limbs_kernel", "combine_tile_kernel", "norm_kernel", "count_kernel", "sort_kernel",
                          "combine_kernel"), NOTHING),
     },
@@ -57,7 +57,7 @@ LAST = {
     "linear": ("gemv_kernel", "linear_tile_kernel", "gemm_kernel", "dequantise_kernel"),
     "gdn": ("_finish_kernel", "_output_kernel"),
     "qk_norm_rope": ("_qk_norm_rope_kernel",), "sdpa": ("_merge_kernel",), "router": ("choose_experts_kernel",),
-    "moe": ("down_kernel", "combine_tile_kernel", "combine_kernel"), "sample": ("_best_kernel",),
+    "moe": ("down_kernel", "down_packed_kernel", "combine_tile_kernel", "combine_kernel"), "sample": ("_best_kernel",),
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernels_common import TOLERANCE, assert_bitwise_equal, assert_close_ratio, poisoned_empty, randn
 from moeexp_kernels.bench import candidates
-from moeexp_kernels.ops.moe import moe_decode, moe_decode_tile
+from moeexp_kernels.ops.moe import decode_formats, moe_decode, moe_decode_tile
 from moeexp_kernels.ops.moe_packed import packing
 from moeexp_kernels.ops.moe_prefill import moe_prefill
 from moeexp_kernels.ops.moe_reference import reference_moe_decode
@@ -57,12 +57,11 @@ def test_decode(tokens, bits, dtype):
 
 def on_packed_rows(*, x, norm_weight, eps, ids, weights, **stored):
     """`moe_decode` of few tokens, on rows that a router packed."""
-    matrices = {name: value for name, value in stored.items() if "gate_up" in name}
+    form = packing(decode_formats(stored, features=x.shape[-1]), rows=x.shape[1])
     trace = torch.zeros(*ids.shape, dtype=torch.int32, device=x.device)
     _, _, packed = router_packed(
         x=x, norm_weight=norm_weight, weight=x.new_zeros(ids.shape[-1], x.shape[-1]), eps=eps, top_k=ids.shape[-1],
-        positions=torch.zeros(1, dtype=torch.int64, device=x.device), expert_ids=trace,
-        **packing(**matrices, rows=x.shape[1], features=x.shape[-1]),
+        positions=torch.zeros(1, dtype=torch.int64, device=x.device), expert_ids=trace, **form,
     )  # fmt: skip
     return moe_decode(x=x, norm_weight=norm_weight, eps=eps, ids=ids, weights=weights, packed=packed, **stored)
 

@@ -64,7 +64,7 @@ LIMBS = tuple({"START_NEXT": True, "num_warps": warps} for warps in (2, 4, 8, 16
 # A GPU starts some 600 programs in a microsecond: many small ones begin late.
 GATE_UP_PACKED = tuple(
     {"EACH": each, "CACHE": ".cg", "num_warps": warps}
-    for each, warps in [(2, 4), (1, 4), (2, 8), (1, 8), (4, 4), (4, 2), (2, 2), (2, 1)]
+    for each, warps in [(2, 8), (1, 16), (4, 4), (2, 16), (4, 8)]  # 16 rows make a vector of int4 activations
 )
 DOWN = tuple(
     {"BLOCK_D": block, "num_warps": warps}
@@ -159,10 +159,12 @@ def targets(ops: list[str]) -> list[Target]:
         Target("gemv", f"plain16/{out}x{features}", (Spec("linear", "decode", 1, "gdn in", bits=16),), WIDE_GEMV),
         Target("gemm", "int4/half", (gemm,), GEMM),
         Target("router_gemv", f"plain16/{FULL.experts}x{FULL.hidden}", (Spec("router", "decode", 1),), ROUTER),
-        Target("moe_gate_up_packed", f"int4/{expert}", (moe,), GATE_UP_PACKED),
+        *(
+            Target(f"moe_{kernel}_packed", f"int4/{expert}/{tokens}", (Spec("moe", "decode", tokens),), candidates)
+            for tokens in (1, 2, 4, 8)
+            for kernel, candidates in (("gate_up", GATE_UP_PACKED), ("down", DOWN))
+        ),
         Target("gemv", f"int4/{out}x{features}/2", (Spec("linear", "decode", 2, "gdn in"),), TWO_ROWS),
-        Target("moe_down", f"int4/{expert}/few", (moe,), DOWN),
-        Target("moe_down", f"int4/{expert}/many", (Spec("moe", "decode", 4), Spec("moe", "decode", 8)), DOWN),
         *(
             Target("moe_tile", f"int4/{expert}/{tokens}", (Spec("moe", "decode", tokens),), MOE_TILE)
             for tokens in (8, 16, 24, 32)
@@ -195,11 +197,11 @@ def chain_targets(shapes: Shapes, sequences: int, asked: set[tuple[str, str]]) -
     candidates = {
         "gemv": {1: GEMV, 2: TWO_ROWS, 3: THREE_ROWS}.get(sequences, GEMV), "limbs": LIMBS, "linear_tile": few,
         "gdn_decode": GDN_DECODE, "router_gemv": ROUTER, "moe_gate_up_packed": GATE_UP_PACKED, "moe_tile": MOE_TILE,
-        "moe_down": DOWN,
+        "moe_down_packed": DOWN,
     }  # fmt: skip
-    ops = {"gdn_decode": "gdn", "router_gemv": "router"} | dict.fromkeys(("moe_gate_up_packed", "moe_tile", "moe_down"), "moe")
+    ops = {"gdn_decode": "gdn", "router_gemv": "router"} | dict.fromkeys(("moe_gate_up_packed", "moe_tile", "moe_down_packed"), "moe")
     found = []
-    if "moe_down" in {op for op, _ in asked}:
+    if "moe_down_packed" in {op for op, _ in asked}:
         del candidates["moe_tile"]  # its row was asked for no more than the number of tokens from which it serves
     for op, choices in candidates.items():
         if sequences > 1 and op in ("gdn_decode", "router_gemv"):

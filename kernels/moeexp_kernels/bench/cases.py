@@ -32,7 +32,6 @@ from moeexp_kernels.ops import (
     sample,
 )
 from moeexp_kernels.ops.linear_tile import tile_key
-from moeexp_kernels.ops.moe_pairs import down_key
 from moeexp_kernels.parts import tuning
 from moeexp_kernels.traffic import moved
 
@@ -188,8 +187,8 @@ def build_moe(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -> C
     size, flops_width = f"{shapes.hidden}x{shapes.expert_width}", top_k * shapes.expert_width + shapes.shared_width
     key = f"int{bits}/{size}"
     tile: dict[str, Any] = {"bits": bits, "features": shapes.hidden, "width": shapes.expert_width, "rows": spec.tokens}
-    gate_up = ("moe_gate_up_packed", f"{key}/{spec.tokens}") if form else ("moe_gate_up", key)
-    tuned: tuple[tuple[str, str], ...] = (gate_up, ("moe_down", down_key(**tile)))
+    kind, served = ("_packed", f"{key}/{spec.tokens}") if form else ("", key)
+    tuned: tuple[tuple[str, str], ...] = tuple((f"moe_{kernel}{kind}", served) for kernel in ("gate_up", "down"))
     if decode and moe.tile_row(x, moe.decode_formats(copies[0], features=shapes.hidden)) is not None:
         tuned = (("moe_tile", moe_tile.moe_tile_key(**tile)),)
     return Case(

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from moeexp_kernels.ops.linear import flat_rows, weight_format
-from moeexp_kernels.ops.moe_packed import packing
+from moeexp_kernels.ops.moe_packed import launch_packed, packing
 from moeexp_kernels.ops.moe_pairs import launch_pairs
 from moeexp_kernels.ops.moe_tile import experts_served, launch_moe_tile, moe_tile_config
 from moeexp_kernels.ops.router import router, router_packed
@@ -94,8 +94,10 @@ def launch_decode(*, x: Tensor, ids: Tensor, tile_from: int | None, packed: Tens
     if config is not None:
         width, bits, group = formats["gate_up"]
         launch_moe_tile(**common, width=width, up=(bits, group), back=formats["down"][1:], config=config)
+    elif packed is not None:
+        launch_packed(**common, formats=formats, packed=packed)
     else:
-        launch_pairs(**common, formats=formats, packed=packed)
+        launch_pairs(**common, formats=formats)
     return y
 
 
@@ -130,11 +132,8 @@ def moe_decode(
 
 def packed_form(x: Tensor, experts: dict[str, Any]) -> dict[str, int]:
     """`packing` of the rows of x [..., D] for these experts: nothing where the tile serves, which has no use for them."""
-    features = x.shape[-1]
-    if tile_row(x, decode_formats(experts, features=features)) is not None:
-        return {}
-    matrices = [f"{kind}{scales}" for kind in ("gate_up", "shared_gate_up") for scales in ("", "_scales")]
-    return packing(rows=x.shape[:-1].numel(), features=features, **{name: experts[name] for name in matrices})
+    formats = decode_formats(experts, features=x.shape[-1])
+    return packing(formats, rows=x.shape[:-1].numel()) if tile_row(x, formats) is None else {}
 
 
 def route_decode(choice: dict[str, Any], experts: dict[str, Any]) -> dict[str, Tensor]:

@@ -1,7 +1,9 @@
-"""Gate, up and SwiGLU of the experts of few tokens, on rows that the router packed: `moe_pairs.py`'s first kernel, in which
-a warp has rows of its own and nothing to prepare.
+"""Experts of few tokens whose weights are quantised: the two kernels of `moe_pairs.py` on activations that are integers already.
+The router's kernel packs the rows of x, and a warp of gate/up has rows of its own and nothing to prepare. Gate/up packs what it
+finds, so that the hundreds of programs of `down` need not each do so.
 
-Shape letters and weight formats: `moe.py`; packed rows: `parts/packed.py`; their products: `parts/warp_rows.py`.
+Shape letters and weight formats: `moe.py`; packed rows: `parts/packed.py` and `parts/act.py`; products: `parts/warp_rows.py` and
+`parts/int_dot.py`.
 """
 
 from __future__ import annotations
@@ -12,11 +14,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from moeexp_kernels.ops.linear import weight_format
+from moeexp_kernels.ops.moe_pairs import DOWN_VECTOR, folded_rows, load_down
 from moeexp_kernels.parts import tuning
-from moeexp_kernels.parts.act import store_act
+from moeexp_kernels.parts.act import EXPERTS, LENGTH, act_format, load_packed_act, rows_of_vectors, store_packed_act
 from moeexp_kernels.parts.checks import check_argument
-from moeexp_kernels.parts.matrix import BITS, FEATURES, ROWS, WORDS, at_row
+from moeexp_kernels.parts.int_dot import dot_rows
+from moeexp_kernels.parts.matrix import BITS, FEATURES, ROWS, VECTOR, WORDS, at_row, matrix_format
 from moeexp_kernels.parts.packed import packable, packed_length
 from moeexp_kernels.parts.pdl import after_previous, has_pdl
 from moeexp_kernels.parts.warp_rows import EACH, WARPS, dot_warp_rows, load_packed, load_warp_rows, spread_of
@@ -26,12 +29,12 @@ PACKED_ROWS = 16  # tokens for which the router packs rows; beyond, experts on t
 
 @triton.jit
 def load_gate_up(
-    w_ptr, s_ptr, first, FORMAT: tl.constexpr, SPREAD: tl.constexpr, CACHE: tl.constexpr
+    w_ptr, s_ptr, row, FORMAT: tl.constexpr, SPREAD: tl.constexpr, CACHE: tl.constexpr
 ):  # fmt: skip
     """(words, scale pairs) of gate rows, the same of up rows, of one expert, whose matrix [2*I, K] starts at w_ptr."""
     width: tl.constexpr = FORMAT[ROWS] // 2
-    gate = load_warp_rows(w_ptr, s_ptr, first, width, FORMAT, SPREAD, CACHE)
-    return gate, load_warp_rows(w_ptr, s_ptr, first + width, 2 * width, FORMAT, SPREAD, CACHE)
+    gate = load_warp_rows(w_ptr, s_ptr, row, width, FORMAT, SPREAD, CACHE)
+    return gate, load_warp_rows(w_ptr, s_ptr, row + width, 2 * width, FORMAT, SPREAD, CACHE)
 
 
 @triton.jit
@@ -47,85 +50,143 @@ def shared_share(x_ptr, norm_ptr, gate_ptr, EPS: tl.constexpr, FORMAT: tl.conste
 
 @triton.jit
 def swiglu_rows(
-    packed_ptr, weights, act_ptr, factor, first,
-    FORMAT: tl.constexpr, SPREAD: tl.constexpr, ACT_ROW: tl.constexpr, LIMBS: tl.constexpr, PACKED: tl.constexpr,
+    packed_ptr, weights, act_ptr, factor, first, before,
+    FORMAT: tl.constexpr, ACT: tl.constexpr, SPREAD: tl.constexpr, LIMBS: tl.constexpr, PACKED: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """act[first : first + R * W] = factor * silu(gate) * up of one expert; weights: what `load_gate_up` loaded."""
+    """Packs factor * silu(gate) * up of one expert, whose vectors come after `before` others in the row at act_ptr, from vector
+    `first` of its own on. weights: what `load_gate_up` loaded."""
     features, r = load_packed(packed_ptr, FORMAT, SPREAD, LIMBS, PACKED)
     gate = r * dot_warp_rows(weights[0][0], weights[0][1], features, FORMAT, LIMBS, INTERPRETED)
     up = r * dot_warp_rows(weights[1][0], weights[1][1], features, FORMAT, LIMBS, INTERPRETED)
-    row = first + tl.arange(0, SPREAD[WARPS])[:, None] + tl.arange(0, SPREAD[EACH])[None, :] * SPREAD[WARPS]
-    store_act(act_ptr, row, factor * gate * tl.sigmoid(gate) * up, row < FORMAT[ROWS] // 2, ACT_ROW, LIMBS)
+    own: tl.constexpr = FORMAT[ROWS] // 2 * ACT[BITS] // 32 // ACT[VECTOR]
+    store_packed_act(act_ptr, factor * gate * tl.sigmoid(gate) * up, before + first, before + own, ACT, SPREAD, LIMBS)
 
 
 @triton.jit
 def gate_up_packed_kernel(
     x_ptr, norm_ptr, packed_ptr, ids_ptr, weights_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, shared_gate_ptr, act_ptr,
-    EPS: tl.constexpr, TOP_K: tl.constexpr, FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr, SPREAD: tl.constexpr,
+    EPS: tl.constexpr, FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr, ACT: tl.constexpr, SPREAD: tl.constexpr,
     PACKED: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
-    """act as `gate_up_kernel` writes it: each chosen expert's activations times its share, then the shared expert's times its
-    gate. packed [M, PACKED]: of x [M, K], which is left for the gate; ids and weights [M, TOP_K]. FORMAT: one expert's.
-    Grid (blocks of rows, 1 + TOP_K, M), the shared expert first: its programs know their weights before the
+    """act [M, ACT[LENGTH]]: packed, each chosen expert's activations times its share, then the shared expert's times its gate.
+    packed [M, PACKED]: of x [M, K], which is left for the gate; ids and weights [M, TOP_K]. FORMAT: one expert's.
+    Grid (blocks of vectors, 1 + TOP_K, M), the shared expert first: its programs know their weights before the
     choice, and x, which is older."""
     LIMBS: tl.constexpr = 2 if x_ptr.dtype.element_ty == tl.float32 else 1  # as `int16_limbs`
-    width: tl.constexpr = FORMAT[ROWS] // 2
-    act_row: tl.constexpr = TOP_K * width + SHARED_FORMAT[ROWS] // 2
-    first = tl.program_id(0) * (SPREAD[EACH] * SPREAD[WARPS])
+    TOP_K: tl.constexpr = ACT[EXPERTS]
+    in_vector: tl.constexpr = ACT[VECTOR] * 32 // ACT[BITS]  # activations
+    vectors: tl.constexpr = FORMAT[ROWS] // 2 // in_vector  # of an expert
+    first = tl.program_id(0) * (SPREAD[EACH] * SPREAD[WARPS] // in_vector)
+    row = rows_of_vectors(first, ACT, SPREAD)
     m = tl.program_id(2).to(tl.int64)
     packed_ptr += m * PACKED
-    act_ptr += m * (act_row * (2 if LIMBS == 1 else 1))
+    act_ptr += m * ACT[LENGTH]
     if tl.program_id(1) == 0:
-        if first < SHARED_FORMAT[ROWS] // 2:
-            weights = load_gate_up(shared_w_ptr, shared_s_ptr, first, SHARED_FORMAT, SPREAD, CACHE)
+        if first < SHARED_FORMAT[ROWS] // 2 // in_vector:
+            weights = load_gate_up(shared_w_ptr, shared_s_ptr, row, SHARED_FORMAT, SPREAD, CACHE)
             factor = shared_share(x_ptr + m * FORMAT[FEATURES], norm_ptr, shared_gate_ptr, EPS, SHARED_FORMAT)
             ready = after_previous(PDL)
             swiglu_rows(
-                packed_ptr + ready, weights, act_ptr + ready + TOP_K * width, factor, first,
-                SHARED_FORMAT, SPREAD, act_row, LIMBS, PACKED, INTERPRETED,
+                packed_ptr + ready, weights, act_ptr + ready, factor, first, TOP_K * vectors,
+                SHARED_FORMAT, ACT, SPREAD, LIMBS, PACKED, INTERPRETED,
             )  # fmt: skip
-    elif first < width:
+    elif first < vectors:
         slot = tl.program_id(1) - 1
         ready = after_previous(PDL)  # which experts to read is the previous kernel's result
         expert = tl.load(ids_ptr + ready + m * TOP_K + slot).to(tl.int64)
         w_ptr, s_ptr = at_row(w_ptr, s_ptr, expert * FORMAT[ROWS], FORMAT)
-        weights = load_gate_up(w_ptr, s_ptr, first, FORMAT, SPREAD, CACHE)
+        weights = load_gate_up(w_ptr, s_ptr, row, FORMAT, SPREAD, CACHE)
         factor = tl.load(weights_ptr + ready + m * TOP_K + slot)
         swiglu_rows(
-            packed_ptr + ready, weights, act_ptr + ready + slot * width, factor, first,
-            FORMAT, SPREAD, act_row, LIMBS, PACKED, INTERPRETED,
+            packed_ptr + ready, weights, act_ptr + ready, factor, first, slot * vectors,
+            FORMAT, ACT, SPREAD, LIMBS, PACKED, INTERPRETED,
         )  # fmt: skip
 
 
-def packing(
-    *, gate_up: Tensor, gate_up_scales: Tensor | None, shared_gate_up: Tensor, shared_gate_up_scales: Tensor | None, rows: int,
-    features: int,
-) -> dict[str, int]:  # fmt: skip
-    """{"pack_bits", "pack_group"} of `router_packed` where the kernels of so many tokens take packed rows; else nothing."""
-    found = weight_format(weight=gate_up, scales=gate_up_scales, in_features=features, name="gate_up")
-    shared = weight_format(weight=shared_gate_up, scales=shared_gate_up_scales, in_features=features, name="shared_gate_up")
-    bits, group = found
-    if rows > PACKED_ROWS or shared != found or not packable(bits=bits, group=group):
+@triton.jit
+def down_packed_kernel(
+    x_ptr, ids_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, act_ptr, y_ptr, x_stride,
+    ACT: tl.constexpr, SLOTS: tl.constexpr, FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr, FOLD: tl.constexpr,
+    INTERPRETED: tl.constexpr, PDL: tl.constexpr, BLOCK_D: tl.constexpr, CACHE: tl.constexpr,
+):  # fmt: skip
+    """`down_kernel` of packed act [M, ACT[LENGTH]]."""
+    LIMBS: tl.constexpr = 2 if x_ptr.dtype.element_ty == tl.float32 else 1  # as `int16_limbs`
+    TOP_K: tl.constexpr = ACT[EXPERTS]
+    D: tl.constexpr = FORMAT[ROWS]
+    stored: tl.constexpr = FORMAT[FEATURES] * FORMAT[BITS] // 32  # words of an expert's row
+    m = tl.program_id(1).to(tl.int64)
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    slot = tl.arange(0, SLOTS)
+    # What is loaded here is older than the previous kernel's results; past L1, which may hold an older token's.
+    expert = tl.load(ids_ptr + m * TOP_K + slot, mask=slot < TOP_K, other=0, cache_modifier=".cg").to(tl.int64)
+    own, shared = load_down(
+        w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, expert, slot < TOP_K, FORMAT, SHARED_FORMAT, FOLD, BLOCK_D, CACHE
+    )
+    extra = tl.load(x_ptr + m * x_stride + d, mask=d < D, other=0.0, cache_modifier=".cg").to(tl.float32)
+    ready = after_previous(PDL)
+    y_ptr += ready
+    act_ptr += m * ACT[LENGTH] + ready
+    features = load_packed_act(act_ptr, 0, SLOTS, TOP_K, stored, FORMAT[WORDS], stored, ACT, LIMBS)
+    y = extra + dot_rows(own[0], own[1], features, FORMAT, LIMBS, INTERPRETED)
+    # The shared expert's, once for each of the rows that are side by side.
+    features = load_packed_act(
+        act_ptr, TOP_K * stored, FOLD, FOLD, ACT[WORDS] - TOP_K * stored, SHARED_FORMAT[WORDS] // FOLD, 0, ACT, LIMBS
+    )
+    y += dot_rows(shared[0], shared[1], features, SHARED_FORMAT, LIMBS, INTERPRETED, FOLD)
+    tl.store(y_ptr + m * D + d, y.to(y_ptr.dtype.element_ty), mask=d < D)
+
+
+def packing(formats: dict[str, tuple[int, int, int]], *, rows: int) -> dict[str, int]:
+    """{"pack_bits", "pack_group"} of `router_packed` where these kernels take so many tokens and weights of these formats, as
+    `moe.decode_formats` finds them; else nothing."""
+    (_, *found), (_, *shared) = formats["gate_up"], formats["shared_gate_up"]
+    (_, bits, group), (_, *shared_down) = formats["down"], formats["shared_down"]
+    fits = packable(bits=found[0], group=found[1]) and packable(bits=bits, group=group)
+    if rows > PACKED_ROWS or shared != found or shared_down != [bits, group] or not fits:
         return {}
-    return {"pack_bits": bits, "pack_group": group}
+    return {"pack_bits": found[0], "pack_group": found[1]}
 
 
-def launch_gate_up_packed(
+def launch_packed(
     *, x: Tensor, norm_weight: Tensor, packed: Tensor, eps: float, ids: Tensor, weights: Tensor, gate_up: Tensor,
-    gate_up_scales: Tensor | None, shared_gate_up: Tensor, shared_gate_up_scales: Tensor | None, shared_gate: Tensor, act: Tensor,
-    form: tuple[int, ...], shared_form: tuple[int, ...], key: str,
+    gate_up_scales: Tensor | None, down: Tensor, down_scales: Tensor | None, shared_gate_up: Tensor,
+    shared_gate_up_scales: Tensor | None, shared_down: Tensor, shared_down_scales: Tensor | None, shared_gate: Tensor,
+    out: Tensor, formats: dict[str, tuple[int, int, int]],
 ) -> None:  # fmt: skip
-    """act of x [M, D]; all but `packed` checked. form, shared_form: FORMAT of an expert and of the shared one."""
-    (rows, _), top_k, length = x.shape, ids.shape[-1], packed_length(form, x.dtype)
+    """out [M, D] of x [M, D]; all checked but `packed`, of `router_packed`. formats: as `packing` takes them.
+
+    `ValueError` for weights that these kernels do not take."""
+    (rows, features), top_k = x.shape, ids.shape[-1]
+    if not packing(formats, rows=min(rows, PACKED_ROWS)):
+        raise ValueError(f"packed rows are for quantised experts and a shared expert of the same format, not for {formats}")
+    (width, up_bits, up_group), (_, bits, group) = formats["gate_up"], formats["down"]
+    shared_width = formats["shared_gate_up"][0]
+    form = matrix_format(gate_up, bits=up_bits, group=up_group)
+    shared_form = matrix_format(shared_gate_up, bits=up_bits, group=up_group)
+    down_form = matrix_format(down, bits=bits, group=group, widest=DOWN_VECTOR)
+    length = packed_length(form, x.dtype)
     check_argument(packed, name="packed", shape=(rows, length), dtypes=(torch.int32,))
-    if form[1:] != shared_form[1:] or gate_up_scales is None or shared_gate_up_scales is None:
-        raise ValueError("packed rows are for quantised experts and a shared expert of the same format, which these are not")
-    config = tuning.lookup("moe_gate_up_packed", f"{key}/{rows}", tuning.architecture(x.device))
-    each, warps = config["EACH"], config["num_warps"]
-    blocks = triton.cdiv(max(form[0], shared_form[0]) // 2, each * warps)
+    arch, shape = tuning.architecture(x.device), f"{features}x{width}/{rows}"
+    first = tuning.lookup("moe_gate_up_packed", f"{tuning.weight_class(up_bits)}/{shape}", arch)
+    second = tuning.lookup("moe_down_packed", f"{tuning.weight_class(bits)}/{shape}", arch)
+    act_form = act_format(
+        bits=bits, group=group, vector=down_form[5], width=width, shared_width=shared_width, top_k=top_k, dtype=x.dtype
+    )
+    each, warps, in_vector = first["EACH"], first["num_warps"], down_form[5] * 32 // bits
+    each = max(each, in_vector // warps)  # whole vectors
+    act = torch.empty((rows, act_form[7]), dtype=torch.int32, device=x.device)
+    common = {"ACT": act_form, "INTERPRETED": not x.is_cuda, "PDL": has_pdl(x)}
+    blocks = triton.cdiv(max(width, shared_width), each * warps)
     wrap_triton(gate_up_packed_kernel)[(blocks, top_k + 1, rows)](
         x, norm_weight, packed, ids, weights, gate_up, gate_up_scales, shared_gate_up, shared_gate_up_scales, shared_gate, act,
-        EPS=eps, TOP_K=top_k, FORMAT=form, SHARED_FORMAT=shared_form, SPREAD=spread_of(form, each=each, warps=warps),
-        PACKED=length, INTERPRETED=not x.is_cuda, PDL=has_pdl(x), CACHE=config["CACHE"], num_warps=warps,
+        EPS=eps, FORMAT=form, SHARED_FORMAT=shared_form, SPREAD=spread_of(form, each=each, warps=warps), PACKED=length,
+        CACHE=first["CACHE"], num_warps=warps, **common,
+    )  # fmt: skip
+    slots = triton.next_power_of_2(top_k)
+    fold = folded_rows(block=second["BLOCK_D"], slots=slots, features=features, bits=shared_width * bits)
+    wrap_triton(down_packed_kernel)[(triton.cdiv(features, second["BLOCK_D"]), rows)](
+        x, ids, down, down_scales, shared_down, shared_down_scales, act, out, x.stride(0), SLOTS=slots, FORMAT=down_form,
+        SHARED_FORMAT=matrix_format(shared_down, bits=bits, group=group, widest=DOWN_VECTOR, fold=fold), FOLD=fold, **common,
+        **second,
     )  # fmt: skip

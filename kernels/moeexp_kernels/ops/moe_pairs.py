@@ -1,4 +1,5 @@
-"""Experts of few tokens: a GEMV for each pair of token and expert, with the shared expert as one more; two kernels.
+"""Experts of few tokens: a GEMV for each pair of token and expert, with the shared expert as one more; two kernels, for any
+weights. Of quantised ones `moe_packed.py` has a faster pair.
 
 Shape letters and weight formats: `moe.py`; words and their products: `parts/int_dot.py`.
 """
@@ -11,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from moeexp_kernels.ops.moe_packed import launch_gate_up_packed
 from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.act import load_act, store_act
 from moeexp_kernels.parts.int_dot import (
@@ -96,6 +96,40 @@ def gate_up_kernel(
 
 
 @triton.jit
+def load_down(
+    w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, expert, slot_mask, FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr,
+    FOLD: tl.constexpr, BLOCK_D: tl.constexpr, CACHE: tl.constexpr,
+):  # fmt: skip
+    """Words and scale pairs of the program's BLOCK_D rows of the experts `expert` [SLOTS], side by side: [BLOCK_D, SLOTS * WORDS];
+    and those of the shared expert, FOLD of whose rows are one of SHARED_FORMAT: [BLOCK_D / FOLD, WORDS]."""
+    D: tl.constexpr = FORMAT[ROWS]
+    width: tl.constexpr = FORMAT[FEATURES]
+    bits: tl.constexpr = FORMAT[BITS]
+    row_words: tl.constexpr = width * bits // 32
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    column = words_in_vectors(FORMAT)
+    # Loaded slots first: of the dimensions without contiguous addresses, the first is spread over lanes and warps.
+    mask = slot_mask[:, None, None] & (d < D)[None, :, None] & (column < row_words)[None, None, :]
+    words = tl.load(
+        w_ptr.to(tl.pointer_type(tl.int32)) + (expert * (D * row_words))[:, None, None] + (d * row_words)[None, :, None]
+        + column[None, None, :],
+        mask=mask, other=0, cache_modifier=CACHE,
+    )  # fmt: skip
+    words = tl.reshape(tl.permute(words, [1, 0, 2]), [BLOCK_D, expert.shape[0] * FORMAT[WORDS]])
+    pair = d
+    if bits <= 8:
+        groups: tl.constexpr = width // FORMAT[GROUP]
+        group = group_of_vector(FORMAT)
+        mask = (group < groups)[:, None, None] & slot_mask[None, :, None] & (d < D)[None, None, :]
+        offsets = (expert * (D * groups))[None, :, None] + (d * groups)[None, None, :] + group[:, None, None]
+        pair = tl.load(s_ptr.to(tl.pointer_type(tl.int32)) + offsets, mask=mask, other=0)
+        pair = tl.reshape(tl.permute(pair, [2, 1, 0]), [BLOCK_D, expert.shape[0] * group.shape[0]])
+    folded = tl.program_id(0) * (BLOCK_D // FOLD) + tl.arange(0, BLOCK_D // FOLD)
+    shared = load_rows(shared_w_ptr, shared_s_ptr, folded, folded * FOLD < D, SHARED_FORMAT, CACHE)
+    return (words, pair), shared
+
+
+@triton.jit
 def down_kernel(
     x_ptr, ids_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, act_ptr, y_ptr, x_stride,
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr, FOLD: tl.constexpr,
@@ -111,32 +145,14 @@ def down_kernel(
     width: tl.constexpr = FORMAT[FEATURES]
     shared_width: tl.constexpr = SHARED_FORMAT[FEATURES] // FOLD
     bits: tl.constexpr = FORMAT[BITS]
-    group_size: tl.constexpr = FORMAT[GROUP]
     m = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     slot = tl.arange(0, SLOTS)
     # Not the previous kernel's result but that of one before; past L1, which may hold an older token's.
     expert = tl.load(ids_ptr + m * TOP_K + slot, mask=slot < TOP_K, other=0, cache_modifier=".cg").to(tl.int64)
-    row_words: tl.constexpr = width * bits // 32
-    column = words_in_vectors(FORMAT)
-    # Loaded slots first: of the dimensions without contiguous addresses, the first is spread over lanes and warps.
-    mask = (slot < TOP_K)[:, None, None] & (d < D)[None, :, None] & (column < row_words)[None, None, :]
-    words = tl.load(
-        w_ptr.to(tl.pointer_type(tl.int32)) + (expert * (D * row_words))[:, None, None] + (d * row_words)[None, :, None]
-        + column[None, None, :],
-        mask=mask, other=0, cache_modifier=CACHE,
-    )  # fmt: skip
-    words = tl.reshape(tl.permute(words, [1, 0, 2]), [BLOCK_D, SLOTS * FORMAT[WORDS]])
-    pair = d
-    if bits <= 8:
-        groups: tl.constexpr = width // group_size
-        group = group_of_vector(FORMAT)
-        mask = (group < groups)[:, None, None] & (slot < TOP_K)[None, :, None] & (d < D)[None, None, :]
-        offsets = (expert * (D * groups))[None, :, None] + (d * groups)[None, None, :] + group[:, None, None]
-        pair = tl.load(s_ptr.to(tl.pointer_type(tl.int32)) + offsets, mask=mask, other=0)
-        pair = tl.reshape(tl.permute(pair, [2, 1, 0]), [BLOCK_D, SLOTS * group.shape[0]])
-    folded = tl.program_id(0) * (BLOCK_D // FOLD) + tl.arange(0, BLOCK_D // FOLD)
-    shared_words, shared_pair = load_rows(shared_w_ptr, shared_s_ptr, folded, folded * FOLD < D, SHARED_FORMAT, CACHE)
+    own, shared = load_down(
+        w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, expert, slot < TOP_K, FORMAT, SHARED_FORMAT, FOLD, BLOCK_D, CACHE
+    )
     # Older still. Had it been loaded after the sums, all programs would end by waiting for it.
     extra = tl.load(x_ptr + m * x_stride + d, mask=d < D, other=0.0, cache_modifier=".cg").to(tl.float32)
     ready = after_previous(PDL)
@@ -147,14 +163,14 @@ def down_kernel(
     # The activations in the order of the words, as in `load_row_features`.
     stored: tl.constexpr = FORMAT[WORDS] * (4 if bits <= 8 else 32 // bits)
     i = tl.arange(0, SLOTS * stored)
-    half: tl.constexpr = group_size // 2
+    half: tl.constexpr = FORMAT[GROUP] // 2
     k = i % stored
     if bits == 4:
-        k = (k // half) * group_size + k % half
+        k = (k // half) * FORMAT[GROUP] + k % half
     offsets = (i // stored) * width + k
     mask = i < TOP_K * stored
-    if FORMAT[WORDS] == row_words:  # the same, in a form that shows the compiler that neighbours are contiguous
-        offsets = (i // half) * group_size + i % half if bits == 4 else i
+    if FORMAT[WORDS] == width * bits // 32:  # the same, in a form that shows the compiler that neighbours are contiguous
+        offsets = (i // half) * FORMAT[GROUP] + i % half if bits == 4 else i
     else:
         mask = mask & (k < width)
     low = load_act(act_ptr, offsets, mask, act_row, LIMBS)
@@ -168,21 +184,15 @@ def down_kernel(
     if SHARED_FORMAT[BITS] == 4:
         shared_high = load_act(act_ptr + TOP_K * width, k + SHARED_FORMAT[GROUP] // 2, mask, act_row, LIMBS)
     features = features_of_words(low, high, FORMAT, LIMBS)
-    y = extra + dot_rows(words, pair, features, FORMAT, LIMBS, INTERPRETED)
+    y = extra + dot_rows(own[0], own[1], features, FORMAT, LIMBS, INTERPRETED)
     features = features_of_words(shared_low, shared_high, SHARED_FORMAT, LIMBS)
-    y += dot_rows(shared_words, shared_pair, features, SHARED_FORMAT, LIMBS, INTERPRETED, FOLD)
+    y += dot_rows(shared[0], shared[1], features, SHARED_FORMAT, LIMBS, INTERPRETED, FOLD)
     tl.store(y_ptr + m * D + d, y.to(y_ptr.dtype.element_ty), mask=d < D)
 
 
 # Words that a thread of `down_kernel` loads at once. As many it has of the activations, loaded by the 16 bytes: the two meet
 # in its registers, where vectors of 4 words would send the activations through shared memory, with two barriers a tensor.
 DOWN_VECTOR = 2
-
-
-def down_key(*, bits: int, features: int, width: int, rows: int) -> str:
-    """Of the table's row: with more tokens than two there are programs enough, and fewer warps of one win. A number of tokens may
-    have a row of its own."""
-    return f"{tuning.weight_class(bits)}/{features}x{width}/{'few' if rows <= 2 else 'many'}/{rows}"
 
 
 def folded_rows(*, block: int, slots: int, features: int, bits: int) -> int:
@@ -196,15 +206,14 @@ def launch_pairs(
     *, x: Tensor, norm_weight: Tensor, eps: float, ids: Tensor, weights: Tensor, gate_up: Tensor,
     gate_up_scales: Tensor | None, down: Tensor, down_scales: Tensor | None, shared_gate_up: Tensor,
     shared_gate_up_scales: Tensor | None, shared_down: Tensor, shared_down_scales: Tensor | None, shared_gate: Tensor,
-    out: Tensor, formats: dict[str, tuple[int, int, int]], packed: Tensor | None,
+    out: Tensor, formats: dict[str, tuple[int, int, int]],
 ) -> None:  # fmt: skip
-    """out [M, D] of x [M, D], a GEMV per pair; all checked but `packed`, of `router_packed`. formats: (width, bits, group) of
-    each matrix."""
+    """out [M, D] of x [M, D], a GEMV per pair; all checked. formats: (width, bits, group) of each matrix."""
     (rows, features), top_k = x.shape, ids.shape[-1]
     width, shared_width = formats["gate_up"][0], formats["shared_gate_up"][0]
     arch, shape = tuning.architecture(x.device), f"{features}x{width}"
     key = f"{tuning.weight_class(formats['gate_up'][1])}/{shape}"
-    second = tuning.lookup("moe_down", down_key(bits=formats["down"][1], features=features, width=width, rows=rows), arch)
+    second = tuning.lookup("moe_down", f"{tuning.weight_class(formats['down'][1])}/{shape}", arch)
     act_row = top_k * width + shared_width
     wide = int16_limbs(x.dtype) == 2
     act_shape = (rows, act_row) if wide else (rows, 2, act_row)
@@ -219,21 +228,12 @@ def launch_pairs(
         return matrix_format(weight, bits=bits, group=group, **options)
 
     common = {"TOP_K": top_k, "INTERPRETED": not x.is_cuda, "PDL": has_pdl(x)}
-    form, shared_form = matrix("gate_up", gate_up), matrix("shared_gate_up", shared_gate_up)
-    if packed is not None:
-        launch_gate_up_packed(
-            x=x, norm_weight=norm_weight, packed=packed, eps=eps, ids=ids, weights=weights, gate_up=gate_up,
-            gate_up_scales=gate_up_scales, shared_gate_up=shared_gate_up, shared_gate_up_scales=shared_gate_up_scales,
-            shared_gate=shared_gate, act=act, form=form, shared_form=shared_form, key=key,
-        )  # fmt: skip
-    else:
-        first = tuning.lookup("moe_gate_up", key, arch)
-        grid = (triton.cdiv(max(width, shared_width), first["BLOCK_I"]), top_k + 1, rows)
-        wrap_triton(gate_up_kernel)[grid](
-            x, norm_weight, ids, weights, gate_up, stored(gate_up_scales, gate_up),
-            shared_gate_up, stored(shared_gate_up_scales, shared_gate_up), shared_gate, act, x.stride(0),
-            EPS=eps, FORMAT=form, SHARED_FORMAT=shared_form, **common, **first,
-        )  # fmt: skip
+    first = tuning.lookup("moe_gate_up", key, arch)
+    wrap_triton(gate_up_kernel)[(triton.cdiv(max(width, shared_width), first["BLOCK_I"]), top_k + 1, rows)](
+        x, norm_weight, ids, weights, gate_up, stored(gate_up_scales, gate_up),
+        shared_gate_up, stored(shared_gate_up_scales, shared_gate_up), shared_gate, act, x.stride(0),
+        EPS=eps, FORMAT=matrix("gate_up", gate_up), SHARED_FORMAT=matrix("shared_gate_up", shared_gate_up), **common, **first,
+    )  # fmt: skip
     fold = folded_rows(block=second["BLOCK_D"], slots=slots, features=features, bits=shared_width * formats["shared_down"][1])
     wrap_triton(down_kernel)[(triton.cdiv(features, second["BLOCK_D"]), rows)](
         x, ids, down, stored(down_scales, down), shared_down, stored(shared_down_scales, shared_down), act, out,

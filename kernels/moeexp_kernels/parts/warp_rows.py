@@ -4,9 +4,8 @@ Nothing goes from warp to warp, so that no barrier stands between the loads and 
 because an H100 starts some 600 programs in a microsecond, however small they are.
 
 Of the tensors here the dimensions are: W warps, C chunks of a row, each what 32 lanes load at once, R rows of a warp, K words of
-a chunk, V vectors of a chunk. Row number r * W + w of a program is warp w's. The compiler spreads what it loads over lanes by
-the dimension with contiguous addresses, then over warps by the first; without one, over lanes by the first and warps by the
-second.
+a chunk, V vectors of a chunk. The compiler spreads what it loads over lanes by the dimension with contiguous addresses, then over
+warps by the first; without one, over lanes by the first and warps by the second.
 """
 
 from __future__ import annotations
@@ -45,12 +44,11 @@ def chunk_vectors(FORMAT: tl.constexpr, SPREAD: tl.constexpr):
 
 @triton.jit
 def load_warp_rows(
-    w_ptr, s_ptr, first, limit, FORMAT: tl.constexpr, SPREAD: tl.constexpr, CACHE: tl.constexpr
+    w_ptr, s_ptr, row, limit, FORMAT: tl.constexpr, SPREAD: tl.constexpr, CACHE: tl.constexpr
 ):  # fmt: skip
-    """Rows first .. first + R * W of the matrix at w_ptr, those below `limit`: words int32 [W, C, R, K], pairs [W, C, R, V]."""
+    """Rows `row` [W, R] of the matrix at w_ptr, those below `limit`: words int32 [W, C, R, K], pairs [W, C, R, V]."""
     width: tl.constexpr = FORMAT[FEATURES] * FORMAT[BITS] // 32
     groups: tl.constexpr = FORMAT[FEATURES] // FORMAT[GROUP]
-    row = first + tl.arange(0, SPREAD[WARPS])[:, None] + tl.arange(0, SPREAD[EACH])[None, :] * SPREAD[WARPS]
     word = chunk_words(FORMAT, SPREAD)[None, :, None, :]
     mask = (row < limit)[:, None, :, None] & (word < width)
     words = tl.load(
