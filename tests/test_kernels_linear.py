@@ -118,7 +118,7 @@ def test_several_tiles_a_program(tiles):
         out = Guarded(torch.full((1, 21), float("nan"), device=DEVICE))
         launch_gemv(
             x=x, weight=guarded.tensor, scales=scales, norm_weight=norm, eps=1e-6, residual=None, out=out.tensor,
-            bits=4, group=32, config={"BLOCK_N": block, "TILES": count, "CACHE": "", "num_warps": 4, "TOGETHER": 1},
+            bits=4, group=32, config={"BLOCK_N": block, "TILES": count, "CACHE": "", "num_warps": 4, "TOGETHER": 1, "VECTOR": 4},
         )  # fmt: skip
         out.check("y")
         outputs.append(out.tensor)
@@ -136,7 +136,7 @@ def test_rows_that_a_program_takes_together_are_those_of_a_program_each(bits, to
         launch_gemv(
             x=x, weight=weight, scales=scales, norm_weight=norm, eps=1e-6, residual=extra, out=out.tensor,
             bits=32 if bits == 16 else bits, group=64 if bits == 16 else 32,
-            config={"BLOCK_N": 4, "TILES": 2, "CACHE": "", "num_warps": 4, "TOGETHER": count},
+            config={"BLOCK_N": 4, "TILES": 2, "CACHE": "", "num_warps": 4, "TOGETHER": count, "VECTOR": 4},
         )  # fmt: skip
         out.check("y")
         outputs.append(out.tensor)
@@ -157,7 +157,7 @@ def test_every_code_is_exact_in_every_place_of_a_word(bits, places):
         y = torch.full((1, 256), float("nan"), device=DEVICE)
         launch_gemv(
             x=x, weight=weight, scales=scales, norm_weight=None, eps=0.0, residual=None, out=y, bits=bits, group=group,
-            config={"BLOCK_N": 256, "TILES": 1, "CACHE": "", "num_warps": 4, "TOGETHER": 1},
+            config={"BLOCK_N": 256, "TILES": 1, "CACHE": "", "num_warps": 4, "TOGETHER": 1, "VECTOR": 4},
         )  # fmt: skip
         assert torch.equal(y, reference_linear(x=x, weight=weight, scales=scales)), f"place {place}"
 

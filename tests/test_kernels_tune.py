@@ -15,7 +15,7 @@ from moeexp_kernels.bench.cases import Spec
 from moeexp_kernels.parts import tuning
 
 OP, KEY, ARCH = "router_gemv", "plain16/256x2048", "sm_90"
-FIRST = {"BLOCK_N": 2, "TILES": 1, "CACHE": "", "num_warps": 4, "TOGETHER": 1}
+FIRST = {"BLOCK_N": 2, "TILES": 1, "CACHE": "", "num_warps": 4, "TOGETHER": 1, "VECTOR": 4}
 
 
 class FakeCase:

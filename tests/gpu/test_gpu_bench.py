@@ -110,7 +110,7 @@ def test_tune_writes_the_table_of_this_architecture(tmp_path, monkeypatch):
         assert main(["tune", "router", "--jobs", "1", "--budget", "60"]) == 0
         written = json.loads((tmp_path / f"{name}.json").read_text())
         key = f"plain16/{FULL.experts}x{FULL.hidden}"
-        assert set(written["router_gemv"][key]) == {"BLOCK_N", "TILES", "CACHE", "num_warps", "TOGETHER"}
+        assert set(written["router_gemv"][key]) == {"BLOCK_N", "TILES", "CACHE", "num_warps", "TOGETHER", "VECTOR"}
         assert written["_about"]["device"] == torch.cuda.get_device_name()
         assert tuning.source("router_gemv", key) == name
     finally:

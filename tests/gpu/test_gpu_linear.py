@@ -191,7 +191,7 @@ def test_tiles_do_not_change_the_result(tiles):
     weight, scales = quantised(1003, 2048, bits=4, group=128, seed=2, dtype=torch.bfloat16)
     expected = linear(x=x, weight=weight, scales=scales, norm_weight=None, eps=1e-6, residual=None)
     out = Guarded(torch.full((1, 1003), float("nan"), dtype=torch.bfloat16, device="cuda"))
-    config = {"BLOCK_N": 16, "TILES": tiles, "CACHE": ".cg", "num_warps": 4, "TOGETHER": 1}
+    config = {"BLOCK_N": 16, "TILES": tiles, "CACHE": ".cg", "num_warps": 4, "TOGETHER": 1, "VECTOR": 4}
     launch_gemv(
         x=x, weight=weight, scales=scales, norm_weight=None, eps=1e-6, residual=None, out=out.tensor, bits=4, group=128,
         config=config,
@@ -211,7 +211,7 @@ def test_rows_that_a_program_takes_together_are_those_of_a_program_each(features
     outputs = []
     for count in (1, together):
         y = Guarded(torch.full((6, out), float("nan"), dtype=torch.bfloat16, device="cuda"))
-        config = {"BLOCK_N": 16, "TILES": 3, "CACHE": ".cg", "num_warps": 8, "TOGETHER": count}
+        config = {"BLOCK_N": 16, "TILES": 3, "CACHE": ".cg", "num_warps": 8, "TOGETHER": count, "VECTOR": 4}
         launch_gemv(**arguments, out=y.tensor, config=config)
         y.check("y")
         outputs.append(y.tensor)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from moeexp_kernels.bench.cases import Spec
+from moeexp_kernels.bench.cases import Spec, build
 from moeexp_kernels.bench.shapes import FULL, Shapes
 from moeexp_kernels.ops.linear_tile import columns_of, tile_key
 
@@ -24,21 +24,27 @@ class Target:
     candidates: tuple[dict, ...]
 
 
-def _gemv(pairs: list[tuple[int, int, int]]) -> tuple[dict, ...]:
+def _gemv(triples: list[tuple[int, int, int]]) -> tuple[dict, ...]:
+    # Words that a thread loads at once: with two the activations of many shapes meet them in registers, with four they go
+    # through shared memory, but two scales are four.
     return tuple(
-        {"BLOCK_N": block, "TILES": tiles, "CACHE": cache, "num_warps": warps, "TOGETHER": 1}
-        for block, tiles, warps in pairs
-        for cache in (".cg", "")
+        {"BLOCK_N": block, "TILES": tiles, "CACHE": ".cg", "num_warps": warps, "TOGETHER": 1, "VECTOR": vector}
+        for block, tiles, warps in triples
+        for vector in (4, 2)
     )
 
 
 # Every program prepares the row for itself, so that for long weights fewer programs with several tiles win.
-GEMV = _gemv([(4, 1, 2), (8, 1, 2), (16, 1, 2), (4, 1, 4), (8, 1, 4), (16, 1, 4), (16, 1, 8), (32, 1, 8), (8, 2, 4), (8, 3, 4),
-              (8, 4, 4), (16, 4, 4), (4, 3, 4), (4, 4, 4), (4, 6, 4), (8, 2, 2), (4, 4, 2), (16, 2, 8)])  # fmt: skip
+GEMV = _gemv([(4, 1, 2), (8, 1, 2), (4, 1, 4), (8, 1, 4), (16, 1, 4), (8, 1, 8), (16, 1, 8), (32, 1, 8), (8, 2, 4), (8, 3, 4),
+              (8, 4, 4), (4, 3, 4), (4, 4, 4), (8, 2, 2), (4, 4, 2), (16, 2, 8)])  # fmt: skip
 TWO_ROWS = tuple(
-    row | {"TOGETHER": together} for row in _gemv([(16, 2, 8), (16, 3, 8), (8, 6, 8), (16, 4, 8)]) for together in (1, 2)
+    row | {"TOGETHER": together}
+    for row in _gemv([(16, 2, 8), (16, 3, 8), (16, 4, 8), (8, 1, 8), (8, 2, 4), (8, 4, 4), (4, 2, 4)])
+    for together in (1, 2)
 )
-THREE_ROWS = tuple(row | {"TOGETHER": together} for row in _gemv([(16, 2, 8), (16, 3, 8), (8, 1, 8)]) for together in (1, 3))
+THREE_ROWS = tuple(
+    row | {"TOGETHER": together} for row in _gemv([(16, 2, 8), (8, 1, 8), (8, 2, 4), (4, 2, 4)]) for together in (1, 3)
+)
 HEAD = _gemv([(16, 1, 4), (32, 1, 4), (16, 4, 4), (16, 8, 4), (16, 16, 4), (32, 4, 8), (8, 8, 4)])
 WIDE_GEMV = _gemv([(2, 1, 2), (4, 1, 2), (8, 1, 2), (2, 1, 4), (4, 1, 4), (8, 1, 4), (16, 1, 4), (8, 1, 8), (4, 1, 8), (16, 1, 8),
                    (2, 1, 1), (4, 1, 1), (4, 4, 4), (8, 4, 8)])  # fmt: skip
@@ -137,7 +143,6 @@ def targets(ops: list[str]) -> list[Target]:
     expert = f"{FULL.hidden}x{FULL.expert_width}"
     kv_lens = tuple(Spec("attention", "decode", 1, str(n)) for n in FULL.kv_lens)
     gemm, matmul = (Spec("linear", "prefill", tokens, "gdn in") for tokens in (256, FULL.prefill[0]))
-    moe = Spec("moe", "decode", 1)
     moe_prefill, router_prefill = (tuple(Spec(op, "prefill", length) for length in FULL.prefill) for op in ("moe", "router"))
     gdn_prefill = tuple(Spec("gdn", "prefill", length) for length in FULL.prefill)
     found = [
@@ -187,19 +192,31 @@ def targets(ops: list[str]) -> list[Target]:
     return [target for target in found if target.specs[0].op in ops]
 
 
+def _few(sequences: int) -> tuple[dict, ...]:
+    return tuple(row for row in TILE if row["COLUMNS"] <= columns_of(sequences))
+
+
+def head_target(shapes: Shapes, sequences: int) -> Target:
+    """The row that serves the head of a step, which is long enough for its own time to decide."""
+    spec = Spec("linear", "decode", sequences, "head")
+    ((op, key),) = build(spec, shapes, "cuda", cold=0).tuned
+    return Target(op, key, (spec,), HEAD if op == "gemv" else _few(sequences))
+
+
 def chain_targets(shapes: Shapes, sequences: int, asked: set[tuple[str, str]]) -> list[Target]:
     """What to tune of the rows that a chain of `sequences` asked for. Left as they are: those of attention, which serve contexts
     of any length, and of several sequences those that serve one too."""
     linears = shapes.linears()
     names = {f"{out}x{features}": name for name, (out, features, _) in linears.items()}
-    names |= {str(features): name for name, (_, features, _) in linears.items()}  # a row of limbs serves all of them
-    few = tuple(row for row in TILE if row["COLUMNS"] <= columns_of(sequences))
+    names |= {str(features): name for name, (_, features, _) in reversed(linears.items())}  # a row of limbs serves all of them
     candidates = {
-        "gemv": {1: GEMV, 2: TWO_ROWS, 3: THREE_ROWS}.get(sequences, GEMV), "limbs": LIMBS, "linear_tile": few,
+        "gemv": {1: GEMV, 2: TWO_ROWS, 3: THREE_ROWS}.get(sequences, GEMV), "limbs": LIMBS, "linear_tile": _few(sequences),
         "gdn_decode": GDN_DECODE, "router_gemv": ROUTER, "moe_gate_up_packed": GATE_UP_PACKED, "moe_tile": MOE_TILE,
         "moe_down_packed": DOWN,
     }  # fmt: skip
-    ops = {"gdn_decode": "gdn", "router_gemv": "router"} | dict.fromkeys(("moe_gate_up_packed", "moe_tile", "moe_down_packed"), "moe")
+    ops = {"gdn_decode": "gdn", "router_gemv": "router"} | dict.fromkeys(
+        ("moe_gate_up_packed", "moe_tile", "moe_down_packed"), "moe"
+    )
     found = []
     if "moe_down_packed" in {op for op, _ in asked}:
         del candidates["moe_tile"]  # its row was asked for no more than the number of tokens from which it serves

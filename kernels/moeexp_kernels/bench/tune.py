@@ -22,7 +22,7 @@ from functools import partial
 import torch
 import triton
 
-from moeexp_kernels.bench.candidates import Target, chain_targets, targets
+from moeexp_kernels.bench.candidates import Target, chain_targets, head_target, targets
 from moeexp_kernels.bench.case import Case, red
 from moeexp_kernels.bench.cases import build
 from moeexp_kernels.bench.layers import Layers
@@ -111,14 +111,16 @@ def choose(
 def tune(
     ops: list[str], *, processes: int, budget: float, command: str, chains: Sequence[int] = (), shapes: Shapes = FULL
 ) -> int:  # fmt: skip
-    """chains: numbers of sequences; the rows that a chain of so many asks for are chosen by its time, and no others are tuned."""
+    """chains: numbers of sequences; the rows that a chain of so many asks for are chosen by its time, the head's by its own,
+    and no others are tuned."""
     start = time.monotonic()
     arch, cold = tuning.current_architecture(), cold_bytes(torch.device("cuda"))
     work: list[tuple[Layers | None, list[Target]]] = []
     for count in chains:
         layers = Layers(shapes, "cuda", count)
         wanted = chain_targets(shapes, count, layers.rows())
-        work.append((layers, [target for target in wanted if target.specs[0].op in ops]))
+        for by, found in ((layers, wanted), (None, [head_target(shapes, count)])):
+            work.append((by, [target for target in found if target.specs[0].op in ops]))
     if not chains:
         work = [(None, targets(ops))]
     jobs = [job for _, wanted in work for target in wanted for job in jobs_of(target, arch, shapes)]
@@ -132,7 +134,7 @@ def tune(
             continue
         best, lines = choose(target, arch, cold, deadline, chain, shapes)
         print(f"{target.op} {target.key!r}\n" + "\n".join(lines), flush=True)
-        if chain is not None and best == tuning.lookup(target.op, target.key, arch, rule={}):
+        if chains and best == tuning.lookup(target.op, target.key, arch, rule={}):
             continue  # a row that serves more than this key says the same
         rows.setdefault(target.op, {})[target.key] = best
         # Written at once: what was measured is kept if the run is stopped, and the next targets run with it.

@@ -174,7 +174,7 @@ def gemv_key(*, bits: int, rows: int, in_features: int, tokens: int) -> str:
 def gemv_config(*, bits: int, rows: int, in_features: int, tokens: int = 1, arch: str | None = None) -> dict:
     """Launch parameters of the GEMV; unlisted shapes get tiles of <= 16 KiB, less where the GPU would idle."""
     block = max(1, min(16, 16384 * 8 // (in_features * bits), max(4, rows // 512)))
-    rule = {"BLOCK_N": 1 << (block.bit_length() - 1), "TILES": 1, "CACHE": ".cg", "num_warps": 4, "TOGETHER": 1}
+    rule = {"BLOCK_N": 1 << (block.bit_length() - 1), "TILES": 1, "CACHE": ".cg", "num_warps": 4, "TOGETHER": 1, "VECTOR": 4}
     key = gemv_key(bits=bits, rows=rows, in_features=in_features, tokens=tokens)
     return tuning.lookup("gemv", key, arch, rule=rule)
 
@@ -247,12 +247,14 @@ def launch_gemv(
     config = config or gemv_config(
         bits=bits, rows=rows, in_features=features, tokens=tokens, arch=tuning.architecture(x.device)
     )  # fmt: skip
+    launch = {name: value for name, value in config.items() if name != "VECTOR"}
+    form = matrix_format(weight, bits=bits, group=group, widest=config["VECTOR"])
     grid = (tokens // config["TOGETHER"] * triton.cdiv(rows, config["BLOCK_N"] * config["TILES"]),)
     wrap_triton(gemv_kernel)[grid](
         x, weight, weight if scales is None else scales, x if norm_weight is None else norm_weight,
         x if residual is None else residual, out, x.stride(0),
-        EPS=eps, M=tokens, FORMAT=matrix_format(weight, bits=bits, group=group), HAS_NORM=norm_weight is not None,
-        HAS_RESIDUAL=residual is not None, INTERPRETED=not x.is_cuda, PDL=has_pdl(x), **config,
+        EPS=eps, M=tokens, FORMAT=form, HAS_NORM=norm_weight is not None, HAS_RESIDUAL=residual is not None,
+        INTERPRETED=not x.is_cuda, PDL=has_pdl(x), **launch,
     )  # fmt: skip
 
 

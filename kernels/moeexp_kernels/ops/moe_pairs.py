@@ -100,7 +100,7 @@ def load_down(
     w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, expert, slot_mask, FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr,
     FOLD: tl.constexpr, BLOCK_D: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
-    """Words and scale pairs of the program's BLOCK_D rows of the experts `expert` [SLOTS], side by side: [BLOCK_D, SLOTS * WORDS];
+    """Words and scale pairs of the program's BLOCK_D rows of the experts `expert` [SLOTS] side by side, [BLOCK_D, SLOTS * WORDS],
     and those of the shared expert, FOLD of whose rows are one of SHARED_FORMAT: [BLOCK_D / FOLD, WORDS]."""
     D: tl.constexpr = FORMAT[ROWS]
     width: tl.constexpr = FORMAT[FEATURES]

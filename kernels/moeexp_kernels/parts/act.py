@@ -1,7 +1,7 @@
 """Activations between the two kernels of the experts of few tokens: as floats, for kernels that make integers of them themselves,
 or as the integers that `down` multiplies (`int_dot.py`), packed by the kernel that has them.
 
-A packed row is one token's: of TOP_K experts and of the shared one, side by side as if they were one row of `down`'s format, int32:
+A packed row is one token's, of TOP_K experts and the shared one, side by side as if they were one row of `down`'s format, int32:
 
     for each limb:  pairs [P, WORDS] | totals [VECTORS]
     then:           units float32 [VECTORS] | padding to 16 bytes
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from moeexp_kernels.parts.int_dot import features_of_words, int16_limbs
-from moeexp_kernels.parts.matrix import BITS, FEATURES, GROUP, VECTOR, WORDS
+from moeexp_kernels.parts.matrix import BITS, GROUP, VECTOR, WORDS
 from moeexp_kernels.parts.warp_rows import EACH, WARPS
 
 # ACT: FORMAT (`matrix.py`) of a matrix that would take a packed row, of WORDS without padding, and then, by these names:
@@ -89,8 +89,8 @@ def load_packed_act(
     act_ptr, start, PIECES: tl.constexpr, USED: tl.constexpr, STORED: tl.constexpr, PADDED: tl.constexpr, STEP: tl.constexpr,
     ACT: tl.constexpr, LIMBS: tl.constexpr,
 ):  # fmt: skip
-    """Features as `dot_rows` takes them of PIECES of PADDED words side by side: USED of them have STORED words each, the first from
-    word `start` of the packed row at act_ptr on, the others STEP further on; all else is 0."""
+    """Features as `dot_rows` takes them of PIECES of PADDED words side by side. USED of them have STORED words each, the
+    first from word `start` of the packed row at act_ptr on, each other STEP further on; all else is 0."""
     PAIRS: tl.constexpr = 4 if ACT[BITS] == 4 else 2
     each: tl.constexpr = PADDED // ACT[VECTOR]
     limb: tl.constexpr = PAIRS * ACT[WORDS] + ACT[WORDS] // ACT[VECTOR]
