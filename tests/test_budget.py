@@ -151,7 +151,7 @@ def test_kernels_of_real_ops_are_placed(name, monkeypatch):
 # Kernels as the stored records name them.
 FEW = {"linear": ["gemv_kernel"], "gdn": ["_decode_kernel", "_finish_kernel"], "qk_norm_rope": ["_qk_norm_rope_kernel"],
        "sdpa": ["_attend_splits_kernel", "_merge_kernel"], "router": ["gemv_kernel", "choose_experts_kernel"],
-       "moe": ["gate_up_packed_kernel", "down_kernel"], "sample": ["_chunk_best_kernel", "_best_kernel"]}  # fmt: skip
+       "moe": ["gate_up_packed_kernel", "down_packed_kernel"], "sample": ["_chunk_best_kernel", "_best_kernel"]}  # fmt: skip
 ROWS = {1: FEW, 4: FEW | {"linear": ["limbs_kernel", "linear_tile_kernel"], "moe": ["gate_up_kernel", "down_kernel"]}}
 STEPS = 3
 
@@ -276,7 +276,7 @@ def test_where_kernels_are_not_in_the_order_of_the_ops_none_is_said_to_be_of_one
         assert sum(row["bytes"] for row in budget["rows"]) == stored(0)["bytes_per_token"]["total"]
         names = {row["kernel"]: row["us"] for row in budget["rows"] if row["kernel"]}
         assert (
-            names["down_kernel"] == pytest.approx(of_kernels(stored(0))["down_kernel"], abs=0.01)
+            names["down_packed_kernel"] == pytest.approx(of_kernels(stored(0))["down_packed_kernel"], abs=0.01)
             and not {"a fill"} & names.keys()
         )
 

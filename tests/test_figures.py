@@ -168,7 +168,13 @@ def test_sequences_of_a_later_group_are_named(tmp_path):
     synthetic.write(tmp_path / "two" / FULLSIZE, records)
     said = " ".join(BLOCKS["sequences"](tmp_path / "two").split())
     assert said.endswith("Those of 4 sequences took theirs in another process, later.")
-    records[2]["group"] = records[0]["group"]
+    for one in records:
+        one["group"], one["started"] = records[0]["group"], "2026-11-28T00:00:00+00:00"
+    records[0] |= {"group": {"id": "ef.0"}, "started": "2026-11-27T00:00:00+00:00"}
+    synthetic.write(tmp_path / "three" / FULLSIZE, records)
+    said = " ".join(BLOCKS["sequences"](tmp_path / "three").split())
+    assert said.endswith("Those of 2 and 4 sequences took theirs in another process, later.")
+    records[0]["group"] = records[1]["group"]
     synthetic.write(tmp_path / "one" / FULLSIZE, records)
     assert "later" not in BLOCKS["sequences"](tmp_path / "one")
 

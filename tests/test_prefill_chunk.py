@@ -177,6 +177,12 @@ def test_a_trace_in_slices_of_its_pieces_is_that_of_the_session_itself(model, ph
     torch.testing.assert_close(trace.logits[:, :40], expected, rtol=0, atol=1e-5)
     if step == 7:
         assert torch.equal(trace.logits[:, :39], expected[:, :39])
+    calls.clear()
+    forced = traces.record_trace(stack, prompt, 6, forced=trace.token_ids[:, 40:])
+    assert len(calls) == sum(map(len, made)), "nobody asks what comes after the prompt where the tokens are given"
+    torch.testing.assert_close(forced.logits, trace.logits, rtol=0, atol=1e-5)
+    for name, state in forced.states.items():
+        torch.testing.assert_close(state, trace.states[name], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -26,19 +26,21 @@ def record_trace(
     stack: Stack, prompt: Tensor, new_tokens: int, *, forced: Tensor | None = None, together: int = 1
 ) -> Trace:  # fmt: skip
     """Decodes `new_tokens` from prompt [B, T] through the session, keeping every logit and the final state. `forced`
-    [B, >= new_tokens - 1] is fed instead of what the sampler chooses; `together`: so many of its tokens by one step of the
-    session's `verify`, and those that are left over by decode steps."""
+    [B, >= new_tokens - 1] is fed instead of what the sampler chooses, and the prompt is not prefilled once more for its first
+    choice; `together`: so many of its tokens by one step of the session's `verify`, and those that are left over by decode
+    steps."""
     session, (batch, count) = stack.session, prompt.shape
     length = count + new_tokens - 1
     vocab, dtype = session.vocab_size, stack.model.embed_tokens.weight.dtype
     where = "cpu" if on_host(batch * length * vocab * dtype.itemsize) else stack.device
     kept = torch.empty(batch, length, vocab, dtype=dtype, device=where)
     _keep_prompt(stack, prompt, kept)
-    # As a generation asks for them: of one position the head is another kernel, and at a tie it may choose another token.
-    session.reset()
-    logits = session.prefill(prompt).clone()
-    kept[:, count - 1 : count] = logits
-    fed = [prompt]
+    fed, logits = [prompt], kept[:, count - 1 : count]
+    if forced is None:
+        # As a generation asks for them: of one position the head is another kernel, and at a tie it may choose another token.
+        session.reset()
+        logits = session.prefill(prompt).clone()
+        kept[:, count - 1 : count] = logits
     while session.length < length:
         step = session.length - count
         if together > 1 and session.length + together <= length:

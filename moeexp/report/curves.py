@@ -57,7 +57,9 @@ def verify_steps(results: Path) -> str:
         "of the measured read bandwidth": lambda record: percent(record["bandwidth_share"]),
         "check": COMMON["check"],
     }
-    return _table(sorted(records, key=lambda record: record["verify"]["tokens"]), columns, "in turns in one process")
+    records = sorted(records, key=lambda record: record["verify"]["tokens"])
+    table = _table(records, columns, "in turns in one process")
+    return table + of_a_later_group(records, "tokens", lambda record: record["verify"]["tokens"])
 
 
 def family(results: Path) -> str:
@@ -78,6 +80,15 @@ def family(results: Path) -> str:
 def gpus_of(records: Sequence[dict[str, Any]]) -> str:
     """What follows `one`: the name of their GPU, or of each where they are of several."""
     return " and one ".join(dict.fromkeys(record["environment"]["gpu"]["name"] for record in records))
+
+
+def of_a_later_group(records: Sequence[dict[str, Any]], noun: str, count: Callable[[dict[str, Any]], int]) -> str:
+    """Names the runs, each by how many of `noun` it has, that took turns with others than the rest did."""
+    groups = {(record["group"] or {}).get("id"): record["started"] for record in reversed(records)}
+    first = min(groups, key=lambda group: groups[group], default=None)
+    *others, last = [number(count(record)) for record in records if (record["group"] or {}).get("id") != first] or [""]
+    named = f"{', '.join(others)} and {last}" if others else last
+    return f" Those of {named} {noun} took theirs in another process, later." if named else ""
 
 
 def _calls(config: dict[str, Any]) -> int:

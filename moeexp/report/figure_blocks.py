@@ -103,16 +103,9 @@ def sequences(results: Path) -> str:
         "of the measured read bandwidth", "kernels a step", "device memory, GiB",
     ]  # fmt: skip
     gpu = escaped(curves.gpus_of([run.record for run in runs]))
-    prose = f"One {gpu}. {_stalled(runs)} {ONCE.replace('rungs', 'runs')}{_of_a_later_group([run.record for run in runs])}"
+    later = curves.of_a_later_group([run.record for run in runs], "sequences", lambda record: record["config"]["batch"])
+    prose = f"One {gpu}. {_stalled(runs)} {ONCE.replace('rungs', 'runs')}{later}"
     return f"{markdown_table(header, rows)}\n{_prose(prose)}"
-
-
-def _of_a_later_group(records: Sequence[dict[str, Any]]) -> str:
-    """Names the runs that took turns with others than the rest did."""
-    groups = {(record["group"] or {}).get("id"): record["started"] for record in reversed(records)}
-    first = min(groups, key=lambda group: groups[group])
-    later = [number(record["config"]["batch"]) for record in records if (record["group"] or {}).get("id") != first]
-    return f" Those of {' and '.join(later)} sequences took theirs in another process, later." if later else ""
 
 
 def soak(results: Path) -> str:
@@ -288,7 +281,8 @@ def _stalled(runs: Sequence[Run]) -> str:
         return f"None of the {known} runs stalled." if known else ""
     worst = max(having, key=lambda record: record["stalls"]["decode_tok_s"] / record["decode_tok_s"])
     stalls, cell = worst["stalls"], (worst["design"] or {}).get("cell") or worst["id"]
-    delay = f"{number(stalls['count'])} times, {number(stalls['total_ms'])} ms in all"
+    often = "once" if stalls["count"] == 1 else f"{number(stalls['count'])} times"
+    delay = f"{often}, {number(stalls['total_ms'])} ms in all"
     speeds = f"it has {number(worst['decode_tok_s'])} tok/s, and without stalls {number(stalls['decode_tok_s'])}"
     return f'{len(having)} of {known} runs stalled, "{cell}" most: {delay}; {speeds}.'
 
