@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from moeexp_kernels.parts.deviation import compare_rows
 from reference_model import ARCHITECTURE, ModelWeights, build_model, config_of, run_model, tokens, trace_of
 
-from moeexp.check import metrics
+from moeexp.check import metrics, tolerances
 from moeexp.check.check import Trace, check_float32, check_timed, check_tokens, check_trace
 from moeexp.check.metrics import choice_gaps, compare_logits
 from moeexp.check.reference import run_reference
-from moeexp.check.tolerances import TOLERANCES, own_limit, worst_rows
+from moeexp.check.tolerances import TOLERANCES, own_limit, token_noise, worst_rows
 from moeexp.model.qwen3_5_moe import state_shapes
 
 torch.set_num_threads(1)
@@ -289,6 +290,44 @@ def test_choices_of_logits_are_judged_where_others_chose_the_tokens(references):
     trace.logits[0, LENGTH - 1, run.logits(LENGTH - 1, LENGTH)[0, 0].argmin()] = 1e3
     part = check_tokens(trace, run, by_logits=True)
     assert failed(part) == {"tokens.logit_margin"} and f"batch 0, position {LENGTH}" in part.failures()[0]
+
+
+def test_the_noise_of_more_tokens_reaches_further_and_no_run_fails_by_chance_more_often():
+    """Logits of a vocabulary whose noise is 5 % of their sd: how far the argmax of noisy ones trails, in units of the noise. Of a
+    normal sample only the upper tail is drawn."""
+    assert token_noise(1) == token_noise(128) == TOLERANCES["tokens.noise"].limit
+    generator, sigma, kept, runs = torch.Generator().manual_seed(0), 0.05, 128, 100
+    share = kept / 248320
+    tail = torch.rand(runs * 1024, kept, generator=generator, dtype=torch.float64) * share
+    logits = -torch.special.ndtri(tail)
+    noisy = logits + sigma * torch.randn(logits.shape, generator=generator, dtype=torch.float64)
+    chosen = logits.gather(1, noisy.argmax(1, keepdim=True))[:, 0]
+    margin = ((logits.amax(1) - chosen) / sigma).view(runs, 1024)
+    fails_of_128 = (margin.view(-1, 128).amax(1) > TOLERANCES["tokens.noise"].limit).double().mean()
+    fails = (margin.amax(1) > token_noise(1024)).double().mean()
+    assert 0.005 < fails_of_128 < 0.1 and fails < 2 * fails_of_128
+    assert (margin.amax(1) > TOLERANCES["tokens.noise"].limit).double().mean() > 4 * fails_of_128, "with the limit of 128"
+
+
+def test_tokens_are_judged_by_how_many_there_are(references, monkeypatch):
+    monkeypatch.setitem(
+        TOLERANCES, "tokens.cap", replace(TOLERANCES["tokens.cap"], limit=1.0)
+    )  # noise is large in so small a model
+    run, half, on_half = (copy.copy(r) for r in references)
+    noise = compare_logits(half.logits, on_half.logits, 2, 0, LENGTH, 64).rows.error.sqrt()
+    logits = run.logits(0, LENGTH).clone()
+    first, second = logits[0, 16].topk(2).indices
+    logits[0, 16, second] = logits[0, 16, first] - 1.1 * TOLERANCES["tokens.noise"].limit * noise[0, 16]
+    trace, ids = trace_of(run), run.token_ids.clone()
+    ids[0, 17] = second
+    run.logits = lambda start, stop: logits[:, start:stop]
+    for r in (run, half, on_half, trace):
+        r.token_ids = ids
+    assert failed(check_tokens(trace, run, half, on_half)) == {"tokens.logit_margin"}
+    monkeypatch.setattr(tolerances, "CALIBRATED", 1)
+    part = check_tokens(trace, run, half, on_half)
+    assert not failed(part) and part.report["near_ties"] == 1
+    assert part.report["noise"] == pytest.approx((16 + 4 * math.log(part.report["tokens"])) ** 0.5)
 
 
 def test_tokens_accepts_a_near_tie_and_goes_on(references):

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from moeexp.check.metrics import LogitRows, choice_gaps, compare_logits, count_not_finite, slices, unravel
 from moeexp.check.reference import ReferenceRun
-from moeexp.check.tolerances import TOLERANCES, Part, json_number, make_part, measured, own_limit, worst_rows
+from moeexp.check.tolerances import TOLERANCES, Part, json_number, make_part, measured, own_limit, token_noise, worst_rows
 from moeexp.model.qwen3_5_moe import state_shapes
 
 # Dimensions of a state tensor that index its rows: what a fault in a kernel would hit alone.
@@ -171,8 +171,9 @@ def check_tokens(
 
     by_logits: not the tokens that were fed are judged, which others chose, but those that the trace's own logits would choose.
 
-    A near-tie is as far as noise reaches at that position, but capped. Without the bf16 pair, for a float32 trace,
-    noise is what the float32 logits tolerance would let pass. A near-tie ends nothing: each later token is judged too.
+    A near-tie is as far as the noise of so many tokens reaches at that position, but capped. Without the bf16 pair, for a
+    float32 trace, noise is what the float32 logits tolerance would let pass. A near-tie ends nothing: each later token is judged
+    too.
     """
     _assert_same_run(trace, reference)
     batch, length = trace.token_ids.shape
@@ -191,7 +192,7 @@ def check_tokens(
         noise = own.rows.error.sqrt()[:, start:]
         cap = own_limit("tokens.cap", float(own.margin.max()))
 
-    margins, allowed = [], []
+    margins, allowed, most = [], [], token_noise(batch * (stop - start))
     for first, last in slices(batch, start, stop, vocab):
         logits = reference.logits(first, last)
         here = slice(first - start, last - start)
@@ -200,7 +201,7 @@ def check_tokens(
         margins.append((judged.amax(-1) - judged.gather(-1, token[..., None])[..., 0]).double())
         rms = torch.linalg.vector_norm(logits, dim=-1, dtype=torch.float64) / math.sqrt(vocab)
         error = TOLERANCES["float32.logits"].limit * rms if noise is None else noise[:, here]
-        allowed.append(torch.minimum(TOLERANCES["tokens.noise"].limit * error, cap * logits.std(-1)))
+        allowed.append(torch.minimum(most * error, cap * logits.std(-1)))
     margin, limit = torch.cat(margins, 1), torch.cat(allowed, 1)
     relative = torch.where(margin == 0, 0.0, margin / limit).nan_to_num(nan=math.inf, posinf=math.inf)
 
@@ -217,6 +218,7 @@ def check_tokens(
         "near_tie_positions": [trace.prompt_len + int(i) for _, i in near.nonzero()[:32]],
         "largest_logit_margin": json_number(float(margin.max())),
         "cap": json_number(cap),
+        "noise": json_number(most),
     }
     return make_part("tokens", worst_rows("tokens.logit_margin", values), report)
 
