@@ -271,7 +271,9 @@ def _finite(trace: Trace, runs: dict[str, ReferenceRun]) -> list[dict]:
     """Trace and references must be finite: with a NaN on either side nothing has been compared."""
     length = trace.token_ids.shape[1]
     batch, vocab = trace.token_ids.shape[0], trace.logits.shape[-1]
-    counts = [(sum(count_not_finite(trace.logits[:, a:b]) for a, b in slices(batch, 0, length, vocab)), "logits")]
+    # On the device of the run: logits of a long prompt, which lie in host memory, are billions.
+    parts = (trace.logits[:, a:b].to(trace.token_ids.device) for a, b in slices(batch, 0, length, vocab))
+    counts = [(sum(map(count_not_finite, parts)), "logits")]
     counts += [(count_not_finite(_used(name, state, length)), name) for name, state in _states(trace).items()]
     for label, run in runs.items():
         counts.append((count_not_finite(run.hidden), f"{label}, hidden state after the last layer"))
