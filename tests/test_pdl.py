@@ -1,14 +1,21 @@
-"""Which kernels know PDL: the list and the sources must agree."""
+"""Which kernels know PDL: the list and the sources must agree. And what a kernel may call."""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import kernels_common  # noqa: F401  before triton
 import moeexp_kernels
+import moeexp_kernels.ops
 import torch
+import triton.language as tl
+from moeexp_kernels.parts.int_dot import dot_rows
 from moeexp_kernels.parts.pdl import EARLY, PDL_KERNELS, WITHIN_AN_OP, has_pdl
+from moeexp_kernels.parts.warp_rows import dot_warp_rows
 
 SOURCES = sorted(Path(moeexp_kernels.__path__[0]).rglob("*.py"))
 
@@ -22,6 +29,34 @@ def kernels() -> dict[str, str]:
             assert name is not None, path
             found[name[1]] = re.split(r"^(?=[^\s)#])", part, flags=re.M)[1]
     return found
+
+
+def named(kernel, found: dict) -> list[str]:
+    """Names for which the functions that `kernel` calls, and theirs, stand for different things; `found`: what each is."""
+    differing = []
+    for name in kernel.fn.__code__.co_names:
+        symbol = kernel.fn.__globals__.get(name)
+        if not (hasattr(symbol, "fn") or isinstance(symbol, tl.constexpr)):
+            continue
+        if found.setdefault(name, symbol) is not symbol:
+            differing.append(name)
+        elif hasattr(symbol, "fn") and symbol.fn not in found:
+            found[symbol.fn] = symbol
+            differing += named(symbol, found)
+    return differing
+
+
+def test_a_name_is_one_thing_in_all_that_a_kernel_calls():
+    """Inductor copies them into one scope by their names: of two helpers with one name the second would be the first."""
+    modules = [
+        importlib.import_module(info.name) for info in pkgutil.walk_packages(moeexp_kernels.ops.__path__, "moeexp_kernels.ops.")
+    ]
+    jitted = {name: value for module in modules for name, value in vars(module).items() if hasattr(value, "fn")}
+    assert set(PDL_KERNELS) <= set(jitted)
+    assert {name: bad for name, kernel in jitted.items() if (bad := named(kernel, {}))} == {}
+
+    namesakes = SimpleNamespace(fn=lambda: (dot_rows, dot_warp_rows))
+    assert named(namesakes, {}) == ["dot_limb"], "which no kernel may call both"
 
 
 def test_the_list_names_the_kernels_that_wait_and_no_other():
