@@ -25,8 +25,8 @@ class Target:
 
 
 def _gemv(triples: list[tuple[int, int, int]]) -> tuple[dict, ...]:
-    # Words that a thread loads at once: with two the activations of many shapes meet them in registers, with four they go
-    # through shared memory, but two scales are four.
+    # VECTOR, the words that a thread loads at once: with two, activations of many shapes meet them in registers, where with four
+    # they go through shared memory; but twice as many scales are read.
     return tuple(
         {"BLOCK_N": block, "TILES": tiles, "CACHE": ".cg", "num_warps": warps, "TOGETHER": 1, "VECTOR": vector}
         for block, tiles, warps in triples
@@ -54,8 +54,7 @@ TILE: tuple[dict[str, Any], ...] = tuple(
     {"BLOCK_N": block, "COLUMNS": columns, "PASSES": passes, "CACHE": ".cg", "num_warps": warps}
     for block, columns, passes, warps in [
         (16, 8, 1, 4), (16, 8, 2, 4), (16, 8, 1, 8), (16, 8, 2, 8), (32, 8, 1, 4), (32, 8, 2, 8), (32, 8, 1, 8), (64, 8, 1, 8),
-        (16, 8, 1, 2), (16, 8, 2, 2), (16, 16, 1, 4),
-        (16, 16, 2, 4), (16, 16, 1, 8), (32, 16, 2, 8), (16, 32, 1, 8),
+        (16, 8, 1, 2), (16, 8, 2, 2), (16, 16, 1, 4), (16, 16, 2, 4), (16, 16, 1, 8), (32, 16, 2, 8), (16, 32, 1, 8),
     ]
 )  # fmt: skip
 MOE_TILE = tuple(
