@@ -114,12 +114,11 @@ def test_every_case_agrees_with_its_reference_and_names_rows_of_the_table(spec):
         (33, "gemm"),
     ],
 )
-def test_a_linear_case_names_the_row_that_its_kernel_runs_with(tokens, op, monkeypatch):
-    asked, lookup = set(), tuning.lookup
-    monkeypatch.setattr(tuning, "lookup", lambda op, key, *a, **k: asked.add((op, key)) or lookup(op, key, *a, **k))
+def test_a_linear_case_names_the_row_that_its_kernel_runs_with(tokens, op):
     case = build(Spec("linear", "decode", tokens, "gdn in"), replace(TINY, hidden=128, group=64), common.DEVICE, 0)
     case.tolerance = INTERPRETED_TOLERANCE
-    assert red(case.check()) is None
+    with tuning.asked() as asked:
+        assert red(case.check()) is None
     assert [name for name, _ in case.tuned] == [op] and set(case.tuned) <= asked
 
 
@@ -436,6 +435,8 @@ def test_the_table_and_the_json_say_what_was_measured(tmp_path):
         (["--tokens", "0"], "--tokens=0"),
         (["tune", "x"], "'x'"),
         (["linear", "--layers"], "--layers"),
+        (["layers", "--model", "x"], "--model=x"),
+        (["linear", "--model", "qwen3_5_122b_a10b"], "--model belongs to"),
         (["layers"], "CUDA"),
         ([], "CUDA"),
     ],

@@ -117,13 +117,10 @@ def down_packed_kernel(
     stored: tl.constexpr = FORMAT[FEATURES] * FORMAT[BITS] // 32  # words of an expert's row
     m = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    slot = tl.arange(0, SLOTS)
-    # What is loaded here is older than the previous kernel's results; past L1, which may hold an older token's.
-    expert = tl.load(ids_ptr + m * TOP_K + slot, mask=slot < TOP_K, other=0, cache_modifier=".cg").to(tl.int64)
-    own, shared = load_down(
-        w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, expert, slot < TOP_K, FORMAT, SHARED_FORMAT, FOLD, BLOCK_D, CACHE
-    )
-    extra = tl.load(x_ptr + m * x_stride + d, mask=d < D, other=0.0, cache_modifier=".cg").to(tl.float32)
+    own, shared, extra = load_down(
+        x_ptr, ids_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, m, x_stride, TOP_K, SLOTS, FORMAT, SHARED_FORMAT, FOLD,
+        BLOCK_D, CACHE,
+    )  # fmt: skip
     ready = after_previous(PDL)
     y_ptr += ready
     act_ptr += m * ACT[LENGTH] + ready

@@ -97,16 +97,21 @@ def gate_up_kernel(
 
 @triton.jit
 def load_down(
-    w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, expert, slot_mask, FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr,
-    FOLD: tl.constexpr, BLOCK_D: tl.constexpr, CACHE: tl.constexpr,
+    x_ptr, ids_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, m, x_stride, TOP_K: tl.constexpr, SLOTS: tl.constexpr,
+    FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr, FOLD: tl.constexpr, BLOCK_D: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
-    """Words and scale pairs of the program's BLOCK_D rows of the experts `expert` [SLOTS] side by side, [BLOCK_D, SLOTS * WORDS],
-    and those of the shared expert, FOLD of whose rows are one of SHARED_FORMAT: [BLOCK_D / FOLD, WORDS]."""
+    """Before a program of `down` waits: words and scale pairs of its BLOCK_D rows of token m's experts side by side,
+    [BLOCK_D, SLOTS * WORDS], those of the shared expert, FOLD of whose rows are one of SHARED_FORMAT: [BLOCK_D / FOLD, WORDS],
+    and what the sums are added to, float32 [BLOCK_D]. Past L1, which may hold an older token's."""
     D: tl.constexpr = FORMAT[ROWS]
     width: tl.constexpr = FORMAT[FEATURES]
     bits: tl.constexpr = FORMAT[BITS]
     row_words: tl.constexpr = width * bits // 32
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    slot = tl.arange(0, SLOTS)
+    slot_mask = slot < TOP_K
+    # Not the previous kernel's result but that of one before.
+    expert = tl.load(ids_ptr + m * TOP_K + slot, mask=slot_mask, other=0, cache_modifier=".cg").to(tl.int64)
     column = words_in_vectors(FORMAT)
     # Loaded slots first: of the dimensions without contiguous addresses, the first is spread over lanes and warps.
     mask = slot_mask[:, None, None] & (d < D)[None, :, None] & (column < row_words)[None, None, :]
@@ -115,7 +120,7 @@ def load_down(
         + column[None, None, :],
         mask=mask, other=0, cache_modifier=CACHE,
     )  # fmt: skip
-    words = tl.reshape(tl.permute(words, [1, 0, 2]), [BLOCK_D, expert.shape[0] * FORMAT[WORDS]])
+    words = tl.reshape(tl.permute(words, [1, 0, 2]), [BLOCK_D, SLOTS * FORMAT[WORDS]])
     pair = d
     if bits <= 8:
         groups: tl.constexpr = width // FORMAT[GROUP]
@@ -123,10 +128,12 @@ def load_down(
         mask = (group < groups)[:, None, None] & slot_mask[None, :, None] & (d < D)[None, None, :]
         offsets = (expert * (D * groups))[None, :, None] + (d * groups)[None, None, :] + group[:, None, None]
         pair = tl.load(s_ptr.to(tl.pointer_type(tl.int32)) + offsets, mask=mask, other=0)
-        pair = tl.reshape(tl.permute(pair, [2, 1, 0]), [BLOCK_D, expert.shape[0] * group.shape[0]])
+        pair = tl.reshape(tl.permute(pair, [2, 1, 0]), [BLOCK_D, SLOTS * group.shape[0]])
     folded = tl.program_id(0) * (BLOCK_D // FOLD) + tl.arange(0, BLOCK_D // FOLD)
     shared = load_rows(shared_w_ptr, shared_s_ptr, folded, folded * FOLD < D, SHARED_FORMAT, CACHE)
-    return (words, pair), shared
+    # Older still. Had it been loaded after the sums, all programs would end by waiting for it.
+    extra = tl.load(x_ptr + m * x_stride + d, mask=d < D, other=0.0, cache_modifier=".cg").to(tl.float32)
+    return (words, pair), shared, extra
 
 
 @triton.jit
@@ -147,14 +154,10 @@ def down_kernel(
     bits: tl.constexpr = FORMAT[BITS]
     m = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    slot = tl.arange(0, SLOTS)
-    # Not the previous kernel's result but that of one before; past L1, which may hold an older token's.
-    expert = tl.load(ids_ptr + m * TOP_K + slot, mask=slot < TOP_K, other=0, cache_modifier=".cg").to(tl.int64)
-    own, shared = load_down(
-        w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, expert, slot < TOP_K, FORMAT, SHARED_FORMAT, FOLD, BLOCK_D, CACHE
-    )
-    # Older still. Had it been loaded after the sums, all programs would end by waiting for it.
-    extra = tl.load(x_ptr + m * x_stride + d, mask=d < D, other=0.0, cache_modifier=".cg").to(tl.float32)
+    own, shared, extra = load_down(
+        x_ptr, ids_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, m, x_stride, TOP_K, SLOTS, FORMAT, SHARED_FORMAT, FOLD,
+        BLOCK_D, CACHE,
+    )  # fmt: skip
     ready = after_previous(PDL)
     y_ptr += ready
     act_row: tl.constexpr = TOP_K * width + shared_width
