@@ -164,7 +164,7 @@ def test_every_code_is_exact_in_every_place_of_a_word(bits, places):
 
 # --- the tile: 2 to 32 rows ---
 
-TILE = {"BLOCK_N": 16, "COLUMNS": 8, "PASSES": 1, "CACHE": "", "num_warps": 4}
+TILE = {"BLOCK_N": 16, "COLUMNS": 8, "TILES": 1, "PASSES": 1, "CACHE": "", "num_warps": 4}
 
 
 def served_by(rows, *, bits, group, shape=(27, 384), arch="cpu", **always):
@@ -246,7 +246,11 @@ def test_a_row_is_the_same_to_the_bit_alone_and_among_any_others(bits, dtype):
         assert_bitwise_equal(among, alone[rows], f"rows {first} to {first + count}")
 
 
-@pytest.mark.parametrize("change", [{"COLUMNS": 16}, {"COLUMNS": 32}, {"BLOCK_N": 32}, {"PASSES": 2}, {"num_warps": 8}])
+@pytest.mark.parametrize(
+    "change",
+    [{"COLUMNS": 16}, {"COLUMNS": 32}, {"BLOCK_N": 32}, {"PASSES": 2}, {"COLUMNS": 16, "TILES": 3},
+     {"COLUMNS": 16, "TILES": 2, "PASSES": 2}, {"num_warps": 8}],
+)  # fmt: skip
 @pytest.mark.parametrize("features", [pytest.param(512, marks=pytest.mark.slow), 192])
 def test_launch_parameters_of_the_tile_change_no_bit(change, features):
     """Eight groups; three, which are padded to four, of which the last lies beyond the row."""

@@ -49,12 +49,14 @@ HEAD = _gemv([(16, 1, 4), (32, 1, 4), (16, 4, 4), (16, 8, 4), (16, 16, 4), (32, 
 WIDE_GEMV = _gemv([(2, 1, 2), (4, 1, 2), (8, 1, 2), (2, 1, 4), (4, 1, 4), (8, 1, 4), (16, 1, 4), (8, 1, 8), (4, 1, 8), (16, 1, 8),
                    (2, 1, 1), (4, 1, 1), (4, 4, 4), (8, 4, 8)])  # fmt: skip
 ROUTER = _gemv([(1, 1, 2), (2, 1, 2), (1, 1, 4), (2, 1, 4), (4, 1, 4), (2, 1, 8)])
-# Every warp has groups of its own: with eight, half as many registers hold the same weights.
+# Every warp has groups of its own: with eight, half as many registers hold the same weights. Several tiles load the rows of
+# activations once.
 TILE: tuple[dict[str, Any], ...] = tuple(
-    {"BLOCK_N": block, "COLUMNS": columns, "PASSES": passes, "CACHE": ".cg", "num_warps": warps}
-    for block, columns, passes, warps in [
-        (16, 8, 1, 4), (16, 8, 2, 4), (16, 8, 1, 8), (16, 8, 2, 8), (32, 8, 1, 4), (32, 8, 2, 8), (32, 8, 1, 8), (64, 8, 1, 8),
-        (16, 8, 1, 2), (16, 8, 2, 2), (16, 16, 1, 4), (16, 16, 2, 4), (16, 16, 1, 8), (32, 16, 2, 8), (16, 32, 1, 8),
+    {"BLOCK_N": block, "COLUMNS": columns, "TILES": tiles, "PASSES": passes, "CACHE": ".cg", "num_warps": warps}
+    for block, columns, tiles, passes, warps in [
+        (16, 8, 1, 1, 4), (16, 8, 2, 1, 4), (16, 8, 3, 2, 4), (16, 8, 1, 2, 4), (16, 8, 1, 1, 8), (32, 8, 1, 1, 4),
+        (32, 8, 1, 2, 4), (64, 8, 1, 1, 8), (16, 8, 1, 1, 2), (16, 8, 2, 1, 2), (16, 8, 1, 2, 2), (16, 16, 1, 1, 4),
+        (16, 16, 1, 2, 4), (16, 16, 1, 1, 8), (16, 16, 2, 1, 4), (16, 16, 2, 2, 4), (16, 32, 1, 1, 8),
     ]
 )  # fmt: skip
 MOE_TILE = tuple(

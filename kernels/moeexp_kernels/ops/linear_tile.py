@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from moeexp_kernels.parts import tuning
-from moeexp_kernels.parts.int8_tile import GROUPS_SERVED, load_tile, multiply_tile
+from moeexp_kernels.parts.int8_tile import GROUPS_SERVED, load_tile, multiply_held
 from moeexp_kernels.parts.limbs import empty_limbs, limbs_of, store_limbs
 from moeexp_kernels.parts.matrix import FEATURES, GROUP, ROWS, at_row, matrix_format
 from moeexp_kernels.parts.pdl import after_previous, has_pdl, start_next
@@ -59,19 +59,20 @@ def limbs_kernel(
 def linear_tile_kernel(
     limbs_ptr, units_ptr, w_ptr, s_ptr, res_ptr, y_ptr, M,
     FORMAT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr,
-    BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, PASSES: tl.constexpr,
-    CACHE: tl.constexpr,
+    BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+    PASSES: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
-    """y[m, n] of all M rows, COLUMNS at a time, BLOCKS times, and BLOCK_N outputs n a program. Before the wait it
-    reads weights and nothing else: `limbs_kernel` relies on that."""
+    """y[m, n] of all M rows, COLUMNS at a time, BLOCKS times, and TILES x BLOCK_N outputs n a program, for which a block of rows
+    is loaded once; several blocks have one tile. Before the wait it reads weights and nothing else: `limbs_kernel`
+    relies on that."""
     LIMBS: tl.constexpr = 3 if y_ptr.dtype.element_ty == tl.float32 else 2  # as `limbs_of`
     N: tl.constexpr = FORMAT[ROWS]
     K: tl.constexpr = FORMAT[FEATURES]
-    start = tl.program_id(0).to(tl.int64) * BLOCK_N
+    start = tl.program_id(0).to(tl.int64) * (BLOCK_N * TILES)
     # From here offsets are relative to the program's first row: int32 is enough within it.
     w_ptr, s_ptr = at_row(w_ptr, s_ptr, start, FORMAT)
-    rows_left = tl.minimum(N - start, BLOCK_N).to(tl.int32)
-    tile = load_tile(w_ptr, s_ptr, rows_left, FORMAT, BLOCK_N, PASSES, CACHE)
+    rows_left = tl.minimum(N - start, BLOCK_N * TILES).to(tl.int32)
+    weights = load_tile(w_ptr, s_ptr, rows_left, FORMAT, BLOCK_N, PASSES, CACHE)
     ready = after_previous(PDL)
     limbs_ptr += ready
     units_ptr += ready
@@ -81,15 +82,23 @@ def linear_tile_kernel(
     for block in range(BLOCKS):
         m = tl.cast(block, tl.int64) * COLUMNS
         left = M - block * COLUMNS
-        mask = (n < rows_left) & (column < left)
-        extra = 0.0
-        if HAS_RESIDUAL:  # at once: after the sums all would wait for it
-            extra = tl.load(res_ptr + m * N + column * N + n, mask=mask, other=0.0).to(tl.float32)
         limbs, units = limbs_ptr + m * (LIMBS * K), units_ptr + m * (K // FORMAT[GROUP] * 2)
-        y = multiply_tile(tile, limbs, units, left, FORMAT, LIMBS, COLUMNS, SPLIT, INTERPRETED)
-        if HAS_RESIDUAL:
-            y += extra
-        tl.store(y_ptr + m * N + column * N + n, y.to(y_ptr.dtype.element_ty), mask=mask)
+        held = ((), ())
+        for tile in tl.static_range(TILES):
+            here = n + tile * BLOCK_N
+            ahead = weights
+            if tile + 1 < TILES:  # the next rows are on their way while these are multiplied
+                below, scales = at_row(w_ptr, s_ptr, (tile + 1) * BLOCK_N, FORMAT)
+                ahead = load_tile(below, scales, rows_left - (tile + 1) * BLOCK_N, FORMAT, BLOCK_N, PASSES, CACHE)
+            mask = (here < rows_left) & (column < left)
+            extra = 0.0
+            if HAS_RESIDUAL:  # at once: after the sums all would wait for it
+                extra = tl.load(res_ptr + m * N + column * N + here, mask=mask, other=0.0).to(tl.float32)
+            y, held = multiply_held(weights, held, limbs, units, left, FORMAT, LIMBS, COLUMNS, SPLIT, INTERPRETED)
+            if HAS_RESIDUAL:
+                y += extra
+            tl.store(y_ptr + m * N + column * N + here, y.to(y_ptr.dtype.element_ty), mask=mask)
+            weights = ahead
 
 
 def tile_serves(*, rows: int, bits: int, group: int) -> bool:
@@ -142,10 +151,12 @@ def launch_product(
     out_features = weight.shape[0]
     key = tile_key(bits=bits, out_features=out_features, features=features, rows=rows)
     config = config or tuning.lookup("linear_tile", key, tuning.architecture(limbs.device))
-    wrap_triton(linear_tile_kernel)[(triton.cdiv(out_features, config["BLOCK_N"]),)](
+    blocks = triton.cdiv(rows, config["COLUMNS"])
+    config = config | {"TILES": config["TILES"] if blocks == 1 else 1}
+    wrap_triton(linear_tile_kernel)[(triton.cdiv(out_features, config["BLOCK_N"] * config["TILES"]),)](
         limbs, units, weight, scales, out if residual is None else residual, out, rows,
         FORMAT=matrix_format(weight, bits=bits, group=group), HAS_RESIDUAL=residual is not None,
-        INTERPRETED=not limbs.is_cuda, PDL=has_pdl(limbs), BLOCKS=triton.cdiv(rows, config["COLUMNS"]), num_stages=1,
+        INTERPRETED=not limbs.is_cuda, PDL=has_pdl(limbs), BLOCKS=blocks, num_stages=1,
         **tile_constants(groups=triton.next_power_of_2(features // group), config=config, cuda=limbs.is_cuda),
     )  # fmt: skip
 

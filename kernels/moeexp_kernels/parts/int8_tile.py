@@ -148,19 +148,22 @@ def row_of(column, chosen, CHOSEN: tl.constexpr):
 
 
 @triton.jit
-def add_products(
-    codes, limb_ptr, sums, M, chosen, LEFT: tl.constexpr, FORMAT: tl.constexpr, LIMBS: tl.constexpr, CHOSEN: tl.constexpr
+def limb_of_half(
+    held, PLACE: tl.constexpr, limb_ptr, M, chosen, GROUPS: tl.constexpr, LEFT: tl.constexpr, FORMAT: tl.constexpr,
+    LIMBS: tl.constexpr, COLUMNS: tl.constexpr, CHOSEN: tl.constexpr,
 ):  # fmt: skip
-    """sums [groups, BLOCK, COLUMNS] + codes [groups, BLOCK, GROUP / 2] times one limb of the half groups that begin at limb_ptr;
-    zeros beyond M columns and LEFT groups."""
-    columns: tl.constexpr = sums.shape[2]
-    column = tl.arange(0, 8)[:, None, None, None] + tl.arange(0, columns // 8)[None, None, :, None] * 8
-    group = tl.arange(0, codes.shape[0])[None, :, None, None]
-    byte = tl.arange(0, codes.shape[2])[None, None, None, :]
-    mask = (column < M) & (group < LEFT)
-    m = row_of(column, chosen, CHOSEN)
-    x = tl.load(limb_ptr + m * (LIMBS * FORMAT[FEATURES]) + group * FORMAT[GROUP] + byte, mask=mask, other=0)
-    return tl.dot(codes, tl.permute(fragment(x), [0, 2, 1]), sums, out_dtype=tl.int32)
+    """One limb of the half groups that begin at limb_ptr, as a product takes it: [GROUPS, GROUP / 2, COLUMNS], zeros beyond M
+    columns and LEFT groups. What an earlier tile left in `held` is not loaded again."""
+    if len(held) > 0:
+        return held[PLACE]
+    else:
+        column = tl.arange(0, 8)[:, None, None, None] + tl.arange(0, COLUMNS // 8)[None, None, :, None] * 8
+        group = tl.arange(0, GROUPS)[None, :, None, None]
+        byte = tl.arange(0, FORMAT[GROUP] // 2)[None, None, None, :]
+        mask = (column < M) & (group < LEFT)
+        m = row_of(column, chosen, CHOSEN)
+        x = tl.load(limb_ptr + m * (LIMBS * FORMAT[FEATURES]) + group * FORMAT[GROUP] + byte, mask=mask, other=0)
+        return tl.permute(fragment(x), [0, 2, 1])
 
 
 @triton.jit
@@ -181,45 +184,89 @@ def sum_groups(x, SPLIT: tl.constexpr):
 
 
 @triton.jit
+def units_of(
+    held, units_ptr, M, chosen, BEGIN: tl.constexpr, GROUPS: tl.constexpr, LEFT: tl.constexpr, FORMAT: tl.constexpr,
+    LIMBS: tl.constexpr, COLUMNS: tl.constexpr, CHOSEN: tl.constexpr,
+):  # fmt: skip
+    """(unit, total) of each group and column, as one int64: [GROUPS, COLUMNS]; held as in `limb_of_half`."""
+    if len(held) > 0:
+        return held[2 * LIMBS]
+    else:
+        column, group = tl.arange(0, COLUMNS)[None, :], tl.arange(0, GROUPS)[:, None]
+        m = row_of(column, chosen, CHOSEN)
+        in_row: tl.constexpr = FORMAT[FEATURES] // FORMAT[GROUP]
+        mask = (column < M) & (group < LEFT)
+        return tl.load(units_ptr.to(tl.pointer_type(tl.int64)) + m * in_row + BEGIN + group, mask=mask, other=0)
+
+
+@triton.jit
 def products_of_groups(
-    loaded, limbs_ptr, units_ptr, M, chosen, BEGIN: tl.constexpr, FORMAT: tl.constexpr, LIMBS: tl.constexpr,
+    loaded, held, limbs_ptr, units_ptr, M, chosen, BEGIN: tl.constexpr, FORMAT: tl.constexpr, LIMBS: tl.constexpr,
     COLUMNS: tl.constexpr, INTERPRETED: tl.constexpr, CHOSEN: tl.constexpr,
 ):  # fmt: skip
-    """Each of the groups that `load_groups` loaded, from BEGIN on, by itself: float32 [groups, BLOCK, COLUMNS]."""
+    """Each of the groups that `load_groups` loaded, from BEGIN on, by itself: float32 [groups, BLOCK, COLUMNS]; and the
+    activations as they are in registers now, for another tile's `held`, which is empty for the first."""
     first, second, pair = loaded
-    shape: tl.constexpr = [pair.shape[0], pair.shape[1], COLUMNS]
-    features: tl.constexpr = FORMAT[FEATURES]
-    left: tl.constexpr = features // FORMAT[GROUP] - BEGIN
+    groups: tl.constexpr = pair.shape[0]
+    shape: tl.constexpr = [groups, pair.shape[1], COLUMNS]
+    K: tl.constexpr = FORMAT[FEATURES]
+    left: tl.constexpr = K // FORMAT[GROUP] - BEGIN
     limbs_ptr += BEGIN * FORMAT[GROUP]
     start = tl.full(shape, ROUND_BITS, tl.int32)
-    rest = start
     # The first halves with all limbs, then the second ones: so that both need not be in registers at once.
     codes = fragment(low_nibbles(first, INTERPRETED) if FORMAT[BITS] == 4 else centred_bytes(first, INTERPRETED))
-    high = add_products(codes, limbs_ptr, start, M, chosen, left, FORMAT, LIMBS, CHOSEN)
-    low = add_products(codes, limbs_ptr + features, start, M, chosen, left, FORMAT, LIMBS, CHOSEN)
+    x0 = limb_of_half(held, 0, limbs_ptr, M, chosen, groups, left, FORMAT, LIMBS, COLUMNS, CHOSEN)
+    high = tl.dot(codes, x0, start, out_dtype=tl.int32)
+    x1 = limb_of_half(held, 1, limbs_ptr + K, M, chosen, groups, left, FORMAT, LIMBS, COLUMNS, CHOSEN)
+    low = tl.dot(codes, x1, start, out_dtype=tl.int32)
     if LIMBS == 3:
-        rest = add_products(codes, limbs_ptr + 2 * features, start, M, chosen, left, FORMAT, LIMBS, CHOSEN)
+        x4 = limb_of_half(held, 4, limbs_ptr + 2 * K, M, chosen, groups, left, FORMAT, LIMBS, COLUMNS, CHOSEN)
+        rest = tl.dot(codes, x4, start, out_dtype=tl.int32)
     codes = fragment(high_nibbles(second, INTERPRETED) if FORMAT[BITS] == 4 else centred_bytes(second, INTERPRETED))
     limbs_ptr += FORMAT[GROUP] // 2
-    high = add_products(codes, limbs_ptr, high, M, chosen, left, FORMAT, LIMBS, CHOSEN)
-    low = add_products(codes, limbs_ptr + features, low, M, chosen, left, FORMAT, LIMBS, CHOSEN)
+    x2 = limb_of_half(held, 2, limbs_ptr, M, chosen, groups, left, FORMAT, LIMBS, COLUMNS, CHOSEN)
+    high = tl.dot(codes, x2, high, out_dtype=tl.int32)
+    x3 = limb_of_half(held, 3, limbs_ptr + K, M, chosen, groups, left, FORMAT, LIMBS, COLUMNS, CHOSEN)
+    low = tl.dot(codes, x3, low, out_dtype=tl.int32)
     # Every rounding is written out: if the compiler were to choose what it fuses, it might choose another way for another shape.
     value = tl.fma(value_of(high), 256.0, value_of(low))  # X = 256 * high + low
+    now = (x0, x1, x2, x3)
     if LIMBS == 3:
-        rest = add_products(codes, limbs_ptr + 2 * features, rest, M, chosen, left, FORMAT, LIMBS, CHOSEN)
+        x5 = limb_of_half(held, 5, limbs_ptr + 2 * K, M, chosen, groups, left, FORMAT, LIMBS, COLUMNS, CHOSEN)
+        rest = tl.dot(codes, x5, rest, out_dtype=tl.int32)
         value = tl.fma(value_of(rest), 1.0 / FINER, value)
+        now = now + (x4, x5)  # type: ignore[assignment]
     # Per group and output, and per group and row: widened before they are taken apart, so that one conversion each brings them
     # to where the products are. The compiler takes equal values apart once.
     scale, shift = unpack_scales(tl.broadcast_to(pair[:, :, None], shape))
     if FORMAT[BITS] == 4:
         shift = tl.fma(scale, -8.0, shift)  # 8 = 2^(BITS - 1); int8's codes are centred already
-    column, group = tl.arange(0, COLUMNS)[None, :], tl.arange(0, pair.shape[0])[:, None]
-    m = row_of(column, chosen, CHOSEN)
-    mask = (column < M) & (group < left)
-    both = tl.load(units_ptr.to(tl.pointer_type(tl.int64)) + m * (features // FORMAT[GROUP]) + BEGIN + group, mask=mask, other=0)
-    both = tl.broadcast_to(both[:, None, :], shape)
+    units = units_of(held, units_ptr, M, chosen, BEGIN, groups, left, FORMAT, LIMBS, COLUMNS, CHOSEN)
+    both = tl.broadcast_to(units[:, None, :], shape)
     unit, total = both.to(tl.int32).to(tl.float32, bitcast=True), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    return tl.fma(value, scale * unit, shift * total)
+    return tl.fma(value, scale * unit, shift * total), now + (units,)
+
+
+@triton.jit
+def multiply_held(
+    tile, held, limbs_ptr, units_ptr, M, FORMAT: tl.constexpr, LIMBS: tl.constexpr, COLUMNS: tl.constexpr,
+    SPLIT: tl.constexpr, INTERPRETED: tl.constexpr, chosen=0, CHOSEN: tl.constexpr = False,
+):  # fmt: skip
+    """What `load_tile` found times M rows in limbs: float32 [BLOCK, COLUMNS]; columns from M on are zero. The rows are the first
+    ones from limbs_ptr and units_ptr on, or with CHOSEN those of the bits in `chosen`, of which M are set. And these rows as they
+    are in registers now, by passes, for the next tile's `held`; ((), ()) for the first.
+
+    Two passes: the first half of the groups, then the second, which needs fewer registers. The sums' order is the same."""
+    values, now = products_of_groups(
+        tile[0], held[0], limbs_ptr, units_ptr, M, chosen, 0, FORMAT, LIMBS, COLUMNS, INTERPRETED, CHOSEN
+    )
+    later = ()
+    if len(tile) == 2:
+        others, later = products_of_groups(
+            tile[1], held[1], limbs_ptr, units_ptr, M, chosen, values.shape[0], FORMAT, LIMBS, COLUMNS, INTERPRETED, CHOSEN
+        )
+        values += others
+    return sum_groups(values, SPLIT), (now, later)
 
 
 @triton.jit
@@ -227,13 +274,8 @@ def multiply_tile(
     tile, limbs_ptr, units_ptr, M, FORMAT: tl.constexpr, LIMBS: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr,
     INTERPRETED: tl.constexpr, chosen=0, CHOSEN: tl.constexpr = False,
 ):  # fmt: skip
-    """What `load_tile` found times M rows in limbs: float32 [BLOCK, COLUMNS]; columns from M on are zero. The rows are the first
-    ones from limbs_ptr and units_ptr on, or with CHOSEN those of the bits in `chosen`, of which M are set.
-
-    Two passes: the first half of the groups, then the second, which needs fewer registers. The sums' order is the same."""
-    values = products_of_groups(tile[0], limbs_ptr, units_ptr, M, chosen, 0, FORMAT, LIMBS, COLUMNS, INTERPRETED, CHOSEN)
-    if len(tile) == 2:
-        values += products_of_groups(
-            tile[1], limbs_ptr, units_ptr, M, chosen, values.shape[0], FORMAT, LIMBS, COLUMNS, INTERPRETED, CHOSEN
-        )
-    return sum_groups(values, SPLIT)
+    """`multiply_held` of one tile."""
+    y, _ = multiply_held(
+        tile, ((), ()), limbs_ptr, units_ptr, M, FORMAT, LIMBS, COLUMNS, SPLIT, INTERPRETED, chosen, CHOSEN
+    )  # fmt: skip
+    return y
