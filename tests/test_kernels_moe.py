@@ -450,7 +450,7 @@ def test_a_packed_feature_that_is_not_finite_stays_seen(value):
 
 def test_where_nothing_is_packed():
     """Plain weights, a shared expert stored differently, more tokens than the kernels take, and as many as the tile serves."""
-    for tokens, bits, group in ((1, 16, 32), (1, (4, 8), 32), (17, 4, 32), (9, 4, 64)):
+    for tokens, bits, group in ((1, 16, 32), (1, (4, 8), 32), (33, 4, 32), (9, 4, 64)):
         stored = experts(D=64, E=4, width=64, shared=64, bits=bits, group=group, dtype=torch.float32)
         common = {"x": randn(tokens, 1, 64, seed=1), "norm_weight": stored.pop("norm_weight"), "eps": stored.pop("eps")}
         trace = torch.zeros(tokens, 1, 2, dtype=torch.int32, device=DEVICE)

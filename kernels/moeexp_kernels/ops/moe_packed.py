@@ -24,7 +24,7 @@ from moeexp_kernels.parts.packed import packable, packed_length
 from moeexp_kernels.parts.pdl import after_previous, has_pdl
 from moeexp_kernels.parts.warp_rows import EACH, WARPS, dot_warp_rows, load_packed, load_warp_rows, spread_of
 
-PACKED_ROWS = 16  # tokens for which the router packs rows; beyond, experts on the tile are faster
+PACKED_ROWS = 32  # tokens for which the router packs rows, as many as the tile of experts takes
 
 
 @triton.jit
