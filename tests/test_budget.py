@@ -152,7 +152,7 @@ def test_kernels_of_real_ops_are_placed(name, monkeypatch):
 FEW = {"linear": ["gemv_kernel"], "gdn": ["_decode_kernel", "_finish_kernel"], "qk_norm_rope": ["_qk_norm_rope_kernel"],
        "sdpa": ["_attend_splits_kernel", "_merge_kernel"], "router": ["gemv_kernel", "choose_experts_kernel"],
        "moe": ["gate_up_packed_kernel", "down_packed_kernel"], "sample": ["_chunk_best_kernel", "_best_kernel"]}  # fmt: skip
-ROWS = {1: FEW, 4: FEW | {"linear": ["limbs_kernel", "linear_tile_kernel"], "moe": ["gate_up_kernel", "down_kernel"]}}
+ROWS = {1: FEW, 4: FEW | {"linear": ["limbs_kernel", "linear_tile_kernel"]}}
 STEPS = 3
 
 
@@ -218,7 +218,8 @@ def test_rows_sum_up_to_the_roofline_and_to_all_kernels(index):
     assert sum(row["bytes"] for row in rows) == total["total"]
     assert sum(row["activations"] for row in rows) == total["activations"]
     by_kernel = record["time_split"]["by_kernel"]
-    assert sum(row["us"] for row in rows) == pytest.approx(sum(one["us"] for one in by_kernel), abs=0.05)
+    rounded = 0.0005 * record["kernels_per_token"]  # each kernel's time is, to a nanosecond
+    assert sum(row["us"] for row in rows) == pytest.approx(sum(one["us"] for one in by_kernel), abs=rounded)
     assert sum(row["adds_us"] for row in rows) == pytest.approx(sum(row["us"] for row in rows), abs=0.05), "none overlap"
     assert sum(row["calls"] for row in rows) == record["kernels_per_token"]
     calls_of = {(row["op"], row["kernel"]): row["calls"] for row in rows}
