@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import yaml
 from moeexp_kernels.bench import measure, table
 from moeexp_kernels.bench.__main__ import main, measure_or_say
-from moeexp_kernels.bench.candidates import chain_targets, targets
+from moeexp_kernels.bench.candidates import chain_targets, head_target, targets
 from moeexp_kernels.bench.case import SeededTensors, count_for, ratios, red
 from moeexp_kernels.bench.cases import BUILDERS, Spec, build, specs
 from moeexp_kernels.bench.layers import Layers
@@ -120,6 +120,18 @@ def test_a_linear_case_names_the_row_that_its_kernel_runs_with(tokens, op):
     with tuning.asked() as asked:
         assert red(case.check()) is None
     assert [name for name, _ in case.tuned] == [op] and set(case.tuned) <= asked
+
+
+@pytest.mark.parametrize(("sequences", "op"), [(1, "gemv"), (3, "linear_tile"), (40, "gemm")])
+def test_a_head_s_target_is_the_row_that_its_kernel_runs_with(sequences, op):
+    shapes = replace(TINY, hidden=128, group=64)
+    target = head_target(shapes, sequences, common.DEVICE)
+    case = build(*target.specs, shapes, common.DEVICE, 0)
+    with tuning.asked() as asked:
+        case.call(**case.copies[0])
+    assert target.op == op and (target.op, target.key) in asked and target.key.endswith("40") == (sequences == 40)
+    row = tuning.lookup(op, target.key, "sm_90", rule=target.candidates[0])
+    assert all(change.keys() <= row.keys() for change in target.candidates)
 
 
 @pytest.mark.slow

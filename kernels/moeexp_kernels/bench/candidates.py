@@ -85,6 +85,15 @@ GEMM = tuple(
     ]
 )  # fmt: skip
 
+# Few rows: as many programs as fill the GPU read them, so that these are most of the bytes where a program has few weights.
+GEMM_FEW = tuple(
+    {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+    for m, n, k, warps, stages in [
+        (32, 64, 64, 4, 4), (32, 128, 64, 4, 3), (32, 128, 64, 4, 4), (32, 128, 64, 8, 4), (32, 256, 64, 8, 3),
+        (32, 128, 32, 4, 4), (64, 128, 64, 4, 3), (64, 128, 64, 8, 4),
+    ]
+)  # fmt: skip
+
 
 def _blocks(n: int, k: int, warps: int, stages: int) -> dict[str, Any]:
     return {"BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
@@ -197,11 +206,11 @@ def _few(sequences: int) -> tuple[dict, ...]:
     return tuple(row for row in TILE if row["COLUMNS"] <= columns_of(sequences))
 
 
-def head_target(shapes: Shapes, sequences: int) -> Target:
+def head_target(shapes: Shapes, sequences: int, device: str = "cuda") -> Target:
     """The row that serves the head of a step, which is long enough for its own time to decide."""
     spec = Spec("linear", "decode", sequences, "head")
-    ((op, key),) = build(spec, shapes, "cuda", cold=0).tuned
-    return Target(op, key, (spec,), HEAD if op == "gemv" else _few(sequences))
+    ((op, key),) = build(spec, shapes, device, cold=0).tuned
+    return Target(op, key, (spec,), {"gemv": HEAD, "gemm": GEMM_FEW}.get(op) or _few(sequences))
 
 
 def chain_targets(shapes: Shapes, sequences: int, asked: set[tuple[str, str]]) -> list[Target]:

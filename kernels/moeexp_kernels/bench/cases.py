@@ -31,6 +31,7 @@ from moeexp_kernels.ops import (
     router,
     sample,
 )
+from moeexp_kernels.ops.gemm import gemm_key
 from moeexp_kernels.ops.linear_tile import tile_key
 from moeexp_kernels.parts import tuning
 from moeexp_kernels.traffic import moved
@@ -90,11 +91,10 @@ def build_linear(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -
         copies.append(
             {**shared, "weight": weight.clone(), "scales": None if scales is None else scales.clone()}
         )  # fmt: skip
-    key = f"{'plain' if spec.bits == 16 else 'int'}{spec.bits}/"
     bits, group = linear.weight_format(weight=weight, scales=scales, in_features=features, name="weight")
     table = {
         "gemv": ("gemv", linear.gemv_key(bits=spec.bits, rows=out, in_features=features, tokens=spec.tokens)),
-        "gemm": ("gemm", f"{key}half/{out}x{features}"),
+        "gemm": ("gemm", gemm_key(bits=bits, dtype=x.dtype, out_features=out, features=features, rows=spec.tokens)),
         "matmul": ("dequantise", tuning.weight_class(spec.bits)),
         "tile": ("linear_tile", tile_key(bits=bits, out_features=out, features=features, rows=spec.tokens)),
     }[linear.kernel_for(rows=spec.tokens, bits=bits, group=group, out_features=out, features=features)]  # fmt: skip

@@ -315,6 +315,17 @@ def launch_rms_norm(*, x: Tensor, norm_weight: Tensor, eps: float, dtype: torch.
     return y
 
 
+FEW_ROWS = 64  # up to which a number of rows may have launch parameters of its own
+
+
+def gemm_key(*, bits: int, dtype: torch.dtype, out_features: int, features: int, rows: int | torch.SymInt) -> str:
+    """Key of the tuning table: "int4/half/248320x2048/32/25" for 25 rows, after which ".../32" serves 17 to 32, and all rows
+    what comes before. A symbolic number of rows is many."""
+    key = f"{tuning.weight_class(bits)}/{tuning.activation_class(dtype)}/{out_features}x{features}"
+    few = isinstance(rows, int) and rows <= FEW_ROWS
+    return f"{key}/{max(16, triton.next_power_of_2(rows))}/{rows}" if few else key
+
+
 def launch_gemm(
     *, x: Tensor, weight: Tensor, scales: Tensor | None, residual: Tensor | None, out: Tensor, bits: int, group: int,
     precision: str | None = None, config: dict | None = None,
@@ -322,7 +333,7 @@ def launch_gemm(
     """out [M, N] = residual + x [M, K] @ weight.T; all flat, checked, and out contiguous."""
     rows, out_features = x.shape[0], weight.shape[0]
     # In the table BLOCK_K counts stored columns.
-    key = f"{tuning.weight_class(bits)}/{tuning.activation_class(x.dtype)}/{out_features}x{x.shape[1]}"
+    key = gemm_key(bits=bits, dtype=x.dtype, out_features=out_features, features=x.shape[1], rows=rows)
     config = config or tuning.lookup("gemm", key, tuning.architecture(x.device))
     grid = (triton.cdiv(rows, config["BLOCK_M"]), triton.cdiv(out_features, config["BLOCK_N"]))
     wrap_triton(gemm_kernel)[grid](
