@@ -124,7 +124,11 @@ def test_tune_writes_the_row_into_the_architecture_s_table(tuned, monkeypatch, t
     written = json.loads((tmp_path / f"{ARCH}.json").read_text())
     assert written[OP] == {KEY: {**FIRST, "BLOCK_N": 4}}
     assert written["sample"] == {"": {"BLOCK": 1}}, "rows of other ops stay"
-    assert written["_about"]["device"] == "a GPU" and written["_about"]["command"] == "tune router"
+    about = written["_about"]
+    assert (about["device"], about["command"]) == ("a GPU", "tune router") and about["before"] == [{"device": "before"}]
+    assert tuner.tune(["router"], processes=1, budget=60.0, command="tune again") == 0
+    again = json.loads((tmp_path / f"{ARCH}.json").read_text())["_about"]
+    assert [run.get("command") for run in (again, *again["before"])] == ["tune again", "tune router", None]
     assert tuning.source(OP, KEY, ARCH) == ARCH
     assert str(tmp_path) in capsys.readouterr().out
 

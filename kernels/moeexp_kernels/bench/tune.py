@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from datetime import date
 from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -108,6 +109,17 @@ def choose(
     return best, lines
 
 
+def said_of_a_table(command: str, earlier: dict[str, Any]) -> dict[str, Any]:
+    """What this run says of the table that it writes; rows that it leaves are of the runs `before`, the latest first. earlier:
+    what the table said so far."""
+    latest = {key: value for key, value in earlier.items() if key != "before"}
+    this = {
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+        "last tuned": date.today().isoformat(), "command": command,
+    }  # fmt: skip
+    return this | ({"before": [latest, *earlier.get("before", [])]} if earlier else {})
+
+
 def tune(
     ops: list[str], *, processes: int, budget: float, command: str, chains: Sequence[int] = (), shapes: Shapes = FULL
 ) -> int:  # fmt: skip
@@ -126,7 +138,7 @@ def tune(
     jobs = [job for _, wanted in work for target in wanted for job in jobs_of(target, arch, shapes)]
     done = warm(jobs, processes, seconds=0.5 * budget)
     print(f"compiled {done} of {len(jobs)} in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-    rows = copy.deepcopy(tuning.table(arch))
+    rows, earlier = copy.deepcopy(tuning.table(arch)), tuning.about(arch)
     deadline, path = start + budget, None
     for chain, target in [(chain, target) for chain, wanted in work for target in wanted]:
         if time.monotonic() > deadline:
@@ -138,10 +150,6 @@ def tune(
             continue  # a row that serves more than this key says the same
         rows.setdefault(target.op, {})[target.key] = best
         # Written at once: what was measured is kept if the run is stopped, and the next targets run with it.
-        about = {
-            "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-            "last tuned": date.today().isoformat(), "command": command,
-        }  # fmt: skip
-        path = tuning.write_table(arch, rows, about)
+        path = tuning.write_table(arch, rows, said_of_a_table(command, earlier))
     print(f"{path or 'nothing written'} in {time.monotonic() - start:.0f} s")
     return 0

@@ -59,6 +59,12 @@ def table(name: str) -> dict[str, dict[str, LaunchParameters]]:
     return {op: rows for op, rows in json.loads(path.read_text()).items() if op != ABOUT}
 
 
+def about(name: str) -> dict[str, Any]:
+    """What `tuned/<name>.json` says of itself; empty where there is no such file."""
+    path = FOLDER / f"{name}.json"
+    return json.loads(path.read_text()).get(ABOUT, {}) if path.exists() else {}
+
+
 def _prefixes(key: str) -> list[str]:
     parts = key.split("/")
     return ["/".join(parts[:count]) for count in range(len(parts), -1, -1)]
@@ -139,7 +145,7 @@ def activation_class(dtype: torch.dtype) -> str:
     return "single" if dtype == torch.float32 else "half"
 
 
-def write_table(name: str, tables: dict[str, dict[str, LaunchParameters]], about: dict[str, str]) -> Path:
+def write_table(name: str, tables: dict[str, dict[str, LaunchParameters]], about: dict[str, Any]) -> Path:
     """Writes `tuned/<name>.json`, a row a line, and forgets what was read before."""
     lines = [f'  "{ABOUT}": {json.dumps(about)}']
     for op, rows in sorted(tables.items()):
