@@ -95,7 +95,7 @@ def test_an_unreachable_server_is_one_warning_and_an_offline_run(tmp_path, monke
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     result = track(make(tmp_path / "run", "tracker.mode=online", "tracker.timeout_s=90"))
-    assert result["mode"] == "offline" and "could not be reached" in result["warning"]
+    assert result["mode"] == "offline" and "could not be reached" in result["warning"], result
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
 
 
@@ -114,6 +114,8 @@ def test_a_broken_wandb_is_one_warning(tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"), prepend=":")
     assert "no wandb here" in track(run)["warning"]
+    online, offline = track(make(tmp_path / "online", "tracker.mode=online"))["warning"].split("; nor was it logged offline: ")
+    assert "no wandb here" in online and "no wandb here" in offline
 
 
 @pytest.mark.parametrize(

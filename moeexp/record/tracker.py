@@ -46,7 +46,7 @@ def track(record: dict[str, Any], *, run_dir: Path, exit_code: int, group: str |
         return found
     kept = _wandb_process(run_dir, exit_code, group, "offline", run_id, OFFLINE_S)
     if kept["warning"]:
-        return found
+        return found | {"warning": f"{found['warning']}; nor was it logged offline: {kept['warning']}"}
     return kept | {"warning": f"{found['warning']}; logged offline, upload it with: python -m moeexp.sync {kept['path']}"}
 
 

@@ -360,12 +360,21 @@ def test_every_value_at_every_place_of_a_manifest_is_read_or_one_line(folder):
     assert len(cases) / 2 < refused < len(cases), (refused, len(cases))
 
 
+def says_the_same(data, whole):
+    """As JSON: one kind of white space for another is no damage."""
+    try:
+        one, other = (json.dumps(json.loads(text), sort_keys=True) for text in (data, whole))
+    except (ValueError, RecursionError):
+        return False
+    return one == other
+
+
 def break_files(folder, count):
     generator = seeded()
     for name in ("manifest.json", "weights/00000.safetensors"):
         whole = (folder / name).read_bytes()
         for what, data in itertools.islice(broken(whole, generator), count):
-            if data != whole:
+            if data != whole and not says_the_same(data, whole):
                 (folder / name).write_bytes(data)
                 assert refusal(folder, what=f"{name}: {what}") is not None, what
         (folder / name).write_bytes(whole)
