@@ -441,8 +441,8 @@ def test_programs_in_the_order_of_experts_change_no_bit():
     choice |= {"positions": torch.zeros(5, dtype=torch.int64, device=DEVICE)}
     chosen = route_decode(choice | {"expert_ids": torch.zeros(5, 1, 3, dtype=torch.int32, device=DEVICE)}, stored)
     row, results = tuning.lookup("moe_gate_up_packed", "int4"), []
-    for ordered in (False, True):
-        with tuning.override("moe_gate_up_packed", "int4", row | {"ORDERED": ordered}), poisoned_empty():
+    for by_expert in (False, True):
+        with tuning.override("moe_gate_up_packed", "int4", row | {"BY_EXPERT": by_expert}), poisoned_empty():
             results.append(moe_decode(**common, **chosen, **stored))
     assert results[0].isfinite().all()
     assert_bitwise_equal(results[1], results[0], "expert by expert")

@@ -70,8 +70,8 @@ MOE_TILE = tuple(
 LIMBS = tuple({"START_NEXT": True, "num_warps": warps} for warps in (2, 4, 8, 16))
 # A GPU starts some 600 programs in a microsecond: many small ones begin late.
 GATE_UP_PACKED = tuple(
-    {"EACH": each, "ORDERED": ordered, "CACHE": ".cg", "num_warps": warps}
-    for each, warps, ordered in [  # 16 rows make a vector of int4 activations
+    {"EACH": each, "BY_EXPERT": by_expert, "CACHE": ".cg", "num_warps": warps}
+    for each, warps, by_expert in [  # 16 rows make a vector of int4 activations
         (2, 8, False), (1, 16, False), (4, 4, False), (2, 16, False), (4, 8, False), (2, 8, True), (4, 4, True), (4, 8, True),
     ]
 )  # fmt: skip

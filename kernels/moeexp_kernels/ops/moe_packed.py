@@ -22,9 +22,9 @@ from moeexp_kernels.parts.int_dot import dot_rows
 from moeexp_kernels.parts.matrix import BITS, FEATURES, ROWS, VECTOR, WORDS, at_row, matrix_format
 from moeexp_kernels.parts.packed import packable, packed_length
 from moeexp_kernels.parts.pdl import after_previous, has_pdl, start_next
-from moeexp_kernels.parts.warp_rows import EACH, ORDERED, WARPS, dot_warp_rows, load_packed, load_warp_rows, spread_of
+from moeexp_kernels.parts.warp_rows import BY_EXPERT, EACH, WARPS, dot_warp_rows, load_packed, load_warp_rows, spread_of
 
-ORDERED_PAIRS = 32  # of a program
+PAIRS_OF_PROGRAM = 32  # of a program
 PACKED_ROWS = 32  # tokens for which the router packs rows, as many as the tile of experts takes
 
 
@@ -86,7 +86,7 @@ def gate_up_packed_kernel(
     """act [M, ACT[LENGTH]]: packed, each chosen expert's activations times its share, then the shared expert's times its gate.
     packed [M, PACKED]: of x [M, K], which is left for the gate; ids and weights [M, TOP_K]. FORMAT: one expert's.
     Grid (blocks of vectors, 1 + TOP_K, M), the shared expert first: its programs know their weights before the
-    choice, and x, which is older. With SPREAD[ORDERED] ids are those of `order_pairs_kernel`: programs go from expert to
+    choice, and x, which is older. With SPREAD[BY_EXPERT] ids are those of `order_pairs_kernel`: programs go from expert to
     expert, so that one that several tokens chose is read while L2 has it."""
     LIMBS: tl.constexpr = 2 if x_ptr.dtype.element_ty == tl.float32 else 1  # as `int16_limbs`
     TOP_K: tl.constexpr = ACT[EXPERTS]
@@ -108,7 +108,7 @@ def gate_up_packed_kernel(
         pair = tl.program_id(2) * TOP_K + tl.program_id(1) - 1
         ready = after_previous(PDL)  # which experts to read is the previous kernel's result
         expert = tl.load(ids_ptr + ready + pair)
-        if SPREAD[ORDERED]:
+        if SPREAD[BY_EXPERT]:
             pair = expert & 0xFFFF
             expert = expert >> 16
         w_ptr, s_ptr = at_row(w_ptr, s_ptr, expert.to(tl.int64) * FORMAT[ROWS], FORMAT)
@@ -192,17 +192,17 @@ def launch_packed(
     act = torch.empty((rows, act_form[7]), dtype=torch.int32, device=x.device)
     common = {"ACT": act_form, "INTERPRETED": not x.is_cuda, "PDL": has_pdl(x)}
     entries = ids
-    if first["ORDERED"]:
+    if first["BY_EXPERT"]:
         pairs = rows * top_k
         entries = torch.empty((pairs,), dtype=torch.int32, device=x.device)
-        wrap_triton(order_pairs_kernel)[(triton.cdiv(pairs, ORDERED_PAIRS),)](
-            ids, entries, pairs, PADDED=triton.next_power_of_2(pairs), BLOCK_P=ORDERED_PAIRS, PDL=has_pdl(x), num_warps=4
+        wrap_triton(order_pairs_kernel)[(triton.cdiv(pairs, PAIRS_OF_PROGRAM),)](
+            ids, entries, pairs, PADDED=triton.next_power_of_2(pairs), BLOCK_P=PAIRS_OF_PROGRAM, PDL=has_pdl(x), num_warps=4
         )
     blocks = triton.cdiv(max(width, shared_width), each * warps)
     wrap_triton(gate_up_packed_kernel)[(blocks, top_k + 1, rows)](
         x, norm_weight, packed, entries, weights, gate_up, gate_up_scales, shared_gate_up, shared_gate_up_scales, shared_gate,
         act, EPS=eps, FORMAT=form, SHARED_FORMAT=shared_form, PACKED=length,
-        SPREAD=spread_of(form, each=each, warps=warps, ordered=first["ORDERED"]),
+        SPREAD=spread_of(form, each=each, warps=warps, by_expert=first["BY_EXPERT"]),
         CACHE=first["CACHE"], num_warps=warps, **common,
     )  # fmt: skip
     slots = triton.next_power_of_2(top_k)
