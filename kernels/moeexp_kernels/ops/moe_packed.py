@@ -24,7 +24,7 @@ from moeexp_kernels.parts.packed import packable, packed_length
 from moeexp_kernels.parts.pdl import after_previous, has_pdl, start_next
 from moeexp_kernels.parts.warp_rows import BY_EXPERT, EACH, WARPS, dot_warp_rows, load_packed, load_warp_rows, spread_of
 
-PAIRS_OF_PROGRAM = 32  # of a program
+PAIRS_OF_PROGRAM = 32  # of `order_pairs_kernel`
 PACKED_ROWS = 32  # tokens for which the router packs rows, as many as the tile of experts takes
 
 
