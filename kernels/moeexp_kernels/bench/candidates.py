@@ -70,11 +70,9 @@ MOE_TILE = tuple(
 LIMBS = tuple({"START_NEXT": True, "num_warps": warps} for warps in (2, 4, 8, 16))
 # A GPU starts some 600 programs in a microsecond: many small ones begin late.
 GATE_UP_PACKED = tuple(
-    {"EACH": each, "BY_EXPERT": by_expert, "CACHE": ".cg", "num_warps": warps}
-    for each, warps, by_expert in [  # 16 rows make a vector of int4 activations
-        (2, 8, False), (1, 16, False), (4, 4, False), (2, 16, False), (4, 8, False), (2, 8, True), (4, 4, True), (4, 8, True),
-    ]
-)  # fmt: skip
+    {"EACH": each, "CACHE": ".cg", "num_warps": warps}
+    for each, warps in [(2, 8), (1, 16), (4, 4), (2, 16), (4, 8)]  # 16 rows make a vector of int4 activations
+)
 DOWN = tuple(
     {"BLOCK_D": block, "num_warps": warps}
     for block, warps in [(2, 2), (4, 2), (8, 2), (2, 4), (4, 4), (8, 4), (16, 4), (8, 8), (16, 8)]
@@ -87,7 +85,7 @@ GEMM = tuple(
     ]
 )  # fmt: skip
 
-# Few rows: as many programs as fill the GPU read them, so that these are most of the bytes where a program has few weights.
+# Every program reads the rows of activations: where these are few, blocks as high as they are and long ones of weights.
 GEMM_FEW = tuple(
     {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
     for m, n, k, warps, stages in [

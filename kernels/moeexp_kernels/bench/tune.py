@@ -109,7 +109,7 @@ def choose(
     return best, lines
 
 
-def said_of_a_table(command: str, earlier: dict[str, Any]) -> dict[str, Any]:
+def provenance(command: str, earlier: dict[str, Any]) -> dict[str, Any]:
     """What this run says of the table that it writes; rows that it leaves are of the runs `before`, the latest first. earlier:
     what the table said so far."""
     latest = {key: value for key, value in earlier.items() if key != "before"}
@@ -138,7 +138,7 @@ def tune(
     jobs = [job for _, wanted in work for target in wanted for job in jobs_of(target, arch, shapes)]
     done = warm(jobs, processes, seconds=0.5 * budget)
     print(f"compiled {done} of {len(jobs)} in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-    rows, earlier = copy.deepcopy(tuning.table(arch)), tuning.about(arch)
+    rows, earlier = copy.deepcopy(tuning.table(arch)), tuning.provenance(arch)
     deadline, path = start + budget, None
     for chain, target in [(chain, target) for chain, wanted in work for target in wanted]:
         if time.monotonic() > deadline:
@@ -150,6 +150,6 @@ def tune(
             continue  # a row that serves more than this key says the same
         rows.setdefault(target.op, {})[target.key] = best
         # Written at once: what was measured is kept if the run is stopped, and the next targets run with it.
-        path = tuning.write_table(arch, rows, said_of_a_table(command, earlier))
+        path = tuning.write_table(arch, rows, provenance(command, earlier))
     print(f"{path or 'nothing written'} in {time.monotonic() - start:.0f} s")
     return 0

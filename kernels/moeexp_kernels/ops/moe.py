@@ -10,8 +10,8 @@ width.
     shared_gate_up [2*Is, D], shared_down [D, Is] likewise; shared_gate [1, D] plain
 
 Which experts a token takes: `router.py`; references: `moe_reference.py`. Experts of few tokens, a GEMV for each pair:
-`moe_pairs.py`, and where the router packed their rows `moe_packed.py`. Up to 32 tokens, some of whose experts are the same:
-`moe_tile.py`. Many tokens: `moe_prefill.py`.
+`moe_pairs.py`, and where the router packed their rows `moe_packed.py`. Up to 32 tokens, some of whose experts are the same,
+where the tuning table has it so or it is asked for: `moe_tile.py`. Many tokens: `moe_prefill.py`.
 """
 
 from __future__ import annotations

@@ -21,10 +21,9 @@ from moeexp_kernels.parts.checks import check_argument
 from moeexp_kernels.parts.int_dot import dot_rows
 from moeexp_kernels.parts.matrix import BITS, FEATURES, ROWS, VECTOR, WORDS, at_row, matrix_format
 from moeexp_kernels.parts.packed import packable, packed_length
-from moeexp_kernels.parts.pdl import after_previous, has_pdl, start_next
-from moeexp_kernels.parts.warp_rows import BY_EXPERT, EACH, WARPS, dot_warp_rows, load_packed, load_warp_rows, spread_of
+from moeexp_kernels.parts.pdl import after_previous, has_pdl
+from moeexp_kernels.parts.warp_rows import EACH, WARPS, dot_warp_rows, load_packed, load_warp_rows, spread_of
 
-PAIRS_OF_PROGRAM = 32  # of `order_pairs_kernel`
 PACKED_ROWS = 32  # tokens for which the router packs rows, as many as the tile of experts takes
 
 
@@ -65,19 +64,6 @@ def swiglu_rows(
 
 
 @triton.jit
-def order_pairs_kernel(ids_ptr, order_ptr, PAIRS, PADDED: tl.constexpr, BLOCK_P: tl.constexpr, PDL: tl.constexpr):
-    """order [PAIRS] int32: the pairs of token and expert by expert, then by token, each as expert << 16 | pair. ids [PAIRS], a
-    token's experts in a row; PADDED: PAIRS rounded up to a power of 2. Grid (blocks of pairs,)."""
-    order_ptr += start_next(PDL)
-    p, own = tl.arange(0, PADDED), tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    ready = after_previous(PDL)
-    ids = tl.load(ids_ptr + ready + p, mask=p < PAIRS, other=0x7FFF)
-    mine = tl.load(ids_ptr + ready + own, mask=own < PAIRS, other=0)
-    before = (ids[None, :] < mine[:, None]) | ((ids[None, :] == mine[:, None]) & (p[None, :] < own[:, None]))
-    tl.store(order_ptr + ready + tl.sum(before.to(tl.int32), axis=1), mine << 16 | own, mask=own < PAIRS)
-
-
-@triton.jit
 def gate_up_packed_kernel(
     x_ptr, norm_ptr, packed_ptr, ids_ptr, weights_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, shared_gate_ptr, act_ptr,
     EPS: tl.constexpr, FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr, ACT: tl.constexpr, SPREAD: tl.constexpr,
@@ -86,37 +72,34 @@ def gate_up_packed_kernel(
     """act [M, ACT[LENGTH]]: packed, each chosen expert's activations times its share, then the shared expert's times its gate.
     packed [M, PACKED]: of x [M, K], which is left for the gate; ids and weights [M, TOP_K]. FORMAT: one expert's.
     Grid (blocks of vectors, 1 + TOP_K, M), the shared expert first: its programs know their weights before the
-    choice, and x, which is older. With SPREAD[BY_EXPERT] ids are those of `order_pairs_kernel`: programs go from expert to
-    expert, so that one that several tokens chose is read while L2 has it."""
+    choice, and x, which is older."""
     LIMBS: tl.constexpr = 2 if x_ptr.dtype.element_ty == tl.float32 else 1  # as `int16_limbs`
     TOP_K: tl.constexpr = ACT[EXPERTS]
     in_vector: tl.constexpr = ACT[VECTOR] * 32 // ACT[BITS]  # activations
     vectors: tl.constexpr = FORMAT[ROWS] // 2 // in_vector  # of an expert
     first = tl.program_id(0) * (SPREAD[EACH] * SPREAD[WARPS] // in_vector)
     row = rows_of_vectors(first, ACT, SPREAD)
+    m = tl.program_id(2).to(tl.int64)
+    packed_ptr += m * PACKED
+    act_ptr += m * ACT[LENGTH]
     if tl.program_id(1) == 0:
         if first < SHARED_FORMAT[ROWS] // 2 // in_vector:
-            m = tl.program_id(2).to(tl.int64)
             weights = load_gate_up(shared_w_ptr, shared_s_ptr, row, SHARED_FORMAT, SPREAD, CACHE)
             factor = shared_share(x_ptr + m * FORMAT[FEATURES], norm_ptr, shared_gate_ptr, EPS, SHARED_FORMAT)
             ready = after_previous(PDL)
             swiglu_rows(
-                packed_ptr + m * PACKED + ready, weights, act_ptr + m * ACT[LENGTH] + ready, factor, first, TOP_K * vectors,
+                packed_ptr + ready, weights, act_ptr + ready, factor, first, TOP_K * vectors,
                 SHARED_FORMAT, ACT, SPREAD, LIMBS, PACKED, INTERPRETED,
             )  # fmt: skip
     elif first < vectors:
-        pair = tl.program_id(2) * TOP_K + tl.program_id(1) - 1
+        slot = tl.program_id(1) - 1
         ready = after_previous(PDL)  # which experts to read is the previous kernel's result
-        expert = tl.load(ids_ptr + ready + pair)
-        if SPREAD[BY_EXPERT]:
-            pair = expert & 0xFFFF
-            expert = expert >> 16
-        w_ptr, s_ptr = at_row(w_ptr, s_ptr, expert.to(tl.int64) * FORMAT[ROWS], FORMAT)
+        expert = tl.load(ids_ptr + ready + m * TOP_K + slot).to(tl.int64)
+        w_ptr, s_ptr = at_row(w_ptr, s_ptr, expert * FORMAT[ROWS], FORMAT)
         weights = load_gate_up(w_ptr, s_ptr, row, FORMAT, SPREAD, CACHE)
-        factor = tl.load(weights_ptr + ready + pair)
-        m = (pair // TOP_K).to(tl.int64)
+        factor = tl.load(weights_ptr + ready + m * TOP_K + slot)
         swiglu_rows(
-            packed_ptr + m * PACKED + ready, weights, act_ptr + m * ACT[LENGTH] + ready, factor, first, pair % TOP_K * vectors,
+            packed_ptr + ready, weights, act_ptr + ready, factor, first, slot * vectors,
             FORMAT, ACT, SPREAD, LIMBS, PACKED, INTERPRETED,
         )  # fmt: skip
 
@@ -191,18 +174,10 @@ def launch_packed(
     each = max(each, in_vector // warps)  # whole vectors
     act = torch.empty((rows, act_form[7]), dtype=torch.int32, device=x.device)
     common = {"ACT": act_form, "INTERPRETED": not x.is_cuda, "PDL": has_pdl(x)}
-    entries = ids
-    if first["BY_EXPERT"]:
-        pairs = rows * top_k
-        entries = torch.empty((pairs,), dtype=torch.int32, device=x.device)
-        wrap_triton(order_pairs_kernel)[(triton.cdiv(pairs, PAIRS_OF_PROGRAM),)](
-            ids, entries, pairs, PADDED=triton.next_power_of_2(pairs), BLOCK_P=PAIRS_OF_PROGRAM, PDL=has_pdl(x), num_warps=4
-        )
     blocks = triton.cdiv(max(width, shared_width), each * warps)
     wrap_triton(gate_up_packed_kernel)[(blocks, top_k + 1, rows)](
-        x, norm_weight, packed, entries, weights, gate_up, gate_up_scales, shared_gate_up, shared_gate_up_scales, shared_gate,
-        act, EPS=eps, FORMAT=form, SHARED_FORMAT=shared_form, PACKED=length,
-        SPREAD=spread_of(form, each=each, warps=warps, by_expert=first["BY_EXPERT"]),
+        x, norm_weight, packed, ids, weights, gate_up, gate_up_scales, shared_gate_up, shared_gate_up_scales, shared_gate, act,
+        EPS=eps, FORMAT=form, SHARED_FORMAT=shared_form, SPREAD=spread_of(form, each=each, warps=warps), PACKED=length,
         CACHE=first["CACHE"], num_warps=warps, **common,
     )  # fmt: skip
     slots = triton.next_power_of_2(top_k)

@@ -230,7 +230,7 @@ def products_of_groups(
     low = tl.dot(codes, x3, low, out_dtype=tl.int32)
     # Every rounding is written out: if the compiler were to choose what it fuses, it might choose another way for another shape.
     value = tl.fma(value_of(high), 256.0, value_of(low))  # X = 256 * high + low
-    now = (x0, x1, x2, x3)
+    now = (x0, x1, x2, x3)  # the first halves' high and low limbs, the second ones', then the third limbs of both; last the units
     if LIMBS == 3:
         x5 = limb_of_half(held, 5, limbs_ptr + 2 * K, M, chosen, groups, left, FORMAT, LIMBS, COLUMNS, CHOSEN)
         rest = tl.dot(codes, x5, rest, out_dtype=tl.int32)

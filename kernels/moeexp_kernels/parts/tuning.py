@@ -53,16 +53,17 @@ def current_architecture() -> str:
 @cache
 def table(name: str) -> dict[str, dict[str, LaunchParameters]]:
     """`tuned/<name>.json` as {op: {key: row}}; empty where there is no such file."""
-    path = FOLDER / f"{name}.json"
-    if not path.exists():
-        return {}
-    return {op: rows for op, rows in json.loads(path.read_text()).items() if op != ABOUT}
+    return {op: rows for op, rows in _contents(name).items() if op != ABOUT}
 
 
-def about(name: str) -> dict[str, Any]:
+def provenance(name: str) -> dict[str, Any]:
     """What `tuned/<name>.json` says of itself; empty where there is no such file."""
+    return _contents(name).get(ABOUT, {})
+
+
+def _contents(name: str) -> dict[str, Any]:
     path = FOLDER / f"{name}.json"
-    return json.loads(path.read_text()).get(ABOUT, {}) if path.exists() else {}
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _prefixes(key: str) -> list[str]:

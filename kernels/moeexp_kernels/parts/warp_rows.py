@@ -20,12 +20,11 @@ from moeexp_kernels.parts.matrix import BITS, FEATURES, GROUP, VECTOR, WORDS
 CHUNK: tl.constexpr = tl.constexpr(0)  # words of a chunk
 EACH: tl.constexpr = tl.constexpr(1)  # rows of a warp
 WARPS: tl.constexpr = tl.constexpr(2)
-BY_EXPERT: tl.constexpr = tl.constexpr(3)  # whether the programs of several experts go in the order of these
 
 
-def spread_of(form: tuple[int, ...], *, each: int, warps: int, by_expert: bool = False) -> tuple[int, ...]:
+def spread_of(form: tuple[int, ...], *, each: int, warps: int) -> tuple[int, int, int]:
     """SPREAD for rows of FORMAT `form` (`matrix.py`)."""
-    return min(form[4], 32 * form[5]), each, warps, int(by_expert)
+    return min(form[4], 32 * form[5]), each, warps
 
 
 @triton.jit
