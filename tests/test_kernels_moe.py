@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
 from kernels_common import (
     DEVICE,
     Guarded,
@@ -15,6 +16,7 @@ from kernels_common import (
     randn,
 )
 from moeexp_kernels.ops.moe import moe_decode, route_decode
+from moeexp_kernels.ops.moe_packed import order_pairs_kernel
 from moeexp_kernels.ops.moe_prefill import HEIGHTS, has_order, moe_prefill, scales_after, served_heights, shared_ranges
 from moeexp_kernels.ops.moe_reference import reference_moe_decode
 from moeexp_kernels.ops.moe_sort import block_bounds, sort_by_expert
@@ -431,6 +433,33 @@ def test_a_program_that_packs_more_vectors_than_are_left_writes_none_of_its_neig
     assert_bitwise_equal(results[1], results[0], "programs of other sizes")
 
 
+def test_programs_in_the_order_of_experts_change_no_bit():
+    """Of five tokens, some of whose experts are the same, and 15 pairs, which fill no block."""
+    stored = experts(D=64, E=6, width=32, shared=64, bits=4, group=32, dtype=torch.float32)
+    common = {"x": randn(5, 1, 64, seed=1), "norm_weight": stored.pop("norm_weight"), "eps": stored.pop("eps")}
+    choice = common | {"weight": randn(6, 64, seed=5), "top_k": 3}
+    choice |= {"positions": torch.zeros(5, dtype=torch.int64, device=DEVICE)}
+    chosen = route_decode(choice | {"expert_ids": torch.zeros(5, 1, 3, dtype=torch.int32, device=DEVICE)}, stored)
+    row, results = tuning.lookup("moe_gate_up_packed", "int4"), []
+    for ordered in (False, True):
+        with tuning.override("moe_gate_up_packed", "int4", row | {"BY_EXPERT": ordered}), poisoned_empty():
+            results.append(moe_decode(**common, **chosen, **stored))
+    assert results[0].isfinite().all()
+    assert_bitwise_equal(results[1], results[0], "expert by expert")
+
+
+@pytest.mark.parametrize("pairs", [1, 15, 33])
+def test_pairs_are_ordered_by_expert_and_then_by_token(pairs):
+    generator = torch.Generator().manual_seed(pairs)
+    ids = torch.randint(0, 7, (pairs,), generator=generator, dtype=torch.int32)
+    order = Guarded(torch.full((pairs,), -1, dtype=torch.int32, device=DEVICE))
+    order_pairs_kernel[(triton.cdiv(pairs, 8),)](
+        ids.to(DEVICE), order.tensor, pairs, PADDED=triton.next_power_of_2(pairs), BLOCK_P=8, PDL=False
+    )
+    order.check("order")
+    assert order.tensor.tolist() == sorted(expert << 16 | pair for pair, expert in enumerate(ids.tolist()))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_packed_feature_that_is_not_finite_stays_seen(value):
     x = randn(2, 1, 64, seed=1)
@@ -468,7 +497,7 @@ def test_rows_that_cannot_be_packed_are_refused():
         "top_k": 2,
     }
     arguments |= {"positions": torch.zeros(1, dtype=torch.int64, device=DEVICE)}
-    arguments |= {"expert_ids": torch.zeros(1, 1, 2, dtype=torch.int32, device=DEVICE)}
+    arguments |= {"expert_ids": torch.zeros(1, 1, 2, dtype=torch.int32, device=DEVICE), "shared_gate": randn(1, 96, seed=7)}
     for bits, group in ((4, 64), (4, 48), (16, 96), (8, 16)):
         expect_value_error(
             lambda bits=bits, group=group: router_packed(**arguments, pack_bits=bits, pack_group=group), f"groups of {group}"

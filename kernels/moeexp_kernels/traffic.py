@@ -48,7 +48,7 @@ KERNELS: dict[str, dict[str, str]] = {
         **dict.fromkeys(("gate_up_kernel", "gate_up_packed_kernel", "gate_up_tile_kernel", "grouped_gate_up_kernel"), GATE_UP),
         **dict.fromkeys(("down_kernel", "down_packed_kernel", "down_tile_kernel", "grouped_down_kernel"), DOWN),
         **dict.fromkeys(("limbs_kernel", "combine_tile_kernel", "norm_kernel", "count_kernel", "sort_kernel",
-                         "combine_kernel"), NOTHING),
+                         "combine_kernel", "order_pairs_kernel"), NOTHING),
     },
     "sample": {"_chunk_best_kernel": WHOLE, "_narrow_kernel": NOTHING, "_best_kernel": NOTHING},
 }  # fmt: skip

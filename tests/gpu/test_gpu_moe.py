@@ -61,21 +61,22 @@ def on_packed_rows(*, x, norm_weight, eps, ids, weights, **stored):
     trace = torch.zeros(*ids.shape, dtype=torch.int32, device=x.device)
     _, _, packed = router_packed(
         x=x, norm_weight=norm_weight, weight=x.new_zeros(ids.shape[-1], x.shape[-1]), eps=eps, top_k=ids.shape[-1],
-        positions=torch.zeros(1, dtype=torch.int64, device=x.device), expert_ids=trace, **form,
+        positions=torch.zeros(1, dtype=torch.int64, device=x.device), expert_ids=trace, shared_gate=stored["shared_gate"], **form,
     )  # fmt: skip
     return moe_decode(x=x, norm_weight=norm_weight, eps=eps, ids=ids, weights=weights, packed=packed, **stored)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("bits", "shapes"), [(4, BIG), (8, BIG), (4, SMALL | {"group": 64}), (8, SMALL | {"group": 64})])
-@pytest.mark.parametrize("tokens", [1, 2, 16])
+@pytest.mark.parametrize("tokens", [1, 2, 16, 32])
 def test_decode_on_packed_rows(tokens, bits, shapes, dtype):
     """Also rows that are no power of 2 of words, and a shared expert wider than the others."""
     check(on_packed_rows, tokens=tokens, shapes=shapes, bits=bits, dtype=dtype, k=8)
 
 
-def test_launch_parameters_of_packed_rows_change_no_bit():
-    arguments = many_tokens(torch.bfloat16, tokens=2)
+@pytest.mark.parametrize("tokens", [2, 24])
+def test_launch_parameters_of_packed_rows_change_no_bit(tokens):
+    arguments = many_tokens(torch.bfloat16, tokens=tokens)
     row, expected = tuning.lookup("moe_gate_up_packed", "int4/2048x512"), on_packed_rows(**arguments)
     for change in candidates.GATE_UP_PACKED:
         with tuning.override("moe_gate_up_packed", "int4", row | change), poisoned_empty():

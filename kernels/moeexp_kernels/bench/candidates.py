@@ -70,9 +70,11 @@ MOE_TILE = tuple(
 LIMBS = tuple({"START_NEXT": True, "num_warps": warps} for warps in (2, 4, 8, 16))
 # A GPU starts some 600 programs in a microsecond: many small ones begin late.
 GATE_UP_PACKED = tuple(
-    {"EACH": each, "CACHE": ".cg", "num_warps": warps}
-    for each, warps in [(2, 8), (1, 16), (4, 4), (2, 16), (4, 8)]  # 16 rows make a vector of int4 activations
-)
+    {"EACH": each, "BY_EXPERT": ordered, "CACHE": ".cg", "num_warps": warps}
+    for each, warps, ordered in [  # 16 rows make a vector of int4 activations
+        (2, 8, False), (1, 16, False), (4, 4, False), (2, 16, False), (4, 8, False), (2, 8, True), (4, 4, True), (4, 8, True),
+    ]
+)  # fmt: skip
 DOWN = tuple(
     {"BLOCK_D": block, "num_warps": warps}
     for block, warps in [(2, 2), (4, 2), (8, 2), (2, 4), (4, 4), (8, 4), (16, 4), (8, 8), (16, 8)]

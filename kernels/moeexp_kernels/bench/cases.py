@@ -139,12 +139,12 @@ def build_router(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -
     )  # fmt: skip
 
 
-def packed_rows(x: Tensor, norm_weight: Tensor, top_k: int, form: dict[str, int]) -> Tensor:
+def packed_rows(x: Tensor, norm_weight: Tensor, shared_gate: Tensor, top_k: int, form: dict[str, int]) -> Tensor:
     """x [B, 1, D] packed by a router for experts of this form."""
     trace = torch.zeros(x.shape[0], 1, top_k, dtype=torch.int32, device=x.device)
     return router.router_packed(
         x=x, norm_weight=norm_weight, weight=x.new_zeros(top_k, x.shape[-1]), eps=EPS, top_k=top_k,
-        positions=trace.new_zeros(x.shape[0], dtype=torch.int64), expert_ids=trace, **form,
+        positions=trace.new_zeros(x.shape[0], dtype=torch.int64), expert_ids=trace, shared_gate=shared_gate, **form,
     )[2]  # fmt: skip
 
 
@@ -183,7 +183,7 @@ def build_moe(spec: Spec, shapes: Shapes, source: SeededTensors, cold: int) -> C
     op: Callable = moe.moe_decode if decode else moe_prefill.moe_prefill
     form = moe.packed_form(x, copies[0]) if decode else {}
     if form:  # as in a step, where the router's kernels pack the rows
-        op = partial(op, packed=packed_rows(x, shared["norm_weight"], top_k, form))
+        op = partial(op, packed=packed_rows(x, shared["norm_weight"], shared["shared_gate"], top_k, form))
     size, flops_width = f"{shapes.hidden}x{shapes.expert_width}", top_k * shapes.expert_width + shapes.shared_width
     key = f"int{bits}/{size}"
     tile: dict[str, Any] = {"bits": bits, "features": shapes.hidden, "width": shapes.expert_width, "rows": spec.tokens}

@@ -114,12 +114,13 @@ def gemv_kernel(
     LIMBS: tl.constexpr = 2 if x_ptr.dtype.element_ty == tl.float32 else 1  # as `int16_limbs`
     program = tl.program_id(0).to(tl.int64)
     shares: tl.constexpr = M // TOGETHER
+    whole: tl.constexpr = FORMAT[ROWS] % (BLOCK_N * TILES) == 0
     m, start = program % shares * TOGETHER, program // shares * (BLOCK_N * TILES)
     # From here offsets are relative to the program's first row: int32 is enough within it.
     w_ptr, s_ptr = at_row(w_ptr, s_ptr, start, FORMAT)
     rows_left = tl.minimum(FORMAT[ROWS] - start, BLOCK_N * TILES).to(tl.int32)
     row = tl.arange(0, BLOCK_N)
-    words, pair = load_rows(w_ptr, s_ptr, row, row < rows_left, FORMAT, CACHE)
+    words, pair = load_rows(w_ptr, s_ptr, row, row < rows_left, FORMAT, CACHE, whole)
     norm = load_norm(norm_ptr, HAS_NORM, FORMAT)
     ready = after_previous(PDL)
     x_ptr += ready
@@ -136,7 +137,7 @@ def gemv_kernel(
         ahead_words, ahead_pair, ahead_extra = words, pair, extra
         if tile + 1 < TILES:  # the next rows are on their way while these are summed
             ahead = here + BLOCK_N
-            ahead_words, ahead_pair = load_rows(w_ptr, s_ptr, ahead, ahead < rows_left, FORMAT, CACHE)
+            ahead_words, ahead_pair = load_rows(w_ptr, s_ptr, ahead, ahead < rows_left, FORMAT, CACHE, whole)
             ahead_extra = load_extra(res_ptr, ahead, rows_left, TOGETHER, HAS_RESIDUAL, FORMAT)
         for i in tl.static_range(TOGETHER):
             y = scale[i] * dot_rows(words, pair, features[i], FORMAT, LIMBS, INTERPRETED)

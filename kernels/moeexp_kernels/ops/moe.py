@@ -120,8 +120,8 @@ def moe_decode(
     packed: Tensor | None = None,
 ) -> Tensor:
     """`reference_moe_decode` on the GPU; the same arguments, by keyword. Any number of tokens, made for up to 32; a token's ids
-    differ. packed: what `router_packed` made of x, which spares the experts' programs to make it; the tile has no use for it.
-    `ValueError` for strides or dtypes not taken."""
+    differ. packed: what `router_packed` made of x and shared_gate, which spares the experts' programs to make it; the tile has
+    no use for it. `ValueError` for strides or dtypes not taken."""
     return launch_decode(
         x=x, norm_weight=norm_weight, eps=eps, ids=ids, weights=weights, gate_up=gate_up, gate_up_scales=gate_up_scales,
         down=down, down_scales=down_scales, shared_gate_up=shared_gate_up, shared_gate_up_scales=shared_gate_up_scales,
@@ -138,9 +138,9 @@ def packed_form(x: Tensor, experts: dict[str, Any]) -> dict[str, int]:
 
 def route_decode(choice: dict[str, Any], experts: dict[str, Any]) -> dict[str, Tensor]:
     """`ids`, `weights` and, where its kernels take it, `packed` of `moe_decode`. choice: the arguments of `router`; experts: the
-    matrices that `moe_decode` takes."""
+    matrices that `moe_decode` takes, and its `shared_gate`."""
     form = packed_form(choice["x"], experts)
-    found = router_packed(**choice, **form) if form else router(**choice)
+    found = router_packed(**choice, **form, shared_gate=experts["shared_gate"]) if form else router(**choice)
     return dict(zip(("ids", "weights", "packed"), found, strict=False))
 
 

@@ -18,12 +18,13 @@ from moeexp_kernels.ops.moe_pairs import DOWN_VECTOR, folded_rows, load_down
 from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.act import EXPERTS, LENGTH, act_format, load_packed_act, rows_of_vectors, store_packed_act
 from moeexp_kernels.parts.checks import check_argument
-from moeexp_kernels.parts.int_dot import dot_rows
+from moeexp_kernels.parts.int_dot import dot_rows, int16_limbs
 from moeexp_kernels.parts.matrix import BITS, FEATURES, ROWS, VECTOR, WORDS, at_row, matrix_format
 from moeexp_kernels.parts.packed import packable, packed_length
-from moeexp_kernels.parts.pdl import after_previous, has_pdl
-from moeexp_kernels.parts.warp_rows import EACH, WARPS, dot_warp_rows, load_packed, load_warp_rows, spread_of
+from moeexp_kernels.parts.pdl import after_previous, has_pdl, start_next
+from moeexp_kernels.parts.warp_rows import BY_EXPERT, EACH, WARPS, dot_warp_rows, load_packed, load_warp_rows, spread_of
 
+ORDERED_PAIRS = 32  # of a program
 PACKED_ROWS = 32  # tokens for which the router packs rows, as many as the tile of experts takes
 
 
@@ -38,70 +39,66 @@ def load_gate_up(
 
 
 @triton.jit
-def shared_share(x_ptr, norm_ptr, gate_ptr, EPS: tl.constexpr, FORMAT: tl.constexpr):
-    """sigmoid(gate @ norm(x)) of one row x [K]; past L1, as x is loaded before the wait."""
-    k = tl.arange(0, FORMAT[WORDS] * 32 // FORMAT[BITS])  # K, rounded up to a power of 2, as WORDS is
-    mask = k < FORMAT[FEATURES]
-    x = tl.load(x_ptr + k, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
-    r = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / FORMAT[FEATURES] + EPS)
-    x *= 1.0 + tl.load(norm_ptr + k, mask=mask, other=0.0).to(tl.float32)
-    return tl.sigmoid(r * tl.sum(x * tl.load(gate_ptr + k, mask=mask, other=0.0).to(tl.float32), axis=0))
-
-
-@triton.jit
-def swiglu_rows(
-    packed_ptr, weights, act_ptr, factor, first, before,
-    FORMAT: tl.constexpr, ACT: tl.constexpr, SPREAD: tl.constexpr, LIMBS: tl.constexpr, PACKED: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """Packs factor * silu(gate) * up of one expert, whose vectors come after `before` others in the row at act_ptr, from vector
-    `first` of its own on. weights: what `load_gate_up` loaded."""
-    features, r = load_packed(packed_ptr, FORMAT, SPREAD, LIMBS, PACKED)
-    gate = r * dot_warp_rows(weights[0][0], weights[0][1], features, FORMAT, LIMBS, INTERPRETED)
-    up = r * dot_warp_rows(weights[1][0], weights[1][1], features, FORMAT, LIMBS, INTERPRETED)
-    own: tl.constexpr = FORMAT[ROWS] // 2 * ACT[BITS] // 32 // ACT[VECTOR]
-    store_packed_act(act_ptr, factor * gate * tl.sigmoid(gate) * up, before + first, before + own, ACT, SPREAD, LIMBS)
+def order_pairs_kernel(ids_ptr, order_ptr, PAIRS, PADDED: tl.constexpr, BLOCK_P: tl.constexpr, PDL: tl.constexpr):
+    """order [PAIRS] int32: the pairs of token and expert by expert, then by token, each as expert << 16 | pair. ids [PAIRS], a
+    token's experts in a row; PADDED: PAIRS rounded up to a power of 2. Grid (blocks of pairs,)."""
+    order_ptr += start_next(PDL)
+    p, own = tl.arange(0, PADDED), tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    ready = after_previous(PDL)
+    ids = tl.load(ids_ptr + ready + p, mask=p < PAIRS, other=0x7FFF)
+    mine = tl.load(ids_ptr + ready + own, mask=own < PAIRS, other=0)
+    before = (ids[None, :] < mine[:, None]) | ((ids[None, :] == mine[:, None]) & (p[None, :] < own[:, None]))
+    tl.store(order_ptr + ready + tl.sum(before.to(tl.int32), axis=1), mine << 16 | own, mask=own < PAIRS)
 
 
 @triton.jit
 def gate_up_packed_kernel(
-    x_ptr, norm_ptr, packed_ptr, ids_ptr, weights_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, shared_gate_ptr, act_ptr,
-    EPS: tl.constexpr, FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr, ACT: tl.constexpr, SPREAD: tl.constexpr,
+    packed_ptr, ids_ptr, weights_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, act_ptr,
+    FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr, ACT: tl.constexpr, SPREAD: tl.constexpr, LIMBS: tl.constexpr,
     PACKED: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
-    """act [M, ACT[LENGTH]]: packed, each chosen expert's activations times its share, then the shared expert's times its gate.
-    packed [M, PACKED]: of x [M, K], which is left for the gate; ids and weights [M, TOP_K]. FORMAT: one expert's.
-    Grid (blocks of vectors, 1 + TOP_K, M), the shared expert first: its programs know their weights before the
-    choice, and x, which is older."""
-    LIMBS: tl.constexpr = 2 if x_ptr.dtype.element_ty == tl.float32 else 1  # as `int16_limbs`
+    """act [M, ACT[LENGTH]]: packed, share * silu(gate) * up of each chosen expert, then of the shared one, whose share is its
+    gate's. packed [M, PACKED]; ids and weights, the experts' shares, [M, TOP_K]. FORMAT: one expert's. Grid (blocks of vectors,
+    1 + TOP_K, M), the shared expert first: its programs ask for their weights before the choice is known.
+
+    With SPREAD[BY_EXPERT] ids are those of `order_pairs_kernel`: programs go from expert to expert, so that one that several
+    tokens chose is read while L2 has it."""
     TOP_K: tl.constexpr = ACT[EXPERTS]
     in_vector: tl.constexpr = ACT[VECTOR] * 32 // ACT[BITS]  # activations
     vectors: tl.constexpr = FORMAT[ROWS] // 2 // in_vector  # of an expert
+    shared_vectors: tl.constexpr = SHARED_FORMAT[ROWS] // 2 // in_vector
     first = tl.program_id(0) * (SPREAD[EACH] * SPREAD[WARPS] // in_vector)
     row = rows_of_vectors(first, ACT, SPREAD)
-    m = tl.program_id(2).to(tl.int64)
-    packed_ptr += m * PACKED
-    act_ptr += m * ACT[LENGTH]
+    # What differs goes through one piece of code: instructions come from memory as well.
     if tl.program_id(1) == 0:
-        if first < SHARED_FORMAT[ROWS] // 2 // in_vector:
-            weights = load_gate_up(shared_w_ptr, shared_s_ptr, row, SHARED_FORMAT, SPREAD, CACHE)
-            factor = shared_share(x_ptr + m * FORMAT[FEATURES], norm_ptr, shared_gate_ptr, EPS, SHARED_FORMAT)
-            ready = after_previous(PDL)
-            swiglu_rows(
-                packed_ptr + ready, weights, act_ptr + ready, factor, first, TOP_K * vectors,
-                SHARED_FORMAT, ACT, SPREAD, LIMBS, PACKED, INTERPRETED,
-            )  # fmt: skip
-    elif first < vectors:
-        slot = tl.program_id(1) - 1
+        m = tl.program_id(2)
+        gate_pair, up_pair = load_gate_up(shared_w_ptr, shared_s_ptr, row, SHARED_FORMAT, SPREAD, CACHE)
+        ready = after_previous(PDL)
+        before, last = TOP_K * vectors, TOP_K * vectors + shared_vectors
+        share_ptr = packed_ptr.to(tl.pointer_type(tl.float32)) + m.to(tl.int64) * PACKED + (PACKED - 3)
+    else:
+        pair = tl.program_id(2) * TOP_K + tl.program_id(1) - 1
         ready = after_previous(PDL)  # which experts to read is the previous kernel's result
-        expert = tl.load(ids_ptr + ready + m * TOP_K + slot).to(tl.int64)
-        w_ptr, s_ptr = at_row(w_ptr, s_ptr, expert * FORMAT[ROWS], FORMAT)
-        weights = load_gate_up(w_ptr, s_ptr, row, FORMAT, SPREAD, CACHE)
-        factor = tl.load(weights_ptr + ready + m * TOP_K + slot)
-        swiglu_rows(
-            packed_ptr + ready, weights, act_ptr + ready, factor, first, slot * vectors,
-            FORMAT, ACT, SPREAD, LIMBS, PACKED, INTERPRETED,
-        )  # fmt: skip
+        expert = tl.load(ids_ptr + ready + pair)
+        if SPREAD[BY_EXPERT]:
+            pair = expert & 0xFFFF
+            expert = expert >> 16
+        m = pair // TOP_K
+        w_ptr, s_ptr = at_row(w_ptr, s_ptr, expert.to(tl.int64) * FORMAT[ROWS], FORMAT)
+        gate_pair, up_pair = load_gate_up(w_ptr, s_ptr, row, FORMAT, SPREAD, CACHE)
+        before = pair % TOP_K * vectors
+        last = before + vectors
+        share_ptr = weights_ptr + pair
+    share = tl.load(share_ptr + ready)
+    packed_ptr += m.to(tl.int64) * PACKED + ready
+    features = load_packed(packed_ptr, FORMAT, SPREAD, LIMBS)
+    r = tl.load(packed_ptr + (PACKED - 4)).to(tl.float32, bitcast=True)
+    gate = r * dot_warp_rows(gate_pair[0], gate_pair[1], features, FORMAT, LIMBS, INTERPRETED)
+    up = r * dot_warp_rows(up_pair[0], up_pair[1], features, FORMAT, LIMBS, INTERPRETED)
+    store_packed_act(
+        act_ptr + m.to(tl.int64) * ACT[LENGTH] + ready, share * gate * tl.sigmoid(gate) * up, before + first, last, ACT, SPREAD,
+        LIMBS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -145,6 +142,15 @@ def packing(formats: dict[str, tuple[int, int, int]], *, rows: int) -> dict[str,
     return {"pack_bits": found[0], "pack_group": found[1]}
 
 
+def order_pairs(ids: Tensor) -> Tensor:
+    """ids [..., k] int32 of experts as `gate_up_packed_kernel` takes them to go by expert."""
+    pairs, order = ids.numel(), torch.empty((ids.numel(),), dtype=torch.int32, device=ids.device)
+    wrap_triton(order_pairs_kernel)[(triton.cdiv(pairs, ORDERED_PAIRS),)](
+        ids, order, pairs, PADDED=triton.next_power_of_2(pairs), BLOCK_P=ORDERED_PAIRS, PDL=has_pdl(ids), num_warps=4
+    )
+    return order
+
+
 def launch_packed(
     *, x: Tensor, norm_weight: Tensor, packed: Tensor, eps: float, ids: Tensor, weights: Tensor, gate_up: Tensor,
     gate_up_scales: Tensor | None, down: Tensor, down_scales: Tensor | None, shared_gate_up: Tensor,
@@ -175,10 +181,12 @@ def launch_packed(
     act = torch.empty((rows, act_form[7]), dtype=torch.int32, device=x.device)
     common = {"ACT": act_form, "INTERPRETED": not x.is_cuda, "PDL": has_pdl(x)}
     blocks = triton.cdiv(max(width, shared_width), each * warps)
+    whole = width == shared_width and width % (each * warps) == 0
+    spread = spread_of(form, each=each, warps=warps, by_expert=first["BY_EXPERT"], whole=whole)
     wrap_triton(gate_up_packed_kernel)[(blocks, top_k + 1, rows)](
-        x, norm_weight, packed, ids, weights, gate_up, gate_up_scales, shared_gate_up, shared_gate_up_scales, shared_gate, act,
-        EPS=eps, FORMAT=form, SHARED_FORMAT=shared_form, SPREAD=spread_of(form, each=each, warps=warps), PACKED=length,
-        CACHE=first["CACHE"], num_warps=warps, **common,
+        packed, order_pairs(ids) if first["BY_EXPERT"] else ids, weights, gate_up, gate_up_scales, shared_gate_up,
+        shared_gate_up_scales, act, FORMAT=form, SHARED_FORMAT=shared_form, SPREAD=spread, LIMBS=int16_limbs(x.dtype),
+        PACKED=length, CACHE=first["CACHE"], num_warps=warps, **common,
     )  # fmt: skip
     slots = triton.next_power_of_2(top_k)
     fold = folded_rows(block=second["BLOCK_D"], slots=slots, features=features, bits=shared_width * bits)

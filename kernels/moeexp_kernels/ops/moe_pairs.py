@@ -107,6 +107,7 @@ def load_down(
     width: tl.constexpr = FORMAT[FEATURES]
     bits: tl.constexpr = FORMAT[BITS]
     row_words: tl.constexpr = width * bits // 32
+    whole: tl.constexpr = D % BLOCK_D == 0 and TOP_K == SLOTS and row_words == FORMAT[WORDS]
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     slot = tl.arange(0, SLOTS)
     slot_mask = slot < TOP_K
@@ -114,23 +115,28 @@ def load_down(
     expert = tl.load(ids_ptr + m * TOP_K + slot, mask=slot_mask, other=0, cache_modifier=".cg").to(tl.int64)
     column = words_in_vectors(FORMAT)
     # Loaded slots first: of the dimensions without contiguous addresses, the first is spread over lanes and warps.
-    mask = slot_mask[:, None, None] & (d < D)[None, :, None] & (column < row_words)[None, None, :]
-    words = tl.load(
-        w_ptr.to(tl.pointer_type(tl.int32)) + (expert * (D * row_words))[:, None, None] + (d * row_words)[None, :, None]
-        + column[None, None, :],
-        mask=mask, other=0, cache_modifier=CACHE,
-    )  # fmt: skip
+    w_ptr = w_ptr.to(tl.pointer_type(tl.int32)) + (expert * (D * row_words))[:, None, None] + (d * row_words)[None, :, None]
+    w_ptr += column[None, None, :]
+    if whole:
+        words = tl.load(w_ptr, cache_modifier=CACHE)
+    else:
+        mask = slot_mask[:, None, None] & (d < D)[None, :, None] & (column < row_words)[None, None, :]
+        words = tl.load(w_ptr, mask=mask, other=0, cache_modifier=CACHE)
     words = tl.reshape(tl.permute(words, [1, 0, 2]), [BLOCK_D, SLOTS * FORMAT[WORDS]])
     pair = d
     if bits <= 8:
         groups: tl.constexpr = width // FORMAT[GROUP]
         group = group_of_vector(FORMAT)
-        mask = (group < groups)[:, None, None] & slot_mask[None, :, None] & (d < D)[None, None, :]
-        offsets = (expert * (D * groups))[None, :, None] + (d * groups)[None, None, :] + group[:, None, None]
-        pair = tl.load(s_ptr.to(tl.pointer_type(tl.int32)) + offsets, mask=mask, other=0)
+        s_ptr = s_ptr.to(tl.pointer_type(tl.int32)) + (expert * (D * groups))[None, :, None] + (d * groups)[None, None, :]
+        s_ptr += group[:, None, None]
+        if whole:
+            pair = tl.load(s_ptr)
+        else:
+            mask = (group < groups)[:, None, None] & slot_mask[None, :, None] & (d < D)[None, None, :]
+            pair = tl.load(s_ptr, mask=mask, other=0)
         pair = tl.reshape(tl.permute(pair, [2, 1, 0]), [BLOCK_D, SLOTS * group.shape[0]])
     folded = tl.program_id(0) * (BLOCK_D // FOLD) + tl.arange(0, BLOCK_D // FOLD)
-    shared = load_rows(shared_w_ptr, shared_s_ptr, folded, folded * FOLD < D, SHARED_FORMAT, CACHE)
+    shared = load_rows(shared_w_ptr, shared_s_ptr, folded, folded * FOLD < D, SHARED_FORMAT, CACHE, D % BLOCK_D == 0)
     # Older still. Had it been loaded after the sums, all programs would end by waiting for it.
     extra = tl.load(x_ptr + m * x_stride + d, mask=d < D, other=0.0, cache_modifier=".cg").to(tl.float32)
     return (words, pair), shared, extra

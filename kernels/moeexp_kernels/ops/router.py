@@ -138,17 +138,18 @@ def choice(
 
 @triton.jit
 def choose_experts_kernel(
-    logits_ptr, ids_ptr, weights_ptr, trace_ptr, positions_ptr, lengths_ptr, x_ptr, norm_ptr, packed_ptr, T, S,
+    logits_ptr, ids_ptr, weights_ptr, trace_ptr, positions_ptr, lengths_ptr, x_ptr, norm_ptr, gate_ptr, packed_ptr, T, S,
     trace_stride_b, trace_stride_s,
     SIZES: tl.constexpr, HAS_VALID_LEN: tl.constexpr, EPS: tl.constexpr, FORMAT: tl.constexpr, PART: tl.constexpr,
-    PACKED: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """The `choice` of one token, stored: ids, weights, and the trace where its position counts. Grid (tokens, 1), and if PACKED
-    (tokens, 2 + groups of a row): the other programs pack x [M, K] for the experts, FORMAT and PART as of `pack_group`.
-    SIZES: E, TOP_K, and both rounded up to powers of 2. Positions are older than a step: past L1, which may hold the last
+    (tokens, 3 + groups of a row): the other programs pack x [M, K] for the experts, FORMAT and PART as of `pack_group`.
+    SIZES: E, TOP_K, both rounded up to powers of 2, and PACKED. Positions are older than a step: past L1, which may hold the last
     token's."""
     E: tl.constexpr = SIZES[0]
     TOP_K: tl.constexpr = SIZES[1]
+    PACKED: tl.constexpr = SIZES[4]
     m = tl.program_id(0).to(tl.int64)
     early = start_next(PDL)
     if tl.program_id(1) == 0:
@@ -172,10 +173,13 @@ def choose_experts_kernel(
         x_ptr += m * FORMAT[FEATURES] + early
         packed_ptr += m * PACKED
         group = tl.program_id(1) - 1
-        if group < FORMAT[FEATURES] // FORMAT[GROUP]:
+        groups: tl.constexpr = FORMAT[FEATURES] // FORMAT[GROUP]
+        if group < groups:
             pack_group(x_ptr, norm_ptr, packed_ptr, group, FORMAT, PART, LIMBS)
+        elif group == groups:
+            pack_factor(x_ptr, norm_ptr, gate_ptr, packed_ptr, False, EPS, FORMAT, PACKED)
         else:
-            pack_factor(x_ptr, packed_ptr, EPS, FORMAT, PACKED)
+            pack_factor(x_ptr, norm_ptr, gate_ptr, packed_ptr, True, EPS, FORMAT, PACKED)
 
 
 # --- launch ---
@@ -229,7 +233,7 @@ def launch_logits(
 
 def launch_router(
     *, x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, top_k: int, positions: Tensor, expert_ids: Tensor,
-    valid_len: Tensor | None, pack_bits: int = 0, pack_group: int = 0,
+    valid_len: Tensor | None, shared_gate: Tensor | None = None, pack_bits: int = 0, pack_group: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(ids, weights, packed rows, or anything without pack_bits): checks the arguments of both ops and runs their kernels."""
     flat, bits = check_router(
@@ -251,13 +255,14 @@ def launch_router(
     packed, parts, length = logits, 1, 0
     form = packed_format(bits=pack_bits or 4, group=pack_group or features, features=features)
     if pack_bits:
-        length, parts = packed_length(form, x.dtype), features // pack_group + 2
+        length, parts = packed_length(form, x.dtype), features // pack_group + 3
         packed = torch.empty((batch * tokens, length), dtype=torch.int32, device=x.device)
     wrap_triton(choose_experts_kernel)[(flat.shape[0], parts)](
-        logits, ids, weights, expert_ids, positions, positions if valid_len is None else valid_len, flat, norm_weight, packed,
-        tokens, expert_ids.shape[1], expert_ids.stride(0), expert_ids.stride(1),
-        SIZES=(experts, top_k, triton.next_power_of_2(experts), triton.next_power_of_2(top_k)), EPS=eps,
-        HAS_VALID_LEN=valid_len is not None, FORMAT=form, PART=of_one_group(form), PACKED=length, PDL=has_pdl(x), num_warps=1,
+        logits, ids, weights, expert_ids, positions, positions if valid_len is None else valid_len, flat, norm_weight,
+        norm_weight if shared_gate is None else shared_gate, packed, tokens, expert_ids.shape[1],
+        expert_ids.stride(0), expert_ids.stride(1),
+        SIZES=(experts, top_k, triton.next_power_of_2(experts), triton.next_power_of_2(top_k), length), EPS=eps,
+        HAS_VALID_LEN=valid_len is not None, FORMAT=form, PART=of_one_group(form), PDL=has_pdl(x), num_warps=1,
     )  # fmt: skip
     return ids, weights, packed
 
@@ -292,12 +297,15 @@ def router_packed(
     top_k: int,
     positions: Tensor,
     expert_ids: Tensor,
+    shared_gate: Tensor,
     pack_bits: int,
     pack_group: int,
     valid_len: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`router`, and third the rows of norm(x) packed for experts of pack_bits in groups of pack_group (`parts/packed.py`), int32
-    [B * T, length], which `moe_decode` takes. `ValueError` too where such rows cannot be packed."""
+    [B * T, length], which `moe_decode` takes, with the share of a shared expert gated by shared_gate [1, D]. `ValueError` too
+    where such rows cannot be packed."""
+    check_argument(shared_gate, name="shared_gate", shape=(1, x.shape[-1]), dtypes=FLOATS)
     if not packable(bits=pack_bits, group=pack_group) or x.shape[-1] % pack_group:
         raise ValueError(
             f"rows of {x.shape[-1]} features for {pack_bits}-bit weights in groups of {pack_group}; supported: 4 and 8 bits, "
@@ -305,5 +313,5 @@ def router_packed(
         )
     return launch_router(
         x=x, norm_weight=norm_weight, weight=weight, eps=eps, top_k=top_k, positions=positions, expert_ids=expert_ids,
-        valid_len=valid_len, pack_bits=pack_bits, pack_group=pack_group,
+        valid_len=valid_len, shared_gate=shared_gate, pack_bits=pack_bits, pack_group=pack_group,
     )  # fmt: skip

@@ -38,6 +38,7 @@ from moeexp_kernels.parts.matrix import BITS, FEATURES, FLOAT16, GROUP, VECTOR, 
 LARGEST_INT16: tl.constexpr = tl.constexpr(32767.0)  # 2^15 - 1
 FINER_INT16: tl.constexpr = tl.constexpr(32768.0)  # 2^15 units of the second limb in one of the first: half of one is 2^14
 NIBBLES: tl.constexpr = tl.constexpr(0x0F0F0F0F)  # the low one of each byte
+HIGH_NIBBLES: tl.constexpr = tl.constexpr(-0x0F0F0F10)  # the high one, 16 times its value: 0xF0F0F0F0 as int32
 
 
 def int16_limbs(dtype: torch.dtype) -> int:
@@ -205,25 +206,31 @@ def words_in_vectors(FORMAT: tl.constexpr):
 
 
 @triton.jit
-def load_rows(w_ptr, s_ptr, row, row_mask, FORMAT: tl.constexpr, CACHE: tl.constexpr):
+def load_rows(
+    w_ptr, s_ptr, row, row_mask, FORMAT: tl.constexpr, CACHE: tl.constexpr, WHOLE: tl.constexpr = False
+):  # fmt: skip
     """Rows of the matrix at w_ptr: words int32 [rows, WORDS] and their scale pairs int32 [rows, WORDS / VECTOR].
 
-    Offsets must fit the type of `row`. 16 bytes a thread where VECTOR, the words under one scale, is 4."""
+    Offsets must fit the type of `row`. 16 bytes a thread where VECTOR, the words under one scale, is 4. WHOLE: row_mask is true
+    throughout, and not read; what is masked costs an instruction a load."""
     width: tl.constexpr = FORMAT[FEATURES] * FORMAT[BITS] // 32
+    whole: tl.constexpr = WHOLE and width == FORMAT[WORDS]
     column = words_in_vectors(FORMAT)
-    mask = row_mask[:, None] & (column < width)[None, :]
-    words = tl.load(
-        w_ptr.to(tl.pointer_type(tl.int32)) + (row * width)[:, None] + column[None, :],
-        mask=mask, other=0, cache_modifier=CACHE,
-    )  # fmt: skip
+    w_ptr = w_ptr.to(tl.pointer_type(tl.int32)) + (row * width)[:, None] + column[None, :]
+    if whole:
+        words = tl.load(w_ptr, cache_modifier=CACHE)
+    else:
+        words = tl.load(w_ptr, mask=row_mask[:, None] & (column < width)[None, :], other=0, cache_modifier=CACHE)
     pair = row
     if FORMAT[BITS] <= 8:
         groups: tl.constexpr = FORMAT[FEATURES] // FORMAT[GROUP]
         group = group_of_vector(FORMAT)
         # Vectors first, then transposed: of two dimensions without contiguous addresses the first is spread over lanes.
-        mask = (group < groups)[:, None] & row_mask[None, :]
-        offsets = group[:, None] + (row * groups)[None, :]
-        pair = tl.trans(tl.load(s_ptr.to(tl.pointer_type(tl.int32)) + offsets, mask=mask, other=0))
+        s_ptr = s_ptr.to(tl.pointer_type(tl.int32)) + group[:, None] + (row * groups)[None, :]
+        if whole:
+            pair = tl.trans(tl.load(s_ptr))
+        else:
+            pair = tl.trans(tl.load(s_ptr, mask=(group < groups)[:, None] & row_mask[None, :], other=0))
     return words, pair
 
 
@@ -261,36 +268,78 @@ def dot_bytes(bytes4, pair0, pair1, total, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def dot_limb(words, pairs, FORMAT: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Codes of words int32 [rows, WORDS] times the integers of a limb, summed by vector: int32 [rows, WORDS / VECTOR]."""
-    vector: tl.constexpr = FORMAT[VECTOR]
-    if FORMAT[BITS] == 4:
-        sums = dot_bytes(words & NIBBLES, pairs[0][None, :], pairs[1][None, :], 0, INTERPRETED)
-        sums = dot_bytes((words >> 4) & NIBBLES, pairs[2][None, :], pairs[3][None, :], sums, INTERPRETED)
+def places_of(x, VECTOR: tl.constexpr):
+    """[a, b, c, words] -> VECTOR tensors [a, b, c, vectors], one for each place in a vector; each thread has whole vectors."""
+    if VECTOR == 1:
+        return (x,)
+    elif VECTOR == 2:
+        return tl.split(tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2], x.shape[3] // 2, 2]))
     else:
-        sums = dot_bytes(words, pairs[0][None, :], pairs[1][None, :], 0, INTERPRETED)
-    return tl.sum(tl.reshape(sums, [words.shape[0], words.shape[1] // vector, vector]), axis=2)
+        even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2], x.shape[3] // 4, 2, 2]))
+        x0, x2 = tl.split(even)
+        x1, x3 = tl.split(odd)
+        return x0, x1, x2, x3
+
+
+@triton.jit
+def dot_limb(words, pairs, FORMAT: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Codes of words int32 [a, b, c, words] times the integers of a limb, of as many dimensions, summed by vector: int32
+    [a, b, c, vectors]. High nibbles are summed where they stand, as 16 times their value: to shift the sum is one instruction
+    where a shift of each word would be VECTOR. 16 products of 16 * 15 * 32,767 are below 2^27."""
+    count: tl.constexpr = FORMAT[VECTOR]
+    own, first, second = places_of(words, count), places_of(pairs[0], count), places_of(pairs[1], count)
+    sums = 0
+    if FORMAT[BITS] == 4:
+        third, fourth, high = places_of(pairs[2], count), places_of(pairs[3], count), 0
+        for i in tl.static_range(count):
+            sums = dot_bytes(own[i] & NIBBLES, first[i], second[i], sums, INTERPRETED)
+            high = dot_bytes(own[i] & HIGH_NIBBLES, third[i], fourth[i], high, INTERPRETED)
+        return sums + (high >> 4)
+    else:
+        for i in tl.static_range(count):
+            sums = dot_bytes(own[i], first[i], second[i], sums, INTERPRETED)
+        return sums
 
 
 @triton.jit
 def integer_products(
     words, pair, features, FORMAT: tl.constexpr, LIMBS: tl.constexpr, INTERPRETED: tl.constexpr
 ):  # fmt: skip
-    """Quantised weights times features, float32, summed by vector."""
+    """Quantised weights times features, float32, summed by vector: words [a, b, c, words], pairs [a, b, c, vectors], and features
+    of as many dimensions."""
     middle: tl.constexpr = 1 << (FORMAT[BITS] - 1)
-    sums = dot_limb(words, features[1][0], FORMAT, INTERPRETED)
-    rest = sums
-    if LIMBS == 2:
-        rest = dot_limb(words, features[2][0], FORMAT, INTERPRETED)
     scale, shift = unpack_scales(pair)
-    total = features[1][1][None, :]
-    product = (sums - middle * total).to(tl.float32)
+    total = features[1][1]
+    product = (dot_limb(words, features[1][0], FORMAT, INTERPRETED) - middle * total).to(tl.float32)
     whole = total.to(tl.float32)
     if LIMBS == 2:
-        total = features[2][1][None, :]
-        product += (rest - middle * total).to(tl.float32) * (1.0 / FINER_INT16)
-        whole += total.to(tl.float32) * (1.0 / FINER_INT16)
-    return (product * scale + whole * shift) * features[0][None, :]
+        total = features[2][1]
+        rest = dot_limb(words, features[2][0], FORMAT, INTERPRETED) - middle * total
+        product = tl.fma(rest.to(tl.float32), 1.0 / FINER_INT16, product)
+        whole = tl.fma(total.to(tl.float32), 1.0 / FINER_INT16, whole)
+    # Written out: what the compiler fuses of a sum of two products, and which of them, depends on the rows of a program.
+    return tl.fma(product, scale * features[0], shift * (whole * features[0]))
+
+
+@triton.jit
+def limb_in_four_dimensions(limb, FORMAT: tl.constexpr):
+    """A limb [words] and its totals [vectors], with three dimensions of 1 before."""
+    pairs, total = limb
+    one, two, sums = pairs[0][None, None, None, :], pairs[1][None, None, None, :], total[None, None, None, :]
+    if FORMAT[BITS] == 4:
+        return (one, two, pairs[2][None, None, None, :], pairs[3][None, None, None, :]), sums
+    else:
+        return (one, two), sums
+
+
+@triton.jit
+def in_four_dimensions(features, FORMAT: tl.constexpr, LIMBS: tl.constexpr):
+    """Features [words] as `integer_products` takes them."""
+    unit, first = features[0][None, None, None, :], limb_in_four_dimensions(features[1], FORMAT)
+    if LIMBS == 1:
+        return unit, first
+    else:
+        return unit, first, limb_in_four_dimensions(features[2], FORMAT)
 
 
 @triton.jit
@@ -315,7 +364,9 @@ def dot_rows(
     """Weights [rows, WORDS] times features [WORDS]: float32 [rows], every sum in a fixed order. With FOLD each row is FOLD
     rows side by side: float32 [rows * FOLD]."""
     if FORMAT[BITS] <= 8:
-        part = integer_products(words, pair, features, FORMAT, LIMBS, INTERPRETED)
+        alike = in_four_dimensions(features, FORMAT, LIMBS)
+        part = integer_products(words[None, None, :, :], pair[None, None, :, :], alike, FORMAT, LIMBS, INTERPRETED)
+        part = tl.reshape(part, pair.shape)
     else:
         part = float_products(words, features, FORMAT)
     if FOLD == 1:

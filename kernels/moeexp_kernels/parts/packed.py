@@ -5,10 +5,10 @@ A packed row for a quantised FORMAT, int32; P is 4 for int4 and 2 for int8, word
 those of the weights:
 
     for each limb:  pairs [P, WORDS] | totals [VECTORS]
-    then:           units float32 [VECTORS] | r float32, the norm's factor | 3 words of padding
+    then:           units float32 [VECTORS] | r, the norm's factor | the shared expert's share | 2 words of padding
 
-What stands for the padding of a row to WORDS is neither written nor read. Who reads a row: `warp_rows.py`. PACKED: its length, 0
-where none is packed.
+The last two are float32 as well. What stands for the padding of a row to WORDS is neither written nor read. Who reads a row:
+`warp_rows.py`. PACKED: its length, 0 where none is packed.
 """
 
 from __future__ import annotations
@@ -75,9 +75,17 @@ def pack_group(
 
 
 @triton.jit
-def pack_factor(x_ptr, packed_ptr, EPS: tl.constexpr, FORMAT: tl.constexpr, PACKED: tl.constexpr):
-    """Stores r = 1 / rms of the row at x_ptr."""
-    k = tl.arange(0, FORMAT[WORDS] * 32 // FORMAT[BITS])
-    x = tl.load(x_ptr + k, mask=k < FORMAT[FEATURES], other=0.0, cache_modifier=".cg").to(tl.float32)
-    r = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / FORMAT[FEATURES] + EPS)
-    tl.store(packed_ptr + PACKED - 4, r.to(tl.int32, bitcast=True))
+def pack_factor(
+    x_ptr, norm_ptr, gate_ptr, packed_ptr, IS_SHARE: tl.constexpr, EPS: tl.constexpr, FORMAT: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """Stores r = 1 / rms of the row x at x_ptr, or with IS_SHARE the shared expert's share, sigmoid(gate @ norm(x))."""
+    k = tl.arange(0, FORMAT[WORDS] * 32 // FORMAT[BITS])  # FEATURES, rounded up to a power of 2, as WORDS is
+    mask = k < FORMAT[FEATURES]
+    x = tl.load(x_ptr + k, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
+    factor = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / FORMAT[FEATURES] + EPS)
+    if IS_SHARE:
+        x *= 1.0 + tl.load(norm_ptr + k, mask=mask, other=0.0).to(tl.float32)
+        gate = tl.load(gate_ptr + k, mask=mask, other=0.0).to(tl.float32)
+        factor = tl.sigmoid(factor * tl.sum(x * gate, axis=0))
+    tl.store(packed_ptr + PACKED - 4 + IS_SHARE, factor.to(tl.int32, bitcast=True))

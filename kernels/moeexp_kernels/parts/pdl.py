@@ -36,6 +36,7 @@ PDL_KERNELS = (
     "linear_tile_kernel",
     "choose_experts_kernel",
     "gate_up_kernel",
+    "order_pairs_kernel",
     "gate_up_packed_kernel",
     "down_kernel",
     "down_packed_kernel",
@@ -58,6 +59,7 @@ WITHIN_AN_OP = (
     ("limbs_kernel", "linear_tile_kernel"),
     ("gemv_kernel", "choose_experts_kernel"),
     ("gate_up_kernel", "down_kernel"),
+    ("order_pairs_kernel", "gate_up_packed_kernel"),
     ("gate_up_packed_kernel", "down_packed_kernel"),
     ("limbs_kernel", "gate_up_tile_kernel"),
     ("gate_up_tile_kernel", "limbs_kernel"),
@@ -78,7 +80,8 @@ EARLY = {
     "_finish_kernel": ("gemv_kernel", "limbs_kernel"),
     "_merge_kernel": ("gemv_kernel", "limbs_kernel"),
     "_qk_norm_rope_kernel": ("_attend_kernel", "_attend_splits_kernel"),
-    "choose_experts_kernel": ("gate_up_kernel", "gate_up_packed_kernel", "limbs_kernel"),
+    "choose_experts_kernel": ("gate_up_kernel", "gate_up_packed_kernel", "limbs_kernel", "order_pairs_kernel"),
+    "order_pairs_kernel": ("gate_up_packed_kernel",),
 }
 
 

@@ -13,18 +13,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moeexp_kernels.parts.int_dot import FINER_INT16, NIBBLES, dot_bytes, unpack_scales
+from moeexp_kernels.parts.int_dot import integer_products
 from moeexp_kernels.parts.matrix import BITS, FEATURES, GROUP, VECTOR, WORDS
 
 # SPREAD: how a program's rows lie over its warps, by these names.
 CHUNK: tl.constexpr = tl.constexpr(0)  # words of a chunk
 EACH: tl.constexpr = tl.constexpr(1)  # rows of a warp
 WARPS: tl.constexpr = tl.constexpr(2)
+BY_EXPERT: tl.constexpr = tl.constexpr(3)  # whether the programs of several experts go in the order of these
+WHOLE: tl.constexpr = tl.constexpr(4)  # whether every program has all its rows: what is masked costs an instruction a load
 
 
-def spread_of(form: tuple[int, ...], *, each: int, warps: int) -> tuple[int, int, int]:
+def spread_of(
+    form: tuple[int, ...], *, each: int, warps: int, by_expert: bool = False, whole: bool = False
+) -> tuple[int, ...]:  # fmt: skip
     """SPREAD for rows of FORMAT `form` (`matrix.py`)."""
-    return min(form[4], 32 * form[5]), each, warps
+    return min(form[4], 32 * form[5]), each, warps, int(by_expert), int(whole)
 
 
 @triton.jit
@@ -50,13 +54,14 @@ def load_warp_rows(
     width: tl.constexpr = FORMAT[FEATURES] * FORMAT[BITS] // 32
     groups: tl.constexpr = FORMAT[FEATURES] // FORMAT[GROUP]
     word = chunk_words(FORMAT, SPREAD)[None, :, None, :]
-    mask = (row < limit)[:, None, :, None] & (word < width)
-    words = tl.load(
-        w_ptr.to(tl.pointer_type(tl.int32)) + (row * width)[:, None, :, None] + word, mask=mask, other=0, cache_modifier=CACHE
-    )
+    w_ptr = w_ptr.to(tl.pointer_type(tl.int32)) + (row * width)[:, None, :, None] + word
     group = (chunk_vectors(FORMAT, SPREAD) * FORMAT[VECTOR] // (FORMAT[GROUP] * FORMAT[BITS] // 32))[:, None, :, None]
-    mask = (row < limit)[None, :, None, :] & (group < groups)
-    pair = tl.load(s_ptr.to(tl.pointer_type(tl.int32)) + (row * groups)[None, :, None, :] + group, mask=mask, other=0)
+    s_ptr = s_ptr.to(tl.pointer_type(tl.int32)) + (row * groups)[None, :, None, :] + group
+    if SPREAD[WHOLE] and width == FORMAT[WORDS]:
+        words, pair = tl.load(w_ptr, cache_modifier=CACHE), tl.load(s_ptr)
+    else:
+        words = tl.load(w_ptr, mask=(row < limit)[:, None, :, None] & (word < width), other=0, cache_modifier=CACHE)
+        pair = tl.load(s_ptr, mask=(row < limit)[None, :, None, :] & (group < groups), other=0)
     return words, tl.permute(pair, [1, 2, 3, 0])
 
 
@@ -64,7 +69,11 @@ def load_warp_rows(
 def load_words(packed_ptr, FORMAT: tl.constexpr, SPREAD: tl.constexpr):
     """What a packed row has for each word, to each warp: [W, C, 1, K]."""
     word = chunk_words(FORMAT, SPREAD)[None, :, :] + (tl.arange(0, SPREAD[WARPS]) * 0)[:, None, None]
-    found = tl.load(packed_ptr + word, mask=word < FORMAT[FEATURES] * FORMAT[BITS] // 32, other=0)
+    width: tl.constexpr = FORMAT[FEATURES] * FORMAT[BITS] // 32
+    if width == FORMAT[WORDS]:
+        found = tl.load(packed_ptr + word)
+    else:
+        found = tl.load(packed_ptr + word, mask=word < width, other=0)
     return tl.expand_dims(found, 2)
 
 
@@ -72,7 +81,11 @@ def load_words(packed_ptr, FORMAT: tl.constexpr, SPREAD: tl.constexpr):
 def load_vectors(packed_ptr, FORMAT: tl.constexpr, SPREAD: tl.constexpr):
     """What it has for each vector, to each warp: [W, C, 1, V]."""
     vector = chunk_vectors(FORMAT, SPREAD)[:, None, :] + (tl.arange(0, SPREAD[WARPS]) * 0)[None, :, None]
-    found = tl.load(packed_ptr + vector, mask=vector < FORMAT[FEATURES] * FORMAT[BITS] // 32 // FORMAT[VECTOR], other=0)
+    width: tl.constexpr = FORMAT[FEATURES] * FORMAT[BITS] // 32
+    if width == FORMAT[WORDS]:
+        found = tl.load(packed_ptr + vector)
+    else:
+        found = tl.load(packed_ptr + vector, mask=vector < width // FORMAT[VECTOR], other=0)
     return tl.expand_dims(tl.permute(found, [1, 2, 0]), 2)
 
 
@@ -90,45 +103,19 @@ def load_limb(packed_ptr, FORMAT: tl.constexpr, SPREAD: tl.constexpr):
 
 
 @triton.jit
-def load_packed(
-    packed_ptr, FORMAT: tl.constexpr, SPREAD: tl.constexpr, LIMBS: tl.constexpr, PACKED: tl.constexpr
-):  # fmt: skip
-    """((units, limb) or (units, limb, limb), r) of the packed row at packed_ptr."""
-    vectors: tl.constexpr = FORMAT[WORDS] // FORMAT[VECTOR]
-    unit = load_vectors(packed_ptr + PACKED - 4 - vectors, FORMAT, SPREAD).to(tl.float32, bitcast=True)
-    r = tl.load(packed_ptr + PACKED - 4).to(tl.float32, bitcast=True)
+def load_packed(packed_ptr, FORMAT: tl.constexpr, SPREAD: tl.constexpr, LIMBS: tl.constexpr):
+    """(units, limb) or (units, limb, limb) of the packed row at packed_ptr."""
+    limb: tl.constexpr = (4 if FORMAT[BITS] == 4 else 2) * FORMAT[WORDS] + FORMAT[WORDS] // FORMAT[VECTOR]
+    unit = load_vectors(packed_ptr + LIMBS * limb, FORMAT, SPREAD).to(tl.float32, bitcast=True)
     if LIMBS == 1:
-        return (unit, load_limb(packed_ptr, FORMAT, SPREAD)), r
+        return unit, load_limb(packed_ptr, FORMAT, SPREAD)
     else:
-        other: tl.constexpr = (PACKED - 4 - vectors) // 2
-        second = load_limb(packed_ptr + other, FORMAT, SPREAD)
-        return (unit, load_limb(packed_ptr, FORMAT, SPREAD), second), r
-
-
-@triton.jit
-def dot_limb(words, pairs, FORMAT: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Codes of words times the integers of a limb, summed by vector: int32 [W, C, R, V]."""
-    if FORMAT[BITS] == 4:
-        sums = dot_bytes(words & NIBBLES, pairs[0], pairs[1], 0, INTERPRETED)
-        sums = dot_bytes((words >> 4) & NIBBLES, pairs[2], pairs[3], sums, INTERPRETED)
-    else:
-        sums = dot_bytes(words, pairs[0], pairs[1], 0, INTERPRETED)
-    shape: tl.constexpr = words.shape
-    return tl.sum(tl.reshape(sums, [shape[0], shape[1], shape[2], shape[3] // FORMAT[VECTOR], FORMAT[VECTOR]]), axis=4)
+        second = load_limb(packed_ptr + limb, FORMAT, SPREAD)
+        return unit, load_limb(packed_ptr, FORMAT, SPREAD), second
 
 
 @triton.jit
 def dot_warp_rows(words, pair, features, FORMAT: tl.constexpr, LIMBS: tl.constexpr, INTERPRETED: tl.constexpr):
     """Weights as `load_warp_rows` has them times packed features: float32 [W, R], every sum in a fixed order."""
-    middle: tl.constexpr = 1 << (FORMAT[BITS] - 1)
-    scale, shift = unpack_scales(pair)
-    total = features[1][1]
-    product = (dot_limb(words, features[1][0], FORMAT, INTERPRETED) - middle * total).to(tl.float32)
-    whole = total.to(tl.float32)
-    if LIMBS == 2:
-        total = features[2][1]
-        rest = dot_limb(words, features[2][0], FORMAT, INTERPRETED) - middle * total
-        product += rest.to(tl.float32) * (1.0 / FINER_INT16)
-        whole += total.to(tl.float32) * (1.0 / FINER_INT16)
-    part = (product * scale + whole * shift) * features[0]
+    part = integer_products(words, pair, features, FORMAT, LIMBS, INTERPRETED)
     return tl.sum(tl.sum(part, axis=1), axis=2)
