@@ -16,7 +16,7 @@ The bytes of an int8 word are four weights, which meet one quad. Words of plain 
 
 Quantised weights are multiplied as integers: a vector's activations become 16-bit integers x_i times one float unit, so that
     sum_k x_k w_k = unit * (s * (sum_k x_k q_k - m sum_k x_k) + c * sum_k x_k),   m = 2^(BITS - 1)
-where both sums are exact. An instruction (dp2a) multiplies and adds two 16-bit by 8-bit products, which needs 7
+where both sums are exact. An instruction (dp2a) multiplies and adds two 16-bit by 8-bit products, which needs 6
 instructions a word of int4 where float32 arithmetic needs 25. These integers are 16-bit *limbs* (those of `limbs.py` have 8):
 one holds a vector's activations to 1.5e-5 of its largest, a hundred times finer than bfloat16 holds them. With LIMBS = 2, for
 float32 activations, a second limb holds what the first leaves over, to 5e-10.
