@@ -6,16 +6,14 @@ import importlib
 import pkgutil
 import re
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 
 import kernels_common  # noqa: F401  before triton
 import moeexp_kernels
 import moeexp_kernels.ops
 import torch
 import triton.language as tl
-from moeexp_kernels.parts.int_dot import dot_rows
 from moeexp_kernels.parts.pdl import EARLY, PDL_KERNELS, WITHIN_AN_OP, has_pdl
-from moeexp_kernels.parts.warp_rows import dot_warp_rows
 
 SOURCES = sorted(Path(moeexp_kernels.__path__[0]).rglob("*.py"))
 
@@ -55,8 +53,11 @@ def test_a_name_is_one_thing_in_all_that_a_kernel_calls():
     assert set(PDL_KERNELS) <= set(jitted)
     assert {name: bad for name, kernel in jitted.items() if (bad := named(kernel, {}))} == {}
 
-    namesakes = SimpleNamespace(fn=lambda: (dot_rows, dot_warp_rows))
-    assert named(namesakes, {}) == ["dot_limb"], "which no kernel may call both"
+    def of(text: str, **seen: SimpleNamespace) -> SimpleNamespace:
+        return SimpleNamespace(fn=FunctionType(compile(text, "a kernel", "eval"), seen))
+
+    namesakes = of("first, second", first=of("load", load=of("1")), second=of("load", load=of("2")))
+    assert named(namesakes, {}) == ["load"]
 
 
 def test_the_list_names_the_kernels_that_wait_and_no_other():
