@@ -182,9 +182,10 @@ def launch_packed(
     common = {"ACT": act_form, "INTERPRETED": not x.is_cuda, "PDL": has_pdl(x)}
     blocks = triton.cdiv(max(width, shared_width), each * warps)
     whole = width == shared_width and width % (each * warps) == 0
-    spread = spread_of(form, each=each, warps=warps, by_expert=first["BY_EXPERT"], whole=whole)
+    by_expert = first["BY_EXPERT"] is not None and rows >= first["BY_EXPERT"]
+    spread = spread_of(form, each=each, warps=warps, by_expert=by_expert, whole=whole)
     wrap_triton(gate_up_packed_kernel)[(blocks, top_k + 1, rows)](
-        packed, order_pairs(ids) if first["BY_EXPERT"] else ids, weights, gate_up, gate_up_scales, shared_gate_up,
+        packed, order_pairs(ids) if by_expert else ids, weights, gate_up, gate_up_scales, shared_gate_up,
         shared_gate_up_scales, act, FORMAT=form, SHARED_FORMAT=shared_form, SPREAD=spread, LIMBS=int16_limbs(x.dtype),
         PACKED=length, CACHE=first["CACHE"], num_warps=warps, **common,
     )  # fmt: skip
