@@ -35,7 +35,9 @@ def load_gate_up(
     """(words, scale pairs) of gate rows, the same of up rows, of one expert, whose matrix [2*I, K] starts at w_ptr."""
     width: tl.constexpr = FORMAT[ROWS] // 2
     gate = load_warp_rows(w_ptr, s_ptr, row, width, FORMAT, SPREAD, CACHE)
-    return gate, load_warp_rows(w_ptr, s_ptr, row + width, 2 * width, FORMAT, SPREAD, CACHE)
+    # From a row further on, for offsets of their own would be worked out otherwise.
+    w_ptr, s_ptr = at_row(w_ptr, s_ptr, width, FORMAT)
+    return gate, load_warp_rows(w_ptr, s_ptr, row, width, FORMAT, SPREAD, CACHE)
 
 
 @triton.jit
