@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 import triton
@@ -436,8 +434,7 @@ def test_a_program_that_packs_more_vectors_than_are_left_writes_none_of_its_neig
     assert_bitwise_equal(results[1], results[0], "programs of other sizes")
 
 
-@pytest.mark.parametrize("piece", [1, 2, 4])
-def test_programs_in_the_order_of_experts_change_no_bit(monkeypatch, piece):
+def test_programs_in_the_order_of_experts_change_no_bit(monkeypatch):
     """Of five tokens, some of whose experts are the same, and 15 pairs, which fill no block."""
     stored = experts(D=64, E=6, width=32, shared=64, bits=4, group=32, dtype=torch.float32)
     common = {"x": randn(5, 1, 64, seed=1), "norm_weight": stored.pop("norm_weight"), "eps": stored.pop("eps")}
@@ -445,29 +442,25 @@ def test_programs_in_the_order_of_experts_change_no_bit(monkeypatch, piece):
     choice |= {"positions": torch.zeros(5, dtype=torch.int64, device=DEVICE)}
     chosen = route_decode(choice | {"expert_ids": torch.zeros(5, 1, 3, dtype=torch.int32, device=DEVICE)}, stored)
     row, results, ordered = tuning.lookup("moe_gate_up_packed", "int4"), [], []
-    monkeypatch.setattr(moe_packed, "order_pairs", lambda *given: ordered.append(len(results)) or order_pairs(*given))
+    monkeypatch.setattr(moe_packed, "order_pairs", lambda ids: ordered.append(len(results)) or order_pairs(ids))
     for tokens in (None, 6, 5):  # the last from so many on, as there are
-        with tuning.override("moe_gate_up_packed", "int4", row | {"BY_EXPERT": tokens, "PIECE": piece}), poisoned_empty():
+        with tuning.override("moe_gate_up_packed", "int4", row | {"BY_EXPERT": tokens}), poisoned_empty():
             results.append(moe_decode(**common, **chosen, **stored))
     assert results[0].isfinite().all() and ordered == [2]
     for result in results[1:]:
         assert_bitwise_equal(result, results[0], "expert by expert")
 
 
-@pytest.mark.parametrize(("pairs", "piece"), [(1, 4), (15, 1), (33, 2), (33, 4)])
-def test_pairs_are_ordered_by_expert_and_then_by_token(pairs, piece):
+@pytest.mark.parametrize("pairs", [1, 15, 33])
+def test_pairs_are_ordered_by_expert_and_then_by_token(pairs):
     generator = torch.Generator().manual_seed(pairs)
     ids = torch.randint(0, 7, (pairs,), generator=generator, dtype=torch.int32)
-    order = Guarded(torch.full((2, pairs), -1, dtype=torch.int32, device=DEVICE))
+    order = Guarded(torch.full((pairs,), -1, dtype=torch.int32, device=DEVICE))
     order_pairs_kernel[(triton.cdiv(pairs, 8),)](
-        ids.to(DEVICE), order.tensor, pairs, PIECE=piece, PADDED=triton.next_power_of_2(pairs), BLOCK_P=8, PDL=False
+        ids.to(DEVICE), order.tensor, pairs, PADDED=triton.next_power_of_2(pairs), BLOCK_P=8, PDL=False
     )
     order.check("order")
-    expected = sorted(expert << 16 | pair for pair, expert in enumerate(ids.tolist()))
-    assert order.tensor[0].tolist() == expected
-    runs = [len(list(run)) for _, run in itertools.groupby(entry >> 16 for entry in expected)]
-    counts = [min(piece, run - rank) if rank % piece == 0 else 0 for run in runs for rank in range(run)]
-    assert order.tensor[1].tolist() == counts
+    assert order.tensor.tolist() == sorted(expert << 16 | pair for pair, expert in enumerate(ids.tolist()))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

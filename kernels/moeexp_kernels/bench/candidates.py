@@ -69,12 +69,11 @@ MOE_TILE = tuple(
 ) + tuple({"combine": {"BLOCK_D": block, "num_warps": warps}} for block, warps in [(256, 4), (128, 4), (512, 4)])
 LIMBS = tuple({"START_NEXT": True, "num_warps": warps} for warps in (2, 4, 8, 16))
 # A GPU starts some 600 programs in a microsecond: many small ones begin late.
-# BY_EXPERT: from how many tokens on programs go from expert to expert, PIECE tokens at a time; None: never.
+# BY_EXPERT: from how many tokens on programs go from expert to expert; None: never.
 GATE_UP_PACKED = tuple(
-    {"EACH": each, "BY_EXPERT": tokens, "PIECE": piece, "CACHE": ".cg", "num_warps": warps}
-    for each, warps, tokens, piece in [  # 16 rows make a vector of int4 activations
-        (2, 8, None, 4), (1, 16, None, 4), (4, 4, None, 4), (2, 16, None, 4), (4, 8, None, 4), (2, 8, 1, 4), (4, 4, 1, 1),
-        (4, 4, 1, 2), (4, 4, 1, 4), (4, 8, 1, 4),
+    {"EACH": each, "BY_EXPERT": tokens, "CACHE": ".cg", "num_warps": warps}
+    for each, warps, tokens in [  # 16 rows make a vector of int4 activations
+        (2, 8, None), (1, 16, None), (4, 4, None), (2, 16, None), (4, 8, None), (2, 8, 1), (4, 4, 1), (4, 8, 1),
     ]
 )  # fmt: skip
 DOWN = tuple(

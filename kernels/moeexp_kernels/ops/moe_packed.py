@@ -19,10 +19,10 @@ from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.act import EXPERTS, LENGTH, act_format, load_packed_act, rows_of_vectors, store_packed_act
 from moeexp_kernels.parts.checks import check_argument
 from moeexp_kernels.parts.int_dot import dot_rows, int16_limbs
-from moeexp_kernels.parts.matrix import BITS, FEATURES, GROUP, ROWS, VECTOR, WORDS, at_row, matrix_format
+from moeexp_kernels.parts.matrix import BITS, FEATURES, ROWS, VECTOR, WORDS, at_row, matrix_format
 from moeexp_kernels.parts.packed import packable, packed_length
 from moeexp_kernels.parts.pdl import after_previous, has_pdl, start_next
-from moeexp_kernels.parts.warp_rows import EACH, PIECE, WARPS, dot_warp_rows, load_packed, load_warp_rows, spread_of
+from moeexp_kernels.parts.warp_rows import BY_EXPERT, EACH, WARPS, dot_warp_rows, load_packed, load_warp_rows, spread_of
 
 ORDERED_PAIRS = 32  # of a program
 PACKED_ROWS = 32  # tokens for which the router packs rows, as many as the tile of experts takes
@@ -30,66 +30,27 @@ PACKED_ROWS = 32  # tokens for which the router packs rows, as many as the tile 
 
 @triton.jit
 def load_gate_up(
-    w_ptr, s_ptr, row, count, FORMAT: tl.constexpr, SPREAD: tl.constexpr, CACHE: tl.constexpr
+    w_ptr, s_ptr, row, FORMAT: tl.constexpr, SPREAD: tl.constexpr, CACHE: tl.constexpr
 ):  # fmt: skip
-    """(words, scale pairs) of gate rows, the same of up rows, of one expert, whose matrix [2*I, K] starts at w_ptr; with PIECE
-    above 1 nothing is read where count is 0."""
+    """(words, scale pairs) of gate rows, the same of up rows, of one expert, whose matrix [2*I, K] starts at w_ptr."""
     width: tl.constexpr = FORMAT[ROWS] // 2
-    limit = width
-    if SPREAD[PIECE] > 1:
-        limit = tl.where(count > 0, width, 0)
-    gate = load_warp_rows(w_ptr, s_ptr, row, limit, FORMAT, SPREAD, CACHE)
-    at = FORMAT[FEATURES] * FORMAT[BITS] // 8 * width
-    scales = FORMAT[FEATURES] // FORMAT[GROUP] * 2 * width
-    return gate, load_warp_rows(w_ptr + at, s_ptr + scales, row, limit, FORMAT, SPREAD, CACHE)
+    gate = load_warp_rows(w_ptr, s_ptr, row, width, FORMAT, SPREAD, CACHE)
+    # From a row further on, for offsets of their own would be worked out otherwise.
+    w_ptr, s_ptr = at_row(w_ptr, s_ptr, width, FORMAT)
+    return gate, load_warp_rows(w_ptr, s_ptr, row, width, FORMAT, SPREAD, CACHE)
 
 
 @triton.jit
-def order_pairs_kernel(
-    ids_ptr, order_ptr, PAIRS, PIECE: tl.constexpr, PADDED: tl.constexpr, BLOCK_P: tl.constexpr, PDL: tl.constexpr
-):  # fmt: skip
-    """order [2, PAIRS] int32: the pairs of token and expert by expert, then by token, each as expert << 16 | pair; and how many
-    from each on are one piece, up to PIECE of one expert, 0 where it does not begin one. ids [PAIRS], a token's experts in a
-    row; PADDED: PAIRS rounded up to a power of 2. Grid (blocks of pairs,)."""
+def order_pairs_kernel(ids_ptr, order_ptr, PAIRS, PADDED: tl.constexpr, BLOCK_P: tl.constexpr, PDL: tl.constexpr):
+    """order [PAIRS] int32: the pairs of token and expert by expert, then by token, each as expert << 16 | pair. ids [PAIRS], a
+    token's experts in a row; PADDED: PAIRS rounded up to a power of 2. Grid (blocks of pairs,)."""
     order_ptr += start_next(PDL)
     p, own = tl.arange(0, PADDED), tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     ready = after_previous(PDL)
     ids = tl.load(ids_ptr + ready + p, mask=p < PAIRS, other=0x7FFF)
     mine = tl.load(ids_ptr + ready + own, mask=own < PAIRS, other=0)
-    same = ids[None, :] == mine[:, None]
-    earlier = tl.sum((same & (p[None, :] < own[:, None])).to(tl.int32), axis=1)  # of this expert
-    place = tl.sum((ids[None, :] < mine[:, None]).to(tl.int32), axis=1) + earlier
-    left = tl.sum(same.to(tl.int32), axis=1) - earlier
-    tl.store(order_ptr + ready + place, mine << 16 | own, mask=own < PAIRS)
-    count = tl.where(earlier % PIECE == 0, tl.minimum(left, PIECE), 0)
-    tl.store(order_ptr + ready + PAIRS + place, count, mask=own < PAIRS)
-
-
-@triton.jit
-def again(words, i, INTERPRETED: tl.constexpr):
-    """`words`, which the compiler does not know to be the same for each i: else it takes them apart once, for twice the
-    registers."""
-    if INTERPRETED:
-        return words
-    else:
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", args=[words, i], dtype=tl.int32, is_pure=True, pack=1)
-
-
-@triton.jit
-def swiglu_rows(
-    packed_ptr, act_ptr, m, share, gate_pair, up_pair, first, last,
-    FORMAT: tl.constexpr, ACT: tl.constexpr, SPREAD: tl.constexpr, LIMBS: tl.constexpr, PACKED: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """Packs share * silu(gate) * up of token m's row, as vectors first .. of its activations, those before `last`. gate_pair,
-    up_pair: words and scale pairs of the rows."""
-    packed_ptr += m.to(tl.int64) * PACKED
-    features = load_packed(packed_ptr, FORMAT, SPREAD, LIMBS)
-    r = tl.load(packed_ptr + (PACKED - 4)).to(tl.float32, bitcast=True)
-    gate = r * dot_warp_rows(gate_pair[0], gate_pair[1], features, FORMAT, LIMBS, INTERPRETED)
-    up = r * dot_warp_rows(up_pair[0], up_pair[1], features, FORMAT, LIMBS, INTERPRETED)
-    act_ptr += m.to(tl.int64) * ACT[LENGTH]
-    store_packed_act(act_ptr, share * gate * tl.sigmoid(gate) * up, first, last, ACT, SPREAD, LIMBS)
+    before = (ids[None, :] < mine[:, None]) | ((ids[None, :] == mine[:, None]) & (p[None, :] < own[:, None]))
+    tl.store(order_ptr + ready + tl.sum(before.to(tl.int32), axis=1), mine << 16 | own, mask=own < PAIRS)
 
 
 @triton.jit
@@ -102,60 +63,44 @@ def gate_up_packed_kernel(
     gate's. packed [M, PACKED]; ids and weights, the experts' shares, [M, TOP_K]. FORMAT: one expert's. Grid (blocks of vectors,
     1 + TOP_K, M), the shared expert first: its programs ask for their weights before the choice is known.
 
-    With SPREAD[PIECE] ids are those of `order_pairs_kernel`: programs go from expert to expert, so that L2 has what more than
-    one of them read; and above 1 a program reads its rows once for so many tokens of an expert that several chose. Who comes
-    second in a piece has nothing to do."""
+    With SPREAD[BY_EXPERT] ids are those of `order_pairs_kernel`: programs go from expert to expert, so that one that several
+    tokens chose is read while L2 has it."""
     TOP_K: tl.constexpr = ACT[EXPERTS]
     in_vector: tl.constexpr = ACT[VECTOR] * 32 // ACT[BITS]  # activations
     vectors: tl.constexpr = FORMAT[ROWS] // 2 // in_vector  # of an expert
     shared_vectors: tl.constexpr = SHARED_FORMAT[ROWS] // 2 // in_vector
     first = tl.program_id(0) * (SPREAD[EACH] * SPREAD[WARPS] // in_vector)
     row = rows_of_vectors(first, ACT, SPREAD)
-    shared = tl.program_id(1) == 0
-    token, tokens = tl.program_id(2), tl.num_programs(2)
-    place = token * TOP_K + tl.program_id(1) - 1
     # What differs goes through one piece of code: instructions come from memory as well.
-    if shared:
-        count = 1
-        if SPREAD[PIECE] > 1:
-            count = tl.where(token % SPREAD[PIECE] == 0, tl.minimum(tokens - token, SPREAD[PIECE]), 0)
-        gate_pair, up_pair = load_gate_up(shared_w_ptr, shared_s_ptr, row, count, SHARED_FORMAT, SPREAD, CACHE)
+    if tl.program_id(1) == 0:
+        m = tl.program_id(2)
+        gate_pair, up_pair = load_gate_up(shared_w_ptr, shared_s_ptr, row, SHARED_FORMAT, SPREAD, CACHE)
         ready = after_previous(PDL)
         before, last = TOP_K * vectors, TOP_K * vectors + shared_vectors
-        m, place = token, 0
         share_ptr = packed_ptr.to(tl.pointer_type(tl.float32)) + m.to(tl.int64) * PACKED + (PACKED - 3)
     else:
-        count = 1
+        pair = tl.program_id(2) * TOP_K + tl.program_id(1) - 1
         ready = after_previous(PDL)  # which experts to read is the previous kernel's result
-        expert, pair = tl.load(ids_ptr + ready + place), place
-        if SPREAD[PIECE] > 1:
-            count = tl.load(ids_ptr + ready + tokens * TOP_K + place)
-        if SPREAD[PIECE]:
+        expert = tl.load(ids_ptr + ready + pair)
+        if SPREAD[BY_EXPERT]:
             pair = expert & 0xFFFF
             expert = expert >> 16
+        m = pair // TOP_K
         w_ptr, s_ptr = at_row(w_ptr, s_ptr, expert.to(tl.int64) * FORMAT[ROWS], FORMAT)
-        gate_pair, up_pair = load_gate_up(w_ptr, s_ptr, row, count, FORMAT, SPREAD, CACHE)
+        gate_pair, up_pair = load_gate_up(w_ptr, s_ptr, row, FORMAT, SPREAD, CACHE)
         before = pair % TOP_K * vectors
         last = before + vectors
-        m = pair // TOP_K
         share_ptr = weights_ptr + pair
-    if SPREAD[PIECE] > 1:
-        for i in range(count):
-            pair = tl.load(ids_ptr + ready + place + i) & 0xFFFF
-            m = tl.where(shared, token + i, pair // TOP_K)
-            before = tl.where(shared, TOP_K, pair % TOP_K) * vectors
-            share = tl.load(weights_ptr + ready + pair)
-            own = tl.load(packed_ptr + ready + m.to(tl.int64) * PACKED + (PACKED - 3)).to(tl.float32, bitcast=True)
-            gate, up = (again(gate_pair[0], i, INTERPRETED), gate_pair[1]), (again(up_pair[0], i, INTERPRETED), up_pair[1])
-            swiglu_rows(
-                packed_ptr + ready, act_ptr + ready, m, tl.where(shared, own, share), gate, up, before + first,
-                before + tl.where(shared, shared_vectors, vectors), FORMAT, ACT, SPREAD, LIMBS, PACKED, INTERPRETED,
-            )  # fmt: skip
-    else:
-        swiglu_rows(
-            packed_ptr + ready, act_ptr + ready, m, tl.load(share_ptr + ready), gate_pair, up_pair, before + first, last,
-            FORMAT, ACT, SPREAD, LIMBS, PACKED, INTERPRETED,
-        )  # fmt: skip
+    share = tl.load(share_ptr + ready)
+    packed_ptr += m.to(tl.int64) * PACKED + ready
+    features = load_packed(packed_ptr, FORMAT, SPREAD, LIMBS)
+    r = tl.load(packed_ptr + (PACKED - 4)).to(tl.float32, bitcast=True)
+    gate = r * dot_warp_rows(gate_pair[0], gate_pair[1], features, FORMAT, LIMBS, INTERPRETED)
+    up = r * dot_warp_rows(up_pair[0], up_pair[1], features, FORMAT, LIMBS, INTERPRETED)
+    store_packed_act(
+        act_ptr + m.to(tl.int64) * ACT[LENGTH] + ready, share * gate * tl.sigmoid(gate) * up, before + first, last, ACT, SPREAD,
+        LIMBS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -199,11 +144,11 @@ def packing(formats: dict[str, tuple[int, int, int]], *, rows: int) -> dict[str,
     return {"pack_bits": found[0], "pack_group": found[1]}
 
 
-def order_pairs(ids: Tensor, piece: int) -> Tensor:
-    """ids [..., k] int32 of experts as `gate_up_packed_kernel` takes them to go by expert, in pieces of so many tokens."""
-    pairs, order = ids.numel(), torch.empty((2, ids.numel()), dtype=torch.int32, device=ids.device)
+def order_pairs(ids: Tensor) -> Tensor:
+    """ids [..., k] int32 of experts as `gate_up_packed_kernel` takes them to go by expert."""
+    pairs, order = ids.numel(), torch.empty((ids.numel(),), dtype=torch.int32, device=ids.device)
     wrap_triton(order_pairs_kernel)[(triton.cdiv(pairs, ORDERED_PAIRS),)](
-        ids, order, pairs, PIECE=piece, PADDED=triton.next_power_of_2(pairs), BLOCK_P=ORDERED_PAIRS, PDL=has_pdl(ids), num_warps=4
+        ids, order, pairs, PADDED=triton.next_power_of_2(pairs), BLOCK_P=ORDERED_PAIRS, PDL=has_pdl(ids), num_warps=4
     )
     return order
 
@@ -240,10 +185,9 @@ def launch_packed(
     blocks = triton.cdiv(max(width, shared_width), each * warps)
     whole = width == shared_width and width % (each * warps) == 0
     by_expert = first["BY_EXPERT"] is not None and rows >= first["BY_EXPERT"]
-    piece = first["PIECE"] if by_expert else 0
-    spread = spread_of(form, each=each, warps=warps, piece=piece, whole=whole and piece < 2)
+    spread = spread_of(form, each=each, warps=warps, by_expert=by_expert, whole=whole)
     wrap_triton(gate_up_packed_kernel)[(blocks, top_k + 1, rows)](
-        packed, order_pairs(ids, piece) if piece else ids, weights, gate_up, gate_up_scales, shared_gate_up,
+        packed, order_pairs(ids) if by_expert else ids, weights, gate_up, gate_up_scales, shared_gate_up,
         shared_gate_up_scales, act, FORMAT=form, SHARED_FORMAT=shared_form, SPREAD=spread, LIMBS=int16_limbs(x.dtype),
         PACKED=length, CACHE=first["CACHE"], num_warps=warps, **common,
     )  # fmt: skip

@@ -20,15 +20,15 @@ from moeexp_kernels.parts.matrix import BITS, FEATURES, GROUP, VECTOR, WORDS
 CHUNK: tl.constexpr = tl.constexpr(0)  # words of a chunk
 EACH: tl.constexpr = tl.constexpr(1)  # rows of a warp
 WARPS: tl.constexpr = tl.constexpr(2)
-PIECE: tl.constexpr = tl.constexpr(3)  # 0: in the order of tokens; else by expert, of so many of its tokens a program
+BY_EXPERT: tl.constexpr = tl.constexpr(3)  # whether the programs of several experts go in the order of these
 WHOLE: tl.constexpr = tl.constexpr(4)  # whether every program has all its rows: what is masked costs an instruction a load
 
 
 def spread_of(
-    form: tuple[int, ...], *, each: int, warps: int, piece: int = 0, whole: bool = False
+    form: tuple[int, ...], *, each: int, warps: int, by_expert: bool = False, whole: bool = False
 ) -> tuple[int, ...]:  # fmt: skip
     """SPREAD for rows of FORMAT `form` (`matrix.py`)."""
-    return min(form[4], 32 * form[5]), each, warps, piece, int(whole)
+    return min(form[4], 32 * form[5]), each, warps, int(by_expert), int(whole)
 
 
 @triton.jit
