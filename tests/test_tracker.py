@@ -1,6 +1,7 @@
 """Trackers: what they log, and that they never cost a measured run."""
 
 import json
+import os
 import socket
 import time
 
@@ -97,6 +98,13 @@ def test_an_unreachable_server_is_one_warning_and_an_offline_run(tmp_path, monke
     result = track(make(tmp_path / "run", "tracker.mode=online", "tracker.timeout_s=90"))
     assert result["mode"] == "offline" and "could not be reached" in result["warning"], result
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+
+
+def test_a_run_is_logged_by_a_service_of_its_own(tmp_path, monkeypatch):
+    """And not by one that runs already, which may be gone by now, or hold the run's id from an attempt that failed."""
+    monkeypatch.setenv(tracker.SERVICE, f"3-{os.getpid()}-unix-{tmp_path / 'gone'}")
+    assert track(make(tmp_path / "run", "tracker.mode=offline"))["mode"] == "offline"
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
 
 
 def test_a_key_that_cannot_be_is_one_warning_and_an_offline_run(tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from moeexp.record.wandb_place import settled
 
 ANSWER = "moeexp-tracker: "
 OFFLINE_S = 60.0  # to log offline what could not be logged online
+SERVICE = "WANDB_SERVICE"  # how a process of W&B's tells its children where its service listens
 # What W&B takes, and what it means.
 WANDB_MODES = {"online": "online", "offline": "offline", "disabled": "disabled", "run": "online", "dryrun": "offline"}
 # Where `wandb login` goes without a server of one's own, by version.
@@ -75,6 +76,9 @@ def _wandb_process(run_dir: Path, exit_code: int, group: str | None, mode: str, 
     command = [sys.executable, "-m", "moeexp.record.tracker", str(run_dir), str(exit_code), group or "", mode, run_id]
     root = str(Path(__file__).resolve().parents[2])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    # A service of W&B that runs already (a notebook's, an agent's) outlives this process, and keeps the id of a run that it could
+    # not upload: what is then logged offline under that id would be refused.
+    environment.pop(SERVICE, None)
     try:
         # Files, not pipes: W&B's own helper process inherits them, and a pipe stays open until that one ends too.
         with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
