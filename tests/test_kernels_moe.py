@@ -435,15 +435,19 @@ def test_a_program_that_packs_more_vectors_than_are_left_writes_none_of_its_neig
 
 
 def test_programs_in_the_order_of_experts_change_no_bit(monkeypatch):
-    """Of five tokens, some of whose experts are the same, and 15 pairs, which fill no block."""
-    stored = experts(D=64, E=6, width=32, shared=64, bits=4, group=32, dtype=torch.float32)
-    common = {"x": randn(5, 1, 64, seed=1), "norm_weight": stored.pop("norm_weight"), "eps": stored.pop("eps")}
-    choice = common | {"weight": randn(6, 64, seed=5), "top_k": 3}
-    choice |= {"positions": torch.zeros(5, dtype=torch.int64, device=DEVICE)}
-    chosen = route_decode(choice | {"expert_ids": torch.zeros(5, 1, 3, dtype=torch.int32, device=DEVICE)}, stored)
+    """Of three tokens, some of whose experts are the same, and six pairs, which fill no block."""
+    stored = experts(D=32, E=3, width=32, shared=32, bits=4, group=32, dtype=torch.bfloat16)
+    common = {
+        "x": randn(3, 1, 32, seed=1, dtype=torch.bfloat16),
+        "norm_weight": stored.pop("norm_weight"),
+        "eps": stored.pop("eps"),
+    }
+    choice = common | {"weight": randn(3, 32, seed=5), "top_k": 2}
+    choice |= {"positions": torch.zeros(3, dtype=torch.int64, device=DEVICE)}
+    chosen = route_decode(choice | {"expert_ids": torch.zeros(3, 1, 2, dtype=torch.int32, device=DEVICE)}, stored)
     row, results, ordered = tuning.lookup("moe_gate_up_packed", "int4"), [], []
     monkeypatch.setattr(moe_packed, "order_pairs", lambda ids: ordered.append(len(results)) or order_pairs(ids))
-    for tokens in (None, 6, 5):  # the last from so many on, as there are
+    for tokens in (None, 4, 3):  # the last from so many on, as there are
         with tuning.override("moe_gate_up_packed", "int4", row | {"BY_EXPERT": tokens}), poisoned_empty():
             results.append(moe_decode(**common, **chosen, **stored))
     assert results[0].isfinite().all() and ordered == [2]
