@@ -159,7 +159,8 @@ def launch_packed(
     shared_gate_up_scales: Tensor | None, shared_down: Tensor, shared_down_scales: Tensor | None, shared_gate: Tensor,
     out: Tensor, formats: dict[str, tuple[int, int, int]],
 ) -> None:  # fmt: skip
-    """out [M, D] of x [M, D]; all checked but `packed`, of `router_packed`. formats: as `packing` takes them.
+    """out [M, D] of x [M, D]; all checked but `packed`, of `router_packed`, which has what norm_weight, eps and shared_gate say.
+    formats: as `packing` takes them.
 
     `ValueError` for weights that these kernels do not take."""
     (rows, features), top_k = x.shape, ids.shape[-1]
