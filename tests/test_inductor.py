@@ -180,11 +180,11 @@ class Traceable(torch.nn.Module):
 triton.runtime.driver.set_active(Driver())
 remember_kernel_analyses()
 (known,) = [vars(analyse)["remembered"] for analyse in vars(triton_kernel_wrap).values() if hasattr(analyse, "remembered")]
-arch = load_architecture(resolve(compose(["model=nano"]), cuda_available=False).model)
+arch = load_architecture(resolve(compose([f"model={MODEL}"]), cuda_available=False).model)
 model = load(
-    arch, Random(arch, 0), dtype=torch.bfloat16, device=torch.device("cpu"), bits=4, group_size=32, skip=NEVER_QUANTISED
+    arch, Random(arch, 0), dtype=torch.bfloat16, device=torch.device("cpu"), bits=4, group_size=GROUP, skip=NEVER_QUANTISED
 )
-state = Arena(state_shapes(arch, batch=1, max_seq_len=64, dtype=torch.bfloat16), device="cpu").tensors
+state = Arena(state_shapes(arch, batch=BATCH, max_seq_len=64, dtype=torch.bfloat16), device="cpu").tensors
 linear.has_pdl = lambda tensor: True  # as on Hopper, where a GEMV has instructions of its own for that
 written = {}
 for method in ("prefill", "decode"):
@@ -192,7 +192,7 @@ for method in ("prefill", "decode"):
     ops = {op: registry.implementation(op, name) for op, name in names.items()} | registry.joined(names)
     known.clear()
     with model.attached(state):
-        program = export_method(method, model, ops, batch=1, max_seq_len=64)
+        program = export_method(method, model, ops, batch=BATCH, max_seq_len=64)
     with torch.no_grad():
         graph, _ = aot_export_module(Traceable(program.module()), program.example_inputs[0], trace_joint=False)
     calls = sum("triton_kernel_wrapper" in str(node.target) for node in graph.graph.nodes)
@@ -210,13 +210,17 @@ assert written["choose_experts_kernel"] == {"ids_ptr", "weights_ptr", "trace_ptr
 assert written["gate_up_packed_kernel"] == {"act_ptr"} and written["down_packed_kernel"] == {"y_ptr"}, written
 assert written["_decode_kernel"] == {"state", "raw"}, written
 assert written["gemv_kernel"] == {"y_ptr"}, written
+limbs = {"limbs_ptr", "units_ptr"} if BATCH > 2 else set()  # of the tile, to which more rows go
+assert written["_finish_kernel"] == {"out", "conv_state"} | limbs and written["_merge_kernel"] == {"out"} | limbs, written
 """
 
 
 @pytest.mark.slow
-def test_real_methods_need_few_analyses_and_hand_no_float_to_a_kernel():
+@pytest.mark.parametrize(("model", "batch", "group"), [("nano", 1, 32), ("tiny", 5, 64)])
+def test_real_methods_need_few_analyses_and_hand_no_float_to_a_kernel(model, batch, group):
     """With torch's own tracing, in a process without Triton's interpreter. Inductor types a float argument as float64, and
     then everything that it touches is computed so. What a kernel writes is seen past a barrier and within a branch."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "0"}
-    done = subprocess.run([sys.executable, "-c", TRACED], env=env, capture_output=True, text=True, timeout=300)
+    said = f"MODEL, BATCH, GROUP = {model!r}, {batch}, {group}\n"
+    done = subprocess.run([sys.executable, "-c", said + TRACED], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

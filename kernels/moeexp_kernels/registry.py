@@ -14,6 +14,7 @@ from moeexp_kernels.ops import (
     gated_delta_prefill,
     gated_delta_reference,
     linear,
+    mixed,
     moe,
     moe_prefill,
     moe_reference,
@@ -115,9 +116,17 @@ def feed_of(op: Callable) -> Callable | None:
 
 
 def joined(names: dict[str, str]) -> dict[str, Callable]:
-    """What the implementations that `names` chooses can do together, by what the model calls it: `route_decode`, the router
-    of a decode step that does what its experts' kernels would do first."""
-    return {"route_decode": moe.route_decode} if names["router"] == names["moe_decode"] == "triton" else {}
+    """What the implementations that `names` chooses can do together in a decode step, by what the model calls it: `route_decode`,
+    the router that does what its experts' kernels would do first, and `gdn_limbs` and `sdpa_limbs`, mixers that do so for the
+    output projection."""
+    found: dict[str, Callable] = {}
+    if names["router"] == names["moe_decode"] == "triton":
+        found["route_decode"] = moe.route_decode
+    if names["linear"] == "triton" and names["gdn_decode"] in ("triton", "recurrent"):
+        found["gdn_limbs"] = mixed.gdn_limbs
+    if names["linear"] == "triton" and names["sdpa_decode"] in ("triton", "splitk"):
+        found["sdpa_limbs"] = mixed.sdpa_limbs
+    return found
 
 
 def identities(names: dict[str, str]) -> dict[str, str]:

@@ -23,8 +23,8 @@ ARGUMENTS = {
     **dict.fromkeys(("conv_state", "recurrent_state"), STATE),
 }  # fmt: skip
 EXPERTS = ("gate_up", "gate_up_scales", "down", "down_scales")  # of which those chosen are read
-# What the router's kernels hand to the experts'.
-NOT_READ = ("packed",)
+# What one op's kernels hand to the next one's.
+NOT_READ = ("packed", "limbs", "units")
 
 WHOLE, GATE_UP, DOWN, NOTHING = "whole", "gate_up", "down", ""
 # {op without its phase: {kernel: what it moves of the op's bytes}}, kernels of either phase: at T = 1 both may serve. The

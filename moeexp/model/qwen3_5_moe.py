@@ -178,21 +178,22 @@ class Qwen35MoE(nn.Module):
             mixer, own = layer.mixer, _state_of(layer, i, state)
             proj = _linear(ops, x, layer.first, norm=layer.input_norm, eps=self.arch.rms_norm_eps)
             if layer.layer_type == "linear_attention":
-                out = ops[f"gdn_{phase}"](
-                    proj=proj, conv_weight=mixer.conv_weight, a_log=mixer.a_log[0], dt_bias=mixer.dt_bias[0],
-                    norm_weight=mixer.norm, conv_state=own["conv_state"], recurrent_state=own["recurrent_state"],
+                kind, arguments = "gdn", {
+                    "proj": proj, "conv_weight": mixer.conv_weight, "a_log": mixer.a_log[0], "dt_bias": mixer.dt_bias[0],
+                    "norm_weight": mixer.norm, "conv_state": own["conv_state"], "recurrent_state": own["recurrent_state"],
                     **mixer.heads, **counts,
-                )  # fmt: skip
+                }  # fmt: skip
             else:
                 q = ops["qk_norm_rope"](
                     qkv=proj, q_norm=mixer.q_norm, k_norm=mixer.k_norm, inv_freq=self.inv_freq[0], positions=positions,
                     k_cache=own["k_cache"], v_cache=own["v_cache"], num_heads=mixer.num_heads, eps=mixer.eps,
                     **mixer.rotary, **counts,
                 )  # fmt: skip
-                out = ops[f"sdpa_{phase}"](
-                    q=q, qkv=proj, k_cache=own["k_cache"], v_cache=own["v_cache"], positions=positions, **counts
-                )
-            x = _linear(ops, out, mixer.out_proj, residual=x)
+                kind, arguments = "sdpa", {
+                    "q": q, "qkv": proj, "k_cache": own["k_cache"], "v_cache": own["v_cache"], "positions": positions, **counts
+                }  # fmt: skip
+            out, made = _mix(ops, kind, phase, arguments, mixer.out_proj)
+            x = _linear(ops, out, mixer.out_proj, residual=x, made=made)
             x = self._moe(layer, x, ops, phase, positions=positions, expert_ids=own["expert_ids"], **counts)
         if logit_positions is not None:
             x = x.index_select(1, logit_positions)
@@ -229,6 +230,13 @@ def _state_of(layer: DecoderLayer, index: int, state: dict[str, Tensor] | None) 
     return {kind: state[f"layers.{index}.{kind}"] for kind in kinds}
 
 
+def _mix(ops: Ops, kind: str, phase: str, arguments: dict[str, Any], project: Linear) -> tuple[Tensor, dict[str, Tensor]]:
+    """What the mixer of that kind, "gdn" or "sdpa", makes of `arguments`, and what `_linear` takes of it beside that."""
+    if phase == "decode" and f"{kind}_limbs" in ops:  # it also does what the projection's kernels would do first
+        return ops[f"{kind}_limbs"](arguments, {"weight": project.weight, "scales": project.scales})
+    return ops[f"{kind}_{phase}"](**arguments), {}
+
+
 def _linear(
     ops: Ops,
     x: Tensor,
@@ -237,8 +245,11 @@ def _linear(
     norm: Tensor | None = None,
     eps: float = 0.0,
     residual: Tensor | None = None,
+    made: dict[str, Tensor] | None = None,
 ) -> Tensor:
-    return ops["linear"](x=x, weight=linear.weight, scales=linear.scales, norm_weight=norm, eps=eps, residual=residual)
+    return ops["linear"](
+        x=x, weight=linear.weight, scales=linear.scales, norm_weight=norm, eps=eps, residual=residual, **(made or {})
+    )
 
 
 def state_shapes(

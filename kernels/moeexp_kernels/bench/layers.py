@@ -18,7 +18,8 @@ from moeexp_kernels.bench.case import SeededTensors
 from moeexp_kernels.bench.cases import EPS
 from moeexp_kernels.bench.shapes import Shapes
 from moeexp_kernels.bench.timing import graph_samples
-from moeexp_kernels.ops import attention_splits, gated_delta, linear, moe, qk_norm_rope
+from moeexp_kernels.ops import linear, moe, qk_norm_rope
+from moeexp_kernels.ops.mixed import gdn_limbs, sdpa_limbs
 from moeexp_kernels.parts import tuning
 
 LAYERS = ("gdn", "gdn", "gdn", "attention")
@@ -74,12 +75,13 @@ class Layers:
 
     def _mix(self, layer: Layer, x: Tensor) -> Tensor:
         proj = linear.linear(x=x, norm_weight=layer.norm, eps=EPS, **layer.project_in)
+        project = layer.project_out
         if layer.kind == "gdn":
-            mixed = gated_delta.gdn_decode(proj=proj, eps=EPS, **layer.mixer, **layer.state)
+            mixed, made = gdn_limbs({"proj": proj, "eps": EPS, **layer.mixer, **layer.state}, project)
         else:
             q = qk_norm_rope.qk_norm_rope(qkv=proj, positions=self._positions, eps=EPS, **layer.mixer, **layer.state)
-            mixed = attention_splits.sdpa_decode_splitk(q=q, qkv=proj, positions=self._positions, **layer.state)
-        return linear.linear(x=mixed, **layer.project_out, residual=x)
+            mixed, made = sdpa_limbs({"q": q, "qkv": proj, "positions": self._positions, **layer.state}, project)
+        return linear.linear(x=mixed, **project, residual=x, **made)
 
     def _weights(self, name: str, *shape: int) -> dict[str, Tensor]:
         weight, scales = self._source.weight(*shape, bits=4, group=self.shapes.group)

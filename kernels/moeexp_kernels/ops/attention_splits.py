@@ -26,6 +26,8 @@ from moeexp_kernels.ops.attention import (
     tuned,
     unsplit,
 )
+from moeexp_kernels.ops.linear_tile import launch_limbs
+from moeexp_kernels.parts.limbs import empty_limbs, store_part_limbs
 from moeexp_kernels.parts.pdl import after_previous, has_pdl, start_next
 
 
@@ -105,11 +107,12 @@ def _attend_splits_kernel(
 
 @triton.jit
 def _merge_kernel(
-    partial_sums, partial_stats, qkv, positions, out, tokens, slots, qkv_stride_b, qkv_stride_t,
-    H: tl.constexpr, DH: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr,
+    partial_sums, partial_stats, qkv, positions, out, limbs_ptr, units_ptr, tokens, slots, qkv_stride_b, qkv_stride_t,
+    H: tl.constexpr, DH: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Grid (H, blocks of Dh, B * T): exact sum of the splits' partial softmaxes, in split order, times sigmoid(gate).
+    """Grid (H, blocks of Dh, B * T): exact sum of the splits' partial softmaxes, in split order, times sigmoid(gate), with GROUP,
+    a divisor of BLOCK_D, also as limbs.
 
     Gate and positions were complete before the previous kernel, which reads the same row and positions; past L1."""
     head, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
@@ -136,15 +139,20 @@ def _merge_kernel(
     share = tl.exp2(largest - tl.where(pivot == float("-inf"), 0.0, pivot))
     whole = tl.sum(total * share, 0)
     result = tl.sum(sums * share[:, None], 0) / tl.where(whole > 0.0, whole, 1.0)
-    tl.store(out + (row * H + head) * DH + d, (result * tl.sigmoid(gate)).to(out.dtype.element_ty), mask=inside)
+    result = (result * tl.sigmoid(gate)).to(out.dtype.element_ty)
+    tl.store(out + (row * H + head) * DH + d, result, mask=inside)
+    if GROUP:
+        first = head * DH + tl.program_id(1) * BLOCK_D
+        store_part_limbs(
+            limbs_ptr + ready, units_ptr + ready, result.to(tl.float32), row, first, H * DH, GROUP, out.dtype.element_ty
+        )
 
 
-@triton_op("moeexp::sdpa_decode_splitk", mutates_args=())
-def sdpa_decode_splitk(q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor) -> Tensor:
-    """`reference_sdpa` of a few tokens, each with its slots of each key-value head split over programs, as many as for one
-    token: to the bit what a call for each computes. [B, T, H*Dh].
-
-    The grid is fixed by S, the work by `positions`: a short context in a large cache reads only those in use."""
+def launch_splitk(
+    q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, group: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, limbs, units), the last two of out in groups of `group`, or anything without: checks the arguments of both ops and
+    runs their kernels."""
     batch, tokens, heads, head_dim = q.shape
     if not isinstance(tokens, int):
         raise ValueError(
@@ -159,7 +167,8 @@ def sdpa_decode_splitk(q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor,
         batch=batch, kv_heads=kv_heads, slots=slots, block_n=config["BLOCK_N"], programs=programs
     )  # fmt: skip
     if splits == 1:
-        return unsplit(q, qkv, k_cache, v_cache, positions, config)
+        out = unsplit(q, qkv, k_cache, v_cache, positions, config)
+        return out, *limbs_after(out, group)
     out = torch.empty((batch, tokens, heads * head_dim), dtype=q.dtype, device=q.device)
     sums = torch.empty((batch * tokens, splits, heads, head_dim), dtype=torch.float32, device=q.device)
     stats = torch.empty((batch * tokens, splits, heads, 2), dtype=torch.float32, device=q.device)
@@ -169,12 +178,38 @@ def sdpa_decode_splitk(q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor,
         HEADS=heads_of(q, k_cache), SPLITS=splits, INTERPRETED=not q.is_cuda, PDL=has_pdl(q), **config,
     )  # fmt: skip
     merge = tuned("attention_merge", q)
-    wrap_triton(_merge_kernel)[(heads, triton.cdiv(head_dim, merge["BLOCK_D"]), batch * tokens)](
-        sums, stats, qkv, positions, out, tokens, slots, qkv.stride(0), qkv.stride(1),
-        H=heads, DH=head_dim, SPLITS=splits, BLOCK_N=config["BLOCK_N"], BLOCK_D=merge["BLOCK_D"],
-        PDL=has_pdl(q), num_warps=merge["num_warps"],
+    block, limbs, units = max(merge["BLOCK_D"], group), out, out
+    whole = group if head_dim % block == 0 else 0  # a program has so many groups
+    if whole:
+        limbs, units = empty_limbs(rows=batch * tokens, features=heads * head_dim, group=group, dtype=q.dtype, device=q.device)
+    wrap_triton(_merge_kernel)[(heads, triton.cdiv(head_dim, block), batch * tokens)](
+        sums, stats, qkv, positions, out, limbs, units, tokens, slots, qkv.stride(0), qkv.stride(1),
+        H=heads, DH=head_dim, SPLITS=splits, GROUP=whole, BLOCK_N=config["BLOCK_N"], BLOCK_D=block, PDL=has_pdl(q),
+        num_warps=merge["num_warps"],
     )  # fmt: skip
-    return out
+    return (out, limbs, units) if whole else (out, *limbs_after(out, group))
+
+
+def limbs_after(out: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """(limbs, units) of out [B, T, K] in groups of `group` by a kernel of their own, or anything without."""
+    return launch_limbs(x=out.view(-1, out.shape[-1]), norm_weight=None, eps=0.0, group=group) if group else (out, out)
+
+
+@triton_op("moeexp::sdpa_decode_splitk", mutates_args=())
+def sdpa_decode_splitk(q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor) -> Tensor:
+    """`reference_sdpa` of a few tokens, each with its slots of each key-value head split over programs, as many as for one
+    token: to the bit what a call for each computes. [B, T, H*Dh].
+
+    The grid is fixed by S, the work by `positions`: a short context in a large cache reads only those in use."""
+    return launch_splitk(q, qkv, k_cache, v_cache, positions)[0]
+
+
+@triton_op("moeexp::sdpa_decode_limbs", mutates_args=())
+def sdpa_decode_limbs(
+    q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, group: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`sdpa_decode_splitk`, and its result as limbs and units in groups of `group`, which `linear` takes (`parts/limbs.py`)."""
+    return launch_splitk(q, qkv, k_cache, v_cache, positions, group)
 
 
 def splitk_splits(*, batch: int, kv_heads: int, slots: int, block_n: int, programs: int) -> int:

@@ -27,50 +27,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from moeexp_kernels.ops.gated_delta_reference import L2_EPS
+from moeexp_kernels.ops.gated_delta_reference import L2_EPS, check_gdn
+from moeexp_kernels.ops.linear_tile import launch_limbs
 from moeexp_kernels.parts import tuning
+from moeexp_kernels.parts.limbs import empty_limbs, store_part_limbs
 from moeexp_kernels.parts.pdl import after_previous, has_pdl, start_next
 
 FEW_PROGRAMS = 64  # batch * Hk up to which an H100 is far from full: the table's key says `few`, else `many`
 MAX_TOKENS = 32  # of one call, each of them code of its own
-MAX_HEAD_DIM = 128  # a whole [Dk, Dv] float32 state tile stays in registers
-
-
-def check_gdn(
-    *, proj: Tensor, conv_weight: Tensor, a_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, conv_state: Tensor,
-    recurrent_state: Tensor, num_k_heads: int, num_v_heads: int, head_k_dim: int, head_v_dim: int,
-) -> None:  # fmt: skip
-    """`ValueError` unless shapes, dtypes and strides are what the kernels address. Never looks at T, which may be symbolic."""
-    if num_k_heads < 1 or num_v_heads % num_k_heads:
-        raise ValueError(f"{num_v_heads} value heads are no multiple of {num_k_heads} key heads")
-    if not (0 < head_k_dim <= MAX_HEAD_DIM and 0 < head_v_dim <= MAX_HEAD_DIM):
-        raise ValueError(f"head dims {head_k_dim} and {head_v_dim}: the Triton kernels do 1..{MAX_HEAD_DIM}; use ops=reference")
-    if proj.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"proj is {proj.dtype}; float32 and bfloat16 are supported")
-    if conv_weight.shape[-1] < 2:
-        raise ValueError(f"conv width {conv_weight.shape[-1]} is not supported; it must be at least 2")
-    batch, width = proj.shape[0], conv_weight.shape[-1]
-    channels = 2 * num_k_heads * head_k_dim + num_v_heads * head_v_dim
-    row = channels + num_v_heads * head_v_dim + 2 * num_v_heads
-    shapes = {
-        "conv_weight": (conv_weight, (channels, width), None),
-        "a_log": (a_log, (num_v_heads,), torch.float32),
-        "dt_bias": (dt_bias, (num_v_heads,), torch.float32),
-        "norm_weight": (norm_weight, (head_v_dim,), None),
-        "conv_state": (conv_state, (batch, channels, width - 1), proj.dtype),
-        "recurrent_state": (recurrent_state, (batch, num_v_heads, head_k_dim, head_v_dim), torch.float32),
-    }
-    for name, (tensor, shape, dtype) in shapes.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} is {tuple(tensor.shape)}; these heads, batch and conv width need {shape}")
-        if dtype is not None and tensor.dtype != dtype:
-            raise ValueError(f"{name} is {tensor.dtype}; it must be {dtype}")
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} has strides {tensor.stride()}; only a contiguous {name} is supported")
-    if proj.dim() != 3 or proj.shape[2] != row:
-        raise ValueError(f"proj is {tuple(proj.shape)}; these heads need [B, T, {row}]")
-    if proj.stride(2) != 1:
-        raise ValueError(f"proj has strides {proj.stride()}; its last dim must have stride 1")
 
 
 @triton.jit
@@ -231,12 +195,12 @@ def _decode_kernel(
 
 @triton.jit
 def _finish_kernel(
-    proj, norm_weight, conv_state, raw, out, stride_b, stride_t,
+    proj, norm_weight, conv_state, raw, out, limbs_ptr, units_ptr, stride_b, stride_t,
     TOKENS: tl.constexpr, EPS: tl.constexpr, HV: tl.constexpr, DV: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
-    SLICE: tl.constexpr, BV: tl.constexpr, FLAT: tl.constexpr, PDL: tl.constexpr,
+    SLICE: tl.constexpr, BV: tl.constexpr, FLAT: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """After `_decode_kernel`, grid (Hv, B, TOKENS): gated norm of one head of one token, and, by the programs of the first
-    one, the conv state of SLICE channels.
+    """After `_decode_kernel`, grid (Hv, B, TOKENS): gated norm of one head of one token, with GROUP, a divisor of Dv, also as
+    limbs; and, by the programs of the first one, the conv state of SLICE channels.
 
     Only `raw` is the previous kernel's result. What else is read lies there since before that kernel, which reads it too;
     past L1, which may hold what an older token left there."""
@@ -254,8 +218,11 @@ def _finish_kernel(
     ready = after_previous(PDL)
     cell = ((batch * TOKENS + token) * HV + head) * DV + cols
     o = tl.load(raw + ready + cell, mask=in_v, other=0.0)
-    y = o * tl.rsqrt(tl.sum(o * o, axis=0) / DV + EPS) * gate
-    tl.store(out + ready + cell, y.to(out.dtype.element_ty), mask=in_v)
+    y = (o * tl.rsqrt(tl.sum(o * o, axis=0) / DV + EPS) * gate).to(out.dtype.element_ty)
+    tl.store(out + ready + cell, y, mask=in_v)
+    if GROUP:
+        row, values = batch * TOKENS + token, y.to(tl.float32)
+        store_part_limbs(limbs_ptr + ready, units_ptr + ready, values, row, head * DV, HV * DV, GROUP, out.dtype.element_ty)
     tl.debug_barrier()
     _store_conv_state(conv_state + ready, first, count, kept, WIDTH, FLAT)
 
@@ -264,6 +231,49 @@ def decode_key(*, batch: int, k_heads: int, v_heads: int, dims: tuple[int, int])
     """Key of the tuning table: "128x128/few/32" of so many value heads, while there are few programs. dims: rounded up."""
     few = "few" if batch * k_heads <= FEW_PROGRAMS else "many"
     return f"{dims[0]}x{dims[1]}/{few}/{v_heads}"
+
+
+def launch_gdn_decode(
+    *, proj: Tensor, conv_weight: Tensor, a_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, conv_state: Tensor,
+    recurrent_state: Tensor, num_k_heads: int, num_v_heads: int, head_k_dim: int, head_v_dim: int, eps: float, group: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(out, limbs, units), the last two of out in groups of `group`, or anything without: checks the arguments of both ops and
+    runs their kernels."""
+    check_gdn(
+        proj=proj, conv_weight=conv_weight, a_log=a_log, dt_bias=dt_bias, norm_weight=norm_weight, conv_state=conv_state,
+        recurrent_state=recurrent_state, num_k_heads=num_k_heads, num_v_heads=num_v_heads, head_k_dim=head_k_dim,
+        head_v_dim=head_v_dim,
+    )  # fmt: skip
+    tokens = proj.shape[1]
+    if not isinstance(tokens, int) or not 0 < tokens <= MAX_TOKENS:
+        raise ValueError(f"gdn_decode takes 1 to {MAX_TOKENS} tokens per call, got {tokens}; use gdn_prefill")
+    batch, (channels, width) = proj.shape[0], conv_weight.shape
+    pad_k, pad_v = triton.next_power_of_2(head_k_dim), triton.next_power_of_2(head_v_dim)
+    key = decode_key(batch=batch, k_heads=num_k_heads, v_heads=num_v_heads, dims=(pad_k, pad_v))
+    tuned = tuning.lookup("gdn_decode", key, tuning.architecture(proj.device))
+    split, per_program = min(tuned["split"], pad_v), triton.cdiv(channels, num_v_heads)
+    # At least four elements of the tile a thread: with fewer, threads hold the same ones and write them to the same places.
+    warps = max(1, min(tuned["num_warps"], pad_k * pad_v // split // (32 * 4)))
+    raw = torch.empty(batch, tokens, num_v_heads, head_v_dim, dtype=torch.float32, device=proj.device)
+    row = num_v_heads * head_v_dim
+    out = torch.empty(batch, tokens, row, dtype=proj.dtype, device=proj.device)
+    limbs, units = out, out
+    whole = group if group and head_v_dim == pad_v and head_v_dim % group == 0 else 0  # a head is so many groups
+    if whole:
+        limbs, units = empty_limbs(rows=batch * tokens, features=row, group=group, dtype=out.dtype, device=out.device)
+    strides = proj.stride(0), proj.stride(1)
+    common = {"TOKENS": tokens, "HV": num_v_heads, "DV": head_v_dim, "WIDTH": width, "PDL": has_pdl(proj)}
+    wrap_triton(_decode_kernel)[(num_v_heads * split, batch, 1)](
+        proj, conv_weight, a_log, dt_bias, conv_state, recurrent_state, raw, *strides, L2_EPS=L2_EPS,
+        HK=num_k_heads, DK=head_k_dim, SPLIT=split, BK=pad_k, BV=pad_v // split, num_warps=warps, **common,
+    )  # fmt: skip
+    wrap_triton(_finish_kernel)[(num_v_heads, batch, tokens)](
+        proj, norm_weight, conv_state, raw, out, limbs, units, *strides, EPS=eps, CHANNELS=channels, SLICE=per_program,
+        BV=pad_v, FLAT=triton.next_power_of_2(per_program * (width - 1)), GROUP=whole, num_warps=4, **common,
+    )  # fmt: skip
+    if group and not whole:
+        limbs, units = launch_limbs(x=out.view(-1, row), norm_weight=None, eps=0.0, group=group)
+    return out, limbs, units
 
 
 @triton_op("moeexp::gdn_decode", mutates_args=("conv_state", "recurrent_state"))
@@ -288,31 +298,34 @@ def gdn_decode(
     Shapes as in the module's docstring; conv_state and recurrent_state are mutated. `ValueError` for a T that is over 32 or
     symbolic, head dims over 128, a conv width below 2, a dtype other than float32 or bfloat16, or strides that `check_gdn`
     names."""
-    check_gdn(
+    out, _, _ = launch_gdn_decode(
         proj=proj, conv_weight=conv_weight, a_log=a_log, dt_bias=dt_bias, norm_weight=norm_weight, conv_state=conv_state,
         recurrent_state=recurrent_state, num_k_heads=num_k_heads, num_v_heads=num_v_heads, head_k_dim=head_k_dim,
-        head_v_dim=head_v_dim,
-    )  # fmt: skip
-    tokens = proj.shape[1]
-    if not isinstance(tokens, int) or not 0 < tokens <= MAX_TOKENS:
-        raise ValueError(f"gdn_decode takes 1 to {MAX_TOKENS} tokens per call, got {tokens}; use gdn_prefill")
-    batch, (channels, width) = proj.shape[0], conv_weight.shape
-    pad_k, pad_v = triton.next_power_of_2(head_k_dim), triton.next_power_of_2(head_v_dim)
-    key = decode_key(batch=batch, k_heads=num_k_heads, v_heads=num_v_heads, dims=(pad_k, pad_v))
-    tuned = tuning.lookup("gdn_decode", key, tuning.architecture(proj.device))
-    split, per_program = min(tuned["split"], pad_v), triton.cdiv(channels, num_v_heads)
-    # At least four elements of the tile a thread: with fewer, threads hold the same ones and write them to the same places.
-    warps = max(1, min(tuned["num_warps"], pad_k * pad_v // split // (32 * 4)))
-    raw = torch.empty(batch, tokens, num_v_heads, head_v_dim, dtype=torch.float32, device=proj.device)
-    out = torch.empty(batch, tokens, num_v_heads * head_v_dim, dtype=proj.dtype, device=proj.device)
-    strides = proj.stride(0), proj.stride(1)
-    common = {"TOKENS": tokens, "HV": num_v_heads, "DV": head_v_dim, "WIDTH": width, "PDL": has_pdl(proj)}
-    wrap_triton(_decode_kernel)[(num_v_heads * split, batch, 1)](
-        proj, conv_weight, a_log, dt_bias, conv_state, recurrent_state, raw, *strides, L2_EPS=L2_EPS,
-        HK=num_k_heads, DK=head_k_dim, SPLIT=split, BK=pad_k, BV=pad_v // split, num_warps=warps, **common,
-    )  # fmt: skip
-    wrap_triton(_finish_kernel)[(num_v_heads, batch, tokens)](
-        proj, norm_weight, conv_state, raw, out, *strides, EPS=eps, CHANNELS=channels, SLICE=per_program, BV=pad_v,
-        FLAT=triton.next_power_of_2(per_program * (width - 1)), num_warps=4, **common,
+        head_v_dim=head_v_dim, eps=eps,
     )  # fmt: skip
     return out
+
+
+@triton_op("moeexp::gdn_decode_limbs", mutates_args=("conv_state", "recurrent_state"))
+def gdn_decode_limbs(
+    proj: Tensor,
+    conv_weight: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    conv_state: Tensor,
+    recurrent_state: Tensor,
+    num_k_heads: int,
+    num_v_heads: int,
+    head_k_dim: int,
+    head_v_dim: int,
+    eps: float,
+    group: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`gdn_decode`, and its result as limbs and units in groups of `group`, which `linear` takes (`parts/limbs.py`). A head
+    that is no whole groups, of a power of 2 of features, costs a kernel more."""
+    return launch_gdn_decode(
+        proj=proj, conv_weight=conv_weight, a_log=a_log, dt_bias=dt_bias, norm_weight=norm_weight, conv_state=conv_state,
+        recurrent_state=recurrent_state, num_k_heads=num_k_heads, num_v_heads=num_v_heads, head_k_dim=head_k_dim,
+        head_v_dim=head_v_dim, eps=eps, group=group,
+    )  # fmt: skip

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moeexp_kernels.ops.gated_delta import _gates, _next_conv_state, _store_conv_state, check_gdn
+from moeexp_kernels.ops.gated_delta import _gates, _next_conv_state, _store_conv_state
 from moeexp_kernels.ops.gated_delta_conv import (
     CONV_RUN,
     CONV_WIDTH,
@@ -32,7 +32,7 @@ from moeexp_kernels.ops.gated_delta_conv import (
     VALUE_HEADS,
     conv_kernel,
 )
-from moeexp_kernels.ops.gated_delta_reference import L2_EPS
+from moeexp_kernels.ops.gated_delta_reference import L2_EPS, check_gdn
 from moeexp_kernels.parts import tuning
 
 # The table's rows, by activation class and head dims. `chunk`: tokens per chunk, a power of two from 16. `conv_tokens`: tokens

@@ -10,6 +10,44 @@ from torch import Tensor
 
 CHUNK = 64
 L2_EPS = 1e-6
+MAX_HEAD_DIM = 128  # a whole [Dk, Dv] float32 state tile stays in registers
+
+
+def check_gdn(
+    *, proj: Tensor, conv_weight: Tensor, a_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, conv_state: Tensor,
+    recurrent_state: Tensor, num_k_heads: int, num_v_heads: int, head_k_dim: int, head_v_dim: int,
+) -> None:  # fmt: skip
+    """`ValueError` unless shapes, dtypes and strides are what the kernels address. Never looks at T, which may be symbolic."""
+    if num_k_heads < 1 or num_v_heads % num_k_heads:
+        raise ValueError(f"{num_v_heads} value heads are no multiple of {num_k_heads} key heads")
+    if not (0 < head_k_dim <= MAX_HEAD_DIM and 0 < head_v_dim <= MAX_HEAD_DIM):
+        raise ValueError(f"head dims {head_k_dim} and {head_v_dim}: the Triton kernels do 1..{MAX_HEAD_DIM}; use ops=reference")
+    if proj.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"proj is {proj.dtype}; float32 and bfloat16 are supported")
+    if conv_weight.shape[-1] < 2:
+        raise ValueError(f"conv width {conv_weight.shape[-1]} is not supported; it must be at least 2")
+    batch, width = proj.shape[0], conv_weight.shape[-1]
+    channels = 2 * num_k_heads * head_k_dim + num_v_heads * head_v_dim
+    row = channels + num_v_heads * head_v_dim + 2 * num_v_heads
+    shapes = {
+        "conv_weight": (conv_weight, (channels, width), None),
+        "a_log": (a_log, (num_v_heads,), torch.float32),
+        "dt_bias": (dt_bias, (num_v_heads,), torch.float32),
+        "norm_weight": (norm_weight, (head_v_dim,), None),
+        "conv_state": (conv_state, (batch, channels, width - 1), proj.dtype),
+        "recurrent_state": (recurrent_state, (batch, num_v_heads, head_k_dim, head_v_dim), torch.float32),
+    }
+    for name, (tensor, shape, dtype) in shapes.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}; these heads, batch and conv width need {shape}")
+        if dtype is not None and tensor.dtype != dtype:
+            raise ValueError(f"{name} is {tensor.dtype}; it must be {dtype}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}; only a contiguous {name} is supported")
+    if proj.dim() != 3 or proj.shape[2] != row:
+        raise ValueError(f"proj is {tuple(proj.shape)}; these heads need [B, T, {row}]")
+    if proj.stride(2) != 1:
+        raise ValueError(f"proj has strides {proj.stride()}; its last dim must have stride 1")
 
 
 def inputs_of(

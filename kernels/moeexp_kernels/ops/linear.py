@@ -21,7 +21,6 @@ The op `linear_tile` leaves 1 to 32 rows to the tile whatever the table says: th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,6 +35,7 @@ from moeexp_kernels.ops.matmul import matmul
 from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.checks import FLOATS, check_argument
 from moeexp_kernels.parts.int_dot import dot_rows, load_norm, load_row_features, load_rows
+from moeexp_kernels.parts.limbs import check_limbs
 from moeexp_kernels.parts.matrix import ROWS, at_row, matrix_format
 from moeexp_kernels.parts.pdl import after_previous, has_pdl
 
@@ -261,7 +261,7 @@ def launch_gemv(
 
 def launch_linear(
     *, x: Tensor, weight: Tensor, scales: Tensor | None, norm_weight: Tensor | None, eps: float, residual: Tensor | None,
-    always: bool,
+    limbs: Tensor | None, units: Tensor | None, always: bool,
 ) -> Tensor:  # fmt: skip
     """Checks the arguments of `linear` and runs the kernel for its rows; `always` as in `kernel_for`."""
     features, out_features = x.shape[-1], weight.shape[0]
@@ -284,9 +284,11 @@ def launch_linear(
     common |= {"x": flat, "out": y.view(-1, out_features)}
     if kernel == "gemm":
         launch_gemm(**common)
+    elif kernel == "tile":
+        made = check_limbs(limbs, units, x=flat, group=group, norm_weight=norm_weight)
+        launch_tile(norm_weight=norm_weight, eps=eps, made=made, **common)
     elif rows:
-        launch: Callable[..., None] = launch_tile if kernel == "tile" else launch_gemv
-        launch(norm_weight=norm_weight, eps=eps, **common)
+        launch_gemv(norm_weight=norm_weight, eps=eps, **common)
     return y
 
 
@@ -298,11 +300,18 @@ def linear(
     norm_weight: Tensor | None = None,
     eps: float = 1e-6,
     residual: Tensor | None = None,
+    limbs: Tensor | None = None,
+    units: Tensor | None = None,
 ) -> Tensor:
-    """`reference_linear` on the GPU; the same arguments, by keyword. x, weight, norm_weight and residual contiguous.
+    """`reference_linear` on the GPU; the same arguments, by keyword. x, weight, norm_weight and residual contiguous. limbs and
+    units: those of x (`parts/limbs.py`), where who made x made them, which spares the tile to make them; others have no use
+    for them.
 
     `ValueError` for strides or dtypes that the kernels do not take."""
-    return launch_linear(x=x, weight=weight, scales=scales, norm_weight=norm_weight, eps=eps, residual=residual, always=False)
+    return launch_linear(
+        x=x, weight=weight, scales=scales, norm_weight=norm_weight, eps=eps, residual=residual, limbs=limbs, units=units,
+        always=False,
+    )  # fmt: skip
 
 
 @triton_op("moeexp::linear_tile", mutates_args=())
@@ -316,4 +325,7 @@ def linear_tile(
 ) -> Tensor:
     """`linear`, with 1 to 32 rows always on the tile: for weights that the tile takes, int4 and int8 in groups of 64 or 128, a
     row's result does not depend, to the bit, on how many rows there are, up to 32 of them."""
-    return launch_linear(x=x, weight=weight, scales=scales, norm_weight=norm_weight, eps=eps, residual=residual, always=True)
+    return launch_linear(
+        x=x, weight=weight, scales=scales, norm_weight=norm_weight, eps=eps, residual=residual, limbs=None, units=None,
+        always=True,
+    )  # fmt: skip

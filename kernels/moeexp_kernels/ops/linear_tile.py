@@ -161,7 +161,11 @@ def launch_product(
     )  # fmt: skip
 
 
-def launch_tile(*, x: Tensor, weight: Tensor, norm_weight: Tensor | None, eps: float, group: int, **product: Any) -> None:
-    """out [M, N] = residual + norm(x [M, K]) @ weight.T, M <= MOST_ROWS; product: what else `launch_product` takes."""
-    limbs, units = launch_limbs(x=x, norm_weight=norm_weight, eps=eps, group=group)
+def launch_tile(
+    *, x: Tensor, weight: Tensor, norm_weight: Tensor | None, eps: float, group: int,
+    made: tuple[Tensor, Tensor] | None = None, **product: Any,
+) -> None:  # fmt: skip
+    """out [M, N] = residual + norm(x [M, K]) @ weight.T, M <= MOST_ROWS. made: (limbs, units) of x, where they are there;
+    product: what else `launch_product` takes."""
+    limbs, units = made or launch_limbs(x=x, norm_weight=norm_weight, eps=eps, group=group)
     launch_product(limbs=limbs, units=units, weight=weight, group=group, **product)

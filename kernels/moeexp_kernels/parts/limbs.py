@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moeexp_kernels.parts.checks import check_argument
+
 LARGEST: tl.constexpr = tl.constexpr(32639.0)  # 256 * 127 + 127
 FINER: tl.constexpr = tl.constexpr(254.0)  # units of the third limb in one of the integers: half of one is 127
 TINY: tl.constexpr = tl.constexpr(1e-30)  # a group without larger values counts as zeros: LARGEST / TINY is a float32 still
@@ -38,6 +40,20 @@ def empty_limbs(*, rows: int, features: int, group: int, dtype: torch.dtype, dev
     """Uninitialised (limbs int8 [rows, LIMBS, features], units float32 [rows, features / group, 2])."""
     limbs = torch.empty((rows, limbs_of(dtype), features), dtype=torch.int8, device=device)
     return limbs, torch.empty((rows, features // group, 2), dtype=torch.float32, device=device)
+
+
+def check_limbs(
+    limbs: Tensor | None, units: Tensor | None, *, x: Tensor, group: int, norm_weight: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """(limbs, units) of x [M, K] where they are given; `ValueError` for others than such."""
+    if limbs is None or units is None:
+        return None
+    if norm_weight is not None:
+        raise ValueError("limbs are of x as it is: they do not go with norm_weight")
+    rows, features = x.shape
+    check_argument(limbs, name="limbs", shape=(rows, limbs_of(x.dtype), features), dtypes=(torch.int8,))
+    check_argument(units, name="units", shape=(rows, features // group, 2), dtypes=(torch.float32,))
+    return limbs, units
 
 
 @triton.jit
@@ -71,3 +87,16 @@ def store_limbs(limbs_ptr, units_ptr, x, factor, K: tl.constexpr, GROUP: tl.cons
     unit = factor * (largest * (1.0 / LARGEST) + poison)
     at = group[:, None] * 2 + tl.arange(0, 2)[None, :]
     tl.store(units_ptr + at, tl.join(unit, total * unit), mask=tl.broadcast_to(inside[:, None], [GROUPS, 2]))
+
+
+@triton.jit
+def store_part_limbs(
+    limbs_ptr, units_ptr, x, row, first, K: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    """Stores features `first` .. of a row of K as limbs and units: x float32 [n * GROUP], a power of 2 of them, rounded to DTYPE
+    already."""
+    LIMBS: tl.constexpr = 3 if DTYPE == tl.float32 else 2  # as `limbs_of`
+    groups: tl.constexpr = x.shape[0] // GROUP
+    limbs_ptr += row * (LIMBS * K) + first
+    units_ptr += row * (K // GROUP * 2) + first // GROUP * 2
+    store_limbs(limbs_ptr, units_ptr, tl.reshape(x, [groups, GROUP]), 1.0, K, GROUP, groups, LIMBS)

@@ -77,8 +77,8 @@ WITHIN_AN_OP = (
 # wait is weights, or older than the kernel before.
 EARLY = {
     "limbs_kernel": ("linear_tile_kernel", "gate_up_tile_kernel", "down_tile_kernel"),
-    "_finish_kernel": ("gemv_kernel", "limbs_kernel"),
-    "_merge_kernel": ("gemv_kernel", "limbs_kernel"),
+    "_finish_kernel": ("gemv_kernel", "limbs_kernel", "linear_tile_kernel"),
+    "_merge_kernel": ("gemv_kernel", "limbs_kernel", "linear_tile_kernel"),
     "_qk_norm_rope_kernel": ("_attend_kernel", "_attend_splits_kernel"),
     "choose_experts_kernel": ("gate_up_kernel", "gate_up_packed_kernel", "limbs_kernel", "order_pairs_kernel"),
     "order_pairs_kernel": ("gate_up_packed_kernel",),
