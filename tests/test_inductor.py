@@ -151,6 +151,7 @@ TRACED = """
 import torch, triton
 from moeexp_kernels import registry
 from moeexp_kernels.ops import linear
+from moeexp_kernels.parts import tuning
 from moeexp_runner.arena import Arena
 from torch._functorch.aot_autograd import aot_export_module
 from torch._higher_order_ops import triton_kernel_wrap
@@ -187,6 +188,8 @@ model = load(
 state = Arena(state_shapes(arch, batch=BATCH, max_seq_len=64, dtype=torch.bfloat16), device="cpu").tensors
 linear.has_pdl = lambda tensor: True  # as on Hopper, where a GEMV has instructions of its own for that
 written = {}
+if CHOOSE:
+    tuning.override("moe_routed", "", {"UP_TO": BATCH}).__enter__()
 for method in ("prefill", "decode"):
     names = registry.resolve(default="triton", chosen={}, device="cuda")
     ops = {op: registry.implementation(op, name) for op, name in names.items()} | registry.joined(names)
@@ -206,8 +209,12 @@ for method in ("prefill", "decode"):
         written.setdefault(key[0].fn.__name__, set()).update(
             result if isinstance(result, list) else (dependence.name for dependence in result.read_writes.writes)
         )
-assert written["choose_experts_kernel"] == {"ids_ptr", "weights_ptr", "trace_ptr", "packed_ptr"}, written
-assert written["gate_up_packed_kernel"] == {"act_ptr"} and written["down_packed_kernel"] == {"y_ptr"}, written
+if CHOOSE:
+    assert written["logits_packed_kernel"] == {"logits_ptr", "packed_ptr"}, written
+    assert written["gate_up_routed_kernel"] == {"act_ptr"} and written["down_routed_kernel"] == {"y_ptr", "trace_ptr"}, written
+else:
+    assert written["choose_experts_kernel"] == {"ids_ptr", "weights_ptr", "trace_ptr", "packed_ptr"}, written
+    assert written["gate_up_packed_kernel"] == {"act_ptr"} and written["down_packed_kernel"] == {"y_ptr"}, written
 assert written["_decode_kernel"] == {"state", "raw"}, written
 assert written["gemv_kernel"] == {"y_ptr"}, written
 limbs = {"limbs_ptr", "units_ptr"} if BATCH > 2 else set()  # of the tile, to which more rows go
@@ -216,11 +223,13 @@ assert written["_finish_kernel"] == {"out", "conv_state"} | limbs and written["_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "batch", "group"), [("nano", 1, 32), ("tiny", 5, 64)])
-def test_real_methods_need_few_analyses_and_hand_no_float_to_a_kernel(model, batch, group):
+@pytest.mark.parametrize(
+    ("model", "batch", "group", "choose"), [("nano", 1, 32, False), ("nano", 2, 32, True), ("tiny", 5, 64, False)]
+)
+def test_real_methods_need_few_analyses_and_hand_no_float_to_a_kernel(model, batch, group, choose):
     """With torch's own tracing, in a process without Triton's interpreter. Inductor types a float argument as float64, and
     then everything that it touches is computed so. What a kernel writes is seen past a barrier and within a branch."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "0"}
-    said = f"MODEL, BATCH, GROUP = {model!r}, {batch}, {group}\n"
+    said = f"MODEL, BATCH, GROUP, CHOOSE = {model!r}, {batch}, {group}, {choose}\n"
     done = subprocess.run([sys.executable, "-c", said + TRACED], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -42,11 +42,13 @@ KERNELS: dict[str, dict[str, str]] = {
     "sdpa": {"_attend_kernel": WHOLE, "_attend_splits_kernel": WHOLE, "_merge_kernel": NOTHING},
     "router": {
         "gemv_kernel": WHOLE, "gemm_kernel": WHOLE, "limb_logits_kernel": WHOLE, "rms_norm_kernel": NOTHING,
-        "norm_limbs_kernel": NOTHING, "choose_experts_kernel": NOTHING,
+        "norm_limbs_kernel": NOTHING, "choose_experts_kernel": NOTHING, "logits_packed_kernel": WHOLE,
     },
     "moe": {
-        **dict.fromkeys(("gate_up_kernel", "gate_up_packed_kernel", "gate_up_tile_kernel", "grouped_gate_up_kernel"), GATE_UP),
-        **dict.fromkeys(("down_kernel", "down_packed_kernel", "down_tile_kernel", "grouped_down_kernel"), DOWN),
+        **dict.fromkeys(("gate_up_kernel", "gate_up_packed_kernel", "gate_up_routed_kernel", "gate_up_tile_kernel",
+                         "grouped_gate_up_kernel"), GATE_UP),
+        **dict.fromkeys(("down_kernel", "down_packed_kernel", "down_routed_kernel", "down_tile_kernel",
+                         "grouped_down_kernel"), DOWN),
         **dict.fromkeys(("limbs_kernel", "combine_tile_kernel", "norm_kernel", "count_kernel", "sort_kernel",
                          "combine_kernel", "order_pairs_kernel"), NOTHING),
     },
@@ -56,8 +58,9 @@ KERNELS: dict[str, dict[str, str]] = {
 LAST = {
     "linear": ("gemv_kernel", "linear_tile_kernel", "gemm_kernel", "dequantise_kernel"),
     "gdn": ("_finish_kernel", "_output_kernel"),
-    "qk_norm_rope": ("_qk_norm_rope_kernel",), "sdpa": ("_merge_kernel",), "router": ("choose_experts_kernel",),
-    "moe": ("down_kernel", "down_packed_kernel", "combine_tile_kernel", "combine_kernel"), "sample": ("_best_kernel",),
+    "qk_norm_rope": ("_qk_norm_rope_kernel",), "sdpa": ("_merge_kernel",), "sample": ("_best_kernel",),
+    "router": ("choose_experts_kernel", "logits_packed_kernel"),
+    "moe": ("down_kernel", "down_packed_kernel", "down_routed_kernel", "combine_tile_kernel", "combine_kernel"),
 }  # fmt: skip
 
 

@@ -210,8 +210,8 @@ class Qwen35MoE(nn.Module):
             "shared_gate": moe.shared_gate,
         }  # fmt: skip
         choice = {"weight": moe.router, "top_k": top_k, **common, **trace}
-        if phase == "decode" and "route_decode" in ops:  # the router also does what the experts' kernels would do first
-            return ops["moe_decode"](**ops["route_decode"](choice, experts), **common, **experts)
+        if phase == "decode" and "routed_experts" in ops:  # each does what the other's kernels would do
+            return ops["routed_experts"](choice, experts)
         ids, weights = ops["router"](**choice)
         return ops[f"moe_{phase}"](ids=ids, weights=weights, **common, **experts)
 

@@ -58,8 +58,7 @@ class Layers:
             x = self._mix(layer, x)
             common = {"x": x, "norm_weight": layer.moe_norm, "eps": EPS}
             choice = {"top_k": self.shapes.top_k, "positions": self._positions, "expert_ids": layer.trace}
-            chosen = moe.route_decode({**common, "weight": layer.router, **choice}, layer.experts)
-            x = moe.moe_decode(**common, **chosen, **layer.experts)
+            x = moe.routed_experts({**common, "weight": layer.router, **choice}, layer.experts)
         return x
 
     def microseconds(self, *, replays: int = 40, pdl: bool = True) -> float:

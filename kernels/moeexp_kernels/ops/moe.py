@@ -10,8 +10,9 @@ width.
     shared_gate_up [2*Is, D], shared_down [D, Is] likewise; shared_gate [1, D] plain
 
 Which experts a token takes: `router.py`; references: `moe_reference.py`. Experts of few tokens, a GEMV for each pair:
-`moe_pairs.py`, and where the router packed their rows `moe_packed.py`. Up to 32 tokens, some of whose experts are the same,
-where the tuning table has it so or it is asked for: `moe_tile.py`. Many tokens: `moe_prefill.py`.
+`moe_pairs.py`, where the router packed their rows `moe_packed.py`, and of very few tokens, which choose for themselves,
+`moe_routed.py`. Up to 32 tokens, some of whose experts are the same, where the tuning table has it so or it is asked for:
+`moe_tile.py`. Many tokens: `moe_prefill.py`.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from torch.library import triton_op
 from moeexp_kernels.ops.linear import flat_rows, weight_format
 from moeexp_kernels.ops.moe_packed import launch_packed, packing
 from moeexp_kernels.ops.moe_pairs import launch_pairs
+from moeexp_kernels.ops.moe_routed import launch_routed
 from moeexp_kernels.ops.moe_tile import experts_served, launch_moe_tile, moe_tile_config
 from moeexp_kernels.ops.router import router, router_packed
+from moeexp_kernels.ops.router_logits import router_logits
 from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.checks import FLOATS, check_argument
 
@@ -130,10 +133,54 @@ def moe_decode(
     )  # fmt: skip
 
 
+@triton_op("moeexp::moe_decode_routed", mutates_args={"expert_ids"})
+def moe_decode_routed(
+    x: Tensor,
+    logits: Tensor,
+    packed: Tensor,
+    positions: Tensor,
+    expert_ids: Tensor,
+    gate_up: Tensor,
+    gate_up_scales: Tensor,
+    down: Tensor,
+    down_scales: Tensor,
+    shared_gate_up: Tensor,
+    shared_gate_up_scales: Tensor,
+    shared_down: Tensor,
+    shared_down_scales: Tensor,
+) -> Tensor:
+    """`moe_decode` of the k experts that `router` would choose and trace, by logits and packed rows of `router_logits`; k by
+    expert_ids [B, S, k], in place. Made for up to three tokens, each of which counts. `ValueError` for strides, shapes or dtypes
+    not taken."""
+    matrices = {
+        "gate_up": gate_up, "gate_up_scales": gate_up_scales, "down": down, "down_scales": down_scales,
+        "shared_gate_up": shared_gate_up, "shared_gate_up_scales": shared_gate_up_scales, "shared_down": shared_down,
+        "shared_down_scales": shared_down_scales,
+    }  # fmt: skip
+    features = x.shape[-1]
+    formats = decode_formats(matrices, features=features)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    launch_routed(
+        x=flat_rows(x, name="x", features=features), tokens=x.shape[1], logits=logits, packed=packed, positions=positions,
+        expert_ids=expert_ids, out=y.view(-1, features), formats=formats, **matrices,
+    )  # fmt: skip
+    return y
+
+
 def packed_form(x: Tensor, experts: dict[str, Any]) -> dict[str, int]:
     """`packing` of the rows of x [..., D] for these experts: nothing where the tile serves, which has no use for them."""
     formats = decode_formats(experts, features=x.shape[-1])
     return packing(formats, rows=x.shape[:-1].numel()) if tile_row(x, formats) is None else {}
+
+
+def routed_serves(choice: dict[str, Any], experts: dict[str, Any]) -> bool:
+    """Whether `moe_decode_routed` does, of tokens that all count and whose rows the router can pack."""
+    rows, features, width = choice["x"].shape[:-1].numel(), choice["x"].shape[-1], experts["gate_up"].shape[-2] // 2
+    bits = decode_formats(experts, features=features)["gate_up"][1]
+    row = tuning.lookup(
+        "moe_routed", f"{tuning.weight_class(bits)}/{features}x{width}", tuning.architecture(choice["x"].device)
+    )  # fmt: skip
+    return rows <= row["UP_TO"] and choice.get("valid_len") is None
 
 
 def route_decode(choice: dict[str, Any], experts: dict[str, Any]) -> dict[str, Tensor]:
@@ -142,6 +189,18 @@ def route_decode(choice: dict[str, Any], experts: dict[str, Any]) -> dict[str, T
     form = packed_form(choice["x"], experts)
     found = router_packed(**choice, **form, shared_gate=experts["shared_gate"]) if form else router(**choice)
     return dict(zip(("ids", "weights", "packed"), found, strict=False))
+
+
+def routed_experts(choice: dict[str, Any], experts: dict[str, Any]) -> Tensor:
+    """`moe_decode` of what `router` finds, each doing what spares the other something; arguments as of `route_decode`."""
+    common = {name: choice[name] for name in ("x", "norm_weight", "eps")}
+    form = packed_form(choice["x"], experts)
+    if not form or not routed_serves(choice, experts):
+        return moe_decode(**common, **route_decode(choice, experts), **experts)
+    logits, packed = router_logits(**common, weight=choice["weight"], shared_gate=experts["shared_gate"], **form)
+    traced = {name: choice[name] for name in ("positions", "expert_ids")}
+    matrices = {name: value for name, value in experts.items() if name != "shared_gate"}
+    return moe_decode_routed(x=choice["x"], logits=logits, packed=packed, **traced, **matrices)
 
 
 @triton_op("moeexp::moe_decode_tile", mutates_args=())

@@ -8,13 +8,15 @@ Shape letters and weight formats: `moe.py`; packed rows: `parts/packed.py` and `
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from moeexp_kernels.ops.moe_pairs import DOWN_VECTOR, folded_rows, load_down
+from moeexp_kernels.ops.moe_pairs import DOWN_VECTOR, folded_rows, load_down, load_ids
 from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.act import EXPERTS, LENGTH, act_format, load_packed_act, rows_of_vectors, store_packed_act
 from moeexp_kernels.parts.checks import check_argument
@@ -30,14 +32,29 @@ PACKED_ROWS = 32  # tokens for which the router packs rows, as many as the tile 
 
 @triton.jit
 def load_gate_up(
-    w_ptr, s_ptr, row, FORMAT: tl.constexpr, SPREAD: tl.constexpr, CACHE: tl.constexpr
+    w_ptr, s_ptr, row, base, FORMAT: tl.constexpr, SPREAD: tl.constexpr, CACHE: tl.constexpr
 ):  # fmt: skip
-    """(words, scale pairs) of gate rows, the same of up rows, of one expert, whose matrix [2*I, K] starts at w_ptr."""
+    """(words, scale pairs) of gate rows, the same of up rows, of one expert, whose matrix [2*I, K] begins `base` rows behind
+    w_ptr."""
     width: tl.constexpr = FORMAT[ROWS] // 2
-    gate = load_warp_rows(w_ptr, s_ptr, row, width, FORMAT, SPREAD, CACHE)
+    gate = load_warp_rows(w_ptr, s_ptr, row, base, width, FORMAT, SPREAD, CACHE)
     # From a row further on, for offsets of their own would be worked out otherwise.
     w_ptr, s_ptr = at_row(w_ptr, s_ptr, width, FORMAT)
-    return gate, load_warp_rows(w_ptr, s_ptr, row, width, FORMAT, SPREAD, CACHE)
+    return gate, load_warp_rows(w_ptr, s_ptr, row, base, width, FORMAT, SPREAD, CACHE)
+
+
+@triton.jit
+def store_swiglu(
+    gate_pair, up_pair, share, packed_ptr, act_ptr, first, last, FORMAT: tl.constexpr, ACT: tl.constexpr,
+    SPREAD: tl.constexpr, LIMBS: tl.constexpr, PACKED: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Packs share * silu(gate) * up of a token as vectors first .. of its packed activations at act_ptr, those before `last`.
+    packed_ptr: its packed row."""
+    features = load_packed(packed_ptr, FORMAT, SPREAD, LIMBS)
+    r = tl.load(packed_ptr + (PACKED - 4)).to(tl.float32, bitcast=True)
+    gate = r * dot_warp_rows(gate_pair[0], gate_pair[1], features, FORMAT, LIMBS, INTERPRETED)
+    up = r * dot_warp_rows(up_pair[0], up_pair[1], features, FORMAT, LIMBS, INTERPRETED)
+    store_packed_act(act_ptr, share * gate * tl.sigmoid(gate) * up, first, last, ACT, SPREAD, LIMBS)
 
 
 @triton.jit
@@ -74,7 +91,7 @@ def gate_up_packed_kernel(
     # What differs goes through one piece of code: instructions come from memory as well.
     if tl.program_id(1) == 0:
         m = tl.program_id(2)
-        gate_pair, up_pair = load_gate_up(shared_w_ptr, shared_s_ptr, row, SHARED_FORMAT, SPREAD, CACHE)
+        gate_pair, up_pair = load_gate_up(shared_w_ptr, shared_s_ptr, row, 0, SHARED_FORMAT, SPREAD, CACHE)
         ready = after_previous(PDL)
         before, last = TOP_K * vectors, TOP_K * vectors + shared_vectors
         share_ptr = packed_ptr.to(tl.pointer_type(tl.float32)) + m.to(tl.int64) * PACKED + (PACKED - 3)
@@ -87,20 +104,34 @@ def gate_up_packed_kernel(
             expert = expert >> 16
         m = pair // TOP_K
         w_ptr, s_ptr = at_row(w_ptr, s_ptr, expert.to(tl.int64) * FORMAT[ROWS], FORMAT)
-        gate_pair, up_pair = load_gate_up(w_ptr, s_ptr, row, FORMAT, SPREAD, CACHE)
+        gate_pair, up_pair = load_gate_up(w_ptr, s_ptr, row, 0, FORMAT, SPREAD, CACHE)
         before = pair % TOP_K * vectors
         last = before + vectors
         share_ptr = weights_ptr + pair
     share = tl.load(share_ptr + ready)
-    packed_ptr += m.to(tl.int64) * PACKED + ready
-    features = load_packed(packed_ptr, FORMAT, SPREAD, LIMBS)
-    r = tl.load(packed_ptr + (PACKED - 4)).to(tl.float32, bitcast=True)
-    gate = r * dot_warp_rows(gate_pair[0], gate_pair[1], features, FORMAT, LIMBS, INTERPRETED)
-    up = r * dot_warp_rows(up_pair[0], up_pair[1], features, FORMAT, LIMBS, INTERPRETED)
-    store_packed_act(
-        act_ptr + m.to(tl.int64) * ACT[LENGTH] + ready, share * gate * tl.sigmoid(gate) * up, before + first, last, ACT, SPREAD,
-        LIMBS,
+    m = m.to(tl.int64)
+    store_swiglu(
+        gate_pair, up_pair, share, packed_ptr + m * PACKED + ready, act_ptr + m * ACT[LENGTH] + ready, before + first, last,
+        FORMAT, ACT, SPREAD, LIMBS, PACKED, INTERPRETED,
     )  # fmt: skip
+
+
+@triton.jit
+def dot_packed_act(
+    found, act_ptr, ACT: tl.constexpr, SLOTS: tl.constexpr, FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr,
+    FOLD: tl.constexpr, LIMBS: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """What `load_down` found of a program's rows, times a token's packed activations: float32 [BLOCK_D]."""
+    own, shared, extra = found
+    TOP_K: tl.constexpr = ACT[EXPERTS]
+    stored: tl.constexpr = FORMAT[FEATURES] * FORMAT[BITS] // 32  # words of an expert's row
+    features = load_packed_act(act_ptr, 0, SLOTS, TOP_K, stored, FORMAT[WORDS], stored, ACT, LIMBS)
+    y = extra + dot_rows(own[0], own[1], features, FORMAT, LIMBS, INTERPRETED)
+    # The shared expert's, once for each of the rows that are side by side.
+    features = load_packed_act(
+        act_ptr, TOP_K * stored, FOLD, FOLD, ACT[WORDS] - TOP_K * stored, SHARED_FORMAT[WORDS] // FOLD, 0, ACT, LIMBS
+    )
+    return y + dot_rows(shared[0], shared[1], features, SHARED_FORMAT, LIMBS, INTERPRETED, FOLD)
 
 
 @triton.jit
@@ -113,23 +144,16 @@ def down_packed_kernel(
     LIMBS: tl.constexpr = 2 if x_ptr.dtype.element_ty == tl.float32 else 1  # as `int16_limbs`
     TOP_K: tl.constexpr = ACT[EXPERTS]
     D: tl.constexpr = FORMAT[ROWS]
-    stored: tl.constexpr = FORMAT[FEATURES] * FORMAT[BITS] // 32  # words of an expert's row
     m = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    own, shared, extra = load_down(
-        x_ptr, ids_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, m, x_stride, TOP_K, SLOTS, FORMAT, SHARED_FORMAT, FOLD,
-        BLOCK_D, CACHE,
+    found = load_down(
+        x_ptr, load_ids(ids_ptr, m, TOP_K, SLOTS), w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, m, x_stride, TOP_K, SLOTS, FORMAT,
+        SHARED_FORMAT, FOLD, BLOCK_D, CACHE,
     )  # fmt: skip
     ready = after_previous(PDL)
     y_ptr += ready
     act_ptr += m * ACT[LENGTH] + ready
-    features = load_packed_act(act_ptr, 0, SLOTS, TOP_K, stored, FORMAT[WORDS], stored, ACT, LIMBS)
-    y = extra + dot_rows(own[0], own[1], features, FORMAT, LIMBS, INTERPRETED)
-    # The shared expert's, once for each of the rows that are side by side.
-    features = load_packed_act(
-        act_ptr, TOP_K * stored, FOLD, FOLD, ACT[WORDS] - TOP_K * stored, SHARED_FORMAT[WORDS] // FOLD, 0, ACT, LIMBS
-    )
-    y += dot_rows(shared[0], shared[1], features, SHARED_FORMAT, LIMBS, INTERPRETED, FOLD)
+    y = dot_packed_act(found, act_ptr, ACT, SLOTS, FORMAT, SHARED_FORMAT, FOLD, LIMBS, INTERPRETED)
     tl.store(y_ptr + m * D + d, y.to(y_ptr.dtype.element_ty), mask=d < D)
 
 
@@ -153,6 +177,58 @@ def order_pairs(ids: Tensor) -> Tensor:
     return order
 
 
+class PackedLaunch(NamedTuple):
+    """What the launches of gate/up and `down` have in common with those of `moe_routed.py`."""
+
+    act: Tensor  # [M, ACT[LENGTH]] int32, of no content yet
+    by_expert: bool  # whether gate/up takes what `order_pairs` makes of the ids
+    up_grid: tuple[int, int, int]
+    up: dict[str, Any]
+    down_grid: tuple[int, int]
+    down: dict[str, Any]
+
+
+def packed_launch(
+    *, x: Tensor, top_k: int, gate_up: Tensor, shared_gate_up: Tensor, down: Tensor, shared_down: Tensor,
+    formats: dict[str, tuple[int, int, int]],
+) -> PackedLaunch:  # fmt: skip
+    """Of x [M, D] and experts whose formats are as `packing` takes them.
+
+    `ValueError` for weights that these kernels do not take."""
+    rows, features = x.shape
+    if not packing(formats, rows=min(rows, PACKED_ROWS)):
+        raise ValueError(f"packed rows are for quantised experts and a shared expert of the same format, not for {formats}")
+    (width, up_bits, up_group), (_, bits, group) = formats["gate_up"], formats["down"]
+    shared_width = formats["shared_gate_up"][0]
+    form = matrix_format(gate_up, bits=up_bits, group=up_group)
+    down_form = matrix_format(down, bits=bits, group=group, widest=DOWN_VECTOR)
+    arch, shape = tuning.architecture(x.device), f"{features}x{width}/{rows}"
+    first = tuning.lookup("moe_gate_up_packed", f"{tuning.weight_class(up_bits)}/{shape}", arch)
+    second = tuning.lookup("moe_down_packed", f"{tuning.weight_class(bits)}/{shape}", arch)
+    act_form = act_format(
+        bits=bits, group=group, vector=down_form[5], width=width, shared_width=shared_width, top_k=top_k, dtype=x.dtype
+    )
+    each, warps, in_vector = first["EACH"], first["num_warps"], down_form[5] * 32 // bits
+    each = max(each, in_vector // warps)  # whole vectors
+    common = {"ACT": act_form, "INTERPRETED": not x.is_cuda, "PDL": has_pdl(x)}
+    whole = width == shared_width and width % (each * warps) == 0
+    by_expert = first["BY_EXPERT"] is not None and rows >= first["BY_EXPERT"]
+    up = common | {
+        "FORMAT": form, "SHARED_FORMAT": matrix_format(shared_gate_up, bits=up_bits, group=up_group),
+        "SPREAD": spread_of(form, each=each, warps=warps, by_expert=by_expert, whole=whole), "LIMBS": int16_limbs(x.dtype),
+        "PACKED": packed_length(form, x.dtype), "CACHE": first["CACHE"], "num_warps": warps,
+    }  # fmt: skip
+    slots = triton.next_power_of_2(top_k)
+    fold = folded_rows(block=second["BLOCK_D"], slots=slots, features=features, bits=shared_width * bits)
+    shared_form = matrix_format(shared_down, bits=bits, group=group, widest=DOWN_VECTOR, fold=fold)
+    back = common | second | {"SLOTS": slots, "FORMAT": down_form, "SHARED_FORMAT": shared_form, "FOLD": fold}
+    return PackedLaunch(
+        act=torch.empty((rows, act_form[7]), dtype=torch.int32, device=x.device), by_expert=by_expert,
+        up_grid=(triton.cdiv(max(width, shared_width), each * warps), top_k + 1, rows), up=up,
+        down_grid=(triton.cdiv(features, second["BLOCK_D"]), rows), down=back,
+    )  # fmt: skip
+
+
 def launch_packed(
     *, x: Tensor, norm_weight: Tensor, packed: Tensor, eps: float, ids: Tensor, weights: Tensor, gate_up: Tensor,
     gate_up_scales: Tensor | None, down: Tensor, down_scales: Tensor | None, shared_gate_up: Tensor,
@@ -163,39 +239,15 @@ def launch_packed(
     formats: as `packing` takes them.
 
     `ValueError` for weights that these kernels do not take."""
-    (rows, features), top_k = x.shape, ids.shape[-1]
-    if not packing(formats, rows=min(rows, PACKED_ROWS)):
-        raise ValueError(f"packed rows are for quantised experts and a shared expert of the same format, not for {formats}")
-    (width, up_bits, up_group), (_, bits, group) = formats["gate_up"], formats["down"]
-    shared_width = formats["shared_gate_up"][0]
-    form = matrix_format(gate_up, bits=up_bits, group=up_group)
-    shared_form = matrix_format(shared_gate_up, bits=up_bits, group=up_group)
-    down_form = matrix_format(down, bits=bits, group=group, widest=DOWN_VECTOR)
-    length = packed_length(form, x.dtype)
-    check_argument(packed, name="packed", shape=(rows, length), dtypes=(torch.int32,))
-    arch, shape = tuning.architecture(x.device), f"{features}x{width}/{rows}"
-    first = tuning.lookup("moe_gate_up_packed", f"{tuning.weight_class(up_bits)}/{shape}", arch)
-    second = tuning.lookup("moe_down_packed", f"{tuning.weight_class(bits)}/{shape}", arch)
-    act_form = act_format(
-        bits=bits, group=group, vector=down_form[5], width=width, shared_width=shared_width, top_k=top_k, dtype=x.dtype
+    launch = packed_launch(
+        x=x, top_k=ids.shape[-1], gate_up=gate_up, shared_gate_up=shared_gate_up, down=down, shared_down=shared_down,
+        formats=formats,
+    )  # fmt: skip
+    check_argument(packed, name="packed", shape=(x.shape[0], launch.up["PACKED"]), dtypes=(torch.int32,))
+    wrap_triton(gate_up_packed_kernel)[launch.up_grid](
+        packed, order_pairs(ids) if launch.by_expert else ids, weights, gate_up, gate_up_scales, shared_gate_up,
+        shared_gate_up_scales, launch.act, **launch.up,
+    )  # fmt: skip
+    wrap_triton(down_packed_kernel)[launch.down_grid](
+        x, ids, down, down_scales, shared_down, shared_down_scales, launch.act, out, x.stride(0), **launch.down
     )
-    each, warps, in_vector = first["EACH"], first["num_warps"], down_form[5] * 32 // bits
-    each = max(each, in_vector // warps)  # whole vectors
-    act = torch.empty((rows, act_form[7]), dtype=torch.int32, device=x.device)
-    common = {"ACT": act_form, "INTERPRETED": not x.is_cuda, "PDL": has_pdl(x)}
-    blocks = triton.cdiv(max(width, shared_width), each * warps)
-    whole = width == shared_width and width % (each * warps) == 0
-    by_expert = first["BY_EXPERT"] is not None and rows >= first["BY_EXPERT"]
-    spread = spread_of(form, each=each, warps=warps, by_expert=by_expert, whole=whole)
-    wrap_triton(gate_up_packed_kernel)[(blocks, top_k + 1, rows)](
-        packed, order_pairs(ids) if by_expert else ids, weights, gate_up, gate_up_scales, shared_gate_up,
-        shared_gate_up_scales, act, FORMAT=form, SHARED_FORMAT=shared_form, SPREAD=spread, LIMBS=int16_limbs(x.dtype),
-        PACKED=length, CACHE=first["CACHE"], num_warps=warps, **common,
-    )  # fmt: skip
-    slots = triton.next_power_of_2(top_k)
-    fold = folded_rows(block=second["BLOCK_D"], slots=slots, features=features, bits=shared_width * bits)
-    wrap_triton(down_packed_kernel)[(triton.cdiv(features, second["BLOCK_D"]), rows)](
-        x, ids, down, down_scales, shared_down, shared_down_scales, act, out, x.stride(0), SLOTS=slots, FORMAT=down_form,
-        SHARED_FORMAT=matrix_format(shared_down, bits=bits, group=group, widest=DOWN_VECTOR, fold=fold), FOLD=fold, **common,
-        **second,
-    )  # fmt: skip

@@ -96,11 +96,19 @@ def gate_up_kernel(
 
 
 @triton.jit
+def load_ids(ids_ptr, m, TOP_K: tl.constexpr, SLOTS: tl.constexpr):
+    """Token m's experts, int32 [SLOTS], before a program of `down` waits: not the previous kernel's result but that of one
+    before. Past L1, which may hold an older token's."""
+    slot = tl.arange(0, SLOTS)
+    return tl.load(ids_ptr + m * TOP_K + slot, mask=slot < TOP_K, other=0, cache_modifier=".cg")
+
+
+@triton.jit
 def load_down(
-    x_ptr, ids_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, m, x_stride, TOP_K: tl.constexpr, SLOTS: tl.constexpr,
+    x_ptr, ids, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, m, x_stride, TOP_K: tl.constexpr, SLOTS: tl.constexpr,
     FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr, FOLD: tl.constexpr, BLOCK_D: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
-    """Before a program of `down` waits: words and scale pairs of its BLOCK_D rows of token m's experts side by side,
+    """Before a program of `down` waits: words and scale pairs of its BLOCK_D rows of token m's experts `ids` side by side,
     [BLOCK_D, SLOTS * WORDS], those of the shared expert, FOLD of whose rows are one of SHARED_FORMAT: [BLOCK_D / FOLD, WORDS],
     and what the sums are added to, float32 [BLOCK_D]. Past L1, which may hold an older token's."""
     D: tl.constexpr = FORMAT[ROWS]
@@ -111,8 +119,7 @@ def load_down(
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     slot = tl.arange(0, SLOTS)
     slot_mask = slot < TOP_K
-    # Not the previous kernel's result but that of one before.
-    expert = tl.load(ids_ptr + m * TOP_K + slot, mask=slot_mask, other=0, cache_modifier=".cg").to(tl.int64)
+    expert = ids.to(tl.int64)
     column = words_in_vectors(FORMAT)
     # Loaded slots first: of the dimensions without contiguous addresses, the first is spread over lanes and warps.
     w_ptr = w_ptr.to(tl.pointer_type(tl.int32)) + (expert * (D * row_words))[:, None, None] + (d * row_words)[None, :, None]
@@ -161,8 +168,8 @@ def down_kernel(
     m = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     own, shared, extra = load_down(
-        x_ptr, ids_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, m, x_stride, TOP_K, SLOTS, FORMAT, SHARED_FORMAT, FOLD,
-        BLOCK_D, CACHE,
+        x_ptr, load_ids(ids_ptr, m, TOP_K, SLOTS), w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, m, x_stride, TOP_K, SLOTS, FORMAT,
+        SHARED_FORMAT, FOLD, BLOCK_D, CACHE,
     )  # fmt: skip
     ready = after_previous(PDL)
     y_ptr += ready

@@ -31,6 +31,7 @@ from moeexp_kernels.ops.gemm import launch_gemm, launch_rms_norm
 from moeexp_kernels.ops.linear import flat_rows, launch_gemv, rms_norm, weight_format
 from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.checks import FLOATS, check_argument
+from moeexp_kernels.parts.choice import choice, load_keys
 from moeexp_kernels.parts.matrix import FEATURES, GROUP
 from moeexp_kernels.parts.packed import of_one_group, pack_factor, pack_group, packable, packed_format, packed_length
 from moeexp_kernels.parts.pdl import after_previous, has_pdl, start_next
@@ -108,35 +109,6 @@ def limb_logits_kernel(
 
 
 @triton.jit
-def choice(
-    logits_ptr, E: tl.constexpr, E_PADDED: tl.constexpr, TOP_K: tl.constexpr, K_PADDED: tl.constexpr
-):  # fmt: skip
-    """(ids int32, shares float32), both [K_PADDED]: the TOP_K largest of E logits, largest first, equal ones in the order of
-    their indices; beyond TOP_K ids mean nothing and shares are 0.
-
-    A softmax renormalised over the chosen is the softmax of the chosen logits, so that no other exp is needed. Each round
-    takes two reductions of 32-bit integers, the largest and where it stands first: one instruction a warp each."""
-    e = tl.arange(0, E_PADDED)
-    logits = tl.load(logits_ptr + e, mask=e < E, other=float("-inf"))
-    bits = logits.to(tl.int32, bitcast=True)
-    nothing: tl.constexpr = -(2**31)
-    keys = tl.where(e < E, bits ^ ((bits >> 31) & 0x7FFFFFFF), nothing)  # the float's order as an integer's
-    slot = tl.arange(0, K_PADDED)
-    ids = tl.zeros([K_PADDED], tl.int32)
-    chosen = tl.zeros([K_PADDED], tl.int32)
-    for i in tl.static_range(TOP_K):
-        best = tl.max(keys, axis=0)
-        place = tl.min(tl.where(keys == best, e, E_PADDED), axis=0)
-        ids = tl.where(slot == i, place, ids)
-        chosen = tl.where(slot == i, best, chosen)
-        keys = tl.where(e == place, nothing, keys)
-    values = (chosen ^ ((chosen >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-    largest = tl.sum(tl.where(slot == 0, values, 0.0), axis=0)
-    shares = tl.where(slot < TOP_K, tl.exp(values - largest), 0.0)
-    return ids, shares / tl.sum(shares, axis=0)
-
-
-@triton.jit
 def choose_experts_kernel(
     logits_ptr, ids_ptr, weights_ptr, trace_ptr, positions_ptr, lengths_ptr, x_ptr, norm_ptr, gate_ptr, packed_ptr, T, S,
     trace_stride_b, trace_stride_s,
@@ -159,8 +131,9 @@ def choose_experts_kernel(
         if HAS_VALID_LEN:
             length = tl.load(lengths_ptr + m // T, cache_modifier=".cg")
         ready = after_previous(PDL)
-        ids, shares = choice(logits_ptr + ready + m * E, E, SIZES[2], TOP_K, SIZES[3])
-        slot = tl.arange(0, SIZES[3])
+        keys, e = load_keys(logits_ptr + ready + m * E, E, SIZES[2], 1)
+        ids, shares = choice(keys, e, SIZES[2], TOP_K, SIZES[3])
+        slot = tl.arange(0, SIZES[3])[None, :]
         tl.store(ids_ptr + ready + m * TOP_K + slot, ids, mask=slot < TOP_K)
         tl.store(weights_ptr + ready + m * TOP_K + slot, shares, mask=slot < TOP_K)
         # The session refuses positions outside the trace; here they must not reach other memory.
@@ -185,12 +158,8 @@ def choose_experts_kernel(
 # --- launch ---
 
 
-def check_router(
-    *, x: Tensor, norm_weight: Tensor, weight: Tensor, top_k: int, positions: Tensor, expert_ids: Tensor
-) -> tuple[Tensor, int]:
-    """(x as rows [B * T, D], bits of the weight). `ValueError` for what the kernels do not take."""
-    batch, _, features = x.shape
-    experts = weight.shape[0]
+def check_choice(*, batch: int | torch.SymInt, experts: int, top_k: int, positions: Tensor, expert_ids: Tensor) -> None:
+    """`ValueError` for a choice, positions or a trace that the kernels do not take."""
     if not 1 <= top_k <= experts:
         raise ValueError(f"top_k={top_k}; supported: 1..{experts}, the number of experts")
     fits = expert_ids.dim() == 3 and (expert_ids.shape[0], expert_ids.shape[2]) == (batch, top_k)
@@ -199,10 +168,28 @@ def check_router(
             f"expert_ids is {expert_ids.dtype} {tuple(expert_ids.shape)} with strides {expert_ids.stride()}; "
             f"supported: int32 [{batch}, S, {top_k}], last dimension contiguous"
         )
-    check_argument(norm_weight, name="norm_weight", shape=(features,), dtypes=FLOATS)
     check_argument(positions, name="positions", shape=(batch,), dtypes=(torch.int64,))
+
+
+def check_router(
+    *, x: Tensor, norm_weight: Tensor, weight: Tensor, top_k: int, positions: Tensor, expert_ids: Tensor
+) -> tuple[Tensor, int]:
+    """(x as rows [B * T, D], bits of the weight). `ValueError` for what the kernels do not take."""
+    features = x.shape[-1]
+    check_choice(batch=x.shape[0], experts=weight.shape[0], top_k=top_k, positions=positions, expert_ids=expert_ids)
+    check_argument(norm_weight, name="norm_weight", shape=(features,), dtypes=FLOATS)
     bits, _ = weight_format(weight=weight, scales=None, in_features=features, name="router weight")
     return flat_rows(x, name="x", features=features), bits
+
+
+def check_packing(*, features: int, shared_gate: Tensor, bits: int, group: int) -> None:
+    """`ValueError` where rows of so many features cannot be packed so, or shared_gate is none of theirs."""
+    check_argument(shared_gate, name="shared_gate", shape=(1, features), dtypes=FLOATS)
+    if not packable(bits=bits, group=group) or features % group:
+        raise ValueError(
+            f"rows of {features} features for {bits}-bit weights in groups of {group}; supported: 4 and 8 bits, "
+            "groups of a power of 2 from 32 on that divide the features"
+        )
 
 
 def gemv_serves(*, rows: int | torch.SymInt, key: str, arch: str | None = None) -> bool:
@@ -305,12 +292,7 @@ def router_packed(
     """`router`, and third the rows of norm(x) packed for experts of pack_bits in groups of pack_group (`parts/packed.py`), int32
     [B * T, length], which `moe_decode` takes, with the share of a shared expert gated by shared_gate [1, D]. `ValueError` too
     where such rows cannot be packed."""
-    check_argument(shared_gate, name="shared_gate", shape=(1, x.shape[-1]), dtypes=FLOATS)
-    if not packable(bits=pack_bits, group=pack_group) or x.shape[-1] % pack_group:
-        raise ValueError(
-            f"rows of {x.shape[-1]} features for {pack_bits}-bit weights in groups of {pack_group}; supported: 4 and 8 bits, "
-            "groups of a power of 2 from 32 on that divide the features"
-        )
+    check_packing(features=x.shape[-1], shared_gate=shared_gate, bits=pack_bits, group=pack_group)
     return launch_router(
         x=x, norm_weight=norm_weight, weight=weight, eps=eps, top_k=top_k, positions=positions, expert_ids=expert_ids,
         valid_len=valid_len, shared_gate=shared_gate, pack_bits=pack_bits, pack_group=pack_group,

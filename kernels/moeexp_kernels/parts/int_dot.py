@@ -347,14 +347,14 @@ def float_products(words, features, FORMAT: tl.constexpr):
     """Plain weights of words int32 [rows, WORDS] times features, float32, summed within the word."""
     if FORMAT[BITS] == 32:
         return words.to(tl.float32, bitcast=True) * features[0][None, :]
-    elif FORMAT[FLOAT16]:
-        w0 = (words & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        w1 = (words >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        return w0 * features[0][None, :] + w1 * features[1][None, :]
-    else:  # bfloat16 is the upper half of a float32
-        w0 = (words << 16).to(tl.float32, bitcast=True)
-        w1 = ((words >> 16) << 16).to(tl.float32, bitcast=True)
-        return w0 * features[0][None, :] + w1 * features[1][None, :]
+    else:
+        if FORMAT[FLOAT16]:
+            w0 = (words & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            w1 = (words >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        else:  # bfloat16 is the upper half of a float32
+            w0 = (words << 16).to(tl.float32, bitcast=True)
+            w1 = ((words >> 16) << 16).to(tl.float32, bitcast=True)
+        return tl.fma(w0, features[0][None, :], w1 * features[1][None, :])  # written out as in `integer_products`
 
 
 @triton.jit

@@ -48,15 +48,16 @@ def chunk_vectors(FORMAT: tl.constexpr, SPREAD: tl.constexpr):
 
 @triton.jit
 def load_warp_rows(
-    w_ptr, s_ptr, row, limit, FORMAT: tl.constexpr, SPREAD: tl.constexpr, CACHE: tl.constexpr
+    w_ptr, s_ptr, row, base, limit, FORMAT: tl.constexpr, SPREAD: tl.constexpr, CACHE: tl.constexpr
 ):  # fmt: skip
-    """Rows `row` [W, R] of the matrix at w_ptr, those below `limit`: words int32 [W, C, R, K], pairs [W, C, R, V]."""
+    """Rows `row` [W, R] of the matrix that begins `base` rows behind w_ptr, [W, 1] or a number, those below `limit`: words int32
+    [W, C, R, K], pairs [W, C, R, V]."""
     width: tl.constexpr = FORMAT[FEATURES] * FORMAT[BITS] // 32
     groups: tl.constexpr = FORMAT[FEATURES] // FORMAT[GROUP]
     word = chunk_words(FORMAT, SPREAD)[None, :, None, :]
-    w_ptr = w_ptr.to(tl.pointer_type(tl.int32)) + (row * width)[:, None, :, None] + word
+    w_ptr = w_ptr.to(tl.pointer_type(tl.int32)) + ((row + base) * width)[:, None, :, None] + word
     group = (chunk_vectors(FORMAT, SPREAD) * FORMAT[VECTOR] // (FORMAT[GROUP] * FORMAT[BITS] // 32))[:, None, :, None]
-    s_ptr = s_ptr.to(tl.pointer_type(tl.int32)) + (row * groups)[None, :, None, :] + group
+    s_ptr = s_ptr.to(tl.pointer_type(tl.int32)) + ((row + base) * groups)[None, :, None, :] + group
     if SPREAD[WHOLE] and width == FORMAT[WORDS]:
         words, pair = tl.load(w_ptr, cache_modifier=CACHE), tl.load(s_ptr)
     else:

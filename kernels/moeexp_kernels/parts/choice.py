@@ -1,0 +1,83 @@
+"""The choice of a token's experts, by each warp for itself, so that no warp waits for another.
+
+A softmax renormalised over the chosen is the softmax of the chosen logits, so that no other exp is needed. Each round takes two
+reductions of 32-bit integers, the largest and where it stands first: one instruction a warp each.
+
+Tensors are [W, C, 1, K] as in `warp_rows.py`: every warp has all logits, C chunks of the K that its lanes load at once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+CHUNK_LOGITS: tl.constexpr = tl.constexpr(128)  # 32 lanes load four each
+NONE_LEFT: tl.constexpr = tl.constexpr(-(2**31))  # below the key of every float but one NaN
+
+
+@triton.jit
+def load_keys(logits_ptr, E: tl.constexpr, E_PADDED: tl.constexpr, WARPS: tl.constexpr):
+    """(keys, experts) int32 [W, C, 1, K] of the E logits at logits_ptr: integers in the order of these floats, and whose each is.
+    E_PADDED: E rounded up to a power of 2. Past L1, which may hold an older token's."""
+    chunk: tl.constexpr = min(E_PADDED, CHUNK_LOGITS)
+    i = tl.arange(0, chunk)
+    e = tl.arange(0, E_PADDED // chunk)[:, None] * chunk + (i // 4 * 4 + i % 4)[None, :]
+    e = tl.expand_dims(e[None, :, :] + (tl.arange(0, WARPS) * 0)[:, None, None], 2)
+    bits = tl.load(logits_ptr + e, mask=e < E, other=0.0, cache_modifier=".cg").to(tl.int32, bitcast=True)
+    return tl.where(e < E, bits ^ ((bits >> 31) & 0x7FFFFFFF), NONE_LEFT), e
+
+
+@triton.jit
+def best_of(keys, e, E_PADDED: tl.constexpr):
+    """(logit float32, expert int32), both [W, 1], of the largest, the first of equal ones."""
+    best = tl.max(tl.max(keys, axis=1), axis=2)
+    here = tl.where(keys == best[:, None, :, None], e, E_PADDED)
+    return (best ^ ((best >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True), tl.min(tl.min(here, axis=1), axis=2)
+
+
+@triton.jit
+def without(keys, e, expert):
+    """The keys but that of `expert` [W, 1]."""
+    return tl.where(e == expert[:, None, :, None], NONE_LEFT, keys)
+
+
+@triton.jit
+def choice(
+    keys, e, E_PADDED: tl.constexpr, TOP_K: tl.constexpr, K_PADDED: tl.constexpr
+):  # fmt: skip
+    """(ids int32, shares float32), both [W, K_PADDED]: the TOP_K largest, largest first, equal ones by their indices;
+    beyond TOP_K both are 0."""
+    slot = tl.arange(0, K_PADDED)[None, :]
+    largest, expert = best_of(keys, e, E_PADDED)
+    ids, total = tl.where(slot == 0, expert, 0), tl.exp(largest - largest)
+    shares = tl.where(slot == 0, total, 0.0)
+    for i in tl.static_range(1, TOP_K):
+        keys = without(keys, e, expert)
+        logit, expert = best_of(keys, e, E_PADDED)
+        share = tl.exp(logit - largest)
+        total += share  # in this order wherever shares are made
+        ids, shares = tl.where(slot == i, expert, ids), tl.where(slot == i, share, shares)
+    return ids, shares / total
+
+
+@triton.jit
+def choice_of_slot(keys, e, slot, E_PADDED: tl.constexpr):
+    """What `choice` has in one slot, in as many rounds as that takes, all [W, 1]: expert int32, its logit, the largest and the
+    sum of shares up to it, float32; and the keys that are left for `total_of_rest`."""
+    largest, expert = best_of(keys, e, E_PADDED)
+    logit, total = largest, tl.exp(largest - largest)
+    for _ in range(slot):
+        keys = without(keys, e, expert)
+        logit, expert = best_of(keys, e, E_PADDED)
+        total += tl.exp(logit - largest)
+    return expert, logit, largest, total, keys
+
+
+@triton.jit
+def total_of_rest(keys, e, expert, slot, total, largest, E_PADDED: tl.constexpr, TOP_K: tl.constexpr):
+    """The sum of all TOP_K shares, from what `choice_of_slot` found of a slot."""
+    for _ in range(slot + 1, TOP_K):
+        keys = without(keys, e, expert)
+        logit, expert = best_of(keys, e, E_PADDED)
+        total += tl.exp(logit - largest)
+    return total
