@@ -86,26 +86,24 @@ def test_attention_writes_the_limbs_that_a_kernel_of_their_own_would(dtype, head
 def test_the_projection_of_limbs_is_that_of_the_result(kind, batch, joined):
     """Five rows go to the tile, which takes limbs; one goes to the GEMV, for which none are made."""
     arguments = delta_net(batch, 1, (16, 64), BF16) if kind == "gdn" else attention(batch, 1, 64, BF16)
-    plain, together = {"gdn": (gdn_decode, mixed.gdn_limbs), "sdpa": (sdpa_decode_splitk, mixed.sdpa_limbs)}[kind]
+    plain, together = {"gdn": (gdn_decode, mixed.gdn_out), "sdpa": (sdpa_decode_splitk, mixed.sdpa_out)}[kind]
     features = 128 if kind == "gdn" else 256
     weight, scales = int4(32, features)
-    residual = randn(batch, 1, 32, seed=10, dtype=BF16)
-    project = {"weight": weight, "scales": scales}
-    expected = linear(x=plain(**own(arguments)), **project, residual=residual)
+    project = {"weight": weight, "scales": scales, "residual": randn(batch, 1, 32, seed=10, dtype=BF16)}
+    expected = linear(x=plain(**own(arguments)), **project)
     with tuning.asked() as asked:
-        out, made = together(own(arguments), project)
-        y = linear(x=out, **project, residual=residual, **made)
-    assert set(made) == ({"limbs", "units"} if joined else set())
+        y = together(own(arguments), project)
+    assert ("linear_tile" in {op for op, _ in asked}) == joined
     assert not [key for op, key in asked if op == "limbs"], "no kernel of their own"
     assert_bitwise_equal(y, expected, kind)
 
 
 def test_which_implementations_are_joined():
     default = {"linear": "triton", "gdn_decode": "triton", "sdpa_decode": "triton", "router": "triton", "moe_decode": "triton"}
-    assert set(registry.joined(default)) == {"route_decode", "gdn_limbs", "sdpa_limbs"}
-    assert set(registry.joined(default | {"linear": "tile"})) == {"route_decode"}
-    assert set(registry.joined(default | {"gdn_decode": "einsum", "router": "reference"})) == {"sdpa_limbs"}
-    assert set(registry.joined(default | {"sdpa_decode": "tiled", "gdn_decode": "recurrent"})) == {"route_decode", "gdn_limbs"}
+    assert set(registry.joined(default)) == {"routed_experts", "gdn_out", "sdpa_out"}
+    assert set(registry.joined(default | {"linear": "tile"})) == {"routed_experts"}
+    assert set(registry.joined(default | {"gdn_decode": "einsum", "router": "reference"})) == {"sdpa_out"}
+    assert set(registry.joined(default | {"sdpa_decode": "tiled", "gdn_decode": "recurrent"})) == {"routed_experts", "gdn_out"}
 
 
 def test_limbs_of_another_x_are_refused():

@@ -117,15 +117,15 @@ def feed_of(op: Callable) -> Callable | None:
 
 def joined(names: dict[str, str]) -> dict[str, Callable]:
     """What the implementations that `names` chooses can do together in a decode step, by what the model calls it:
-    `routed_experts`, router and experts, and `gdn_limbs` and `sdpa_limbs`, mixers that do so for the
+    `routed_experts`, router and experts, and `gdn_out` and `sdpa_out`, mixers that do so for the
     output projection."""
     found: dict[str, Callable] = {}
     if names["router"] == names["moe_decode"] == "triton":
         found["routed_experts"] = moe.routed_experts
     if names["linear"] == "triton" and names["gdn_decode"] in ("triton", "recurrent"):
-        found["gdn_limbs"] = mixed.gdn_limbs
+        found["gdn_out"] = mixed.gdn_out
     if names["linear"] == "triton" and names["sdpa_decode"] in ("triton", "splitk"):
-        found["sdpa_limbs"] = mixed.sdpa_limbs
+        found["sdpa_out"] = mixed.sdpa_out
     return found
 
 

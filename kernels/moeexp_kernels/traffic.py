@@ -31,8 +31,8 @@ WHOLE, GATE_UP, DOWN, NOTHING = "whole", "gate_up", "down", ""
 # experts' bytes are two parts; of other ops one kernel moves what must be moved, and the others what it handed to them.
 KERNELS: dict[str, dict[str, str]] = {
     "linear": {
-        "gemv_kernel": WHOLE, "linear_tile_kernel": WHOLE, "gemm_kernel": WHOLE, "dequantise_kernel": WHOLE,
-        "limbs_kernel": NOTHING, "rms_norm_kernel": NOTHING,
+        "gemv_kernel": WHOLE, "gated_gemv_kernel": WHOLE, "linear_tile_kernel": WHOLE, "gemm_kernel": WHOLE,
+        "dequantise_kernel": WHOLE, "limbs_kernel": NOTHING, "rms_norm_kernel": NOTHING,
     },
     "gdn": {
         "_decode_kernel": WHOLE, "_finish_kernel": NOTHING, "_scan_kernel": WHOLE, "conv_kernel": NOTHING,
@@ -56,7 +56,7 @@ KERNELS: dict[str, dict[str, str]] = {
 }  # fmt: skip
 # The kernels after which an op is over, where the next op may begin with one that both have.
 LAST = {
-    "linear": ("gemv_kernel", "linear_tile_kernel", "gemm_kernel", "dequantise_kernel"),
+    "linear": ("gemv_kernel", "gated_gemv_kernel", "linear_tile_kernel", "gemm_kernel", "dequantise_kernel"),
     "gdn": ("_finish_kernel", "_output_kernel"),
     "qk_norm_rope": ("_qk_norm_rope_kernel",), "sdpa": ("_merge_kernel",), "sample": ("_best_kernel",),
     "router": ("choose_experts_kernel", "logits_packed_kernel"),

@@ -192,8 +192,7 @@ class Qwen35MoE(nn.Module):
                 kind, arguments = "sdpa", {
                     "q": q, "qkv": proj, "k_cache": own["k_cache"], "v_cache": own["v_cache"], "positions": positions, **counts
                 }  # fmt: skip
-            out, made = _mix(ops, kind, phase, arguments, mixer.out_proj)
-            x = _linear(ops, out, mixer.out_proj, residual=x, made=made)
+            x = _mix(ops, kind, phase, arguments, mixer.out_proj, x)
             x = self._moe(layer, x, ops, phase, positions=positions, expert_ids=own["expert_ids"], **counts)
         if logit_positions is not None:
             x = x.index_select(1, logit_positions)
@@ -230,11 +229,11 @@ def _state_of(layer: DecoderLayer, index: int, state: dict[str, Tensor] | None) 
     return {kind: state[f"layers.{index}.{kind}"] for kind in kinds}
 
 
-def _mix(ops: Ops, kind: str, phase: str, arguments: dict[str, Any], project: Linear) -> tuple[Tensor, dict[str, Tensor]]:
-    """What the mixer of that kind, "gdn" or "sdpa", makes of `arguments`, and what `_linear` takes of it beside that."""
-    if phase == "decode" and f"{kind}_limbs" in ops:  # it also does what the projection's kernels would do first
-        return ops[f"{kind}_limbs"](arguments, {"weight": project.weight, "scales": project.scales})
-    return ops[f"{kind}_{phase}"](**arguments), {}
+def _mix(ops: Ops, kind: str, phase: str, arguments: dict[str, Any], project: Linear, x: Tensor) -> Tensor:
+    """x and the projection of what the mixer of that kind, "gdn" or "sdpa", makes of `arguments`."""
+    if phase == "decode" and f"{kind}_out" in ops:  # each does what the other's kernels would do
+        return ops[f"{kind}_out"](arguments, {"weight": project.weight, "scales": project.scales, "residual": x})
+    return _linear(ops, ops[f"{kind}_{phase}"](**arguments), project, residual=x)
 
 
 def _linear(
@@ -245,11 +244,8 @@ def _linear(
     norm: Tensor | None = None,
     eps: float = 0.0,
     residual: Tensor | None = None,
-    made: dict[str, Tensor] | None = None,
 ) -> Tensor:
-    return ops["linear"](
-        x=x, weight=linear.weight, scales=linear.scales, norm_weight=norm, eps=eps, residual=residual, **(made or {})
-    )
+    return ops["linear"](x=x, weight=linear.weight, scales=linear.scales, norm_weight=norm, eps=eps, residual=residual)
 
 
 def state_shapes(

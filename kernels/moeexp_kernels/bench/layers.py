@@ -19,7 +19,7 @@ from moeexp_kernels.bench.cases import EPS
 from moeexp_kernels.bench.shapes import Shapes
 from moeexp_kernels.bench.timing import graph_samples
 from moeexp_kernels.ops import linear, moe, qk_norm_rope
-from moeexp_kernels.ops.mixed import gdn_limbs, sdpa_limbs
+from moeexp_kernels.ops.mixed import gdn_out, sdpa_out
 from moeexp_kernels.parts import tuning
 
 LAYERS = ("gdn", "gdn", "gdn", "attention")
@@ -74,13 +74,11 @@ class Layers:
 
     def _mix(self, layer: Layer, x: Tensor) -> Tensor:
         proj = linear.linear(x=x, norm_weight=layer.norm, eps=EPS, **layer.project_in)
-        project = layer.project_out
+        project = {**layer.project_out, "residual": x}
         if layer.kind == "gdn":
-            mixed, made = gdn_limbs({"proj": proj, "eps": EPS, **layer.mixer, **layer.state}, project)
-        else:
-            q = qk_norm_rope.qk_norm_rope(qkv=proj, positions=self._positions, eps=EPS, **layer.mixer, **layer.state)
-            mixed, made = sdpa_limbs({"q": q, "qkv": proj, "positions": self._positions, **layer.state}, project)
-        return linear.linear(x=mixed, **project, residual=x, **made)
+            return gdn_out({"proj": proj, "eps": EPS, **layer.mixer, **layer.state}, project)
+        q = qk_norm_rope.qk_norm_rope(qkv=proj, positions=self._positions, eps=EPS, **layer.mixer, **layer.state)
+        return sdpa_out({"q": q, "qkv": proj, "positions": self._positions, **layer.state}, project)
 
     def _weights(self, name: str, *shape: int) -> dict[str, Tensor]:
         weight, scales = self._source.weight(*shape, bits=4, group=self.shapes.group)

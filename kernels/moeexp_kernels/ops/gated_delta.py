@@ -111,16 +111,21 @@ def _add_three(a0, a1, a2, b0, b1, b2):
 
 @triton.jit
 def _decode_kernel(
-    proj, conv_weight, a_log, dt_bias, conv_state, state, raw, stride_b, stride_t,
-    TOKENS: tl.constexpr, L2_EPS: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    WIDTH: tl.constexpr, SPLIT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PDL: tl.constexpr,
+    proj, conv_weight, a_log, dt_bias, norm_weight, conv_state, state, raw, sums, stride_b, stride_t,
+    TOKENS: tl.constexpr, L2_EPS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (Hv * SPLIT, B), SPLIT programs of BV columns for each value head: the state, in place, which is read once and
     written once for all TOKENS, and S^T q of each into `raw` [B, T, Hv, Dv] float32. The conv state is left alone, because
-    several programs read the same channels of it.
+    several programs read the same channels of it. HEADS: Hk, Hv, Dk, Dv. GATED: `raw` is S^T q times norm_weight * silu(z), and
+    `sums` [B, T, Hv, SPLIT] float32 are the squares of S^T q, summed over a program's columns.
 
     A barrier stands between the loads and the stores of state: where a tile has fewer elements than the CTA has threads,
     several warps load the same element."""
+    HK: tl.constexpr = HEADS[0]
+    HV: tl.constexpr = HEADS[1]
+    DK: tl.constexpr = HEADS[2]
+    DV: tl.constexpr = HEADS[3]
     CHANNELS: tl.constexpr = 2 * HK * DK + HV * DV
     head = tl.program_id(0) // SPLIT
     batch = tl.program_id(1).to(tl.int64)
@@ -133,6 +138,7 @@ def _decode_kernel(
     conv_state += batch * CHANNELS * (WIDTH - 1)
     state += (batch * HV + head) * (DK * DV)
     raw += (batch * TOKENS * HV + head) * DV
+    sums += batch * TOKENS * HV * SPLIT + tl.program_id(0)
     tile = rows[:, None] * DV + cols[None, :]
 
     # What was there before this call, the state first: it is most of the bytes.
@@ -146,16 +152,21 @@ def _decode_kernel(
     q_past, k_past, v_past = _conv_past(q_taps, q_in, 0), _conv_past(k_taps, k_in, 0), _conv_past(v_taps, v_in, 0)
     a_log_h = tl.load(a_log + head)
     dt_bias_h = tl.load(dt_bias + head)
+    if GATED:
+        norm = tl.load(norm_weight + cols[None, :], mask=in_v[None, :], other=0.0).to(tl.float32)
 
     ready = after_previous(PDL)
     proj += ready
     state += ready
     raw += ready
+    sums += ready
     # As a tile of which the first row is stored: as a vector it would change its layout, for which all warps write the same
     # values to the same shared memory.
     first = in_v[None, :] & (rows == 0)[:, None]
+    # `cols`, so that the compiler sees no longer runs than of the state's: two bytes an element would have all in runs of 8.
+    at = cols // 4 * 4 + cols % 4
     # All tokens' inputs at once: behind a token's barriers the next one's would wait again.
-    a_rows, b_rows = (), ()
+    a_rows, b_rows, z_rows = (), (), ()
     for token in tl.static_range(TOKENS):
         row = proj + token * stride_t
         q_in = q_in + (tl.load(row + q_channel, mask=in_k, other=0.0).to(tl.float32),)
@@ -163,6 +174,9 @@ def _decode_kernel(
         v_in = v_in + (tl.load(row + v_channel, mask=in_v, other=0.0).to(tl.float32),)
         b_rows = b_rows + (tl.load(row + CHANNELS + HV * DV + head),)  # type: ignore[assignment]
         a_rows = a_rows + (tl.load(row + CHANNELS + HV * DV + HV + head),)  # type: ignore[assignment]
+        if GATED:
+            z = tl.load(row + CHANNELS + head * DV + cols[None, :], mask=in_v[None, :], other=0.0).to(tl.float32)
+            z_rows = z_rows + (norm * z * tl.sigmoid(z),)  # type: ignore[assignment]
     for token in tl.static_range(TOKENS):
         if token > 0:
             q_past = _conv_past(q_taps, q_in, token)
@@ -190,7 +204,11 @@ def _decode_kernel(
             tl.debug_barrier()
             tl.store(state + tile, held, mask=in_tile)
         out = tl.fma(decay, asked, qk * delta)[None, :]
-        tl.store(raw + token * HV * DV + (cols[None, :] + rows[:, None] * 0), out, mask=first)
+        if GATED:
+            squares = tl.sum(out * out, axis=1)
+            tl.store(sums + token * HV * SPLIT + tl.arange(0, 1), squares)
+            out = out * z_rows[token]
+        tl.store(raw + token * HV * DV + (at[None, :] + rows[:, None] * 0), out, mask=first)
 
 
 @triton.jit
@@ -233,43 +251,60 @@ def decode_key(*, batch: int, k_heads: int, v_heads: int, dims: tuple[int, int])
     return f"{dims[0]}x{dims[1]}/{few}/{v_heads}"
 
 
-def launch_gdn_decode(
+def launch_delta_rule(
     *, proj: Tensor, conv_weight: Tensor, a_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, conv_state: Tensor,
-    recurrent_state: Tensor, num_k_heads: int, num_v_heads: int, head_k_dim: int, head_v_dim: int, eps: float, group: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(out, limbs, units), the last two of out in groups of `group`, or anything without: checks the arguments of both ops and
-    runs their kernels."""
+    recurrent_state: Tensor, num_k_heads: int, num_v_heads: int, head_k_dim: int, head_v_dim: int,
+    gated: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(raw, sums) that `_decode_kernel` leaves, raw in float32 or, gated, in proj's dtype; sums are anything where it is not
+    gated. Checks the arguments of the ops of a step. The conv state is left alone."""
     check_gdn(
         proj=proj, conv_weight=conv_weight, a_log=a_log, dt_bias=dt_bias, norm_weight=norm_weight, conv_state=conv_state,
         recurrent_state=recurrent_state, num_k_heads=num_k_heads, num_v_heads=num_v_heads, head_k_dim=head_k_dim,
         head_v_dim=head_v_dim,
     )  # fmt: skip
-    tokens = proj.shape[1]
+    batch, tokens = proj.shape[0], proj.shape[1]
     if not isinstance(tokens, int) or not 0 < tokens <= MAX_TOKENS:
         raise ValueError(f"gdn_decode takes 1 to {MAX_TOKENS} tokens per call, got {tokens}; use gdn_prefill")
-    batch, (channels, width) = proj.shape[0], conv_weight.shape
     pad_k, pad_v = triton.next_power_of_2(head_k_dim), triton.next_power_of_2(head_v_dim)
     key = decode_key(batch=batch, k_heads=num_k_heads, v_heads=num_v_heads, dims=(pad_k, pad_v))
     tuned = tuning.lookup("gdn_decode", key, tuning.architecture(proj.device))
-    split, per_program = min(tuned["split"], pad_v), triton.cdiv(channels, num_v_heads)
+    split = min(tuned["split"], pad_v)
     # At least four elements of the tile a thread: with fewer, threads hold the same ones and write them to the same places.
     warps = max(1, min(tuned["num_warps"], pad_k * pad_v // split // (32 * 4)))
-    raw = torch.empty(batch, tokens, num_v_heads, head_v_dim, dtype=torch.float32, device=proj.device)
+    dtype = proj.dtype if gated else torch.float32
+    raw = torch.empty(batch, tokens, num_v_heads, head_v_dim, dtype=dtype, device=proj.device)
+    sums = torch.empty(batch, tokens, num_v_heads, split, dtype=torch.float32, device=proj.device) if gated else raw
+    wrap_triton(_decode_kernel)[(num_v_heads * split, batch, 1)](
+        proj, conv_weight, a_log, dt_bias, norm_weight, conv_state, recurrent_state, raw, sums, proj.stride(0), proj.stride(1),
+        TOKENS=tokens, L2_EPS=L2_EPS, HEADS=(num_k_heads, num_v_heads, head_k_dim, head_v_dim), WIDTH=conv_weight.shape[1],
+        SPLIT=split, BK=pad_k, BV=pad_v // split, GATED=gated, PDL=has_pdl(proj), num_warps=warps,
+    )  # fmt: skip
+    return raw, sums
+
+
+def launch_gdn_decode(
+    *, proj: Tensor, conv_weight: Tensor, a_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, conv_state: Tensor,
+    recurrent_state: Tensor, num_k_heads: int, num_v_heads: int, head_k_dim: int, head_v_dim: int, eps: float, group: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(out, limbs, units), the last two of out in groups of `group`, or anything without: runs the kernels of both ops."""
+    raw, _ = launch_delta_rule(
+        proj=proj, conv_weight=conv_weight, a_log=a_log, dt_bias=dt_bias, norm_weight=norm_weight, conv_state=conv_state,
+        recurrent_state=recurrent_state, num_k_heads=num_k_heads, num_v_heads=num_v_heads, head_k_dim=head_k_dim,
+        head_v_dim=head_v_dim,
+    )  # fmt: skip
+    (batch, tokens, _), (channels, width) = proj.shape, conv_weight.shape
+    pad_v, per_program = triton.next_power_of_2(head_v_dim), triton.cdiv(channels, num_v_heads)
     row = num_v_heads * head_v_dim
     out = torch.empty(batch, tokens, row, dtype=proj.dtype, device=proj.device)
     limbs, units = out, out
     whole = group if group and head_v_dim == pad_v and head_v_dim % group == 0 else 0  # a head is so many groups
     if whole:
         limbs, units = empty_limbs(rows=batch * tokens, features=row, group=group, dtype=out.dtype, device=out.device)
-    strides = proj.stride(0), proj.stride(1)
-    common = {"TOKENS": tokens, "HV": num_v_heads, "DV": head_v_dim, "WIDTH": width, "PDL": has_pdl(proj)}
-    wrap_triton(_decode_kernel)[(num_v_heads * split, batch, 1)](
-        proj, conv_weight, a_log, dt_bias, conv_state, recurrent_state, raw, *strides, L2_EPS=L2_EPS,
-        HK=num_k_heads, DK=head_k_dim, SPLIT=split, BK=pad_k, BV=pad_v // split, num_warps=warps, **common,
-    )  # fmt: skip
     wrap_triton(_finish_kernel)[(num_v_heads, batch, tokens)](
-        proj, norm_weight, conv_state, raw, out, limbs, units, *strides, EPS=eps, CHANNELS=channels, SLICE=per_program,
-        BV=pad_v, FLAT=triton.next_power_of_2(per_program * (width - 1)), GROUP=whole, num_warps=4, **common,
+        proj, norm_weight, conv_state, raw, out, limbs, units, proj.stride(0), proj.stride(1), TOKENS=tokens, EPS=eps,
+        HV=num_v_heads, DV=head_v_dim, CHANNELS=channels, WIDTH=width, SLICE=per_program, BV=pad_v,
+        FLAT=triton.next_power_of_2(per_program * (width - 1)), GROUP=whole, PDL=has_pdl(proj), num_warps=4,
     )  # fmt: skip
     if group and not whole:
         limbs, units = launch_limbs(x=out.view(-1, row), norm_weight=None, eps=0.0, group=group)

@@ -127,7 +127,7 @@ def gemv_kernel(
     res_ptr += m * FORMAT[ROWS] + start + ready
     y_ptr += m * FORMAT[ROWS] + start + ready
     # At once: after the sums all would wait for it.
-    extra = load_extra(res_ptr, row, rows_left, TOGETHER, HAS_RESIDUAL, FORMAT)
+    extra = load_extra(res_ptr, row, rows_left, TOGETHER, HAS_RESIDUAL, FORMAT, "")
     features, scale = (), ()
     for i in tl.static_range(TOGETHER):
         own, r = load_row_features(x_ptr + (m + i) * x_stride, norm, EPS, HAS_NORM, FORMAT, LIMBS)
@@ -138,7 +138,7 @@ def gemv_kernel(
         if tile + 1 < TILES:  # the next rows are on their way while these are summed
             ahead = here + BLOCK_N
             ahead_words, ahead_pair = load_rows(w_ptr, s_ptr, ahead, ahead < rows_left, FORMAT, CACHE, whole)
-            ahead_extra = load_extra(res_ptr, ahead, rows_left, TOGETHER, HAS_RESIDUAL, FORMAT)
+            ahead_extra = load_extra(res_ptr, ahead, rows_left, TOGETHER, HAS_RESIDUAL, FORMAT, "")
         for i in tl.static_range(TOGETHER):
             y = scale[i] * dot_rows(words, pair, features[i], FORMAT, LIMBS, INTERPRETED)
             if HAS_RESIDUAL:
@@ -149,13 +149,15 @@ def gemv_kernel(
 
 @triton.jit
 def load_extra(
-    res_ptr, row, rows_left, TOGETHER: tl.constexpr, HAS_RESIDUAL: tl.constexpr, FORMAT: tl.constexpr
+    res_ptr, row, rows_left, TOGETHER: tl.constexpr, HAS_RESIDUAL: tl.constexpr, FORMAT: tl.constexpr,
+    CACHE: tl.constexpr,
 ):  # fmt: skip
     """What is added to the products of `row` [rows] with each of TOGETHER activations, float32; without a residual nothing."""
     extra = ()
     if HAS_RESIDUAL:
         for i in tl.static_range(TOGETHER):
-            found = tl.load(res_ptr + i * FORMAT[ROWS] + row, mask=row < rows_left, other=0.0).to(tl.float32)
+            found = tl.load(res_ptr + i * FORMAT[ROWS] + row, mask=row < rows_left, other=0.0, cache_modifier=CACHE)
+            found = found.to(tl.float32)
             extra = extra + (found,)  # type: ignore[assignment]
     return extra
 

@@ -1,7 +1,8 @@
-"""A decode step's mixer, the delta net or attention, before its output projection: together they spare a kernel.
+"""A decode step's mixer, the delta net or attention, with its output projection: together they spare a kernel.
 
 Where the projection goes to the tile (`linear_tile.py`), which multiplies limbs of its activations, the mixer's last kernel
-writes these beside its result, and no kernel of their own has to.
+writes these beside its result, and no kernel of their own has to. Of very few rows the delta net has no last kernel of its own:
+the projection's GEMV does what that would (`gated_out.py`).
 """
 
 from __future__ import annotations
@@ -12,38 +13,45 @@ from torch import Tensor
 
 from moeexp_kernels.ops.attention_splits import sdpa_decode_limbs, sdpa_decode_splitk
 from moeexp_kernels.ops.gated_delta import gdn_decode, gdn_decode_limbs
-from moeexp_kernels.ops.linear import kernel_for, weight_format
+from moeexp_kernels.ops.gated_out import gated_serves, gdn_decode_out
+from moeexp_kernels.ops.linear import kernel_for, linear, weight_format
 from moeexp_kernels.parts import tuning
 
 
-def limbs_group(x: Tensor, *, features: int, project: dict[str, Any]) -> int:
-    """The group in which the product of rows [B, T, features] takes limbs of them, or 0 where it takes none. x [B, T, ...]: what
-    the rows are made of; project: weight and scales."""
+def kernel_of(x: Tensor, *, features: int, project: dict[str, Any]) -> tuple[str, int, int]:
+    """(what serves the product of rows [B, T, features], as `kernel_for` names it; bits and group of the weight). x [B, T, ...]:
+    what the rows are made of; project: weight and scales."""
     weight = project["weight"]
     bits, group = weight_format(weight=weight, scales=project["scales"], in_features=features, name="weight")
     kernel = kernel_for(
         rows=x.shape[0] * x.shape[1], bits=bits, group=group, out_features=weight.shape[0], features=features,
         arch=tuning.architecture(x.device), half=x.element_size() == 2,
     )  # fmt: skip
-    return group if kernel == "tile" else 0
+    return kernel, bits, group
 
 
-def gdn_limbs(arguments: dict[str, Any], project: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-    """`gdn_decode` of `arguments`, and what `linear` takes beside it: `limbs` and `units`, or nothing. project: that call's
-    weight and scales."""
-    features = arguments["num_v_heads"] * arguments["head_v_dim"]
-    group = limbs_group(arguments["proj"], features=features, project=project)
-    if not group:
-        return gdn_decode(**arguments), {}
-    out, limbs, units = gdn_decode_limbs(**arguments, group=group)
-    return out, {"limbs": limbs, "units": units}
+def gdn_out(arguments: dict[str, Any], project: dict[str, Any]) -> Tensor:
+    """`linear` of what `gdn_decode` makes of `arguments`. project: that call's weight, scales and residual."""
+    proj, dim = arguments["proj"], arguments["head_v_dim"]
+    features = arguments["num_v_heads"] * dim
+    kernel, bits, group = kernel_of(proj, features=features, project=project)
+    if kernel == "tile":
+        out, limbs, units = gdn_decode_limbs(**arguments, group=group)
+        return linear(x=out, **project, limbs=limbs, units=units)
+    key = f"{tuning.weight_class(bits)}/{project['weight'].shape[0]}x{features}"
+    few = kernel == "gemv" and proj.shape[0] * proj.shape[1] <= tuning.lookup(
+        "gdn_out", key, tuning.architecture(proj.device)
+    )["UP_TO"]  # fmt: skip
+    if few and gated_serves(bits=bits, group=group, head_v_dim=dim):
+        return gdn_decode_out(**arguments, **project)
+    return linear(x=gdn_decode(**arguments), **project)
 
 
-def sdpa_limbs(arguments: dict[str, Any], project: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-    """`gdn_limbs` of attention."""
+def sdpa_out(arguments: dict[str, Any], project: dict[str, Any]) -> Tensor:
+    """`gdn_out` of attention."""
     q = arguments["q"]
-    group = limbs_group(q, features=q.shape[2] * q.shape[3], project=project)
-    if not group:
-        return sdpa_decode_splitk(**arguments), {}
+    kernel, _, group = kernel_of(q, features=q.shape[2] * q.shape[3], project=project)
+    if kernel != "tile":
+        return linear(x=sdpa_decode_splitk(**arguments), **project)
     out, limbs, units = sdpa_decode_limbs(**arguments, group=group)
-    return out, {"limbs": limbs, "units": units}
+    return linear(x=out, **project, limbs=limbs, units=units)
