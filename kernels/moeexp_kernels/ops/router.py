@@ -150,9 +150,9 @@ def choose_experts_kernel(
         if group < groups:
             pack_group(x_ptr, norm_ptr, packed_ptr, group, FORMAT, PART, LIMBS)
         elif group == groups:
-            pack_factor(x_ptr, norm_ptr, gate_ptr, packed_ptr, False, EPS, FORMAT, PACKED)
+            pack_factor(x_ptr, norm_ptr, gate_ptr, packed_ptr, False, EPS, FORMAT, PACKED, 1)
         else:
-            pack_factor(x_ptr, norm_ptr, gate_ptr, packed_ptr, True, EPS, FORMAT, PACKED)
+            pack_factor(x_ptr, norm_ptr, gate_ptr, packed_ptr, True, EPS, FORMAT, PACKED, 1)
 
 
 # --- launch ---

@@ -25,10 +25,11 @@ from moeexp_kernels.parts.pdl import after_previous, has_pdl
 def logits_packed_kernel(
     x_ptr, w_ptr, norm_ptr, gate_ptr, logits_ptr, packed_ptr,
     EPS: tl.constexpr, M: tl.constexpr, FORMAT: tl.constexpr, PACK_FORMAT: tl.constexpr, PART: tl.constexpr,
-    PACKED: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, CACHE: tl.constexpr,
+    PACKED: tl.constexpr, PACKING: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr,
+    CACHE: tl.constexpr,
 ):  # fmt: skip
     """logits [M, E] = norm(x [M, K]) @ w.T, and the rows packed [M, PACKED] with factor and share. FORMAT: of w, plain;
-    PACK_FORMAT and PART as of `pack_group`. Grid (M * (groups + 2 + blocks of E),), m fastest."""
+    PACK_FORMAT and PART as of `pack_group`; PACKING: warps of a program. Grid (M * (groups + 2 + blocks of E),), m fastest."""
     LIMBS: tl.constexpr = 2 if x_ptr.dtype.element_ty == tl.float32 else 1  # as `int16_limbs`
     groups: tl.constexpr = PACK_FORMAT[FEATURES] // PACK_FORMAT[GROUP]
     m, part = (tl.program_id(0) % M).to(tl.int64), tl.program_id(0) // M
@@ -48,9 +49,9 @@ def logits_packed_kernel(
         if part < groups:
             pack_group(x_ptr, norm_ptr, packed_ptr, part, PACK_FORMAT, PART, LIMBS)
         elif part == groups:
-            pack_factor(x_ptr, norm_ptr, gate_ptr, packed_ptr, False, EPS, PACK_FORMAT, PACKED)
+            pack_factor(x_ptr, norm_ptr, gate_ptr, packed_ptr, False, EPS, PACK_FORMAT, PACKED, PACKING)
         else:
-            pack_factor(x_ptr, norm_ptr, gate_ptr, packed_ptr, True, EPS, PACK_FORMAT, PACKED)
+            pack_factor(x_ptr, norm_ptr, gate_ptr, packed_ptr, True, EPS, PACK_FORMAT, PACKED, PACKING)
 
 
 @triton_op("moeexp::router_logits", mutates_args=())
@@ -75,7 +76,7 @@ def router_logits(
     wrap_triton(logits_packed_kernel)[(rows * programs,)](
         flat, weight, norm_weight, shared_gate, logits, packed, EPS=eps, M=rows,
         FORMAT=matrix_format(weight, bits=bits, group=features, widest=config["VECTOR"]), PACK_FORMAT=form,
-        PART=of_one_group(form), PACKED=length, INTERPRETED=not x.is_cuda, PDL=has_pdl(x), BLOCK_N=config["BLOCK_N"],
-        CACHE=config["CACHE"], num_warps=config["num_warps"],
+        PART=of_one_group(form), PACKED=length, PACKING=config["num_warps"] if x.is_cuda else 1, INTERPRETED=not x.is_cuda,
+        PDL=has_pdl(x), BLOCK_N=config["BLOCK_N"], CACHE=config["CACHE"], num_warps=config["num_warps"],
     )  # fmt: skip
     return logits, packed

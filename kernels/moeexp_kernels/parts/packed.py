@@ -77,15 +77,19 @@ def pack_group(
 @triton.jit
 def pack_factor(
     x_ptr, norm_ptr, gate_ptr, packed_ptr, IS_SHARE: tl.constexpr, EPS: tl.constexpr, FORMAT: tl.constexpr,
-    PACKED: tl.constexpr,
+    PACKED: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """Stores r = 1 / rms of the row x at x_ptr, or with IS_SHARE the shared expert's share, sigmoid(gate @ norm(x))."""
-    k = tl.arange(0, FORMAT[WORDS] * 32 // FORMAT[BITS])  # FEATURES, rounded up to a power of 2, as WORDS is
+    """Stores r = 1 / rms of the row x at x_ptr, or with IS_SHARE the shared expert's share, sigmoid(gate @ norm(x)). Each warp
+    sums the row by itself, in an order that does not depend on how many there are: tensors [W, C, K] as in `choice.py`."""
+    padded: tl.constexpr = FORMAT[WORDS] * 32 // FORMAT[BITS]  # FEATURES, rounded up to a power of 2, as WORDS is
+    chunk: tl.constexpr = min(padded, 128)  # 32 lanes load four each
+    i, warp = tl.arange(0, chunk), tl.arange(0, WARPS) * 0
+    k = (tl.arange(0, padded // chunk) * chunk)[None, :, None] + (i // 4 * 4 + i % 4)[None, None, :] + warp[:, None, None]
     mask = k < FORMAT[FEATURES]
     x = tl.load(x_ptr + k, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
-    factor = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / FORMAT[FEATURES] + EPS)
+    factor = 1.0 / tl.sqrt(tl.sum(tl.sum(x * x, axis=1), axis=1) / FORMAT[FEATURES] + EPS)
     if IS_SHARE:
         x *= 1.0 + tl.load(norm_ptr + k, mask=mask, other=0.0).to(tl.float32)
         gate = tl.load(gate_ptr + k, mask=mask, other=0.0).to(tl.float32)
-        factor = tl.sigmoid(factor * tl.sum(x * gate, axis=0))
-    tl.store(packed_ptr + PACKED - 4 + IS_SHARE, factor.to(tl.int32, bitcast=True))
+        factor = tl.sigmoid(factor * tl.sum(tl.sum(x * gate, axis=1), axis=1))
+    tl.store(packed_ptr + PACKED - 4 + IS_SHARE + warp, factor.to(tl.int32, bitcast=True))
