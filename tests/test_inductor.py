@@ -188,8 +188,9 @@ model = load(
 state = Arena(state_shapes(arch, batch=BATCH, max_seq_len=64, dtype=torch.bfloat16), device="cpu").tensors
 linear.has_pdl = lambda tensor: True  # as on Hopper, where a GEMV has instructions of its own for that
 written = {}
-if CHOOSE:
-    tuning.override("moe_routed", "", {"UP_TO": BATCH}).__enter__()
+if FUSED:
+    tuning.OVERRIDES["moe_routed", ""] = tuning.OVERRIDES["gdn_out", ""] = {"UP_TO": BATCH}
+    tuning.OVERRIDES["linear_rows", ""] = {"TILE_FROM": 4, "GEMM_FROM": 33, "MATMUL_FROM": None}
 for method in ("prefill", "decode"):
     names = registry.resolve(default="triton", chosen={}, device="cuda")
     ops = {op: registry.implementation(op, name) for op, name in names.items()} | registry.joined(names)
@@ -209,27 +210,31 @@ for method in ("prefill", "decode"):
         written.setdefault(key[0].fn.__name__, set()).update(
             result if isinstance(result, list) else (dependence.name for dependence in result.read_writes.writes)
         )
-if CHOOSE:
+if FUSED:
     assert written["logits_packed_kernel"] == {"logits_ptr", "packed_ptr"}, written
     assert written["gate_up_routed_kernel"] == {"act_ptr"} and written["down_routed_kernel"] == {"y_ptr", "trace_ptr"}, written
 else:
     assert written["choose_experts_kernel"] == {"ids_ptr", "weights_ptr", "trace_ptr", "packed_ptr"}, written
     assert written["gate_up_packed_kernel"] == {"act_ptr"} and written["down_packed_kernel"] == {"y_ptr"}, written
-assert written["_decode_kernel"] == {"state", "raw"}, written
+assert written["_decode_kernel"] == {"state", "raw"} | ({"sums"} if FUSED else set()), written
 assert written["gemv_kernel"] == {"y_ptr"}, written
 limbs = {"limbs_ptr", "units_ptr"} if BATCH > 2 else set()  # of the tile, to which more rows go
-assert written["_finish_kernel"] == {"out", "conv_state"} | limbs and written["_merge_kernel"] == {"out"} | limbs, written
+assert written["_merge_kernel"] == {"out"} | limbs, written
+if FUSED:
+    assert written["gated_gemv_kernel"] == {"y_ptr", "conv_ptr"} and "_finish_kernel" not in written, written
+else:
+    assert written["_finish_kernel"] == {"out", "conv_state"} | limbs, written
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "batch", "group", "choose"), [("nano", 1, 32, False), ("nano", 2, 32, True), ("tiny", 5, 64, False)]
+    ("model", "batch", "group", "fused"), [("nano", 1, 32, False), ("nano", 2, 32, True), ("tiny", 5, 64, False)]
 )
-def test_real_methods_need_few_analyses_and_hand_no_float_to_a_kernel(model, batch, group, choose):
+def test_real_methods_need_few_analyses_and_hand_no_float_to_a_kernel(model, batch, group, fused):
     """With torch's own tracing, in a process without Triton's interpreter. Inductor types a float argument as float64, and
     then everything that it touches is computed so. What a kernel writes is seen past a barrier and within a branch."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "0"}
-    said = f"MODEL, BATCH, GROUP, CHOOSE = {model!r}, {batch}, {group}, {choose}\n"
+    said = f"MODEL, BATCH, GROUP, FUSED = {model!r}, {batch}, {group}, {fused}\n"
     done = subprocess.run([sys.executable, "-c", said + TRACED], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

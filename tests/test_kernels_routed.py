@@ -1,4 +1,4 @@
-"""Experts that choose for themselves, against the router's choice and the experts that are told it."""
+"""The choice fused into the experts' kernels, against the router's choice and the experts that are told it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Experts that choose for themselves on the device, at full shapes: those that are told by the router."""
+"""The choice fused into the experts' kernels, on the device at full shapes: what experts that are told it by the router do."""
 
 from __future__ import annotations
 

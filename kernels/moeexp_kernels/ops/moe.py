@@ -10,8 +10,8 @@ width.
     shared_gate_up [2*Is, D], shared_down [D, Is] likewise; shared_gate [1, D] plain
 
 Which experts a token takes: `router.py`; references: `moe_reference.py`. Experts of few tokens, a GEMV for each pair:
-`moe_pairs.py`, where the router packed their rows `moe_packed.py`, and of very few tokens, which choose for themselves,
-`moe_routed.py`. Up to 32 tokens, some of whose experts are the same, where the tuning table has it so or it is asked for:
+`moe_pairs.py`, where the router packed their rows `moe_packed.py`, and of very few tokens, with the router's choice fused into
+them, `moe_routed.py`. Up to 32 tokens, some of whose experts are the same, where the tuning table has it so or it is asked for:
 `moe_tile.py`. Many tokens: `moe_prefill.py`.
 """
 

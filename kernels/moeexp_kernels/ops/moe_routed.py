@@ -1,4 +1,4 @@
-"""Experts of very few tokens that choose for themselves, from the router's logits: the kernels of `moe_packed.py` but for that.
+"""The router's choice fused into the kernels of the experts, of very few tokens: those of `moe_packed.py` on the logits.
 
 The choice by a kernel of its own is a program for each token, for which the whole GPU waits. Here each warp of gate/up makes as
 much of it as tells which expert is its own, and the rest while the weights are on their way; a program of `down` makes it before

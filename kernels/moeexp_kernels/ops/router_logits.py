@@ -1,4 +1,4 @@
-"""The router without its choice, for experts that choose for themselves (`moe_routed.py`): logits, and rows packed for them.
+"""The router without its choice, which is fused into the experts' kernels (`moe_routed.py`): logits, and rows packed for them.
 
 Shape letters: `router.py`. One kernel, whose programs either multiply or pack: both need x alone.
 """
