@@ -147,18 +147,15 @@ def test_loading_does_not_describe_the_machine(monkeypatch, there):
     assert getattr(codecache, "get_device_information", None) is described
 
 
-TRACED = """
+LOADED = """
 import torch, triton
 from moeexp_kernels import registry
 from moeexp_kernels.ops import linear
 from moeexp_kernels.parts import tuning
 from moeexp_runner.arena import Arena
-from torch._functorch.aot_autograd import aot_export_module
-from torch._higher_order_ops import triton_kernel_wrap
 from triton.backends.compiler import GPUTarget
 
-from moeexp.stack.inductor import remember_kernel_analyses
-from moeexp.stack.methods import export_method
+from moeexp.stack import methods
 from moeexp.model.qwen3_5_moe import state_shapes
 from moeexp.config.compose import compose
 from moeexp.config.resolve import resolve
@@ -170,6 +167,25 @@ class Driver:
     def get_current_target(self):
         return GPUTarget("cuda", 90, 32)
 
+triton.runtime.driver.set_active(Driver())
+arch = load_architecture(resolve(compose([f"model={MODEL}"]), cuda_available=False).model)
+model = load(
+    arch, Random(arch, 0), dtype=torch.bfloat16, device=torch.device("cpu"), bits=4, group_size=GROUP, skip=NEVER_QUANTISED
+)
+state = Arena(state_shapes(arch, batch=BATCH, max_seq_len=64, dtype=torch.bfloat16), device="cpu").tensors
+linear.has_pdl = lambda tensor: True  # as on Hopper, where a GEMV has instructions of its own for that
+if FUSED:
+    tuning.OVERRIDES["moe_routed", ""] = tuning.OVERRIDES["gdn_out", ""] = {"UP_TO": BATCH}
+    tuning.OVERRIDES["linear_rows", ""] = {"TILE_FROM": 4, "GEMM_FROM": 33, "MATMUL_FROM": None}
+names = registry.resolve(default="triton", chosen={}, device="cuda")
+ops = {op: registry.implementation(op, name) for op, name in names.items()} | registry.joined(names)
+"""
+TRACED = """
+from torch._functorch.aot_autograd import aot_export_module
+from torch._higher_order_ops import triton_kernel_wrap
+
+from moeexp.stack.inductor import remember_kernel_analyses
+
 class Traceable(torch.nn.Module):
     def __init__(self, method):
         super().__init__()
@@ -178,25 +194,13 @@ class Traceable(torch.nn.Module):
     def forward(self, *inputs):
         return (self.method(*inputs),)
 
-triton.runtime.driver.set_active(Driver())
 remember_kernel_analyses()
 (known,) = [vars(analyse)["remembered"] for analyse in vars(triton_kernel_wrap).values() if hasattr(analyse, "remembered")]
-arch = load_architecture(resolve(compose([f"model={MODEL}"]), cuda_available=False).model)
-model = load(
-    arch, Random(arch, 0), dtype=torch.bfloat16, device=torch.device("cpu"), bits=4, group_size=GROUP, skip=NEVER_QUANTISED
-)
-state = Arena(state_shapes(arch, batch=BATCH, max_seq_len=64, dtype=torch.bfloat16), device="cpu").tensors
-linear.has_pdl = lambda tensor: True  # as on Hopper, where a GEMV has instructions of its own for that
 written = {}
-if FUSED:
-    tuning.OVERRIDES["moe_routed", ""] = tuning.OVERRIDES["gdn_out", ""] = {"UP_TO": BATCH}
-    tuning.OVERRIDES["linear_rows", ""] = {"TILE_FROM": 4, "GEMM_FROM": 33, "MATMUL_FROM": None}
 for method in ("prefill", "decode"):
-    names = registry.resolve(default="triton", chosen={}, device="cuda")
-    ops = {op: registry.implementation(op, name) for op, name in names.items()} | registry.joined(names)
     known.clear()
     with model.attached(state):
-        program = export_method(method, model, ops, batch=BATCH, max_seq_len=64)
+        program = methods.export_method(method, model, ops, batch=BATCH, max_seq_len=64)
     with torch.no_grad():
         graph, _ = aot_export_module(Traceable(program.module()), program.example_inputs[0], trace_joint=False)
     calls = sum("triton_kernel_wrapper" in str(node.target) for node in graph.graph.nodes)
@@ -225,6 +229,34 @@ if FUSED:
 else:
     assert written["_finish_kernel"] == {"out", "conv_state"} | limbs, written
 """
+COMPILED = """
+from collections import Counter
+
+class Seen(Exception):
+    pass
+
+def backend(graph, inputs):
+    raise Seen(Counter(str(node.target) for node in graph.graph.nodes if "moeexp" in str(node.target)))
+
+whole = torch.compile
+torch.compile = lambda module, *, fullgraph, options: whole(module, fullgraph=fullgraph, backend=backend)
+layers = len(arch.layer_types)
+with model.attached(state), torch.no_grad():
+    module = methods.MODULES["decode"](model, ops).eval()
+    try:
+        methods.torch_compiled(module)(*methods.example_inputs("decode", batch=BATCH, device=torch.device("cpu")))
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        (seen,) = error.inner_exception.args
+assert seen["moeexp.moe_decode_routed.default" if FUSED else "moeexp.moe_decode.default"] == layers, seen
+assert ("moeexp.gdn_decode_out.default" in seen) == FUSED, seen
+"""
+
+
+def traced(script, model, batch, group, fused):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "0"}
+    said = f"MODEL, BATCH, GROUP, FUSED = {model!r}, {batch}, {group}, {fused}\n"
+    done = subprocess.run([sys.executable, "-c", said + LOADED + script], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow
@@ -234,7 +266,10 @@ else:
 def test_real_methods_need_few_analyses_and_hand_no_float_to_a_kernel(model, batch, group, fused):
     """With torch's own tracing, in a process without Triton's interpreter. Inductor types a float argument as float64, and
     then everything that it touches is computed so. What a kernel writes is seen past a barrier and within a branch."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "0"}
-    said = f"MODEL, BATCH, GROUP, FUSED = {model!r}, {batch}, {group}, {fused}\n"
-    done = subprocess.run([sys.executable, "-c", said + TRACED], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    traced(TRACED, model, batch, group, fused)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_dynamo_traces_a_decode_step_whole(fused):
+    """What torch.compile is given has every op; it reads no file, as the tuning table is, that the ops between them ask."""
+    traced(COMPILED, "nano", 1, 32, fused)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from moeexp_kernels.parts import tuning
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ExportedProgram
@@ -232,6 +233,8 @@ def torch_compiled(module: Method) -> Callable:
     # The methods are one function to dynamo, which else makes symbols of whatever differs between their inputs: with explicit
     # state of the trace's length too, and torch 2.11 cannot lower a kernel that mutates such a tensor.
     torch._dynamo.config.automatic_dynamic_shapes = False
+    # Ops that are joined ask the tuning table outside of any custom op. It lies in a file, which dynamo does not read.
+    torch.compiler.assume_constant_result(tuning.lookup)
     # Said, so that it is in the key of Inductor's own cache: not every torch has there how many threads kernels are written for.
     options: dict[str, Any] | None = {"cpp.threads": torch.get_num_threads()} if module.model.norm.device.type == "cpu" else None
     compiled = torch.compile(module, fullgraph=True, options=options)
