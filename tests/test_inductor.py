@@ -269,7 +269,7 @@ def test_real_methods_need_few_analyses_and_hand_no_float_to_a_kernel(model, bat
     traced(TRACED, model, batch, group, fused)
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_dynamo_traces_a_decode_step_whole(fused):
     """What torch.compile is given has every op; it reads no file, as the tuning table is, that the ops between them ask."""
     traced(COMPILED, "nano", 1, 32, fused)

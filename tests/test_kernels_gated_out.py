@@ -44,9 +44,19 @@ def both(arguments, weight, scales, outputs):
     return (expected, apart), (y, joined), asked
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (2, 1), (1, 2), (2, 2), (1, 5)])
-@pytest.mark.parametrize(("dims", "group", "make"), [((16, 64), 64, int4), ((16, 128), 64, int4), ((16, 128), 128, int8)])
+HEADS = [((16, 64), 64, int4), ((16, 128), 64, int4), ((16, 128), 128, int8)]  # dims, group, weight
+QUICK = {(F32, 1, 1, 64), (BF16, 2, 1, 64), (BF16, 1, 2, 128)}  # dtype, batch, tokens, group
+
+
+def case(dtype, rows, heads):
+    slow = () if (dtype, *rows, heads[1]) in QUICK and heads[0] != (16, 64) else pytest.mark.slow
+    return pytest.param(dtype, *rows, *heads, marks=slow)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "batch", "tokens", "dims", "group", "make"),
+    [case(dtype, rows, heads) for dtype in (F32, BF16) for rows in ((1, 1), (2, 1), (1, 2), (2, 2), (1, 5)) for heads in HEADS],
+)
 def test_it_is_the_delta_net_and_then_the_projection(dtype, batch, tokens, dims, group, make):
     """Heads of one group and of two; more tokens than the conv state holds; rows that are no whole blocks."""
     outputs = 36
@@ -60,7 +70,7 @@ def test_it_is_the_delta_net_and_then_the_projection(dtype, batch, tokens, dims,
         assert not torch.equal(joined[name], arguments[name]), f"{name} moves on"
 
 
-@pytest.mark.parametrize("split", [1, 4, 8])
+@pytest.mark.parametrize("split", [1, pytest.param(4, marks=pytest.mark.slow), 8])
 def test_every_number_of_parts_of_a_head_s_sum(monkeypatch, split):
     set_tuned(monkeypatch, split=split)
     arguments = delta_net(2, 1, (16, 64), F32)
