@@ -131,7 +131,7 @@ def test_curves_by_prompt_and_by_depth_where_they_were_measured(tmp_path):
     last = blocks["prompt"](tmp_path).splitlines()[-1]
     assert last.startswith("One NVIDIA H100 80GB HBM3 and one NVIDIA H200, one process each."), "by the length of the prompt"
     depth = blocks["depth"](tmp_path)
-    assert "| 4,096 | 800 | 1.25 | 25 % | 14 | passed |" in depth and "publishes no speed" not in depth
+    assert "| 4,096 | 9,000 | 800 | 1.25 | 25 % | 14 | passed |" in depth and "publishes no speed" not in depth
 
 
 def test_a_run_without_a_check_has_no_figure_in_a_block(tmp_path):

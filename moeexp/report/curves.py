@@ -38,6 +38,7 @@ def decode_by_depth(results: Path) -> str:
     """The cells `depth …`, likewise."""
     columns = {
         "tokens before": lambda record: number(record["config"]["prompt_len"]),
+        "their prefill, tok/s": lambda record: number(record["prefill_tok_s"]),
         "decode tok/s": lambda record: number(record["decode_tok_s"]),
         "ms per token, p50": lambda record: number((record["token_latencies_ms"] or {}).get("p50")),
         "of the measured read bandwidth": lambda record: percent(record["bandwidth_share"]),
