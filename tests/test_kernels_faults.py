@@ -6,7 +6,9 @@ Here too are the two tests that the published ladder of these kernels names.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 
 import kernels_common as common
 import pytest
@@ -16,12 +18,15 @@ from moeexp_kernels.hqq import quantise_rows
 from moeexp_kernels.ops import attention, attention_splits, moe, moe_prefill, qk_norm_rope, router, sample
 from moeexp_kernels.ops.gated_delta import gdn_decode
 from moeexp_kernels.ops.gated_delta_prefill import gdn_prefill
+from moeexp_kernels.ops.gated_out import gdn_decode_out
 from moeexp_kernels.ops.linear import linear, linear_tile
+from moeexp_kernels.ops.mixed import gdn_out, sdpa_out
 from moeexp_kernels.parts import tuning
 from test_kernels_attention import make_attention_case, make_qkv, make_weights, positions_of
 from test_kernels_gated_delta import BF16, DECODE_TOL, F32, PREFILL_TOL, STATE, check, definition, make_case, run
 from test_kernels_linear import quantised
 from test_kernels_moe import check_experts, choices, experts, route
+from triton.runtime.interpreter import GridExecutor
 
 DISPATCH_LENGTHS = (1, 2, 32, 63, 64, 65, 128, 256)  # the ladder's
 NAN = float("nan")
@@ -116,6 +121,23 @@ def routed(op, tokens, D=64, width=32, group=32):
     return lambda: op(x=x, **arguments)
 
 
+def routed_by_itself(tokens, **tuned):
+    """The router and experts of a decode step, with rows of the tuning table for them."""
+    stored = experts(D=64, E=4, width=32, shared=32, bits=4, group=32, dtype=F32)
+    x, trace = common.randn(tokens, 1, 64, seed=1), torch.zeros(tokens, 8, 2, dtype=torch.int32, device=common.DEVICE)
+    choice = {"x": x, "norm_weight": stored.pop("norm_weight"), "eps": stored.pop("eps"), "top_k": 2, "expert_ids": trace}
+    choice |= {"weight": common.randn(4, 64, seed=5), "positions": torch.ones(tokens, dtype=torch.int64, device=common.DEVICE)}
+
+    def call():
+        with ExitStack() as stack:
+            for op, changes in tuned.items():
+                key = "int4" if op == "moe_gate_up_packed" else ""
+                stack.enter_context(tuning.override(op, key, tuning.lookup(op, key) | changes))
+            return moe.routed_experts(choice, stored)
+
+    return call
+
+
 def dequantised_in_memory(rows):
     weight, scales = quantised(37, 64, bits=4, group=32, seed=2, dtype=torch.bfloat16)
     x, norm = common.randn(1, rows, 64, seed=1, dtype=torch.bfloat16), common.randn(64, seed=3)
@@ -140,6 +162,20 @@ def attend(op, tokens, position):
 def delta(op, tokens):
     case = make_case(1, tokens, (1, 2), (20, 12))
     return lambda: op(**{k: v.clone() if k in STATE else v for k, v in case.items()})
+
+
+def with_projection(op):
+    """A mixer and its output projection, of as many rows as go to the tile; the delta net's heads are groups of it."""
+    attends = op is sdpa_out
+    case = make_attention_case(5, 1, 4, 2, 32, F32, [36, 5, 0, 9, 20], 40) if attends else make_case(5, 1, (1, 2), (20, 64))
+    weight, scales = quantised(37, 128, bits=4, group=32 if op is gdn_decode_out else 64, seed=2, dtype=F32)
+    project = {"weight": weight, "scales": scales, "residual": common.randn(5, 1, 37, seed=3)}
+
+    def call():
+        own = {k: v.clone() if k in STATE else v for k, v in case.items()}
+        return op(**own, **project) if op is gdn_decode_out else op(own, project)
+
+    return call
 
 
 def quantised_by_hqq(bits):
@@ -178,14 +214,19 @@ CALLS = {
     "linear, on the tile": lambda: on_the_tile(3),
     "linear, dequantised in memory": lambda: dequantised_in_memory(11),
     "moe decode": lambda: routed(moe.moe_decode, 2),
+    "moe decode, on packed rows": lambda: routed_by_itself(3, moe_routed={"UP_TO": 0}, moe_gate_up_packed={"BY_EXPERT": 1}),
+    "moe decode, the choice fused": lambda: routed_by_itself(2, moe_routed={"UP_TO": 2}),
     "moe decode, on the tile": lambda: routed(moe.moe_decode_tile, 3, D=128, width=64, group=64),
     "moe prefill": lambda: routed(moe_prefill.moe_prefill, 9),
     "router, few rows": lambda: router_of(2),
     "router, many rows": lambda: router_of(35),
     "router, many rows in limbs": lambda: router_of(35, torch.bfloat16),
     "gdn decode": lambda: delta(gdn_decode, 1),
+    "gdn decode, with limbs": lambda: with_projection(gdn_out),
+    "gdn decode, the gated norm fused": lambda: with_projection(gdn_decode_out),
     "gdn prefill": lambda: delta(gdn_prefill, 19),
     "attention, splitk": lambda: attend(attention_splits.sdpa_decode_splitk, 1, 36),
+    "attention, splitk, with limbs": lambda: with_projection(sdpa_out),
     "attention, tiled": lambda: attend(attention.sdpa_decode_tiled, 1, 36),
     "attention, prefill": lambda: attend(attention.sdpa_prefill, 5, 20),
     "quantise to int4": lambda: quantised_by_hqq(4),
@@ -196,6 +237,18 @@ CALLS = {
     "greedy, fed": lambda: fed(temperature=0.0, top_k=0, top_p=1.0),
     "sample, fed": lambda: fed(temperature=0.8, top_k=20, top_p=0.9),
 }
+
+
+def test_every_kernel_has_a_call(monkeypatch):
+    """As the sanitizer would find, on a GPU. None of them runs."""
+    names = set()
+    monkeypatch.setattr(GridExecutor, "__call__", lambda self, *arguments, **options: names.add(self.fn.__name__))
+    for make in CALLS.values():
+        make()()
+    sources = [Path(moe.__file__).parent, Path(quantise_rows.__code__.co_filename)]
+    found = [text for source in sources for text in (source.glob("*.py") if source.is_dir() else (source,))]
+    kernels = {line.split("(")[0].removeprefix("def ") for text in found for line in text.read_text().split("@triton.jit\n")[1:]}
+    assert {name for name in kernels if name.endswith("_kernel")} - names == set()
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n.startswith("moe") else n for n in CALLS])
