@@ -165,15 +165,18 @@ def delta(op, tokens):
 
 
 def with_projection(op):
-    """A mixer and its output projection, of as many rows as go to the tile; the delta net's heads are groups of it."""
-    attends = op is sdpa_out
-    case = make_attention_case(5, 1, 4, 2, 32, F32, [36, 5, 0, 9, 20], 40) if attends else make_case(5, 1, (1, 2), (20, 64))
-    weight, scales = quantised(37, 128, bits=4, group=32 if op is gdn_decode_out else 64, seed=2, dtype=F32)
-    project = {"weight": weight, "scales": scales, "residual": common.randn(5, 1, 37, seed=3)}
+    """A mixer and its output projection, of as many rows as go to the tile, or few; the delta net's heads are groups of it."""
+    fused = op is gdn_decode_out
+    rows = 2 if fused else 5
+    case = make_case(rows, 1, (1, 2), (20, 64))
+    if op is sdpa_out:
+        case = make_attention_case(rows, 1, 4, 2, 32, F32, [36, 5, 0, 9, 20], 40)
+    weight, scales = quantised(37, 128, bits=4, group=32 if fused else 64, seed=2, dtype=F32)
+    project = {"weight": weight, "scales": scales, "residual": common.randn(rows, 1, 37, seed=3)}
 
     def call():
         own = {k: v.clone() if k in STATE else v for k, v in case.items()}
-        return op(**own, **project) if op is gdn_decode_out else op(own, project)
+        return op(**own, **project) if fused else op(own, project)
 
     return call
 
