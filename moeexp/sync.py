@@ -13,7 +13,7 @@ from moeexp.config.errors import Parser, answered
 from moeexp.record import streams
 from moeexp.record.record import read_record
 from moeexp.record.text import visible
-from moeexp.record.tracker import ended_within, wandb_mode
+from moeexp.record.tracker import SERVICE, ended_within, wandb_mode
 from moeexp.run import signals
 
 DEFAULT_FOLDERS = ("outputs", "multirun")
@@ -63,8 +63,10 @@ def upload(runs: Sequence[OfflineRun], *, seconds: float) -> list[OfflineRun]:
     for start in range(0, len(runs), AT_ONCE):
         batch = [str(run.folder) for run in runs[start : start + AT_ONCE]]
         command = [sys.executable, "-m", "wandb", "sync", *batch]
-        # Never a question: nobody may be there to answer. A session of its own: W&B starts a helper that outlives it.
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        # Never a question: nobody may be there to answer. A session of its own: W&B starts a helper that outlives it. And a
+        # service of its own: one that the environment names may be gone.
+        environment = {name: value for name, value in os.environ.items() if name != SERVICE}
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, env=environment)
         if not ended_within(process, seconds * len(batch)):
             print(f"W&B did not answer within {seconds:g} s a run (--timeout)", file=sys.stderr)
     return [run for run in runs if not run.synced]

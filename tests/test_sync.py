@@ -12,8 +12,8 @@ from moeexp.record.record import Record, plain
 
 # Uploads as far as the test is concerned: leaves W&B's marker, except for runs named `refused`.
 WANDB = """
-import pathlib, sys, time
-assert sys.argv[1] == "sync"
+import os, pathlib, sys, time
+assert sys.argv[1] == "sync" and "WANDB_SERVICE" not in os.environ
 for folder in map(pathlib.Path, sys.argv[2:]):
     print("uploading", folder.name, flush=True)
     if "hanging" in folder.name:
@@ -60,6 +60,13 @@ def test_what_is_waiting_is_uploaded_once(capfd):
     ]
     assert sync.main([]) == 0
     assert capfd.readouterr().out.splitlines()[3:] == ["3 offline runs, 3 of them synced already"]
+
+
+def test_a_service_that_is_gone_is_not_asked(monkeypatch):
+    """As below a notebook that has ended: `wandb sync` itself fails there."""
+    monkeypatch.setenv("WANDB_SERVICE", "3-99999-tcp-localhost-59999")
+    offline_run("outputs/run", "1")
+    assert sync.main([]) == 0
 
 
 def test_dry_run_uploads_nothing_and_needs_no_login(monkeypatch, capfd):
