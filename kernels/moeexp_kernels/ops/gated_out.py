@@ -12,6 +12,8 @@ Shape letters and arguments of the delta net: gated_delta.py. K = Hv * Dv input 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -130,7 +132,7 @@ def gdn_decode_out(
     the norm's factor instead of after it. `ValueError` too where a head is not whole groups of a quantised weight."""
     features, outputs = num_v_heads * head_v_dim, weight.shape[0]
     bits, group = weight_format(weight=weight, scales=scales, in_features=features, name="weight")
-    delta = {
+    delta: dict[str, Any] = {
         "proj": proj, "conv_weight": conv_weight, "a_log": a_log, "dt_bias": dt_bias, "norm_weight": norm_weight,
         "conv_state": conv_state, "recurrent_state": recurrent_state, "num_k_heads": num_k_heads, "num_v_heads": num_v_heads,
         "head_k_dim": head_k_dim, "head_v_dim": head_v_dim,

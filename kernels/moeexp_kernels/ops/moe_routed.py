@@ -111,7 +111,7 @@ def down_routed_kernel(
 
 def launch_routed(
     *, x: Tensor, tokens: int, logits: Tensor, packed: Tensor, positions: Tensor, expert_ids: Tensor, out: Tensor,
-    formats: dict[str, tuple[int, int, int]], **matrices: Tensor | None,
+    formats: dict[str, tuple[int, int, int]], **matrices: Tensor,
 ) -> None:  # fmt: skip
     """out [M, D] of x [M, D], `tokens` of each sequence, and the trace in expert_ids; x, out and the matrices of `moe_decode`
     checked. logits and packed: of `router_logits`.
