@@ -63,6 +63,7 @@ def test_equal_logits_are_chosen_by_their_indices():
     assert_bitwise_equal(own, y, "equal logits")
 
 
+@pytest.mark.slow
 def test_a_row_that_is_not_finite_stays_its_own():
     choice, stored = layer(tokens=2, D=32, shared=32, E=2, top_k=1)
     (clean, _), _ = both(choice, stored)
