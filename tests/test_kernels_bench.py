@@ -122,7 +122,7 @@ def test_a_linear_case_names_the_row_that_its_kernel_runs_with(tokens, op):
     assert [name for name, _ in case.tuned] == [op] and set(case.tuned) <= asked
 
 
-@pytest.mark.parametrize(("sequences", "op"), [(1, "gemv"), (3, "linear_tile"), (40, "gemm")])
+@pytest.mark.parametrize(("sequences", "op"), [pytest.param(1, "gemv", marks=pytest.mark.slow), (3, "linear_tile"), (40, "gemm")])
 def test_a_head_s_target_is_the_row_that_its_kernel_runs_with(sequences, op):
     shapes = replace(TINY, hidden=128, group=64)
     target = head_target(shapes, sequences, common.DEVICE)

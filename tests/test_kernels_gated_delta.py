@@ -146,7 +146,7 @@ def test_decode_carries_its_state(monkeypatch, split):
     check(gdn_decode, make_case(1, 4, (1, 2), (16, 16)), DECODE_TOL[F32], splits=[1] * 4)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("dtype", [F32, pytest.param(BF16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("tokens, batch, width", [(2, 1, 4), (3, 2, 4), (5, 1, 4), (8, 1, 2), (4, 2, 9)])
 def test_tokens_of_one_call_are_to_the_bit_those_of_calls_of_their_own(tokens, batch, width, dtype):
     case = make_case(batch, tokens, (1, 2), (16, 8), dtype, width=width)

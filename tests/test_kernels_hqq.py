@@ -115,7 +115,9 @@ def noted_errors(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("step", [5, 33, 64])  # 10, 66 and 128 groups, of which a program has 128
+@pytest.mark.parametrize(
+    "step", [pytest.param(5, marks=pytest.mark.slow), 33, 64]
+)  # 10, 66 and 128 groups, of which a program has 128
 def test_a_slice_is_quantised_as_if_alone(step, monkeypatch):
     weight, errors = drawn("heavy tailed", 150, 64), noted_errors(monkeypatch)
     whole = by_kernels(weight, bits=8, group=32, step=step)

@@ -215,7 +215,7 @@ def heights_row(heights, blocks, *, after):
     return {name: {"height": height, **both} for name, height in zip((*HEIGHTS, "least"), (*heights, heights[-1]), strict=True)}
 
 
-@pytest.mark.parametrize("tokens", [15, 100, 130])
+@pytest.mark.parametrize("tokens", [15, pytest.param(100, marks=pytest.mark.slow), 130])
 def test_prefill_where_blocks_of_each_height_serve(tokens):
     """Heights of 8, 4 and 2: whole blocks, what is left of each size, and the shared expert in each height's launch."""
     blocks = {"BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
@@ -417,7 +417,8 @@ def test_experts_on_rows_that_the_router_packed(tokens, D, bits, group, shared, 
     assert_close_ratio(y.float(), without.float(), TOLERANCE[dtype], "packed rows and none")
 
 
-@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
 def test_a_program_that_packs_more_vectors_than_are_left_writes_none_of_its_neighbours(bits):
     """64 rows a program, of which an expert has 96 and the shared one, whose piece of a token's row comes last, 32."""
     D, width, shared = 32, 96, 32
@@ -468,7 +469,7 @@ def test_pairs_are_ordered_by_expert_and_then_by_token(pairs):
     assert order.tensor.tolist() == sorted(expert << 16 | pair for pair, expert in enumerate(ids.tolist()))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.slow)])
 def test_a_packed_feature_that_is_not_finite_stays_seen(value):
     x = randn(2, 1, 64, seed=1)
     x[1, 0, 40] = value
