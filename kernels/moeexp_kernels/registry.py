@@ -117,8 +117,7 @@ def feed_of(op: Callable) -> Callable | None:
 
 def joined(names: dict[str, str]) -> dict[str, Callable]:
     """What the implementations that `names` chooses can do together in a decode step, by what the model calls it:
-    `routed_experts`, router and experts, and `gdn_out` and `sdpa_out`, mixers that do so for the
-    output projection."""
+    `routed_experts`, router and experts, and `gdn_out` and `sdpa_out`, a mixer and its output projection."""
     found: dict[str, Callable] = {}
     if names["router"] == names["moe_decode"] == "triton":
         found["routed_experts"] = moe.routed_experts

@@ -117,8 +117,8 @@ def _decode_kernel(
 ):  # fmt: skip
     """Grid (Hv * SPLIT, B), SPLIT programs of BV columns for each value head: the state, in place, which is read once and
     written once for all TOKENS, and S^T q of each into `raw` [B, T, Hv, Dv] float32. The conv state is left alone, because
-    several programs read the same channels of it. HEADS: Hk, Hv, Dk, Dv. GATED: `raw` is S^T q times norm_weight * silu(z), and
-    `sums` [B, T, Hv, SPLIT] float32 are the squares of S^T q, summed over a program's columns.
+    several programs read the same channels of it. HEADS: Hk, Hv, Dk, Dv. GATED: `raw` is S^T q times norm_weight * silu(z), in
+    proj's dtype, and `sums` [B, T, Hv, SPLIT] float32 are the squares of S^T q, summed over a program's columns.
 
     A barrier stands between the loads and the stores of state: where a tile has fewer elements than the CTA has threads,
     several warps load the same element."""

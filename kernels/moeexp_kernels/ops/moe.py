@@ -173,10 +173,9 @@ def packed_form(x: Tensor, experts: dict[str, Any]) -> dict[str, int]:
     return packing(formats, rows=x.shape[:-1].numel()) if tile_row(x, formats) is None else {}
 
 
-def routed_serves(choice: dict[str, Any], experts: dict[str, Any]) -> bool:
-    """Whether `moe_decode_routed` does, of tokens that all count and whose rows the router can pack."""
+def routed_serves(choice: dict[str, Any], experts: dict[str, Any], *, bits: int) -> bool:
+    """Whether `moe_decode_routed` does, of tokens that all count and whose rows the router can pack. bits: of gate_up."""
     rows, features, width = choice["x"].shape[:-1].numel(), choice["x"].shape[-1], experts["gate_up"].shape[-2] // 2
-    bits = decode_formats(experts, features=features)["gate_up"][1]
     row = tuning.lookup(
         "moe_routed", f"{tuning.weight_class(bits)}/{features}x{width}", tuning.architecture(choice["x"].device)
     )  # fmt: skip
@@ -195,7 +194,7 @@ def routed_experts(choice: dict[str, Any], experts: dict[str, Any]) -> Tensor:
     """`moe_decode` of what `router` finds, each doing what spares the other something; arguments as of `route_decode`."""
     common = {name: choice[name] for name in ("x", "norm_weight", "eps")}
     form = packed_form(choice["x"], experts)
-    if not form or not routed_serves(choice, experts):
+    if not form or not routed_serves(choice, experts, bits=form["pack_bits"]):
         return moe_decode(**common, **route_decode(choice, experts), **experts)
     logits, packed = router_logits(**common, weight=choice["weight"], shared_gate=experts["shared_gate"], **form)
     traced = {name: choice[name] for name in ("positions", "expert_ids")}
