@@ -68,11 +68,12 @@ def linear_tile_kernel(
     LIMBS: tl.constexpr = 3 if y_ptr.dtype.element_ty == tl.float32 else 2  # as `limbs_of`
     N: tl.constexpr = FORMAT[ROWS]
     K: tl.constexpr = FORMAT[FEATURES]
+    whole: tl.constexpr = N % (BLOCK_N * TILES) == 0
     start = tl.program_id(0).to(tl.int64) * (BLOCK_N * TILES)
     # From here offsets are relative to the program's first row: int32 is enough within it.
     w_ptr, s_ptr = at_row(w_ptr, s_ptr, start, FORMAT)
     rows_left = tl.minimum(N - start, BLOCK_N * TILES).to(tl.int32)
-    weights = load_tile(w_ptr, s_ptr, rows_left, FORMAT, BLOCK_N, PASSES, CACHE)
+    weights = load_tile(w_ptr, s_ptr, rows_left, FORMAT, BLOCK_N, PASSES, CACHE, whole)
     ready = after_previous(PDL)
     limbs_ptr += ready
     units_ptr += ready
@@ -89,7 +90,7 @@ def linear_tile_kernel(
             ahead = weights
             if tile + 1 < TILES:  # the next rows are on their way while these are multiplied
                 below, scales = at_row(w_ptr, s_ptr, (tile + 1) * BLOCK_N, FORMAT)
-                ahead = load_tile(below, scales, rows_left - (tile + 1) * BLOCK_N, FORMAT, BLOCK_N, PASSES, CACHE)
+                ahead = load_tile(below, scales, rows_left - (tile + 1) * BLOCK_N, FORMAT, BLOCK_N, PASSES, CACHE, whole)
             mask = (here < rows_left) & (column < left)
             extra = 0.0
             if HAS_RESIDUAL:  # at once: after the sums all would wait for it

@@ -96,7 +96,7 @@ def gate_up_tile_kernel(
     place, count, tokens = place_of(pair, p, ids, expert, M, TOP_K, COLUMNS)
     if count == 0:  # without a wait: the shared expert's programs wait for all
         return
-    tile = load_tile(w_ptr, s_ptr, width - start, FORMAT, 2 * BLOCK_I, PASSES, CACHE, APART=width)
+    tile = load_tile(w_ptr, s_ptr, width - start, FORMAT, 2 * BLOCK_I, PASSES, CACHE, width % BLOCK_I == 0, APART=width)
     ready = after_previous(PDL)
     limbs_ptr += ready
     units_ptr += ready
@@ -131,7 +131,7 @@ def down_tile_kernel(
     place, count, _ = place_of(pair, p, ids, expert, M, TOP_K, COLUMNS)
     if count == 0:
         return
-    tile = load_tile(w_ptr, s_ptr, D - start, FORMAT, BLOCK_D, PASSES, CACHE)
+    tile = load_tile(w_ptr, s_ptr, D - start, FORMAT, BLOCK_D, PASSES, CACHE, D % BLOCK_D == 0)
     ready = after_previous(PDL)
     limbs_ptr += place * (LIMBS * width) + ready
     units_ptr += place * (2 * (width // FORMAT[GROUP])) + ready

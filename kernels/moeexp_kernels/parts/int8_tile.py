@@ -76,19 +76,28 @@ def centred_bytes(q, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def stored_row(row, BLOCK: tl.constexpr, APART: tl.constexpr):
-    """Where row 0 .. BLOCK - 1 of a tile stands in the matrix, and which it is of its half of the tile (without APART: of it)."""
-    if APART:
-        of_half = row % (BLOCK // 2)
-        return of_half + row // (BLOCK // 2) * APART, of_half
+def stored_row(row, rows_left, BLOCK: tl.constexpr, APART: tl.constexpr, WHOLE: tl.constexpr):
+    """Where row 0 .. BLOCK - 1 of a tile stands in the matrix, of which rows_left exist (with APART: in each half of the tile).
+    One beyond them, whose result nobody stores, is the last one again. WHOLE: there is none such."""
+    of_half = row % (BLOCK // 2) if APART else row
+    stored = of_half if WHOLE else tl.minimum(of_half, rows_left - 1)
+    return stored + row // (BLOCK // 2) * APART if APART else stored
+
+
+@triton.jit
+def load_inside(pointers, group, LEFT: tl.constexpr, GROUPS: tl.constexpr, CACHE: tl.constexpr):
+    """What is at `pointers` of GROUPS groups, zeros for those from LEFT on. Without such nothing is masked: a masked load
+    costs instructions that put the zeros there first."""
+    if LEFT >= GROUPS:
+        return tl.load(pointers, cache_modifier=CACHE)
     else:
-        return row, row
+        return tl.load(pointers, mask=group < LEFT, other=0, cache_modifier=CACHE)
 
 
 @triton.jit
 def load_groups(
     w_ptr, s_ptr, rows_left, BEGIN: tl.constexpr, GROUPS: tl.constexpr, FORMAT: tl.constexpr, BLOCK: tl.constexpr,
-    CACHE: tl.constexpr, APART: tl.constexpr,
+    CACHE: tl.constexpr, APART: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Of GROUPS groups from BEGIN on: stored bytes (int8: of the groups' first halves, and of their second ones; int4: the same
     twice) [8, GROUPS, BLOCK / 8, GROUP / 2], and scale pairs int32 [GROUPS, BLOCK].
@@ -99,25 +108,25 @@ def load_groups(
     in_row: tl.constexpr = FORMAT[FEATURES] // FORMAT[GROUP]
     bytes_of_group: tl.constexpr = half if FORMAT[BITS] == 4 else FORMAT[GROUP]
     row = tl.arange(0, 8)[:, None, None, None] + tl.arange(0, BLOCK // 8)[None, None, :, None] * 8
-    group, byte = BEGIN + tl.arange(0, GROUPS)[None, :, None, None], tl.arange(0, half)[None, None, None, :]
-    stored, of_half = stored_row(row, BLOCK, APART)
-    offsets = stored * (in_row * bytes_of_group) + group * bytes_of_group + byte
-    mask = (of_half < rows_left) & (group < in_row)
-    first = tl.load(w_ptr + offsets, mask=mask, other=0, cache_modifier=CACHE)
+    group, byte = tl.arange(0, GROUPS)[None, :, None, None], tl.arange(0, half)[None, None, None, :]
+    left: tl.constexpr = in_row - BEGIN
+    w_ptr += BEGIN * bytes_of_group
+    s_ptr += BEGIN * 2
+    w_ptr += stored_row(row, rows_left, BLOCK, APART, WHOLE) * (in_row * bytes_of_group) + group * bytes_of_group + byte
+    first = load_inside(w_ptr, group, left, GROUPS, CACHE)
     second = first
     if FORMAT[BITS] == 8:
-        second = tl.load(w_ptr + half + offsets, mask=mask, other=0, cache_modifier=CACHE)
-    group = BEGIN + tl.arange(0, GROUPS)[:, None]
-    stored, of_half = stored_row(tl.arange(0, BLOCK)[None, :], BLOCK, APART)
-    mask = (of_half < rows_left) & (group < in_row)
-    pair = tl.load(s_ptr.to(tl.pointer_type(tl.int32)) + stored * in_row + group, mask=mask, other=0)
+        second = load_inside(w_ptr + half, group, left, GROUPS, CACHE)
+    row, group = tl.arange(0, BLOCK)[None, :], tl.arange(0, GROUPS)[:, None]
+    s_ptr = s_ptr.to(tl.pointer_type(tl.int32)) + stored_row(row, rows_left, BLOCK, APART, WHOLE) * in_row + group
+    pair = load_inside(s_ptr, group, left, GROUPS, "")
     return first, second, pair
 
 
 @triton.jit
 def load_tile(
     w_ptr, s_ptr, rows_left, FORMAT: tl.constexpr, BLOCK: tl.constexpr, PASSES: tl.constexpr, CACHE: tl.constexpr,
-    APART: tl.constexpr = 0,
+    WHOLE: tl.constexpr, APART: tl.constexpr = 0,
 ):  # fmt: skip
     """BLOCK rows of the matrix at w_ptr, of which rows_left exist, as `multiply_tile` takes them: a tuple of what `load_groups`
     finds in each of PASSES, 1 or 2.
@@ -126,23 +135,25 @@ def load_tile(
     those of a half."""
     # Of K / GROUP groups, rounded up to a power of 2, as WORDS is.
     each: tl.constexpr = FORMAT[WORDS] * 32 // (FORMAT[BITS] * FORMAT[GROUP]) // PASSES
-    first = load_groups(w_ptr, s_ptr, rows_left, 0, each, FORMAT, BLOCK, CACHE, APART)
+    first = load_groups(w_ptr, s_ptr, rows_left, 0, each, FORMAT, BLOCK, CACHE, APART, WHOLE)
     if PASSES == 1:
         return (first,)
     else:
-        return first, load_groups(w_ptr, s_ptr, rows_left, each, each, FORMAT, BLOCK, CACHE, APART)
+        return first, load_groups(w_ptr, s_ptr, rows_left, each, each, FORMAT, BLOCK, CACHE, APART, WHOLE)
 
 
 @triton.jit
-def row_of(column, chosen, CHOSEN: tl.constexpr):
+def row_of(column, M, chosen, CHOSEN: tl.constexpr):
     """The row of activations in a column: the same, or with CHOSEN that of the column-th lowest bit set in `chosen` (up to 8
-    columns, 32 rows): each thread finds it by itself, without a load. A column without a bit gives row 0."""
+    columns, 32 rows): each thread finds it by itself, without a load. Columns from M on have the last row again: they are
+    there because the instruction takes 8, and nobody stores their results."""
+    column = tl.minimum(column, M - 1)
     if CHOSEN:
         bits = column * 0 + chosen
         for i in tl.static_range(7):  # 8 columns - 1
             bits = tl.where(column > i, bits & (bits - 1), bits)
         lowest = (bits & (0 - bits)).to(tl.uint32).to(tl.float32)  # 2^place, a float32 of bits (127 + place) << 23
-        return tl.where(bits != 0, (lowest.to(tl.int32, bitcast=True) >> 23) - 127, 0)
+        return (lowest.to(tl.int32, bitcast=True) >> 23) - 127
     else:
         return column
 
@@ -152,17 +163,17 @@ def limb_of_half(
     held, PLACE: tl.constexpr, limb_ptr, M, chosen, GROUPS: tl.constexpr, LEFT: tl.constexpr, FORMAT: tl.constexpr,
     LIMBS: tl.constexpr, COLUMNS: tl.constexpr, CHOSEN: tl.constexpr,
 ):  # fmt: skip
-    """One limb of the half groups that begin at limb_ptr, as a product takes it: [GROUPS, GROUP / 2, COLUMNS], zeros beyond M
-    columns and LEFT groups. What an earlier tile left in `held` is not loaded again."""
+    """One limb of the half groups that begin at limb_ptr, as a product takes it: [GROUPS, GROUP / 2, COLUMNS], zeros beyond LEFT
+    groups. What an earlier tile left in `held` is not loaded again."""
     if len(held) > 0:
         return held[PLACE]
     else:
         column = tl.arange(0, 8)[:, None, None, None] + tl.arange(0, COLUMNS // 8)[None, None, :, None] * 8
         group = tl.arange(0, GROUPS)[None, :, None, None]
         byte = tl.arange(0, FORMAT[GROUP] // 2)[None, None, None, :]
-        mask = (column < M) & (group < LEFT)
-        m = row_of(column, chosen, CHOSEN)
-        x = tl.load(limb_ptr + m * (LIMBS * FORMAT[FEATURES]) + group * FORMAT[GROUP] + byte, mask=mask, other=0)
+        m = row_of(column, M, chosen, CHOSEN)
+        limb_ptr += m * (LIMBS * FORMAT[FEATURES]) + group * FORMAT[GROUP] + byte
+        x = load_inside(limb_ptr, group, LEFT, GROUPS, "")
         return tl.permute(fragment(x), [0, 2, 1])
 
 
@@ -193,10 +204,9 @@ def units_of(
         return held[2 * LIMBS]
     else:
         column, group = tl.arange(0, COLUMNS)[None, :], tl.arange(0, GROUPS)[:, None]
-        m = row_of(column, chosen, CHOSEN)
+        m = row_of(column, M, chosen, CHOSEN)
         in_row: tl.constexpr = FORMAT[FEATURES] // FORMAT[GROUP]
-        mask = (column < M) & (group < LEFT)
-        return tl.load(units_ptr.to(tl.pointer_type(tl.int64)) + m * in_row + BEGIN + group, mask=mask, other=0)
+        return load_inside(units_ptr.to(tl.pointer_type(tl.int64)) + m * in_row + BEGIN + group, group, LEFT, GROUPS, "")
 
 
 @triton.jit
@@ -252,7 +262,7 @@ def multiply_held(
     tile, held, limbs_ptr, units_ptr, M, FORMAT: tl.constexpr, LIMBS: tl.constexpr, COLUMNS: tl.constexpr,
     SPLIT: tl.constexpr, INTERPRETED: tl.constexpr, chosen=0, CHOSEN: tl.constexpr = False,
 ):  # fmt: skip
-    """What `load_tile` found times M rows in limbs: float32 [BLOCK, COLUMNS]; columns from M on are zero. The rows are the first
+    """What `load_tile` found times M rows in limbs: float32 [BLOCK, COLUMNS]; columns from M on are no rows'. The rows are the first
     ones from limbs_ptr and units_ptr on, or with CHOSEN those of the bits in `chosen`, of which M are set. And these rows as they
     are in registers now, by passes, for the next tile's `held`; ((), ()) for the first.
 
