@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from moeexp_kernels.parts.int_dot import unpack_scales
-from moeexp_kernels.parts.limbs import FINER, ROUND, ROUND_BITS
+from moeexp_kernels.parts.limbs import FINER
 from moeexp_kernels.parts.matrix import BITS, FEATURES, GROUP, WORDS
 
 GROUPS_SERVED = (64, 128)  # the instruction takes 32 bytes of a half at a time; sums of larger groups are not tested
@@ -159,28 +159,40 @@ def row_of(column, M, chosen, CHOSEN: tl.constexpr):
 
 
 @triton.jit
-def limb_of_half(
-    held, PLACE: tl.constexpr, limb_ptr, M, chosen, GROUPS: tl.constexpr, LEFT: tl.constexpr, FORMAT: tl.constexpr,
-    LIMBS: tl.constexpr, COLUMNS: tl.constexpr, CHOSEN: tl.constexpr,
+def load_limb(
+    limb_ptr, M, chosen, GROUPS: tl.constexpr, LEFT: tl.constexpr, FORMAT: tl.constexpr, LIMBS: tl.constexpr,
+    COLUMNS: tl.constexpr, CHOSEN: tl.constexpr,
 ):  # fmt: skip
     """One limb of the half groups that begin at limb_ptr, as a product takes it: [GROUPS, GROUP / 2, COLUMNS], zeros beyond LEFT
-    groups. What an earlier tile left in `held` is not loaded again."""
-    if len(held) > 0:
-        return held[PLACE]
-    else:
-        column = tl.arange(0, 8)[:, None, None, None] + tl.arange(0, COLUMNS // 8)[None, None, :, None] * 8
-        group = tl.arange(0, GROUPS)[None, :, None, None]
-        byte = tl.arange(0, FORMAT[GROUP] // 2)[None, None, None, :]
-        m = row_of(column, M, chosen, CHOSEN)
-        limb_ptr += m * (LIMBS * FORMAT[FEATURES]) + group * FORMAT[GROUP] + byte
-        x = load_inside(limb_ptr, group, LEFT, GROUPS, "")
-        return tl.permute(fragment(x), [0, 2, 1])
+    groups."""
+    column = tl.arange(0, 8)[:, None, None, None] + tl.arange(0, COLUMNS // 8)[None, None, :, None] * 8
+    group = tl.arange(0, GROUPS)[None, :, None, None]
+    byte = tl.arange(0, FORMAT[GROUP] // 2)[None, None, None, :]
+    m = row_of(column, M, chosen, CHOSEN)
+    limb_ptr += m * (LIMBS * FORMAT[FEATURES]) + group * FORMAT[GROUP] + byte
+    return tl.permute(fragment(load_inside(limb_ptr, group, LEFT, GROUPS, "")), [0, 2, 1])
 
 
 @triton.jit
-def value_of(total):
-    """The sum that was begun at ROUND_BITS, float32 and exact: below 2^22 its bits are those of the float ROUND + sum."""
-    return total.to(tl.float32, bitcast=True) - ROUND
+def load_activations(
+    limbs_ptr, units_ptr, M, chosen, BEGIN: tl.constexpr, GROUPS: tl.constexpr, FORMAT: tl.constexpr, LIMBS: tl.constexpr,
+    COLUMNS: tl.constexpr, CHOSEN: tl.constexpr,
+):  # fmt: skip
+    """Of GROUPS groups from BEGIN on: limbs of the first halves, limbs of the second ones, and (unit, total) of each group and
+    column as one int64 [GROUPS, COLUMNS]."""
+    in_row: tl.constexpr = FORMAT[FEATURES] // FORMAT[GROUP]
+    left: tl.constexpr = in_row - BEGIN
+    column, group = tl.arange(0, COLUMNS)[None, :], tl.arange(0, GROUPS)[:, None]
+    m = row_of(column, M, chosen, CHOSEN)
+    units_ptr = units_ptr.to(tl.pointer_type(tl.int64)) + m * in_row + BEGIN + group
+    units = load_inside(units_ptr, group, left, GROUPS, "")
+    found = ()
+    for half in tl.static_range(2):
+        for limb in tl.static_range(LIMBS):
+            limb_ptr = limbs_ptr + BEGIN * FORMAT[GROUP] + half * (FORMAT[GROUP] // 2) + limb * FORMAT[FEATURES]
+            x = load_limb(limb_ptr, M, chosen, GROUPS, left, FORMAT, LIMBS, COLUMNS, CHOSEN)
+            found = found + (x,)  # type: ignore[assignment]
+    return found + (units,)
 
 
 @triton.jit
@@ -195,21 +207,6 @@ def sum_groups(x, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def units_of(
-    held, units_ptr, M, chosen, BEGIN: tl.constexpr, GROUPS: tl.constexpr, LEFT: tl.constexpr, FORMAT: tl.constexpr,
-    LIMBS: tl.constexpr, COLUMNS: tl.constexpr, CHOSEN: tl.constexpr,
-):  # fmt: skip
-    """(unit, total) of each group and column, as one int64: [GROUPS, COLUMNS]; held as in `limb_of_half`."""
-    if len(held) > 0:
-        return held[2 * LIMBS]
-    else:
-        column, group = tl.arange(0, COLUMNS)[None, :], tl.arange(0, GROUPS)[:, None]
-        m = row_of(column, M, chosen, CHOSEN)
-        in_row: tl.constexpr = FORMAT[FEATURES] // FORMAT[GROUP]
-        return load_inside(units_ptr.to(tl.pointer_type(tl.int64)) + m * in_row + BEGIN + group, group, LEFT, GROUPS, "")
-
-
-@triton.jit
 def products_of_groups(
     loaded, held, limbs_ptr, units_ptr, M, chosen, BEGIN: tl.constexpr, FORMAT: tl.constexpr, LIMBS: tl.constexpr,
     COLUMNS: tl.constexpr, INTERPRETED: tl.constexpr, CHOSEN: tl.constexpr,
@@ -219,42 +216,33 @@ def products_of_groups(
     first, second, pair = loaded
     groups: tl.constexpr = pair.shape[0]
     shape: tl.constexpr = [groups, pair.shape[1], COLUMNS]
-    K: tl.constexpr = FORMAT[FEATURES]
-    left: tl.constexpr = K // FORMAT[GROUP] - BEGIN
-    limbs_ptr += BEGIN * FORMAT[GROUP]
-    start = tl.full(shape, ROUND_BITS, tl.int32)
+    now = held
+    if len(held) == 0:
+        now = load_activations(limbs_ptr, units_ptr, M, chosen, BEGIN, groups, FORMAT, LIMBS, COLUMNS, CHOSEN)
     # The first halves with all limbs, then the second ones: so that both need not be in registers at once.
     codes = fragment(low_nibbles(first, INTERPRETED) if FORMAT[BITS] == 4 else centred_bytes(first, INTERPRETED))
-    x0 = limb_of_half(held, 0, limbs_ptr, M, chosen, groups, left, FORMAT, LIMBS, COLUMNS, CHOSEN)
-    high = tl.dot(codes, x0, start, out_dtype=tl.int32)
-    x1 = limb_of_half(held, 1, limbs_ptr + K, M, chosen, groups, left, FORMAT, LIMBS, COLUMNS, CHOSEN)
-    low = tl.dot(codes, x1, start, out_dtype=tl.int32)
+    high = tl.dot(codes, now[0], out_dtype=tl.int32)
+    low = tl.dot(codes, now[1], out_dtype=tl.int32)
     if LIMBS == 3:
-        x4 = limb_of_half(held, 4, limbs_ptr + 2 * K, M, chosen, groups, left, FORMAT, LIMBS, COLUMNS, CHOSEN)
-        rest = tl.dot(codes, x4, start, out_dtype=tl.int32)
+        rest = tl.dot(codes, now[2], out_dtype=tl.int32)
     codes = fragment(high_nibbles(second, INTERPRETED) if FORMAT[BITS] == 4 else centred_bytes(second, INTERPRETED))
-    limbs_ptr += FORMAT[GROUP] // 2
-    x2 = limb_of_half(held, 2, limbs_ptr, M, chosen, groups, left, FORMAT, LIMBS, COLUMNS, CHOSEN)
-    high = tl.dot(codes, x2, high, out_dtype=tl.int32)
-    x3 = limb_of_half(held, 3, limbs_ptr + K, M, chosen, groups, left, FORMAT, LIMBS, COLUMNS, CHOSEN)
-    low = tl.dot(codes, x3, low, out_dtype=tl.int32)
+    high = tl.dot(codes, now[LIMBS], high, out_dtype=tl.int32)
+    low = tl.dot(codes, now[LIMBS + 1], low, out_dtype=tl.int32)
+    # X = 256 * high + low. Exact: a sum of 128 products of signed bytes is 2^21 at most, so that this is 2^29 + 2^21 at most,
+    # which int32 holds. The conversion rounds it once, to nearest even.
+    value = (high * 256 + low).to(tl.float32)
     # Every rounding is written out: if the compiler were to choose what it fuses, it might choose another way for another shape.
-    value = tl.fma(value_of(high), 256.0, value_of(low))  # X = 256 * high + low
-    now = (x0, x1, x2, x3)  # the first halves' high and low limbs, the second ones', then the third limbs of both; last the units
     if LIMBS == 3:
-        x5 = limb_of_half(held, 5, limbs_ptr + 2 * K, M, chosen, groups, left, FORMAT, LIMBS, COLUMNS, CHOSEN)
-        rest = tl.dot(codes, x5, rest, out_dtype=tl.int32)
-        value = tl.fma(value_of(rest), 1.0 / FINER, value)
-        now = now + (x4, x5)  # type: ignore[assignment]
+        rest = tl.dot(codes, now[LIMBS + 2], rest, out_dtype=tl.int32)
+        value = tl.fma(rest.to(tl.float32), 1.0 / FINER, value)
     # Per group and output, and per group and row: widened before they are taken apart, so that one conversion each brings them
     # to where the products are. The compiler takes equal values apart once.
     scale, shift = unpack_scales(tl.broadcast_to(pair[:, :, None], shape))
     if FORMAT[BITS] == 4:
         shift = tl.fma(scale, -8.0, shift)  # 8 = 2^(BITS - 1); int8's codes are centred already
-    units = units_of(held, units_ptr, M, chosen, BEGIN, groups, left, FORMAT, LIMBS, COLUMNS, CHOSEN)
-    both = tl.broadcast_to(units[:, None, :], shape)
+    both = tl.broadcast_to(now[2 * LIMBS][:, None, :], shape)
     unit, total = both.to(tl.int32).to(tl.float32, bitcast=True), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    return tl.fma(value, scale * unit, shift * total), now + (units,)
+    return tl.fma(value, scale * unit, shift * total), now
 
 
 @triton.jit
@@ -262,9 +250,9 @@ def multiply_held(
     tile, held, limbs_ptr, units_ptr, M, FORMAT: tl.constexpr, LIMBS: tl.constexpr, COLUMNS: tl.constexpr,
     SPLIT: tl.constexpr, INTERPRETED: tl.constexpr, chosen=0, CHOSEN: tl.constexpr = False,
 ):  # fmt: skip
-    """What `load_tile` found times M rows in limbs: float32 [BLOCK, COLUMNS]; columns from M on are no rows'. The rows are the first
-    ones from limbs_ptr and units_ptr on, or with CHOSEN those of the bits in `chosen`, of which M are set. And these rows as they
-    are in registers now, by passes, for the next tile's `held`; ((), ()) for the first.
+    """What `load_tile` found times M rows in limbs: float32 [BLOCK, COLUMNS], of which columns from M on mean nothing. The rows
+    are the first ones from limbs_ptr and units_ptr on, or with CHOSEN those of the bits in `chosen`, of which M are set. And
+    these rows as they are in registers now, by passes, for the next tile's `held`; ((), ()) for the first.
 
     Two passes: the first half of the groups, then the second, which needs fewer registers. The sums' order is the same."""
     values, now = products_of_groups(
