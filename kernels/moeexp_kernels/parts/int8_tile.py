@@ -196,14 +196,28 @@ def load_activations(
 
 
 @triton.jit
+def sum_last(x):
+    """[BLOCK, COLUMNS, n] -> [BLOCK, COLUMNS]: i and i + n / 2 first, and so on.
+
+    `tl.split` takes apart what one thread holds. So the compiler brings all terms of a sum to the thread that stores it, at
+    once. `tl.sum` joins warps, brings the sums to all of them, and from there another conversion to that thread."""
+    half: tl.constexpr = x.shape[2] // 2
+    if half == 0:
+        return tl.reshape(x, [x.shape[0], x.shape[1]])
+    else:
+        one, other = tl.split(tl.permute(tl.reshape(x, [x.shape[0], x.shape[1], 2, half]), [0, 1, 3, 2]))
+        return sum_last(one + other)
+
+
+@triton.jit
 def sum_groups(x, SPLIT: tl.constexpr):
     """[groups, BLOCK, COLUMNS] -> [BLOCK, COLUMNS]: groups g and g + groups / 2 first, then the sums g and g + groups / 4, ...
 
-    The last SPLIT, one a warp, are left to `tl.sum`, which joins warps in that same order (a GPU test compares)."""
+    The last SPLIT are one a warp."""
     if x.shape[0] > SPLIT:
         return sum_groups(tl.sum(tl.reshape(x, [2, x.shape[0] // 2, x.shape[1], x.shape[2]]), axis=0), SPLIT)
     else:
-        return tl.sum(x, axis=0)
+        return sum_last(tl.permute(x, [1, 2, 0]))
 
 
 @triton.jit
