@@ -91,7 +91,7 @@ def linear_tile_kernel(
             if tile + 1 < TILES:  # the next rows are on their way while these are multiplied
                 below, scales = at_row(w_ptr, s_ptr, (tile + 1) * BLOCK_N, FORMAT)
                 ahead = load_tile(below, scales, rows_left - (tile + 1) * BLOCK_N, FORMAT, BLOCK_N, PASSES, CACHE, whole)
-            mask = (here < rows_left) & (column < left)
+            mask = column < left if whole else (here < rows_left) & (column < left)
             extra = 0.0
             if HAS_RESIDUAL:  # at once: after the sums all would wait for it
                 extra = tl.load(res_ptr + m * N + column * N + here, mask=mask, other=0.0).to(tl.float32)

@@ -112,7 +112,8 @@ def load_groups(
     left: tl.constexpr = in_row - BEGIN
     w_ptr += BEGIN * bytes_of_group
     s_ptr += BEGIN * 2
-    w_ptr += stored_row(row, rows_left, BLOCK, APART, WHOLE) * (in_row * bytes_of_group) + group * bytes_of_group + byte
+    w_ptr += stored_row(row, rows_left, BLOCK, APART, WHOLE) * (in_row * bytes_of_group) + byte
+    w_ptr += group * bytes_of_group  # by itself: of each sum the compiler puts one distance into the load
     first = load_inside(w_ptr, group, left, GROUPS, CACHE)
     second = first
     if FORMAT[BITS] == 8:
@@ -166,11 +167,15 @@ def load_limb(
     """One limb of the half groups that begin at limb_ptr, as a product takes it: [GROUPS, GROUP / 2, COLUMNS], zeros beyond LEFT
     groups."""
     column = tl.arange(0, 8)[:, None, None, None] + tl.arange(0, COLUMNS // 8)[None, None, :, None] * 8
-    group = tl.arange(0, GROUPS)[None, :, None, None]
+    # Not 0 .. GROUPS - 1: the compiler would take each number once for this and for the weights' addresses, and as it has two
+    # uses then, compute an address for each group. So all groups have one, and the loads hold their distances from it.
+    group = tl.arange(GROUPS, 2 * GROUPS)[None, :, None, None]
     byte = tl.arange(0, FORMAT[GROUP] // 2)[None, None, None, :]
     m = row_of(column, M, chosen, CHOSEN)
-    limb_ptr += m * (LIMBS * FORMAT[FEATURES]) + group * FORMAT[GROUP] + byte
-    return tl.permute(fragment(load_inside(limb_ptr, group, LEFT, GROUPS, "")), [0, 2, 1])
+    limb_ptr += m * (LIMBS * FORMAT[FEATURES]) + byte
+    limb_ptr += group * FORMAT[GROUP]  # by itself: of each sum the compiler puts one distance into the load
+    limb_ptr -= GROUPS * FORMAT[GROUP]
+    return tl.permute(fragment(load_inside(limb_ptr, group - GROUPS, LEFT, GROUPS, "")), [0, 2, 1])
 
 
 @triton.jit
