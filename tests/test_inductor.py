@@ -251,6 +251,13 @@ assert seen["moeexp.moe_decode_routed.default" if FUSED else "moeexp.moe_decode.
 assert ("moeexp.gdn_decode_out.default" in seen) == FUSED, seen
 """
 
+EXPORTED = """
+program = methods.export_method("cond", model, ops, batch=BATCH, max_seq_len=64, state=state)
+branches = [module for name, module in program.graph_module.named_children() if name.startswith("true_graph")]
+seen = [str(node.target) for branch in branches for node in branch.graph.nodes]
+assert any("moe_decode" in name or "gate_up" in name or "triton_kernel" in name for name in seen), seen
+"""
+
 
 def traced(script, model, batch, group, fused):
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "0"}
@@ -273,3 +280,8 @@ def test_real_methods_need_few_analyses_and_hand_no_float_to_a_kernel(model, bat
 def test_dynamo_traces_a_decode_step_whole(fused):
     """What torch.compile is given has every op; it reads no file, as the tuning table is, that the ops between them ask."""
     traced(COMPILED, "nano", 1, 32, fused)
+
+
+def test_a_method_that_chooses_by_condition_is_exported_with_the_ops_that_are_joined():
+    """Dynamo traces the branches of `torch.cond`, for an export that is not its own as well."""
+    traced(EXPORTED, "nano", 1, 32, False)

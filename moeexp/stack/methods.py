@@ -156,10 +156,13 @@ def example_inputs(
     return tokens, positions, torch.arange(3, dtype=torch.int64, device=device), *valid_len, *state
 
 
-def trace_kernels_once() -> None:
-    """From now on, in this process, torch does with a kernel and its calls what it needs to, once."""
+def prepare_tracing() -> None:
+    """From now on, in this process, torch does with a kernel and its calls what it needs to, once; and dynamo, which also traces
+    the branches of `torch.cond` for an export, takes for constant what the tuning table says. Ops that are joined ask it outside
+    of any custom op, and it lies in a file, which dynamo does not read."""
     remember_kernel_analyses()
     kernel_calls.shorten()
+    torch.compiler.assume_constant_result(tuning.lookup)
 
 
 def export_method(
@@ -176,7 +179,7 @@ def export_method(
     """`model` has its state attached (`Qwen35MoE.attached`), or `state` (an example of each tensor) is explicit. Buffers keep
     their names (`model.layers.0.…`) in every method. All of these may be FakeTensors: shapes are all that counts. count: as of
     `example_inputs`."""
-    trace_kernels_once()
+    prepare_tracing()
     state = state or {}
     module = MODULES[method](model, ops, state_names=tuple(state), padded=padded).eval()
     inputs = example_inputs(
@@ -215,7 +218,7 @@ def compile_method(program: ExportedProgram, path: Path, config: dict[str, Any])
     By way of memory: torch's own writer ends the process on a full disk, where ours raises `OSError`."""
     from torch._inductor import aoti_compile_and_package
 
-    trace_kernels_once()
+    prepare_tracing()
     declare_arrays_once_per_writer()
     package = io.BytesIO()
     with torch.no_grad(), _sizes_may_be_one(), telling_constants_apart(), warnings.catch_warnings():
@@ -228,13 +231,11 @@ def compile_method(program: ExportedProgram, path: Path, config: dict[str, Any])
 def torch_compiled(module: Method) -> Callable:
     """The module under torch.compile, whole (fullgraph). T and n are symbols, apart from 1, which dynamo compiles on its
     own: a method then has one more version for a single token or a single row of logits."""
-    trace_kernels_once()
+    prepare_tracing()
     torch._dynamo.config.recompile_limit = DYNAMO_RECOMPILE_LIMIT
     # The methods are one function to dynamo, which else makes symbols of whatever differs between their inputs: with explicit
     # state of the trace's length too, and torch 2.11 cannot lower a kernel that mutates such a tensor.
     torch._dynamo.config.automatic_dynamic_shapes = False
-    # Ops that are joined ask the tuning table outside of any custom op. It lies in a file, which dynamo does not read.
-    torch.compiler.assume_constant_result(tuning.lookup)
     # Said, so that it is in the key of Inductor's own cache: not every torch has there how many threads kernels are written for.
     options: dict[str, Any] | None = {"cpp.threads": torch.get_num_threads()} if module.model.norm.device.type == "cpu" else None
     compiled = torch.compile(module, fullgraph=True, options=options)
