@@ -16,11 +16,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from moeexp_kernels.ops.moe_pairs import DOWN_VECTOR, folded_rows, load_down, load_ids, load_residual
+from moeexp_kernels.ops.moe_pairs import DOWN_VECTOR, folded_rows, load_down, load_ids
 from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.act import EXPERTS, LENGTH, act_format, load_packed_act, rows_of_vectors, store_packed_act
 from moeexp_kernels.parts.checks import check_argument
-from moeexp_kernels.parts.int_dot import in_four_dimensions, int16_limbs, integer_products
+from moeexp_kernels.parts.int_dot import dot_rows, int16_limbs
 from moeexp_kernels.parts.matrix import BITS, FEATURES, ROWS, VECTOR, WORDS, at_row, matrix_format
 from moeexp_kernels.parts.packed import packable, packed_length
 from moeexp_kernels.parts.pdl import after_previous, has_pdl, start_next
@@ -117,94 +117,44 @@ def gate_up_packed_kernel(
 
 
 @triton.jit
-def vector_products(words, pair, features, FORMAT: tl.constexpr, LIMBS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Weights [rows, WORDS] times features [WORDS], summed by vector: float32 [rows, WORDS / VECTOR]."""
-    alike = in_four_dimensions(features, FORMAT, LIMBS)
-    part = integer_products(words[None, None, :, :], pair[None, None, :, :], alike, FORMAT, LIMBS, INTERPRETED)
-    return tl.reshape(part, pair.shape)
-
-
-@triton.jit
-def sum_held(x):
-    """[a, b, c, n] -> [a, b, c]: i and i + n / 2 first, and so on, in one thread, as `tl.split` wants it."""
-    half: tl.constexpr = x.shape[3] // 2
-    if half == 0:
-        return tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2]])
-    else:
-        one, other = tl.split(tl.permute(tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2], 2, half]), [0, 1, 2, 4, 3]))
-        return sum_held(one + other)
-
-
-@triton.jit
-def sum_vectors(part, PROGRAM_WARPS: tl.constexpr):
-    """[rows, vectors] -> [rows]: first what a thread has of a row, then lanes i and i + 16, i and i + 8, ..., then warps so.
-
-    `tl.sum` does that too, but with 5 shuffles a row, two passes through shared memory to join the warps, and a third to the
-    thread that stores. Here one pass hands each thread several lanes' sums of one row, so that 4 shuffles are left for all."""
-    rows: tl.constexpr = part.shape[0]
-    lanes: tl.constexpr = min(32, part.shape[1])
-    warps: tl.constexpr = min(PROGRAM_WARPS, part.shape[1] // lanes)
-    held: tl.constexpr = max(1, min(lanes, rows * lanes * warps // (32 * PROGRAM_WARPS)))
-    part = tl.sum(tl.reshape(part, [rows, part.shape[1] // (lanes * warps), warps, lanes]), axis=1)
-    part = tl.permute(tl.reshape(part, [rows, warps, held, lanes // held]), [0, 3, 1, 2])
-    return tl.sum(tl.reshape(sum_held(part), [rows, lanes // held * warps]), axis=1)
-
-
-@triton.jit
-def rows_where_summed(D: tl.constexpr, BLOCK_D: tl.constexpr, PROGRAM_WARPS: tl.constexpr):
-    """The program's rows [n, BLOCK_D], n threads a row as `sum_vectors` leaves a row's sum with, so that the residual is loaded
-    and the result stored there; and a mask, true for one of the n, if the row exists."""
-    place = tl.arange(0, max(1, 32 * PROGRAM_WARPS // BLOCK_D))[:, None]
-    # The compiler sees no runs of rows: so the first dimension is spread over lanes.
-    d = tl.program_id(0) * BLOCK_D + (tl.arange(0, BLOCK_D) * 2 // 2)[None, :] + place * 0
-    return d, (place == 0) & (d < D)
-
-
-@triton.jit
 def dot_packed_act(
-    own, shared, act_ptr, ACT: tl.constexpr, SLOTS: tl.constexpr, FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr,
-    FOLD: tl.constexpr, LIMBS: tl.constexpr, PROGRAM_WARPS: tl.constexpr, INTERPRETED: tl.constexpr,
+    found, act_ptr, ACT: tl.constexpr, SLOTS: tl.constexpr, FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr,
+    FOLD: tl.constexpr, LIMBS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """What `load_down` found of a program's rows, times a token's packed activations: float32 [BLOCK_D] of the chosen experts,
-    and of the shared one."""
+    """What `load_down` found of a program's rows, times a token's packed activations: float32 [BLOCK_D]."""
+    own, shared, extra = found
     TOP_K: tl.constexpr = ACT[EXPERTS]
     stored: tl.constexpr = FORMAT[FEATURES] * FORMAT[BITS] // 32  # words of an expert's row
-    # All before the first product: loads do not move up across a barrier, and one stands between the sums.
     features = load_packed_act(act_ptr, 0, SLOTS, TOP_K, stored, FORMAT[WORDS], stored, ACT, LIMBS)
+    y = extra + dot_rows(own[0], own[1], features, FORMAT, LIMBS, INTERPRETED)
     # The shared expert's, once for each of the rows that are side by side.
-    again = load_packed_act(
+    features = load_packed_act(
         act_ptr, TOP_K * stored, FOLD, FOLD, ACT[WORDS] - TOP_K * stored, SHARED_FORMAT[WORDS] // FOLD, 0, ACT, LIMBS
     )
-    part = vector_products(own[0], own[1], features, FORMAT, LIMBS, INTERPRETED)
-    rows: tl.constexpr = part.shape[0]
-    y = sum_vectors(part, PROGRAM_WARPS)
-    part = vector_products(shared[0], shared[1], again, SHARED_FORMAT, LIMBS, INTERPRETED)
-    return y, sum_vectors(tl.reshape(part, [rows, part.shape[0] * part.shape[1] // rows]), PROGRAM_WARPS)
+    return y + dot_rows(shared[0], shared[1], features, SHARED_FORMAT, LIMBS, INTERPRETED, FOLD)
 
 
 @triton.jit
 def down_packed_kernel(
     x_ptr, ids_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, act_ptr, y_ptr, x_stride,
     ACT: tl.constexpr, SLOTS: tl.constexpr, FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr, FOLD: tl.constexpr,
-    PROGRAM_WARPS: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr, BLOCK_D: tl.constexpr, CACHE: tl.constexpr,
+    INTERPRETED: tl.constexpr, PDL: tl.constexpr, BLOCK_D: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """`down_kernel` of packed act [M, ACT[LENGTH]]."""
     LIMBS: tl.constexpr = 2 if x_ptr.dtype.element_ty == tl.float32 else 1  # as `int16_limbs`
     TOP_K: tl.constexpr = ACT[EXPERTS]
     D: tl.constexpr = FORMAT[ROWS]
     m = tl.program_id(1).to(tl.int64)
-    own, shared = load_down(
-        load_ids(ids_ptr, m, TOP_K, SLOTS), w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, TOP_K, SLOTS, FORMAT, SHARED_FORMAT, FOLD,
-        BLOCK_D, CACHE,
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    found = load_down(
+        x_ptr, load_ids(ids_ptr, m, TOP_K, SLOTS), w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, m, x_stride, TOP_K, SLOTS, FORMAT,
+        SHARED_FORMAT, FOLD, BLOCK_D, CACHE,
     )  # fmt: skip
-    d, mask = rows_where_summed(D, BLOCK_D, PROGRAM_WARPS)
-    extra = load_residual(x_ptr + m * x_stride, d, D, BLOCK_D)
     ready = after_previous(PDL)
-    y_ptr += m * D + ready
+    y_ptr += ready
     act_ptr += m * ACT[LENGTH] + ready
-    y, shared = dot_packed_act(own, shared, act_ptr, ACT, SLOTS, FORMAT, SHARED_FORMAT, FOLD, LIMBS, PROGRAM_WARPS, INTERPRETED)
-    y = extra + y[None, :] + shared[None, :]
-    tl.store(y_ptr + d, y.to(y_ptr.dtype.element_ty), mask=mask)
+    y = dot_packed_act(found, act_ptr, ACT, SLOTS, FORMAT, SHARED_FORMAT, FOLD, LIMBS, INTERPRETED)
+    tl.store(y_ptr + m * D + d, y.to(y_ptr.dtype.element_ty), mask=d < D)
 
 
 def packing(formats: dict[str, tuple[int, int, int]], *, rows: int) -> dict[str, int]:
@@ -299,6 +249,5 @@ def launch_packed(
         shared_gate_up_scales, launch.act, **launch.up,
     )  # fmt: skip
     wrap_triton(down_packed_kernel)[launch.down_grid](
-        x, ids, down, down_scales, shared_down, shared_down_scales, launch.act, out, x.stride(0),
-        PROGRAM_WARPS=launch.down["num_warps"], **launch.down,
-    )  # fmt: skip
+        x, ids, down, down_scales, shared_down, shared_down_scales, launch.act, out, x.stride(0), **launch.down
+    )

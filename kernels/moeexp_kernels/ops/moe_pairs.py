@@ -105,12 +105,12 @@ def load_ids(ids_ptr, m, TOP_K: tl.constexpr, SLOTS: tl.constexpr):
 
 @triton.jit
 def load_down(
-    ids, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, FORMAT: tl.constexpr,
-    SHARED_FORMAT: tl.constexpr, FOLD: tl.constexpr, BLOCK_D: tl.constexpr, CACHE: tl.constexpr,
+    x_ptr, ids, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, m, x_stride, TOP_K: tl.constexpr, SLOTS: tl.constexpr,
+    FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr, FOLD: tl.constexpr, BLOCK_D: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
-    """Before a program of `down` waits: words and scale pairs of its BLOCK_D rows of a token's experts `ids` side by side,
-    [BLOCK_D, SLOTS * WORDS], and those of the shared expert, FOLD of whose rows are one of SHARED_FORMAT: [BLOCK_D / FOLD,
-    WORDS]."""
+    """Before a program of `down` waits: words and scale pairs of its BLOCK_D rows of token m's experts `ids` side by side,
+    [BLOCK_D, SLOTS * WORDS], those of the shared expert, FOLD of whose rows are one of SHARED_FORMAT: [BLOCK_D / FOLD, WORDS],
+    and what the sums are added to, float32 [BLOCK_D]. Past L1, which may hold an older token's."""
     D: tl.constexpr = FORMAT[ROWS]
     width: tl.constexpr = FORMAT[FEATURES]
     bits: tl.constexpr = FORMAT[BITS]
@@ -148,17 +148,13 @@ def load_down(
         pair = tl.reshape(tl.permute(pair, [2, 1, 0]), [BLOCK_D, SLOTS * group.shape[0]])
     folded = tl.program_id(0) * (BLOCK_D // FOLD) + tl.arange(0, BLOCK_D // FOLD)
     shared = load_rows(shared_w_ptr, shared_s_ptr, folded, folded * FOLD < D, SHARED_FORMAT, CACHE, D % BLOCK_D == 0)
-    return (words, pair), shared
-
-
-@triton.jit
-def load_residual(x_ptr, d, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """What a program's sums are added to, float32: rows d of a token's x, before the wait, for it is older still. Had it been
-    loaded after the sums, all programs would end by waiting for it. Past L1, which may hold an older token's."""
+    # Older still. Had it been loaded after the sums, all programs would end by waiting for it.
+    x_ptr += m * x_stride + first + d
     if D % BLOCK_D == 0:
-        return tl.load(x_ptr + d, cache_modifier=".cg").to(tl.float32)
+        extra = tl.load(x_ptr, cache_modifier=".cg").to(tl.float32)
     else:
-        return tl.load(x_ptr + d, mask=d < D, other=0.0, cache_modifier=".cg").to(tl.float32)
+        extra = tl.load(x_ptr, mask=first + d < D, other=0.0, cache_modifier=".cg").to(tl.float32)
+    return (words, pair), shared, extra
 
 
 @triton.jit
@@ -179,11 +175,10 @@ def down_kernel(
     bits: tl.constexpr = FORMAT[BITS]
     m = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    own, shared = load_down(
-        load_ids(ids_ptr, m, TOP_K, SLOTS), w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, TOP_K, SLOTS, FORMAT, SHARED_FORMAT, FOLD,
-        BLOCK_D, CACHE,
+    own, shared, extra = load_down(
+        x_ptr, load_ids(ids_ptr, m, TOP_K, SLOTS), w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, m, x_stride, TOP_K, SLOTS, FORMAT,
+        SHARED_FORMAT, FOLD, BLOCK_D, CACHE,
     )  # fmt: skip
-    extra = load_residual(x_ptr + m * x_stride, d, D, BLOCK_D)
     ready = after_previous(PDL)
     y_ptr += ready
     act_row: tl.constexpr = TOP_K * width + shared_width

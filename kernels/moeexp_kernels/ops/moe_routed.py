@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from moeexp_kernels.ops.moe_packed import dot_packed_act, load_gate_up, packed_launch, rows_where_summed, store_swiglu
-from moeexp_kernels.ops.moe_pairs import load_down, load_residual
+from moeexp_kernels.ops.moe_packed import dot_packed_act, load_gate_up, packed_launch, store_swiglu
+from moeexp_kernels.ops.moe_pairs import load_down
 from moeexp_kernels.ops.router import check_choice
 from moeexp_kernels.parts.act import EXPERTS, LENGTH, rows_of_vectors
 from moeexp_kernels.parts.checks import check_argument
@@ -87,23 +87,20 @@ def down_routed_kernel(
     TOP_K: tl.constexpr = ACT[EXPERTS]
     D: tl.constexpr = FORMAT[ROWS]
     m = tl.program_id(1).to(tl.int64)
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     position = tl.load(positions_ptr + m // CHOICE[TOKENS_EACH], cache_modifier=".cg") + m % CHOICE[TOKENS_EACH]
     keys, e = load_keys(logits_ptr + m * CHOICE[LOGITS], CHOICE[LOGITS], CHOICE[LOGITS_PADDED], CHOICE[CHOOSING])
     ids, _ = choice(keys, e, CHOICE[LOGITS_PADDED], TOP_K, SLOTS)
     ids = tl.max(ids, axis=0)  # of all warps, which made the same
-    own, shared = load_down(
-        ids, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, TOP_K, SLOTS, FORMAT, SHARED_FORMAT, FOLD, BLOCK_D, CACHE
-    )
-    d, mask = rows_where_summed(D, BLOCK_D, CHOICE[CHOOSING])
-    extra = load_residual(x_ptr + m * D, d, D, BLOCK_D)
+    found = load_down(
+        x_ptr, ids, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, m, D, TOP_K, SLOTS, FORMAT, SHARED_FORMAT, FOLD, BLOCK_D,
+        CACHE,
+    )  # fmt: skip
     ready = after_previous(PDL)
-    y_ptr += m * D + ready
+    y_ptr += ready
     act_ptr += m * ACT[LENGTH] + ready
-    y, shared = dot_packed_act(
-        own, shared, act_ptr, ACT, SLOTS, FORMAT, SHARED_FORMAT, FOLD, LIMBS, CHOICE[CHOOSING], INTERPRETED
-    )
-    y = extra + y[None, :] + shared[None, :]
-    tl.store(y_ptr + d, y.to(y_ptr.dtype.element_ty), mask=mask)
+    y = dot_packed_act(found, act_ptr, ACT, SLOTS, FORMAT, SHARED_FORMAT, FOLD, LIMBS, INTERPRETED)
+    tl.store(y_ptr + m * D + d, y.to(y_ptr.dtype.element_ty), mask=d < D)
     # The session refuses positions outside the trace; here they must not reach other memory.
     counts = (position >= 0) & (position < CHOICE[TRACED])
     limit = tl.where(counts, tl.where(tl.program_id(0) == 0, TOP_K, 0), 0)
@@ -129,7 +126,7 @@ def launch_routed(
     check_argument(logits, name="logits", shape=(rows, matrices["gate_up"].shape[0]), dtypes=(torch.float32,))
     check_argument(packed, name="packed", shape=(rows, launch.up["PACKED"]), dtypes=(torch.int32,))
     traced = expert_ids.shape[1], expert_ids.stride(0), expert_ids.stride(1)
-    warps = launch.down["num_warps"]
+    warps = launch.down["num_warps"] if x.is_cuda else 1
     chosen: dict[str, Any] = {"CHOICE": (experts, triton.next_power_of_2(experts), tokens, *traced, warps)}
 
     def stored(name: str) -> tuple[Tensor, Tensor]:

@@ -72,26 +72,16 @@ def store_packed_act(act_ptr, values, first, last, ACT: tl.constexpr, SPREAD: tl
 
 
 @triton.jit
-def load_used(pointers, mask, WHOLE: tl.constexpr):
-    """int32 at `pointers`, 0 where the mask is false; with WHOLE it is true throughout, and not read: what is masked costs an
-    instruction a load."""
-    if WHOLE:
-        return tl.load(pointers)
-    else:
-        return tl.load(pointers, mask=mask, other=0)
-
-
-@triton.jit
-def load_act_limb(word_ptr, word_mask, vector_ptr, vector_mask, ACT: tl.constexpr, WHOLE: tl.constexpr):
-    """(pairs, totals) of a limb."""
-    first = load_used(word_ptr, word_mask, WHOLE)
-    second = load_used(word_ptr + ACT[WORDS], word_mask, WHOLE)
+def load_act_limb(act_ptr, word, word_mask, vector, vector_mask, ACT: tl.constexpr):
+    """(pairs, totals) of the limb at act_ptr."""
+    first = tl.load(act_ptr + word, mask=word_mask, other=0)
+    second = tl.load(act_ptr + ACT[WORDS] + word, mask=word_mask, other=0)
     if ACT[BITS] == 4:
-        third = load_used(word_ptr + 2 * ACT[WORDS], word_mask, WHOLE)
-        fourth = load_used(word_ptr + 3 * ACT[WORDS], word_mask, WHOLE)
-        return (first, second, third, fourth), load_used(vector_ptr + 4 * ACT[WORDS], vector_mask, WHOLE)
+        third = tl.load(act_ptr + 2 * ACT[WORDS] + word, mask=word_mask, other=0)
+        fourth = tl.load(act_ptr + 3 * ACT[WORDS] + word, mask=word_mask, other=0)
+        return (first, second, third, fourth), tl.load(act_ptr + 4 * ACT[WORDS] + vector, mask=vector_mask, other=0)
     else:
-        return (first, second), load_used(vector_ptr + 2 * ACT[WORDS], vector_mask, WHOLE)
+        return (first, second), tl.load(act_ptr + 2 * ACT[WORDS] + vector, mask=vector_mask, other=0)
 
 
 @triton.jit
@@ -102,7 +92,6 @@ def load_packed_act(
     """Features as `dot_rows` takes them of PIECES of PADDED words side by side. USED of them have STORED words each, the
     first from word `start` of the packed row at act_ptr on, each other STEP further on; all else is 0."""
     PAIRS: tl.constexpr = 4 if ACT[BITS] == 4 else 2
-    WHOLE: tl.constexpr = USED == PIECES and STORED == PADDED
     each: tl.constexpr = PADDED // ACT[VECTOR]
     limb: tl.constexpr = PAIRS * ACT[WORDS] + ACT[WORDS] // ACT[VECTOR]
     # Written so that the compiler sees runs of VECTOR words, and of one vector: so threads load what they multiply.
@@ -112,16 +101,14 @@ def load_packed_act(
     if STORED < PADDED:
         word_mask = word_mask & (i % PADDED < STORED)
         vector_mask = vector_mask & (j % each < STORED // ACT[VECTOR])
-    if STEP != PADDED:
-        word += i // PADDED * (STEP - PADDED)
-        vector += j // each * ((STEP - PADDED) // ACT[VECTOR])
-    word_ptr, vector_ptr = act_ptr + start + word, act_ptr + start // ACT[VECTOR] + vector
-    unit = load_used(vector_ptr + LIMBS * limb, vector_mask, WHOLE).to(tl.float32, bitcast=True)
-    first = load_act_limb(word_ptr, word_mask, vector_ptr, vector_mask, ACT, WHOLE)
+    word += start + i // PADDED * (STEP - PADDED)
+    vector += start // ACT[VECTOR] + j // each * ((STEP - PADDED) // ACT[VECTOR])
+    unit = tl.load(act_ptr + LIMBS * limb + vector, mask=vector_mask, other=0).to(tl.float32, bitcast=True)
+    first = load_act_limb(act_ptr, word, word_mask, vector, vector_mask, ACT)
     if LIMBS == 1:
         return unit, first
     else:
-        return unit, first, load_act_limb(word_ptr + limb, word_mask, vector_ptr + limb, vector_mask, ACT, WHOLE)
+        return unit, first, load_act_limb(act_ptr + limb, word, word_mask, vector, vector_mask, ACT)
 
 
 @triton.jit
