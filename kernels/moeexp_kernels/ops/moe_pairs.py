@@ -116,44 +116,36 @@ def load_down(
     bits: tl.constexpr = FORMAT[BITS]
     row_words: tl.constexpr = width * bits // 32
     whole: tl.constexpr = D % BLOCK_D == 0 and TOP_K == SLOTS and row_words == FORMAT[WORDS]
-    # From here rows are relative to the program's first: where a row's distance from it is added last, and to nothing else, it
-    # stands in the load itself, and all rows of a slot have one address.
-    first = tl.program_id(0) * BLOCK_D
-    d = tl.arange(0, BLOCK_D)
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     slot = tl.arange(0, SLOTS)
     slot_mask = slot < TOP_K
     expert = ids.to(tl.int64)
     column = words_in_vectors(FORMAT)
-    w_ptr, s_ptr = at_row(w_ptr, s_ptr, first.to(tl.int64), FORMAT)
     # Loaded slots first: of the dimensions without contiguous addresses, the first is spread over lanes and warps.
-    w_ptr = w_ptr.to(tl.pointer_type(tl.int32)) + (expert * (D * row_words))[:, None, None] + column[None, None, :]
-    w_ptr += (d * row_words)[None, :, None]
+    w_ptr = w_ptr.to(tl.pointer_type(tl.int32)) + (expert * (D * row_words))[:, None, None] + (d * row_words)[None, :, None]
+    w_ptr += column[None, None, :]
     if whole:
         words = tl.load(w_ptr, cache_modifier=CACHE)
     else:
-        mask = slot_mask[:, None, None] & (first + d < D)[None, :, None] & (column < row_words)[None, None, :]
+        mask = slot_mask[:, None, None] & (d < D)[None, :, None] & (column < row_words)[None, None, :]
         words = tl.load(w_ptr, mask=mask, other=0, cache_modifier=CACHE)
     words = tl.reshape(tl.permute(words, [1, 0, 2]), [BLOCK_D, SLOTS * FORMAT[WORDS]])
     pair = d
     if bits <= 8:
         groups: tl.constexpr = width // FORMAT[GROUP]
         group = group_of_vector(FORMAT)
-        s_ptr = s_ptr.to(tl.pointer_type(tl.int32)) + (expert * (D * groups))[None, :, None] + group[:, None, None]
-        s_ptr += (d * groups)[None, None, :]
+        s_ptr = s_ptr.to(tl.pointer_type(tl.int32)) + (expert * (D * groups))[None, :, None] + (d * groups)[None, None, :]
+        s_ptr += group[:, None, None]
         if whole:
             pair = tl.load(s_ptr)
         else:
-            mask = (group < groups)[:, None, None] & slot_mask[None, :, None] & (first + d < D)[None, None, :]
+            mask = (group < groups)[:, None, None] & slot_mask[None, :, None] & (d < D)[None, None, :]
             pair = tl.load(s_ptr, mask=mask, other=0)
         pair = tl.reshape(tl.permute(pair, [2, 1, 0]), [BLOCK_D, SLOTS * group.shape[0]])
     folded = tl.program_id(0) * (BLOCK_D // FOLD) + tl.arange(0, BLOCK_D // FOLD)
     shared = load_rows(shared_w_ptr, shared_s_ptr, folded, folded * FOLD < D, SHARED_FORMAT, CACHE, D % BLOCK_D == 0)
     # Older still. Had it been loaded after the sums, all programs would end by waiting for it.
-    x_ptr += m * x_stride + first + d
-    if D % BLOCK_D == 0:
-        extra = tl.load(x_ptr, cache_modifier=".cg").to(tl.float32)
-    else:
-        extra = tl.load(x_ptr, mask=first + d < D, other=0.0, cache_modifier=".cg").to(tl.float32)
+    extra = tl.load(x_ptr + m * x_stride + d, mask=d < D, other=0.0, cache_modifier=".cg").to(tl.float32)
     return (words, pair), shared, extra
 
 
