@@ -277,11 +277,7 @@ def test_real_methods_need_few_analyses_and_hand_no_float_to_a_kernel(model, bat
 
 
 @pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_dynamo_traces_a_decode_step_whole(fused):
-    """What torch.compile is given has every op; it reads no file, as the tuning table is, that the ops between them ask."""
-    traced(COMPILED, "nano", 1, 32, fused)
-
-
-def test_a_method_that_chooses_by_condition_is_exported_with_the_ops_that_are_joined():
-    """Dynamo traces the branches of `torch.cond`, for an export that is not its own as well."""
-    traced(EXPORTED, "nano", 1, 32, False)
+def test_dynamo_traces_a_decode_step_whole_and_the_branches_of_a_condition(fused):
+    """What torch.compile is given has every op; it reads no file, as the tuning table is, that the ops between them ask. Dynamo
+    traces the branches of `torch.cond` for an export that is not its own as well."""
+    traced(EXPORTED + COMPILED, "nano", 1, 32, fused)

@@ -112,7 +112,7 @@ def correlated(case, pattern):
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize(
     "batch, heads, dims",
-    [(1, (1, 1), (16, 16)), (2, (2, 4), (16, 8)), (1, (1, 3), (20, 12)), (3, (1, 1), (8, 24)), (1, (1, 2), (128, 128))],
+    [(1, (1, 1), (16, 16)), (2, (2, 4), (16, 8)), (1, (1, 3), (20, 12)), (3, (1, 1), (8, 24))],
 )
 def test_decode_equals_definition(batch, heads, dims, dtype):
     check(gdn_decode, make_case(batch, 1, heads, dims, dtype), DECODE_TOL[dtype])
@@ -147,7 +147,10 @@ def test_decode_carries_its_state(monkeypatch, split):
 
 
 @pytest.mark.parametrize("dtype", [F32, pytest.param(BF16, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("tokens, batch, width", [(2, 1, 4), (3, 2, 4), (5, 1, 4), (8, 1, 2), (4, 2, 9)])
+@pytest.mark.parametrize(
+    "tokens, batch, width",
+    [(2, 1, 4), (3, 2, 4), (5, 1, 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((8, 1, 2), (4, 2, 9)))],
+)
 def test_tokens_of_one_call_are_to_the_bit_those_of_calls_of_their_own(tokens, batch, width, dtype):
     case = make_case(batch, tokens, (1, 2), (16, 8), dtype, width=width)
     check(gdn_decode, case, DECODE_TOL[dtype])

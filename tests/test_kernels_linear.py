@@ -126,7 +126,7 @@ def test_several_tiles_a_program(tiles):
         assert_bitwise_equal(other, outputs[0])
 
 
-@pytest.mark.parametrize(("bits", "together"), [(4, 2), (8, 3), (16, 6)])
+@pytest.mark.parametrize(("bits", "together"), [pytest.param(4, 2, marks=pytest.mark.slow), (8, 3), (16, 6)])
 def test_rows_that_a_program_takes_together_are_those_of_a_program_each(bits, together):
     x, extra, norm = randn(6, 64, seed=1), randn(6, 21, seed=4), randn(64, seed=3, scale=0.2)
     weight, scales = quantised(21, 64, bits=bits, group=32, seed=2, dtype=torch.float32)

@@ -215,7 +215,7 @@ def heights_row(heights, blocks, *, after):
     return {name: {"height": height, **both} for name, height in zip((*HEIGHTS, "least"), (*heights, heights[-1]), strict=True)}
 
 
-@pytest.mark.parametrize("tokens", [15, pytest.param(100, marks=pytest.mark.slow), 130])
+@pytest.mark.parametrize("tokens", [15, *(pytest.param(tokens, marks=pytest.mark.slow) for tokens in (100, 130))])
 def test_prefill_where_blocks_of_each_height_serve(tokens):
     """Heights of 8, 4 and 2: whole blocks, what is left of each size, and the shared expert in each height's launch."""
     blocks = {"BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
@@ -436,6 +436,7 @@ def test_a_program_that_packs_more_vectors_than_are_left_writes_none_of_its_neig
     assert_bitwise_equal(results[1], results[0], "programs of other sizes")
 
 
+@pytest.mark.slow
 def test_programs_in_the_order_of_experts_change_no_bit(monkeypatch):
     """Of three tokens, some of whose experts are the same, and six pairs, which fill no block."""
     stored = experts(D=32, E=3, width=32, shared=32, bits=4, group=32, dtype=torch.bfloat16)

@@ -73,7 +73,7 @@ def test_a_row_that_is_not_finite_stays_its_own():
     assert own[1].isnan().all()
 
 
-@pytest.mark.parametrize("position", [-1, 4])
+@pytest.mark.parametrize("position", [pytest.param(-1, marks=pytest.mark.slow), 4])
 def test_a_position_outside_the_trace_is_traced_nowhere(position):
     choice, stored = layer(tokens=1, D=32, shared=32)
     choice["positions"][:] = position
