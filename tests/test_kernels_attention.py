@@ -229,7 +229,10 @@ def products_row_by_row(monkeypatch):
 
 @pytest.mark.usefixtures("products_row_by_row")
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("tokens, positions, slots", [(2, [149, 2], 200), (3, [62], 96), (8, [30, 0], 130), (5, [3], 24)])
+@pytest.mark.parametrize(
+    "tokens, positions, slots",
+    [(2, [149, 2], 200), (3, [62], 96), pytest.param(8, [30, 0], 130, marks=pytest.mark.slow), (5, [3], 24)],
+)
 def test_tokens_of_one_call_are_to_the_bit_those_of_calls_of_their_own(tokens, positions, slots, dtype):
     """The last of the cases has one split."""
     case = make_attention_case(len(positions), tokens, 4, 2, 32, dtype, positions, slots)

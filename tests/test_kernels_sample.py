@@ -240,7 +240,7 @@ FEEDS = {
 @pytest.mark.parametrize(
     "kind, rows",
     [
-        pytest.param(kind, rows, marks=[pytest.mark.slow] if kind == "filtered draw" and rows > 1 else [])
+        pytest.param(kind, rows, marks=[pytest.mark.slow] if rows > (1 if kind == "filtered draw" else 3) else [])
         for kind in FEEDS for rows in (1, 3, 17)
     ],
 )  # fmt: skip

@@ -151,7 +151,12 @@ def test_the_check_compares_the_pieces_with_the_whole_prompt(model, phases, monk
 
 @pytest.mark.parametrize("dispatch, state", [("dual", "shared"), ("dual", "explicit"), ("token_by_token", "shared")])
 @pytest.mark.parametrize(
-    ("step", "made"), [(7, [PIECES]), (6, [[6] * 6, [1, 1, 1, 1, 6, 6]]), (3, [[3] * 6, [3] * 6, [1, 1, 1, 1, 3, 3]])]
+    ("step", "made"),
+    [
+        (7, [PIECES]),
+        (6, [[6] * 6, [1, 1, 1, 1, 6, 6]]),
+        pytest.param(3, [[3] * 6, [3] * 6, [1, 1, 1, 1, 3, 3]], marks=pytest.mark.slow),
+    ],
 )
 def test_a_trace_in_slices_of_its_pieces_is_that_of_the_session_itself(model, phases, monkeypatch, dispatch, state, step, made):
     """Of two sequences. A piece of 6 has a slice less than one of 7, and makes its last one again; the logits of a piece are gone

@@ -168,7 +168,7 @@ def test_a_home_folder_that_nobody_knows(capsys):
 # Texts of any length.
 
 
-@pytest.mark.parametrize("size", [30_000, 120_000, 500_000])
+@pytest.mark.parametrize("size", [30_000, 120_000, pytest.param(500_000, marks=pytest.mark.slow)])
 def test_a_long_prompt_in_a_batch(size):
     prompt = ("many words " * (size // 11 + 1))[:size]
     assert run("batch=5", "max_seq_len=1000000", f"prompt={prompt}") == 0
