@@ -252,10 +252,12 @@ assert ("moeexp.gdn_decode_out.default" in seen) == FUSED, seen
 """
 
 EXPORTED = """
+from collections import Counter
+
 program = methods.export_method("cond", model, ops, batch=BATCH, max_seq_len=64, state=state)
 branches = [module for name, module in program.graph_module.named_children() if name.startswith("true_graph")]
-seen = [str(node.target) for branch in branches for node in branch.graph.nodes]
-assert any("moe_decode" in name or "gate_up" in name or "triton_kernel" in name for name in seen), seen
+seen = Counter(str(node.target) for branch in branches for node in branch.graph.nodes)
+assert seen["moeexp.moe_decode_routed.default" if FUSED else "moeexp.moe_decode.default"] == len(arch.layer_types), seen
 """
 
 

@@ -112,8 +112,11 @@ def correlated(case, pattern):
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize(
     "batch, heads, dims",
-    [(1, (1, 1), (16, 16)), (2, (2, 4), (16, 8)), (1, (1, 3), (20, 12)), (3, (1, 1), (8, 24))],
-)
+    [
+        (1, (1, 1), (16, 16)), (2, (2, 4), (16, 8)), (1, (1, 3), (20, 12)), (3, (1, 1), (8, 24)),
+        pytest.param(1, (1, 2), (128, 128), marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_decode_equals_definition(batch, heads, dims, dtype):
     check(gdn_decode, make_case(batch, 1, heads, dims, dtype), DECODE_TOL[dtype])
 

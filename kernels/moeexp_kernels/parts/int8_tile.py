@@ -130,7 +130,7 @@ def load_tile(
     WHOLE: tl.constexpr, APART: tl.constexpr = 0,
 ):  # fmt: skip
     """BLOCK rows of the matrix at w_ptr, of which rows_left exist, as `multiply_tile` takes them: a tuple of what `load_groups`
-    finds in each of PASSES, 1 or 2.
+    finds in each of PASSES, 1 or 2. WHOLE: all BLOCK rows exist, in every program, so that none is clamped.
 
     With APART the second half of the rows stands APART rows below the first (up rows below gate rows), and rows_left counts
     those of a half."""
