@@ -16,11 +16,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from moeexp_kernels.ops.moe_pairs import DOWN_VECTOR, folded_rows, load_down, load_ids
+from moeexp_kernels.ops.moe_pairs import DOWN_VECTOR, folded_rows, load_down, load_ids, slots_of_warps, warps_of
 from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.act import EXPERTS, LENGTH, act_format, load_packed_act, rows_of_vectors, store_packed_act
 from moeexp_kernels.parts.checks import check_argument
-from moeexp_kernels.parts.int_dot import dot_rows, int16_limbs
+from moeexp_kernels.parts.int_dot import dot_rows, int16_limbs, sum_last, vector_products
 from moeexp_kernels.parts.matrix import BITS, FEATURES, ROWS, VECTOR, WORDS, at_row, matrix_format
 from moeexp_kernels.parts.packed import packable, packed_length
 from moeexp_kernels.parts.pdl import after_previous, has_pdl, start_next
@@ -117,16 +117,39 @@ def gate_up_packed_kernel(
 
 
 @triton.jit
+def sum_by_warp(part, WARPS: tl.constexpr):
+    """[rows, vectors] -> [W, rows]: first what a thread has of a row, then lanes i and i + 16, i and i + 8, ... of each warp.
+
+    `tl.sum` does so by 5 shuffles a row. Here the lanes of a warp first exchange what they have of several rows, by two
+    instructions that store to shared memory and two that load, until each has several lanes' terms of one row."""
+    rows: tl.constexpr = part.shape[0]
+    lanes: tl.constexpr = min(32, part.shape[1])
+    warps: tl.constexpr = min(WARPS, part.shape[1] // lanes)
+    held: tl.constexpr = min(lanes, rows)
+    part = tl.sum(tl.reshape(part, [rows, part.shape[1] // (lanes * warps), warps, lanes]), axis=1)
+    part = tl.permute(tl.reshape(part, [rows, warps, held, lanes // held]), [1, 0, 3, 2])
+    part = sum_last(tl.reshape(part, [warps, rows * (lanes // held), held]))
+    return tl.sum(tl.reshape(part, [warps, rows, lanes // held]), axis=2)
+
+
+@triton.jit
 def dot_packed_act(
     found, act_ptr, ACT: tl.constexpr, SLOTS: tl.constexpr, FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr,
-    FOLD: tl.constexpr, LIMBS: tl.constexpr, INTERPRETED: tl.constexpr,
+    FOLD: tl.constexpr, LIMBS: tl.constexpr, EXCHANGED: tl.constexpr, WARPS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """What `load_down` found of a program's rows, times a token's packed activations: float32 [BLOCK_D]."""
+    """What `load_down` found of a program's rows, times a token's packed activations: float32 [BLOCK_D].
+
+    EXCHANGED: summed by `sum_by_warp`, with fewer instructions and barriers, but with 4 KiB of shared memory, so that fewer
+    programs find room beside those of gate/up that still run. Where that is room for all, it costs more than it wins."""
     own, shared, extra = found
     TOP_K: tl.constexpr = ACT[EXPERTS]
     stored: tl.constexpr = FORMAT[FEATURES] * FORMAT[BITS] // 32  # words of an expert's row
     features = load_packed_act(act_ptr, 0, SLOTS, TOP_K, stored, FORMAT[WORDS], stored, ACT, LIMBS)
-    y = extra + dot_rows(own[0], own[1], features, FORMAT, LIMBS, INTERPRETED)
+    if EXCHANGED:
+        part = vector_products(own[0], own[1], features, FORMAT, LIMBS, INTERPRETED)
+        y = extra + tl.sum(sum_by_warp(part, WARPS), axis=0)
+    else:
+        y = extra + dot_rows(own[0], own[1], features, FORMAT, LIMBS, INTERPRETED)
     # The shared expert's, once for each of the rows that are side by side.
     features = load_packed_act(
         act_ptr, TOP_K * stored, FOLD, FOLD, ACT[WORDS] - TOP_K * stored, SHARED_FORMAT[WORDS] // FOLD, 0, ACT, LIMBS
@@ -138,7 +161,7 @@ def dot_packed_act(
 def down_packed_kernel(
     x_ptr, ids_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, act_ptr, y_ptr, x_stride,
     ACT: tl.constexpr, SLOTS: tl.constexpr, FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr, FOLD: tl.constexpr,
-    INTERPRETED: tl.constexpr, PDL: tl.constexpr, BLOCK_D: tl.constexpr, CACHE: tl.constexpr,
+    WARPS: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr, BLOCK_D: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """`down_kernel` of packed act [M, ACT[LENGTH]]."""
     LIMBS: tl.constexpr = 2 if x_ptr.dtype.element_ty == tl.float32 else 1  # as `int16_limbs`
@@ -146,14 +169,15 @@ def down_packed_kernel(
     D: tl.constexpr = FORMAT[ROWS]
     m = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    slot = slots_of_warps(SLOTS, WARPS)
     found = load_down(
-        x_ptr, load_ids(ids_ptr, m, TOP_K, SLOTS), w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, m, x_stride, TOP_K, SLOTS, FORMAT,
-        SHARED_FORMAT, FOLD, BLOCK_D, CACHE,
+        x_ptr + m * x_stride, load_ids(ids_ptr, m, slot, TOP_K), slot, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, TOP_K, SLOTS,
+        FORMAT, SHARED_FORMAT, FOLD, BLOCK_D, CACHE,
     )  # fmt: skip
     ready = after_previous(PDL)
     y_ptr += ready
     act_ptr += m * ACT[LENGTH] + ready
-    y = dot_packed_act(found, act_ptr, ACT, SLOTS, FORMAT, SHARED_FORMAT, FOLD, LIMBS, INTERPRETED)
+    y = dot_packed_act(found, act_ptr, ACT, SLOTS, FORMAT, SHARED_FORMAT, FOLD, LIMBS, True, WARPS, INTERPRETED)
     tl.store(y_ptr + m * D + d, y.to(y_ptr.dtype.element_ty), mask=d < D)
 
 
@@ -249,5 +273,6 @@ def launch_packed(
         shared_gate_up_scales, launch.act, **launch.up,
     )  # fmt: skip
     wrap_triton(down_packed_kernel)[launch.down_grid](
-        x, ids, down, down_scales, shared_down, shared_down_scales, launch.act, out, x.stride(0), **launch.down
-    )
+        x, ids, down, down_scales, shared_down, shared_down_scales, launch.act, out, x.stride(0),
+        WARPS=warps_of(launch.down, cuda=x.is_cuda), **launch.down,
+    )  # fmt: skip

@@ -6,6 +6,8 @@ Shape letters and weight formats: `moe.py`; words and their products: `parts/int
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -96,70 +98,84 @@ def gate_up_kernel(
 
 
 @triton.jit
-def load_ids(ids_ptr, m, TOP_K: tl.constexpr, SLOTS: tl.constexpr):
-    """Token m's experts, int32 [SLOTS], before a program of `down` waits: not the previous kernel's result but that of one
+def slots_of_warps(SLOTS: tl.constexpr, WARPS: tl.constexpr):
+    """The slots of a token's choice by the warp of `down` that loads their weights: [W, SLOTS / W], W <= WARPS."""
+    warps: tl.constexpr = min(WARPS, SLOTS)
+    return tl.arange(0, warps)[:, None] + tl.arange(0, SLOTS // warps)[None, :] * warps
+
+
+@triton.jit
+def load_ids(ids_ptr, m, slot, TOP_K: tl.constexpr):
+    """Token m's experts in `slot`, int32, before a program of `down` waits: not the previous kernel's result but that of one
     before. Past L1, which may hold an older token's."""
-    slot = tl.arange(0, SLOTS)
     return tl.load(ids_ptr + m * TOP_K + slot, mask=slot < TOP_K, other=0, cache_modifier=".cg")
 
 
 @triton.jit
 def load_down(
-    x_ptr, ids, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, m, x_stride, TOP_K: tl.constexpr, SLOTS: tl.constexpr,
-    FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr, FOLD: tl.constexpr, BLOCK_D: tl.constexpr, CACHE: tl.constexpr,
+    x_ptr, ids, slot, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, FORMAT: tl.constexpr,
+    SHARED_FORMAT: tl.constexpr, FOLD: tl.constexpr, BLOCK_D: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
-    """Before a program of `down` waits: words and scale pairs of its BLOCK_D rows of token m's experts `ids` side by side,
-    [BLOCK_D, SLOTS * WORDS], those of the shared expert, FOLD of whose rows are one of SHARED_FORMAT: [BLOCK_D / FOLD, WORDS],
-    and what the sums are added to, float32 [BLOCK_D]. Past L1, which may hold an older token's."""
+    """Before a program of `down` waits: words and scale pairs of its BLOCK_D rows of a token's experts side by side, [BLOCK_D,
+    SLOTS * WORDS], those of the shared expert, FOLD of whose rows are one of SHARED_FORMAT: [BLOCK_D / FOLD, WORDS], and what
+    the sums are added to, float32 [BLOCK_D], of the token's x at x_ptr. Past L1, which may hold an older token's. ids: the
+    experts in `slot`, of `slots_of_warps`; so each warp needs no others, and none goes through shared memory."""
     D: tl.constexpr = FORMAT[ROWS]
     width: tl.constexpr = FORMAT[FEATURES]
     bits: tl.constexpr = FORMAT[BITS]
     row_words: tl.constexpr = width * bits // 32
     whole: tl.constexpr = D % BLOCK_D == 0 and TOP_K == SLOTS and row_words == FORMAT[WORDS]
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    slot = tl.arange(0, SLOTS)
-    slot_mask = slot < TOP_K
+    # From here rows are relative to the program's first: where a row's distance from it is added last, and to nothing else, it
+    # stands in the load itself, and all rows of a slot have one address.
+    first = tl.program_id(0) * BLOCK_D
+    d = tl.arange(0, BLOCK_D)
+    slot_mask, d_mask = slot < TOP_K, first + d < D
     expert = ids.to(tl.int64)
     column = words_in_vectors(FORMAT)
-    # Loaded slots first: of the dimensions without contiguous addresses, the first is spread over lanes and warps.
-    w_ptr = w_ptr.to(tl.pointer_type(tl.int32)) + (expert * (D * row_words))[:, None, None] + (d * row_words)[None, :, None]
-    w_ptr += column[None, None, :]
+    w_ptr, s_ptr = at_row(w_ptr, s_ptr, first.to(tl.int64), FORMAT)
+    # Loaded warps first: of the dimensions without contiguous addresses, the first is spread over lanes and warps.
+    w_ptr = w_ptr.to(tl.pointer_type(tl.int32)) + (expert * (D * row_words))[:, :, None, None] + column[None, None, None, :]
+    w_ptr += (d * row_words)[None, None, :, None]
     if whole:
         words = tl.load(w_ptr, cache_modifier=CACHE)
     else:
-        mask = slot_mask[:, None, None] & (d < D)[None, :, None] & (column < row_words)[None, None, :]
+        mask = slot_mask[:, :, None, None] & d_mask[None, None, :, None] & (column < row_words)[None, None, None, :]
         words = tl.load(w_ptr, mask=mask, other=0, cache_modifier=CACHE)
-    words = tl.reshape(tl.permute(words, [1, 0, 2]), [BLOCK_D, SLOTS * FORMAT[WORDS]])
+    words = tl.reshape(tl.permute(words, [2, 1, 0, 3]), [BLOCK_D, SLOTS * FORMAT[WORDS]])
     pair = d
     if bits <= 8:
         groups: tl.constexpr = width // FORMAT[GROUP]
         group = group_of_vector(FORMAT)
-        s_ptr = s_ptr.to(tl.pointer_type(tl.int32)) + (expert * (D * groups))[None, :, None] + (d * groups)[None, None, :]
-        s_ptr += group[:, None, None]
+        s_ptr = s_ptr.to(tl.pointer_type(tl.int32)) + (expert * (D * groups))[None, :, :, None] + group[:, None, None, None]
+        s_ptr += (d * groups)[None, None, None, :]
         if whole:
             pair = tl.load(s_ptr)
         else:
-            mask = (group < groups)[:, None, None] & slot_mask[None, :, None] & (d < D)[None, None, :]
+            mask = (group < groups)[:, None, None, None] & slot_mask[None, :, :, None] & d_mask[None, None, None, :]
             pair = tl.load(s_ptr, mask=mask, other=0)
-        pair = tl.reshape(tl.permute(pair, [2, 1, 0]), [BLOCK_D, SLOTS * group.shape[0]])
+        pair = tl.reshape(tl.permute(pair, [3, 2, 1, 0]), [BLOCK_D, SLOTS * group.shape[0]])
     folded = tl.program_id(0) * (BLOCK_D // FOLD) + tl.arange(0, BLOCK_D // FOLD)
     shared = load_rows(shared_w_ptr, shared_s_ptr, folded, folded * FOLD < D, SHARED_FORMAT, CACHE, D % BLOCK_D == 0)
     # Older still. Had it been loaded after the sums, all programs would end by waiting for it.
-    extra = tl.load(x_ptr + m * x_stride + d, mask=d < D, other=0.0, cache_modifier=".cg").to(tl.float32)
-    return (words, pair), shared, extra
+    x_ptr += first + d
+    if D % BLOCK_D == 0:
+        extra = tl.load(x_ptr, cache_modifier=".cg")
+    else:
+        extra = tl.load(x_ptr, mask=d_mask, other=0.0, cache_modifier=".cg")
+    return (words, pair), shared, extra.to(tl.float32)
 
 
 @triton.jit
 def down_kernel(
     x_ptr, ids_ptr, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, act_ptr, y_ptr, x_stride,
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr, FOLD: tl.constexpr,
-    INTERPRETED: tl.constexpr, PDL: tl.constexpr, BLOCK_D: tl.constexpr, CACHE: tl.constexpr,
+    WARPS: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr, BLOCK_D: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """y[m, d] = x[m, d] + sum over experts and i of down[expert, d, i] * act[m, expert's slot, i], shared one last.
 
     The chosen experts' rows for one d, side by side, are one row of SLOTS * WORDS words, SLOTS = TOP_K rounded up to a
     power of 2. FOLD rows of the shared expert are one row of SHARED_FORMAT likewise, and its activations repeat. Grid (blocks
-    of rows, M)."""
+    of rows, M) of WARPS warps."""
     LIMBS: tl.constexpr = 2 if x_ptr.dtype.element_ty == tl.float32 else 1  # as `int16_limbs`
     D: tl.constexpr = FORMAT[ROWS]
     width: tl.constexpr = FORMAT[FEATURES]
@@ -167,9 +183,10 @@ def down_kernel(
     bits: tl.constexpr = FORMAT[BITS]
     m = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    slot = slots_of_warps(SLOTS, WARPS)
     own, shared, extra = load_down(
-        x_ptr, load_ids(ids_ptr, m, TOP_K, SLOTS), w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, m, x_stride, TOP_K, SLOTS, FORMAT,
-        SHARED_FORMAT, FOLD, BLOCK_D, CACHE,
+        x_ptr + m * x_stride, load_ids(ids_ptr, m, slot, TOP_K), slot, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, TOP_K, SLOTS,
+        FORMAT, SHARED_FORMAT, FOLD, BLOCK_D, CACHE,
     )  # fmt: skip
     ready = after_previous(PDL)
     y_ptr += ready
@@ -209,6 +226,11 @@ def down_kernel(
 # Words that a thread of `down_kernel` loads at once. As many it has of the activations, loaded by the 16 bytes: the two meet
 # in its registers, where vectors of 4 words would send the activations through shared memory, with two barriers a tensor.
 DOWN_VECTOR = 2
+
+
+def warps_of(row: dict[str, Any], *, cuda: bool) -> int:
+    """WARPS of `down`'s kernels with the launch parameters `row`; in the interpreter there is one."""
+    return row["num_warps"] if cuda else 1
 
 
 def folded_rows(*, block: int, slots: int, features: int, bits: int) -> int:
@@ -254,5 +276,6 @@ def launch_pairs(
     wrap_triton(down_kernel)[(triton.cdiv(features, second["BLOCK_D"]), rows)](
         x, ids, down, stored(down_scales, down), shared_down, stored(shared_down_scales, shared_down), act, out,
         x.stride(0), SLOTS=slots, FORMAT=matrix("down", down, widest=DOWN_VECTOR), FOLD=fold,
-        SHARED_FORMAT=matrix("shared_down", shared_down, widest=DOWN_VECTOR, fold=fold), **common, **second,
+        SHARED_FORMAT=matrix("shared_down", shared_down, widest=DOWN_VECTOR, fold=fold),
+        WARPS=warps_of(second, cuda=x.is_cuda), **common, **second,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from moeexp_kernels.ops.moe_packed import dot_packed_act, load_gate_up, packed_launch, store_swiglu
-from moeexp_kernels.ops.moe_pairs import load_down
+from moeexp_kernels.ops.moe_pairs import load_down, slots_of_warps, warps_of
 from moeexp_kernels.ops.router import check_choice
 from moeexp_kernels.parts.act import EXPERTS, LENGTH, rows_of_vectors
 from moeexp_kernels.parts.checks import check_argument
@@ -34,7 +34,7 @@ TOKENS_EACH: tl.constexpr = tl.constexpr(2)  # T
 TRACED: tl.constexpr = tl.constexpr(3)  # S
 STRIDE_SEQUENCE: tl.constexpr = tl.constexpr(4)  # of the trace
 STRIDE_POSITION: tl.constexpr = tl.constexpr(5)
-CHOOSING: tl.constexpr = tl.constexpr(6)  # warps of a program of `down`
+CHOOSING: tl.constexpr = tl.constexpr(6)  # warps of a program of `down` that choose: those of `slots_of_warps`
 
 
 @triton.jit
@@ -90,22 +90,22 @@ def down_routed_kernel(
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     position = tl.load(positions_ptr + m // CHOICE[TOKENS_EACH], cache_modifier=".cg") + m % CHOICE[TOKENS_EACH]
     keys, e = load_keys(logits_ptr + m * CHOICE[LOGITS], CHOICE[LOGITS], CHOICE[LOGITS_PADDED], CHOICE[CHOOSING])
-    ids, _ = choice(keys, e, CHOICE[LOGITS_PADDED], TOP_K, SLOTS)
-    ids = tl.max(ids, axis=0)  # of all warps, which made the same
+    slot = slots_of_warps(SLOTS, CHOICE[CHOOSING])
+    ids, _ = choice(keys, e, slot, CHOICE[LOGITS_PADDED], TOP_K)
     found = load_down(
-        x_ptr, ids, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, m, D, TOP_K, SLOTS, FORMAT, SHARED_FORMAT, FOLD, BLOCK_D,
+        x_ptr + m * D, ids, slot, w_ptr, s_ptr, shared_w_ptr, shared_s_ptr, TOP_K, SLOTS, FORMAT, SHARED_FORMAT, FOLD, BLOCK_D,
         CACHE,
     )  # fmt: skip
     ready = after_previous(PDL)
     y_ptr += ready
     act_ptr += m * ACT[LENGTH] + ready
-    y = dot_packed_act(found, act_ptr, ACT, SLOTS, FORMAT, SHARED_FORMAT, FOLD, LIMBS, INTERPRETED)
+    # The interpreter's `tl.sum` adds in an order of its own: there both sum as those do that are told their experts.
+    y = dot_packed_act(found, act_ptr, ACT, SLOTS, FORMAT, SHARED_FORMAT, FOLD, LIMBS, INTERPRETED, CHOICE[CHOOSING], INTERPRETED)
     tl.store(y_ptr + m * D + d, y.to(y_ptr.dtype.element_ty), mask=d < D)
     # The session refuses positions outside the trace; here they must not reach other memory.
     counts = (position >= 0) & (position < CHOICE[TRACED])
     limit = tl.where(counts, tl.where(tl.program_id(0) == 0, TOP_K, 0), 0)
     trace_ptr += ready + m // CHOICE[TOKENS_EACH] * CHOICE[STRIDE_SEQUENCE] + position * CHOICE[STRIDE_POSITION]
-    slot = tl.arange(0, SLOTS)
     tl.store(trace_ptr + slot, ids, mask=slot < limit)
 
 
@@ -126,7 +126,7 @@ def launch_routed(
     check_argument(logits, name="logits", shape=(rows, matrices["gate_up"].shape[0]), dtypes=(torch.float32,))
     check_argument(packed, name="packed", shape=(rows, launch.up["PACKED"]), dtypes=(torch.int32,))
     traced = expert_ids.shape[1], expert_ids.stride(0), expert_ids.stride(1)
-    warps = launch.down["num_warps"] if x.is_cuda else 1
+    warps = min(warps_of(launch.down, cuda=x.is_cuda), launch.down["SLOTS"])
     chosen: dict[str, Any] = {"CHOICE": (experts, triton.next_power_of_2(experts), tokens, *traced, warps)}
 
     def stored(name: str) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,16 @@ from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.checks import FLOATS, check_argument
 from moeexp_kernels.parts.choice import choice, load_keys
 from moeexp_kernels.parts.matrix import FEATURES, GROUP
-from moeexp_kernels.parts.packed import of_one_group, pack_factor, pack_group, packable, packed_format, packed_length
+from moeexp_kernels.parts.packed import (
+    load_group_norm,
+    load_share_gate,
+    of_one_group,
+    pack_factors,
+    pack_group,
+    packable,
+    packed_format,
+    packed_length,
+)
 from moeexp_kernels.parts.pdl import after_previous, has_pdl, start_next
 
 
@@ -116,7 +125,7 @@ def choose_experts_kernel(
     PDL: tl.constexpr,
 ):  # fmt: skip
     """The `choice` of one token, stored: ids, weights, and the trace where its position counts. Grid (tokens, 1), and if PACKED
-    (tokens, 3 + groups of a row): the other programs pack x [M, K] for the experts, FORMAT and PART as of `pack_group`.
+    (tokens, 2 + groups of a row): the other programs pack x [M, K] for the experts, FORMAT and PART as of `pack_group`.
     SIZES: E, TOP_K, both rounded up to powers of 2, and PACKED. Positions are older than a step: past L1, which may hold the last
     token's."""
     E: tl.constexpr = SIZES[0]
@@ -132,8 +141,8 @@ def choose_experts_kernel(
             length = tl.load(lengths_ptr + m // T, cache_modifier=".cg")
         ready = after_previous(PDL)
         keys, e = load_keys(logits_ptr + ready + m * E, E, SIZES[2], 1)
-        ids, shares = choice(keys, e, SIZES[2], TOP_K, SIZES[3])
         slot = tl.arange(0, SIZES[3])[None, :]
+        ids, shares = choice(keys, e, slot, SIZES[2], TOP_K)
         tl.store(ids_ptr + ready + m * TOP_K + slot, ids, mask=slot < TOP_K)
         tl.store(weights_ptr + ready + m * TOP_K + slot, shares, mask=slot < TOP_K)
         # The session refuses positions outside the trace; here they must not reach other memory.
@@ -148,11 +157,9 @@ def choose_experts_kernel(
         group = tl.program_id(1) - 1
         groups: tl.constexpr = FORMAT[FEATURES] // FORMAT[GROUP]
         if group < groups:
-            pack_group(x_ptr, norm_ptr, packed_ptr, group, FORMAT, PART, LIMBS)
-        elif group == groups:
-            pack_factor(x_ptr, norm_ptr, gate_ptr, packed_ptr, False, EPS, FORMAT, PACKED, 1)
+            pack_group(x_ptr, load_group_norm(norm_ptr, group, FORMAT, PART), packed_ptr, group, FORMAT, PART, LIMBS)
         else:
-            pack_factor(x_ptr, norm_ptr, gate_ptr, packed_ptr, True, EPS, FORMAT, PACKED, 1)
+            pack_factors(x_ptr, load_share_gate(norm_ptr, gate_ptr, FORMAT), packed_ptr, EPS, FORMAT, PACKED)
 
 
 # --- launch ---
@@ -242,7 +249,7 @@ def launch_router(
     packed, parts, length = logits, 1, 0
     form = packed_format(bits=pack_bits or 4, group=pack_group or features, features=features)
     if pack_bits:
-        length, parts = packed_length(form, x.dtype), features // pack_group + 3
+        length, parts = packed_length(form, x.dtype), features // pack_group + 2
         packed = torch.empty((batch * tokens, length), dtype=torch.int32, device=x.device)
     wrap_triton(choose_experts_kernel)[(flat.shape[0], parts)](
         logits, ids, weights, expert_ids, positions, positions if valid_len is None else valid_len, flat, norm_weight,

@@ -17,7 +17,15 @@ from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.checks import FLOATS, check_argument
 from moeexp_kernels.parts.int_dot import dot_rows, load_norm, load_row_features, load_rows
 from moeexp_kernels.parts.matrix import FEATURES, GROUP, ROWS, matrix_format
-from moeexp_kernels.parts.packed import of_one_group, pack_factor, pack_group, packed_format, packed_length
+from moeexp_kernels.parts.packed import (
+    load_group_norm,
+    load_share_gate,
+    of_one_group,
+    pack_factors,
+    pack_group,
+    packed_format,
+    packed_length,
+)
 from moeexp_kernels.parts.pdl import after_previous, has_pdl
 
 
@@ -25,16 +33,16 @@ from moeexp_kernels.parts.pdl import after_previous, has_pdl
 def logits_packed_kernel(
     x_ptr, w_ptr, norm_ptr, gate_ptr, logits_ptr, packed_ptr,
     EPS: tl.constexpr, M: tl.constexpr, FORMAT: tl.constexpr, PACK_FORMAT: tl.constexpr, PART: tl.constexpr,
-    PACKED: tl.constexpr, PACKING: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr,
-    CACHE: tl.constexpr,
+    PACKED: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """logits [M, E] = norm(x [M, K]) @ w.T, and the rows packed [M, PACKED] with factor and share. FORMAT: of w, plain;
-    PACK_FORMAT and PART as of `pack_group`; PACKING: warps of a program. Grid (M * (groups + 2 + blocks of E),), m fastest."""
+    PACK_FORMAT and PART as of `pack_group`. Grid (M * (groups + 1 + blocks of E),), m fastest. Weights are loaded before the
+    wait by all."""
     LIMBS: tl.constexpr = 2 if x_ptr.dtype.element_ty == tl.float32 else 1  # as `int16_limbs`
     groups: tl.constexpr = PACK_FORMAT[FEATURES] // PACK_FORMAT[GROUP]
     m, part = (tl.program_id(0) % M).to(tl.int64), tl.program_id(0) // M
-    if part >= groups + 2:
-        row = (part - (groups + 2)) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if part > groups:
+        row = (part - (groups + 1)) * BLOCK_N + tl.arange(0, BLOCK_N)
         mask = row < FORMAT[ROWS]
         words, pair = load_rows(w_ptr, w_ptr, row, mask, FORMAT, CACHE, FORMAT[ROWS] % BLOCK_N == 0)
         norm = load_norm(norm_ptr, True, FORMAT)
@@ -42,16 +50,14 @@ def logits_packed_kernel(
         features, r = load_row_features(x_ptr + ready + m * FORMAT[FEATURES], norm, EPS, True, FORMAT, LIMBS)
         y = r * dot_rows(words, pair, features, FORMAT, LIMBS, INTERPRETED)
         tl.store(logits_ptr + ready + m * FORMAT[ROWS] + row, y, mask=mask)
-    else:
+    elif part < groups:
+        norm = load_group_norm(norm_ptr, part, PACK_FORMAT, PART)
         ready = after_previous(PDL)
-        x_ptr += ready + m * FORMAT[FEATURES]
-        packed_ptr += ready + m * PACKED
-        if part < groups:
-            pack_group(x_ptr, norm_ptr, packed_ptr, part, PACK_FORMAT, PART, LIMBS)
-        elif part == groups:
-            pack_factor(x_ptr, norm_ptr, gate_ptr, packed_ptr, False, EPS, PACK_FORMAT, PACKED, PACKING)
-        else:
-            pack_factor(x_ptr, norm_ptr, gate_ptr, packed_ptr, True, EPS, PACK_FORMAT, PACKED, PACKING)
+        pack_group(x_ptr + ready + m * FORMAT[FEATURES], norm, packed_ptr + ready + m * PACKED, part, PACK_FORMAT, PART, LIMBS)
+    else:
+        gate = load_share_gate(norm_ptr, gate_ptr, PACK_FORMAT)
+        ready = after_previous(PDL)
+        pack_factors(x_ptr + ready + m * FORMAT[FEATURES], gate, packed_ptr + ready + m * PACKED, EPS, PACK_FORMAT, PACKED)
 
 
 @triton_op("moeexp::router_logits", mutates_args=())
@@ -72,11 +78,11 @@ def router_logits(
     length = packed_length(form, x.dtype)
     logits = torch.empty((rows, experts), dtype=torch.float32, device=x.device)
     packed = torch.empty((rows, length), dtype=torch.int32, device=x.device)
-    programs = features // pack_group + 2 + triton.cdiv(experts, config["BLOCK_N"])
+    programs = features // pack_group + 1 + triton.cdiv(experts, config["BLOCK_N"])
     wrap_triton(logits_packed_kernel)[(rows * programs,)](
         flat, weight, norm_weight, shared_gate, logits, packed, EPS=eps, M=rows,
         FORMAT=matrix_format(weight, bits=bits, group=features, widest=config["VECTOR"]), PACK_FORMAT=form,
-        PART=of_one_group(form), PACKED=length, PACKING=config["num_warps"] if x.is_cuda else 1, INTERPRETED=not x.is_cuda,
+        PART=of_one_group(form), PACKED=length, INTERPRETED=not x.is_cuda,
         PDL=has_pdl(x), BLOCK_N=config["BLOCK_N"], CACHE=config["CACHE"], num_warps=config["num_warps"],
     )  # fmt: skip
     return logits, packed

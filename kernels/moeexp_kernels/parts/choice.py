@@ -42,16 +42,16 @@ def without(keys, e, expert):
 
 
 @triton.jit
-def choice(
-    keys, e, E_PADDED: tl.constexpr, TOP_K: tl.constexpr, K_PADDED: tl.constexpr
-):  # fmt: skip
-    """(ids int32, shares float32), both [W, K_PADDED]: the TOP_K largest, largest first, equal ones by their indices;
-    beyond TOP_K both are 0."""
-    slot = tl.arange(0, K_PADDED)[None, :]
+def choice(keys, e, slot, E_PADDED: tl.constexpr, TOP_K: tl.constexpr):
+    """(ids int32, shares float32), both [W, n], of `slot` [W, n] or [1, n]: slots 0 .. TOP_K - 1 are the largest, largest first,
+    equal ones by their indices; beyond TOP_K both are 0."""
+    # TOP_K, in a way that hides it from the compiler, which would make a copy of the loop's body for each round: a kernel's
+    # instructions come from memory as well, and its first programs wait for them.
+    rounds = TOP_K + (tl.program_id(0) >> 30)
     largest, expert = best_of(keys, e, E_PADDED)
     ids, total = tl.where(slot == 0, expert, 0), tl.exp(largest - largest)
     shares = tl.where(slot == 0, total, 0.0)
-    for i in tl.static_range(1, TOP_K):
+    for i in range(1, rounds):
         keys = without(keys, e, expert)
         logit, expert = best_of(keys, e, E_PADDED)
         share = tl.exp(logit - largest)

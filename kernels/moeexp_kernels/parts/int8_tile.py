@@ -26,7 +26,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moeexp_kernels.parts.int_dot import unpack_scales
+from moeexp_kernels.parts.int_dot import sum_last, unpack_scales
 from moeexp_kernels.parts.limbs import FINER
 from moeexp_kernels.parts.matrix import BITS, FEATURES, GROUP, WORDS
 
@@ -198,20 +198,6 @@ def load_activations(
             x = load_limb(limb_ptr, M, chosen, GROUPS, left, FORMAT, LIMBS, COLUMNS, CHOSEN)
             found = found + (x,)  # type: ignore[assignment]
     return found + (units,)
-
-
-@triton.jit
-def sum_last(x):
-    """[BLOCK, COLUMNS, n] -> [BLOCK, COLUMNS]: i and i + n / 2 first, and so on.
-
-    `tl.split` takes apart what one thread holds. So the compiler brings all terms of a sum to the thread that stores it, at
-    once. `tl.sum` joins warps, brings the sums to all of them, and from there another conversion to that thread."""
-    half: tl.constexpr = x.shape[2] // 2
-    if half == 0:
-        return tl.reshape(x, [x.shape[0], x.shape[1]])
-    else:
-        one, other = tl.split(tl.permute(tl.reshape(x, [x.shape[0], x.shape[1], 2, half]), [0, 1, 3, 2]))
-        return sum_last(one + other)
 
 
 @triton.jit

@@ -358,15 +358,21 @@ def float_products(words, features, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def vector_products(words, pair, features, FORMAT: tl.constexpr, LIMBS: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Quantised weights [rows, WORDS] times features [WORDS], summed by vector: float32 [rows, WORDS / VECTOR]."""
+    alike = in_four_dimensions(features, FORMAT, LIMBS)
+    part = integer_products(words[None, None, :, :], pair[None, None, :, :], alike, FORMAT, LIMBS, INTERPRETED)
+    return tl.reshape(part, pair.shape)
+
+
+@triton.jit
 def dot_rows(
     words, pair, features, FORMAT: tl.constexpr, LIMBS: tl.constexpr, INTERPRETED: tl.constexpr, FOLD: tl.constexpr = 1
 ):  # fmt: skip
     """Weights [rows, WORDS] times features [WORDS]: float32 [rows], every sum in a fixed order. With FOLD each row is FOLD
     rows side by side: float32 [rows * FOLD]."""
     if FORMAT[BITS] <= 8:
-        alike = in_four_dimensions(features, FORMAT, LIMBS)
-        part = integer_products(words[None, None, :, :], pair[None, None, :, :], alike, FORMAT, LIMBS, INTERPRETED)
-        part = tl.reshape(part, pair.shape)
+        part = vector_products(words, pair, features, FORMAT, LIMBS, INTERPRETED)
     else:
         part = float_products(words, features, FORMAT)
     if FOLD == 1:
@@ -374,3 +380,20 @@ def dot_rows(
     else:
         rows: tl.constexpr = part.shape[0]
         return tl.reshape(tl.sum(tl.reshape(part, [rows, FOLD, part.shape[1] // FOLD]), axis=2), [rows * FOLD])
+
+
+# --- sums ---
+
+
+@triton.jit
+def sum_last(x):
+    """[a, b, n] -> [a, b]: i and i + n / 2 first, and so on.
+
+    `tl.split` takes apart what one thread holds. So the compiler brings all terms of a sum to the thread that stores it, at
+    once. `tl.sum` joins warps, brings the sums to all of them, and from there another conversion to that thread."""
+    half: tl.constexpr = x.shape[2] // 2
+    if half == 0:
+        return tl.reshape(x, [x.shape[0], x.shape[1]])
+    else:
+        one, other = tl.split(tl.permute(tl.reshape(x, [x.shape[0], x.shape[1], 2, half]), [0, 1, 3, 2]))
+        return sum_last(one + other)

@@ -49,15 +49,17 @@ def of_one_group(form: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @triton.jit
-def pack_group(
-    x_ptr, norm_ptr, packed_ptr, group, FORMAT: tl.constexpr, PART: tl.constexpr, LIMBS: tl.constexpr
-):  # fmt: skip
-    """Packs one group of the row at x_ptr, times 1 + norm; PART: `of_one_group` of FORMAT. x is older than the kernel before
-    this one; past L1, which may hold what lay there in another layer."""
+def load_group_norm(norm_ptr, group, FORMAT: tl.constexpr, PART: tl.constexpr):
+    """1 + the norm's weights of one group, as `pack_group` takes them; PART: `of_one_group` of FORMAT."""
+    return load_norm(norm_ptr + group * FORMAT[GROUP], True, PART)
+
+
+@triton.jit
+def pack_group(x_ptr, norm, packed_ptr, group, FORMAT: tl.constexpr, PART: tl.constexpr, LIMBS: tl.constexpr):
+    """Packs one group of the row at x_ptr, times the norm of `load_group_norm`. x is older than the kernel before this one; past
+    L1, which may hold what lay there in another layer."""
     PAIRS: tl.constexpr = 4 if FORMAT[BITS] == 4 else 2
-    first = group * FORMAT[GROUP]
-    norm = load_norm(norm_ptr + first, True, PART)
-    k = first + stored_features(PART)
+    k = group * FORMAT[GROUP] + stored_features(PART)
     low = tl.load(x_ptr + k, cache_modifier=".cg").to(tl.float32) * norm[0]
     high = low
     if FORMAT[BITS] == 4:
@@ -75,21 +77,40 @@ def pack_group(
 
 
 @triton.jit
-def pack_factor(
-    x_ptr, norm_ptr, gate_ptr, packed_ptr, IS_SHARE: tl.constexpr, EPS: tl.constexpr, FORMAT: tl.constexpr,
-    PACKED: tl.constexpr, WARPS: tl.constexpr,
-):  # fmt: skip
-    """Stores r = 1 / rms of the row x at x_ptr, or with IS_SHARE the shared expert's share, sigmoid(gate @ norm(x)). Each warp
-    sums the row by itself, in an order that does not depend on how many there are: tensors [W, C, K] as in `choice.py`."""
-    padded: tl.constexpr = FORMAT[WORDS] * 32 // FORMAT[BITS]  # FEATURES, rounded up to a power of 2, as WORDS is
-    chunk: tl.constexpr = min(padded, 128)  # 32 lanes load four each
-    i, warp = tl.arange(0, chunk), tl.arange(0, WARPS) * 0
-    k = (tl.arange(0, padded // chunk) * chunk)[None, :, None] + (i // 4 * 4 + i % 4)[None, None, :] + warp[:, None, None]
+def lane_features(FORMAT: tl.constexpr):
+    """0 .. FEATURES - 1, rounded up to a power of 2, as two halves of a row, each of chunks of which lanes have four features:
+    [2, C, K]."""
+    half: tl.constexpr = FORMAT[WORDS] * 16 // FORMAT[BITS]  # of as many features as WORDS, which is a power of 2, can hold
+    chunk: tl.constexpr = min(half, 128)
+    i = tl.arange(0, chunk)
+    first = (tl.arange(0, 2) * half)[:, None] + (tl.arange(0, half // chunk) * chunk)[None, :]
+    return first[:, :, None] + (i // 4 * 4 + i % 4)[None, None, :]
+
+
+@triton.jit
+def sum_halves(x):
+    """The sum of a row [2, C, K]. A half is summed by one warp, whichever, so that the order does not depend on how many there
+    are."""
+    first, second = tl.split(tl.sum(tl.sum(x, axis=1), axis=1))
+    return first + second
+
+
+@triton.jit
+def load_share_gate(norm_ptr, gate_ptr, FORMAT: tl.constexpr):
+    """The shared expert's gate times 1 + norm, as `pack_factors` takes it."""
+    k = lane_features(FORMAT)
     mask = k < FORMAT[FEATURES]
-    x = tl.load(x_ptr + k, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
-    factor = 1.0 / tl.sqrt(tl.sum(tl.sum(x * x, axis=1), axis=1) / FORMAT[FEATURES] + EPS)
-    if IS_SHARE:
-        x *= 1.0 + tl.load(norm_ptr + k, mask=mask, other=0.0).to(tl.float32)
-        gate = tl.load(gate_ptr + k, mask=mask, other=0.0).to(tl.float32)
-        factor = tl.sigmoid(factor * tl.sum(tl.sum(x * gate, axis=1), axis=1))
-    tl.store(packed_ptr + PACKED - 4 + IS_SHARE + warp, factor.to(tl.int32, bitcast=True))
+    norm = 1.0 + tl.load(norm_ptr + k, mask=mask, other=0.0).to(tl.float32)
+    return norm * tl.load(gate_ptr + k, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def pack_factors(x_ptr, gate, packed_ptr, EPS: tl.constexpr, FORMAT: tl.constexpr, PACKED: tl.constexpr):
+    """Stores r = 1 / rms of the row x at x_ptr, and the shared expert's share, sigmoid(gate @ norm(x)), with the gate of
+    `load_share_gate`."""
+    k = lane_features(FORMAT)
+    x = tl.load(x_ptr + k, mask=k < FORMAT[FEATURES], other=0.0, cache_modifier=".cg").to(tl.float32)
+    r = 1.0 / tl.sqrt(sum_halves(x * x) / FORMAT[FEATURES] + EPS)
+    share = tl.sigmoid(r * sum_halves(x * gate))
+    tl.store(packed_ptr + PACKED - 4, r.to(tl.int32, bitcast=True))
+    tl.store(packed_ptr + PACKED - 3, share.to(tl.int32, bitcast=True))
