@@ -481,7 +481,10 @@ def nodes_of(graph):
 @pytest.mark.parametrize("graph", ["decode", "loop"])
 def test_kernels_per_token_are_those_that_are_replayed(stack, monkeypatch, graph, state):
     """Of a loop its graph's nodes and nothing else; of a step its graph's, its inputs' and the sampler's. Kinds of the
-    driver: 0 kernels, 1 copies, 2 fills. A graph can be seen where its edges may be programmatic, on Hopper and later."""
+    driver: 0 kernels, 1 copies, 2 fills. A graph can be seen where its edges may be programmatic, on Hopper and later.
+
+    A driver may run a graph's small copies as kernels, and the profiler then calls them so (580.159 does, of explicit state):
+    all of them or none."""
     nodes = []
 
     def watched(captured):
@@ -495,10 +498,13 @@ def test_kernels_per_token_are_those_that_are_replayed(stack, monkeypatch, graph
     copies = sum(each[1] + each[2] for each in nodes) / len(nodes)
     split = token_split(session, tokens(21), 16, step_us=1000.0)
     assert kernels_per_token(split) == pytest.approx(split["kernels"], abs=0.05)
+    run_as_kernels = copies if split["kernels"] >= kernels + copies > kernels else 0
+    kernels, copies = kernels + run_as_kernels, copies - run_as_kernels
     if graph == "loop":
         # The row of ids goes to the host; and once in these 16 steps the state that prefill gave goes where the graphs read it.
         moved = len(session.arena.front) / 16 if state == "explicit" else 0
-        assert split["kernels"] == kernels and split["copies"] == copies + 1 + moved
+        assert split["kernels"] + split["copies"] == kernels + copies + 1 + moved
+        assert kernels <= split["kernels"] <= kernels + moved
     else:
         assert kernels < split["kernels"] < kernels + 8 and split["copies"] > copies
 
