@@ -202,14 +202,15 @@ def _tops(source: str) -> set[str]:
 
 def test_what_tests_import_is_there():
     """In strings too, which fail only when they run."""
-    known = set(modules())
-    rooms = known | {name for one in known for name in (one.rpartition(".")[0],)}
+    known = modules()
+    rooms = {*known, *(one.rpartition(".")[0] for one in known)}
     for path in sorted((ROOT / "tests").rglob("*.py")):
-        for tree in [ast.parse(path.read_text()), *_strings(ast.parse(path.read_text()))]:
+        whole = ast.parse(path.read_text())
+        for tree in (whole, *_strings(whole)):
             for node in ast.walk(tree):
                 if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in PACKAGES:
                     assert node.module in rooms, f"{path.name}: {node.module}"
-                    if node.module not in known or modules()[node.module].name == "__init__.py":
+                    if node.module not in known or known[node.module].name == "__init__.py":
                         names = {alias.name for alias in node.names} - {"__version__", "STARTED"}
                         missing = [one for one in names if f"{node.module}.{one}" not in rooms]
                         assert not missing, f"{path.name}: {node.module} has no {missing}"
