@@ -15,7 +15,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in a run; see `moeexp.config.threads`
 
-import kernels_common  # noqa: E402, F401  before any module that imports triton
+import kernels_common  # noqa: E402  before any module that imports triton
 import pytest  # noqa: E402
 
 # A shell has what it starts in the background ignore Ctrl-C, and so would the commands that tests start and interrupt.
@@ -33,6 +33,17 @@ def compose_each_once():
 
 
 compose_each_once()
+
+
+def read_little_for_the_bandwidth():
+    """A run on a CPU draws and reads 256 MB for a figure whose size no test looks at: a third of a short run's time."""
+    from moeexp_runner import timing
+
+    if kernels_common.DEVICE == "cpu":
+        timing.read_bandwidth = functools.partial(timing.read_bandwidth, megabytes=16)
+
+
+read_little_for_the_bandwidth()
 
 
 @pytest.fixture
