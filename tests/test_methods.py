@@ -29,7 +29,10 @@ from moeexp.stack.factory import build_model, build_stack
 from moeexp.stack.methods import export_method
 from moeexp.stack.packages import names_in
 
-BASE = ["model=nano", "quant=int4", "max_seq_len=160"]
+# Three of nano's four layers: a layer behind one of its own kind, and behind one of the other. A compile is as long as its graph.
+LAYERS = ["linear_attention", "linear_attention", "full_attention"]
+BASE = ["model=nano", "quant=int4", "max_seq_len=160", f"model.architecture.layer_types=[{','.join(LAYERS)}]"]
+BASE += [f"model.architecture.num_hidden_layers={len(LAYERS)}"]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +91,7 @@ def test_methods_share_weights_and_state_with_the_model(model, compiled):
     compiled.session.reset()
     before = compiled.session.prefill(prompt).clone()
     step_before = compiled.session.decode(prompt[:, :1]).clone()
-    for name in ("layers.0.mixer.a_log", "layers.0.mixer.dt_bias", "layers.3.mixer.q_norm", "inv_freq", "norm"):
+    for name in ("layers.0.mixer.a_log", "layers.0.mixer.dt_bias", "layers.2.mixer.q_norm", "inv_freq", "norm"):
         buffer = model.get_buffer(name)
         kept = buffer.clone()
         buffer.mul_(0.5).add_(0.25)
@@ -299,8 +302,8 @@ def test_what_torch_compile_makes_of_the_methods_is_made_in_their_phase(model, p
 
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", lambda module, **options: torch_compile(module, backend=keep, **options))
-    base = ["model=nano", "quant=int4", "max_seq_len=160", "export=compile"]
-    stack = build_stack(resolve(compose([*base, *overrides.split()]), cuda_available=False), model, phases)
+    cfg = resolve(compose([*BASE, "export=compile", *overrides.split()]), cuda_available=False)
+    stack = build_stack(cfg, model, phases)
     built = len(graphs)
     assert built > 0
     stack.session.generate(tokens(21), 3)
