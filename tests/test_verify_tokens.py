@@ -212,7 +212,8 @@ def test_one_round_is_not_enough(monkeypatch):
 
 def test_a_run_records_and_shows_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    arguments = ["model=nano", "export=eager", "new_tokens=8", "verify_tokens=2", "repeats=2", "tracker=jsonl", "eval_bytes=0"]
+    arguments = ["model=nano", "export=eager", "new_tokens=8", "verify_tokens=2", "repeats=2", "min_samples=1", "min_time_s=0"]
+    arguments += ["tracker=jsonl", "eval_bytes=0"]
     assert cli.main([*arguments, "hydra.run.dir=on"]) == 0
     assert cli.main([*arguments, "hydra.run.dir=off", "check=off"]) == 0
     on, off = (json.loads(Path(name, "record.json").read_text()) for name in ("on", "off"))
