@@ -21,7 +21,7 @@ def test_a_row_serves_what_its_key_begins_and_the_longest_wins():
     assert find("attention_decode", "half/64", "sm_90")["BLOCK_N"] == 64
     assert find("router_gemv", "plain16/255x2048", "sm_90") == find("router_gemv", "", "sm_90")
     assert find("router_gemv", "plain16/256x2048", "sm_90") == tuning.table("sm_90")["router_gemv"]["plain16/256x2048"]
-    assert find("gdn_decode", "128x128/few", "sm_90") == tuning.table("sm_90")["gdn_decode"]["128x128/few"]
+    assert find("gdn_decode", "128x128/few", "sm_90") == tuning.table("sm_90")["gdn_decode"]["128x128"]
     assert find("gdn_decode", "64x64/few", "sm_90") == find("gdn_decode", "", "default")
 
 
