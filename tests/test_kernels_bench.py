@@ -449,6 +449,8 @@ def test_the_table_and_the_json_say_what_was_measured(tmp_path):
         (["linear", "--layers"], "--layers"),
         (["layers", "--model", "x"], "--model=x"),
         (["linear", "--model", "qwen3_5_122b_a10b"], "--model belongs to"),
+        (["instructions", "--arch", "sm_9"], "--arch=sm_9"),
+        (["instructions"], "TRITON_INTERPRET"),
         (["layers"], "CUDA"),
         ([], "CUDA"),
     ],

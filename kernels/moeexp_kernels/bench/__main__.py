@@ -1,11 +1,13 @@
 """python -m moeexp_kernels.bench [op ...]       time the ops and their peers
 python -m moeexp_kernels.bench layers         time four layers of a decode step as one chain
-python -m moeexp_kernels.bench tune [op ...]  measure launch parameters and write the table of this GPU's architecture"""
+python -m moeexp_kernels.bench tune [op ...]  measure launch parameters and write the table of this GPU's architecture
+python -m moeexp_kernels.bench instructions   count what the chain's kernels are made of; needs no GPU"""
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import sys
 import time
@@ -16,6 +18,7 @@ import torch
 import triton
 
 from moeexp_kernels.bench.cases import BUILDERS, Spec, build, specs
+from moeexp_kernels.bench.instructions import print_instructions
 from moeexp_kernels.bench.layers import Layers
 from moeexp_kernels.bench.measure import OpTiming, measure, measure_peers, unavailable_sources
 from moeexp_kernels.bench.peers import SOURCES
@@ -35,7 +38,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("ops", nargs="*", metavar="op", help="ops to do (default: all); `tune` first: tune them")
     parser.add_argument("--tokens", help=f"sequences of a decode step (default {TOKENS}; of tune --layers 1)")
-    parser.add_argument("--model", default="qwen3_5_35b_a3b", help="whose shapes `layers` and `tune --layers` take")
+    parser.add_argument(
+        "--model", default="qwen3_5_35b_a3b", help="whose shapes `layers`, `instructions` and `tune --layers` take"
+    )
+    parser.add_argument("--arch", default="sm_90", help="for which `instructions` compiles (default sm_90)")
     parser.add_argument("--json", type=Path, help="write every number here, raw samples included")
     parser.add_argument("--quick", action="store_true", help="one token count, one prompt length, int4 only")
     parser.add_argument("--no-peers", action="store_true", help="our ops only")
@@ -134,7 +140,8 @@ def time_layers(counts: list[int], shapes: Shapes) -> int:
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
     tuning_run, layers_run = options.ops[:1] == ["tune"], options.ops == ["layers"]
-    ops = options.ops[1:] if tuning_run else [] if layers_run else options.ops
+    counting = options.ops == ["instructions"]
+    ops = options.ops[1:] if tuning_run else [] if layers_run or counting else options.ops
     unknown = [op for op in ops if op not in BUILDERS]
     if unknown:
         return refuse(f"{unknown[0]!r} is not an op of the bench; the ops are {', '.join(BUILDERS)}")
@@ -148,11 +155,19 @@ def main(arguments: list[str]) -> int:
     if options.model not in MODELS:
         return refuse(f"--model={options.model} has no shapes here; the models are {', '.join(MODELS)}")
     shapes = MODELS[options.model]
-    if shapes is not FULL and not (options.layers or layers_run):
-        return refuse("--model belongs to `layers` and `tune --layers`; all else is measured at the shapes of qwen3_5_35b_a3b")
+    if shapes is not FULL and not (options.layers or layers_run or counting):
+        message = "--model belongs to `layers`, `instructions` and `tune --layers`; all else is measured at the shapes of "
+        return refuse(message + "qwen3_5_35b_a3b")
     if options.jobs < 1 or options.budget <= 0:
         return refuse(f"--jobs={options.jobs} and --budget={options.budget}: both must be above 0")
 
+    if counting:
+        if not re.fullmatch(r"sm_(8|9)\d", options.arch):
+            return refuse(f"--arch={options.arch} is not sm_80 to sm_99, such as sm_90 of an H100 or H200")
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return refuse("TRITON_INTERPRET=1 compiles nothing to count; unset it")
+        print_instructions(shapes, counts=counts, arch=options.arch)
+        return 0
     if not torch.cuda.is_available():
         return refuse("the bench measures a CUDA device and torch sees none here; run it on a machine with one")
     command = shlex.join(["python", "-m", "moeexp_kernels.bench", *arguments])

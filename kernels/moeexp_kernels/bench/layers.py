@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,8 +45,9 @@ class Layer:
 class Layers:
     """The chain at `shapes`, int4, `tokens` of each sequence. Layers share one set of experts, and choose other ones of it."""
 
-    def __init__(self, shapes: Shapes, device: str, sequences: int = 1, tokens: int = 1):
-        self.shapes, self.sequences, self._source = shapes, sequences, SeededTensors(device)
+    def __init__(self, shapes: Shapes, device: str, sequences: int = 1, tokens: int = 1, source: Any = None):
+        """source: of the tensors, as `SeededTensors`."""
+        self.shapes, self.sequences, self._source = shapes, sequences, source or SeededTensors(device)
         self.x = self._source.randn(sequences, tokens, shapes.hidden)
         self._positions = torch.full((sequences,), min(POSITION, SLOTS - tokens), dtype=torch.int64, device=device)
         shared = self._weights("gate_up", shapes.experts, 2 * shapes.expert_width, shapes.hidden)
