@@ -29,6 +29,7 @@ from moeexp_kernels.parts.int_dot import (
 )
 from moeexp_kernels.parts.matrix import BITS, FEATURES, GROUP, ROWS, WORDS, at_row, matrix_format
 from moeexp_kernels.parts.pdl import after_previous, has_pdl
+from moeexp_kernels.parts.spread import turned
 
 
 @triton.jit
@@ -136,24 +137,26 @@ def load_down(
     # Loaded warps first: of the dimensions without contiguous addresses, the first is spread over lanes and warps.
     w_ptr = w_ptr.to(tl.pointer_type(tl.int32)) + (expert * (D * row_words))[:, :, None, None] + column[None, None, None, :]
     w_ptr += (d * row_words)[None, None, :, None]
+    w_ptr = turned(w_ptr, True)
     if whole:
         words = tl.load(w_ptr, cache_modifier=CACHE)
     else:
         mask = slot_mask[:, :, None, None] & d_mask[None, None, :, None] & (column < row_words)[None, None, None, :]
-        words = tl.load(w_ptr, mask=mask, other=0, cache_modifier=CACHE)
-    words = tl.reshape(tl.permute(words, [2, 1, 0, 3]), [BLOCK_D, SLOTS * FORMAT[WORDS]])
+        words = tl.load(w_ptr, mask=turned(mask, True), other=0, cache_modifier=CACHE)
+    words = tl.reshape(tl.permute(turned(words, True), [2, 1, 0, 3]), [BLOCK_D, SLOTS * FORMAT[WORDS]])
     pair = d
     if bits <= 8:
         groups: tl.constexpr = width // FORMAT[GROUP]
         group = group_of_vector(FORMAT)
         s_ptr = s_ptr.to(tl.pointer_type(tl.int32)) + (expert * (D * groups))[None, :, :, None] + group[:, None, None, None]
         s_ptr += (d * groups)[None, None, None, :]
+        s_ptr = turned(s_ptr, False)
         if whole:
             pair = tl.load(s_ptr)
         else:
             mask = (group < groups)[:, None, None, None] & slot_mask[None, :, :, None] & d_mask[None, None, None, :]
-            pair = tl.load(s_ptr, mask=mask, other=0)
-        pair = tl.reshape(tl.permute(pair, [3, 2, 1, 0]), [BLOCK_D, SLOTS * group.shape[0]])
+            pair = tl.load(s_ptr, mask=turned(mask, False), other=0)
+        pair = tl.reshape(tl.permute(turned(pair, False), [3, 2, 1, 0]), [BLOCK_D, SLOTS * group.shape[0]])
     folded = tl.program_id(0) * (BLOCK_D // FOLD) + tl.arange(0, BLOCK_D // FOLD)
     shared = load_rows(shared_w_ptr, shared_s_ptr, folded, folded * FOLD < D, SHARED_FORMAT, CACHE, D % BLOCK_D == 0)
     # Older still. Had it been loaded after the sums, all programs would end by waiting for it.

@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moeexp_kernels.parts.spread import turned
+
 CHUNK_LOGITS: tl.constexpr = tl.constexpr(128)  # 32 lanes load four each
 NONE_LEFT: tl.constexpr = tl.constexpr(-(2**31))  # below the key of every float but one NaN
 
@@ -23,7 +25,8 @@ def load_keys(logits_ptr, E: tl.constexpr, E_PADDED: tl.constexpr, WARPS: tl.con
     i = tl.arange(0, chunk)
     e = tl.arange(0, E_PADDED // chunk)[:, None] * chunk + (i // 4 * 4 + i % 4)[None, :]
     e = tl.expand_dims(e[None, :, :] + (tl.arange(0, WARPS) * 0)[:, None, None], 2)
-    bits = tl.load(logits_ptr + e, mask=e < E, other=0.0, cache_modifier=".cg").to(tl.int32, bitcast=True)
+    found = tl.load(logits_ptr + turned(e, True), mask=turned(e < E, True), other=0.0, cache_modifier=".cg")
+    bits = turned(found, True).to(tl.int32, bitcast=True)
     return tl.where(e < E, bits ^ ((bits >> 31) & 0x7FFFFFFF), NONE_LEFT), e
 
 

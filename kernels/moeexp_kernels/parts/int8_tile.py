@@ -29,6 +29,7 @@ import triton.language as tl
 from moeexp_kernels.parts.int_dot import sum_last, unpack_scales
 from moeexp_kernels.parts.limbs import FINER
 from moeexp_kernels.parts.matrix import BITS, FEATURES, GROUP, WORDS
+from moeexp_kernels.parts.spread import turned
 
 GROUPS_SERVED = (64, 128)  # the instruction takes 32 bytes of a half at a time; sums of larger groups are not tested
 
@@ -88,10 +89,12 @@ def stored_row(row, rows_left, BLOCK: tl.constexpr, APART: tl.constexpr, WHOLE: 
 def load_inside(pointers, group, LEFT: tl.constexpr, GROUPS: tl.constexpr, CACHE: tl.constexpr):
     """What is at `pointers` of GROUPS groups, zeros for those from LEFT on. Without such nothing is masked: a masked load
     costs instructions that put the zeros there first."""
+    pointers = turned(pointers, True)
     if LEFT >= GROUPS:
-        return tl.load(pointers, cache_modifier=CACHE)
+        found = tl.load(pointers, cache_modifier=CACHE)
     else:
-        return tl.load(pointers, mask=group < LEFT, other=0, cache_modifier=CACHE)
+        found = tl.load(pointers, mask=turned(group < LEFT, True), other=0, cache_modifier=CACHE)
+    return turned(found, True)
 
 
 @triton.jit

@@ -34,6 +34,7 @@ import triton.language as tl
 
 from moeexp_kernels.parts.limbs import TINY, integer_of
 from moeexp_kernels.parts.matrix import BITS, FEATURES, FLOAT16, GROUP, VECTOR, WORDS
+from moeexp_kernels.parts.spread import turned
 
 LARGEST_INT16: tl.constexpr = tl.constexpr(32767.0)  # 2^15 - 1
 FINER_INT16: tl.constexpr = tl.constexpr(32768.0)  # 2^15 units of the second limb in one of the first: half of one is 2^14
@@ -228,9 +229,10 @@ def load_rows(
         # Vectors first, then transposed: of two dimensions without contiguous addresses the first is spread over lanes.
         s_ptr = s_ptr.to(tl.pointer_type(tl.int32)) + group[:, None] + (row * groups)[None, :]
         if whole:
-            pair = tl.trans(tl.load(s_ptr))
+            pair = tl.load(turned(s_ptr, False))
         else:
-            pair = tl.trans(tl.load(s_ptr, mask=(group < groups)[:, None] & row_mask[None, :], other=0))
+            pair = tl.load(turned(s_ptr, False), mask=turned((group < groups)[:, None] & row_mask[None, :], False), other=0)
+        pair = tl.trans(turned(pair, False))
     return words, pair
 
 

@@ -21,6 +21,7 @@ import triton.language as tl
 
 from moeexp_kernels.parts.int_dot import features_of_words, int16_limbs, load_norm, stored_features
 from moeexp_kernels.parts.matrix import BITS, FEATURES, GROUP, VECTOR, WORDS
+from moeexp_kernels.parts.spread import turned
 
 SMALLEST_GROUP = 32
 
@@ -100,8 +101,9 @@ def load_share_gate(norm_ptr, gate_ptr, FORMAT: tl.constexpr):
     """The shared expert's gate times 1 + norm, as `pack_factors` takes it."""
     k = lane_features(FORMAT)
     mask = k < FORMAT[FEATURES]
+    k, mask = turned(k, True), turned(mask, True)
     norm = 1.0 + tl.load(norm_ptr + k, mask=mask, other=0.0).to(tl.float32)
-    return norm * tl.load(gate_ptr + k, mask=mask, other=0.0).to(tl.float32)
+    return turned(norm * tl.load(gate_ptr + k, mask=mask, other=0.0).to(tl.float32), True)
 
 
 @triton.jit
@@ -109,7 +111,8 @@ def pack_factors(x_ptr, gate, packed_ptr, EPS: tl.constexpr, FORMAT: tl.constexp
     """Stores r = 1 / rms of the row x at x_ptr, and the shared expert's share, sigmoid(gate @ norm(x)), with the gate of
     `load_share_gate`."""
     k = lane_features(FORMAT)
-    x = tl.load(x_ptr + k, mask=k < FORMAT[FEATURES], other=0.0, cache_modifier=".cg").to(tl.float32)
+    mask = turned(k < FORMAT[FEATURES], True)
+    x = turned(tl.load(x_ptr + turned(k, True), mask=mask, other=0.0, cache_modifier=".cg"), True).to(tl.float32)
     r = 1.0 / tl.sqrt(sum_halves(x * x) / FORMAT[FEATURES] + EPS)
     share = tl.sigmoid(r * sum_halves(x * gate))
     tl.store(packed_ptr + PACKED - 4, r.to(tl.int32, bitcast=True))

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from moeexp_kernels.parts.int_dot import integer_products
 from moeexp_kernels.parts.matrix import BITS, FEATURES, GROUP, VECTOR, WORDS
+from moeexp_kernels.parts.spread import turned
 
 # SPREAD: how a program's rows lie over its warps, by these names.
 CHUNK: tl.constexpr = tl.constexpr(0)  # words of a chunk
@@ -59,11 +60,13 @@ def load_warp_rows(
     group = (chunk_vectors(FORMAT, SPREAD) * FORMAT[VECTOR] // (FORMAT[GROUP] * FORMAT[BITS] // 32))[:, None, :, None]
     s_ptr = s_ptr.to(tl.pointer_type(tl.int32)) + ((row + base) * groups)[None, :, None, :] + group
     if SPREAD[WHOLE] and width == FORMAT[WORDS]:
-        words, pair = tl.load(w_ptr, cache_modifier=CACHE), tl.load(s_ptr)
+        words, pair = tl.load(turned(w_ptr, True), cache_modifier=CACHE), tl.load(turned(s_ptr, False))
     else:
-        words = tl.load(w_ptr, mask=(row < limit)[:, None, :, None] & (word < width), other=0, cache_modifier=CACHE)
-        pair = tl.load(s_ptr, mask=(row < limit)[None, :, None, :] & (group < groups), other=0)
-    return words, tl.permute(pair, [1, 2, 3, 0])
+        mask = (row < limit)[:, None, :, None] & (word < width)
+        words = tl.load(turned(w_ptr, True), mask=turned(mask, True), other=0, cache_modifier=CACHE)
+        mask = (row < limit)[None, :, None, :] & (group < groups)
+        pair = tl.load(turned(s_ptr, False), mask=turned(mask, False), other=0)
+    return turned(words, True), tl.permute(turned(pair, False), [1, 2, 3, 0])
 
 
 @triton.jit
@@ -72,10 +75,10 @@ def load_words(packed_ptr, FORMAT: tl.constexpr, SPREAD: tl.constexpr):
     word = chunk_words(FORMAT, SPREAD)[None, :, :] + (tl.arange(0, SPREAD[WARPS]) * 0)[:, None, None]
     width: tl.constexpr = FORMAT[FEATURES] * FORMAT[BITS] // 32
     if width == FORMAT[WORDS]:
-        found = tl.load(packed_ptr + word)
+        found = tl.load(packed_ptr + turned(word, True))
     else:
-        found = tl.load(packed_ptr + word, mask=word < width, other=0)
-    return tl.expand_dims(found, 2)
+        found = tl.load(packed_ptr + turned(word, True), mask=turned(word < width, True), other=0)
+    return tl.expand_dims(turned(found, True), 2)
 
 
 @triton.jit
@@ -84,10 +87,10 @@ def load_vectors(packed_ptr, FORMAT: tl.constexpr, SPREAD: tl.constexpr):
     vector = chunk_vectors(FORMAT, SPREAD)[:, None, :] + (tl.arange(0, SPREAD[WARPS]) * 0)[None, :, None]
     width: tl.constexpr = FORMAT[FEATURES] * FORMAT[BITS] // 32
     if width == FORMAT[WORDS]:
-        found = tl.load(packed_ptr + vector)
+        found = tl.load(packed_ptr + turned(vector, False))
     else:
-        found = tl.load(packed_ptr + vector, mask=vector < width // FORMAT[VECTOR], other=0)
-    return tl.expand_dims(tl.permute(found, [1, 2, 0]), 2)
+        found = tl.load(packed_ptr + turned(vector, False), mask=turned(vector < width // FORMAT[VECTOR], False), other=0)
+    return tl.expand_dims(tl.permute(turned(found, False), [1, 2, 0]), 2)
 
 
 @triton.jit
