@@ -66,3 +66,6 @@ def test_the_command_prints_a_line_for_each_kernel():
         assert int(programs) > 0 and int(warps) in (1, 2, 4, 8, 16), name
         assert int(before) > 0 and int(behind) > int(barriers) >= 0, name
         assert 16 <= int(registers) <= 255 and 0 <= int(shared) < 227 * 1024, name
+    # A warp loads what it multiplies, by whichever Triton (`parts/spread.py`): otherwise there are dozens of barriers.
+    for name, most in {"gate_up_routed_kernel": 5, "down_routed_kernel": 12, "logits_packed_kernel": 15}.items():
+        assert int(rows[name][4]) <= most and int(rows[name][5]) <= 168, (name, rows[name])
