@@ -451,6 +451,7 @@ def test_the_table_and_the_json_say_what_was_measured(tmp_path):
         (["linear", "--model", "qwen3_5_122b_a10b"], "--model belongs to"),
         (["instructions", "--arch", "sm_9"], "--arch=sm_9"),
         (["instructions"], "TRITON_INTERPRET"),
+        (["layers", "--arch", "sm_90"], "--arch belongs to"),
         (["layers"], "CUDA"),
         ([], "CUDA"),
     ],

@@ -41,7 +41,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--model", default="qwen3_5_35b_a3b", help="whose shapes `layers`, `instructions` and `tune --layers` take"
     )
-    parser.add_argument("--arch", default="sm_90", help="for which `instructions` compiles (default sm_90)")
+    parser.add_argument("--arch", help="for which `instructions` compiles (default sm_90)")
     parser.add_argument("--json", type=Path, help="write every number here, raw samples included")
     parser.add_argument("--quick", action="store_true", help="one token count, one prompt length, int4 only")
     parser.add_argument("--no-peers", action="store_true", help="our ops only")
@@ -161,12 +161,15 @@ def main(arguments: list[str]) -> int:
     if options.jobs < 1 or options.budget <= 0:
         return refuse(f"--jobs={options.jobs} and --budget={options.budget}: both must be above 0")
 
+    if options.arch and not counting:
+        return refuse("--arch belongs to `instructions`; all else runs on the GPU at hand")
     if counting:
-        if not re.fullmatch(r"sm_(8|9)\d", options.arch):
-            return refuse(f"--arch={options.arch} is not sm_80 to sm_99, such as sm_90 of an H100 or H200")
+        arch = options.arch or "sm_90"
+        if not re.fullmatch(r"sm_(8|9)\d", arch):
+            return refuse(f"--arch={arch} is not sm_80 to sm_99, such as sm_90 of an H100 or H200")
         if os.environ.get("TRITON_INTERPRET") == "1":
             return refuse("TRITON_INTERPRET=1 compiles nothing to count; unset it")
-        print_instructions(shapes, counts=counts, arch=options.arch)
+        print_instructions(shapes, counts=counts, arch=arch)
         return 0
     if not torch.cuda.is_available():
         return refuse("the bench measures a CUDA device and torch sees none here; run it on a machine with one")

@@ -159,7 +159,7 @@ def choose_experts_kernel(
         if group < groups:
             pack_group(x_ptr, load_group_norm(norm_ptr, group, FORMAT, PART), packed_ptr, group, FORMAT, PART, LIMBS)
         else:
-            pack_factors(x_ptr, load_share_gate(norm_ptr, gate_ptr, FORMAT), packed_ptr, EPS, FORMAT, PACKED)
+            pack_factors(x_ptr, load_share_gate(norm_ptr, gate_ptr, FORMAT, 1), packed_ptr, EPS, FORMAT, PACKED, 1)
 
 
 # --- launch ---

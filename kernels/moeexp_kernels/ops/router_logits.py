@@ -33,11 +33,12 @@ from moeexp_kernels.parts.pdl import after_previous, has_pdl
 def logits_packed_kernel(
     x_ptr, w_ptr, norm_ptr, gate_ptr, logits_ptr, packed_ptr,
     EPS: tl.constexpr, M: tl.constexpr, FORMAT: tl.constexpr, PACK_FORMAT: tl.constexpr, PART: tl.constexpr,
-    PACKED: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, CACHE: tl.constexpr,
+    PACKED: tl.constexpr, PACKING: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr,
+    CACHE: tl.constexpr,
 ):  # fmt: skip
     """logits [M, E] = norm(x [M, K]) @ w.T, and the rows packed [M, PACKED] with factor and share. FORMAT: of w, plain;
-    PACK_FORMAT and PART as of `pack_group`. Grid (M * (groups + 1 + blocks of E),), m fastest. Weights are loaded before the
-    wait by all."""
+    PACK_FORMAT and PART as of `pack_group`; PACKING: warps of a program. Grid (M * (groups + 1 + blocks of E),), m fastest. All
+    load their weights before they wait."""
     LIMBS: tl.constexpr = 2 if x_ptr.dtype.element_ty == tl.float32 else 1  # as `int16_limbs`
     groups: tl.constexpr = PACK_FORMAT[FEATURES] // PACK_FORMAT[GROUP]
     m, part = (tl.program_id(0) % M).to(tl.int64), tl.program_id(0) // M
@@ -55,9 +56,10 @@ def logits_packed_kernel(
         ready = after_previous(PDL)
         pack_group(x_ptr + ready + m * FORMAT[FEATURES], norm, packed_ptr + ready + m * PACKED, part, PACK_FORMAT, PART, LIMBS)
     else:
-        gate = load_share_gate(norm_ptr, gate_ptr, PACK_FORMAT)
+        gate = load_share_gate(norm_ptr, gate_ptr, PACK_FORMAT, PACKING)
         ready = after_previous(PDL)
-        pack_factors(x_ptr + ready + m * FORMAT[FEATURES], gate, packed_ptr + ready + m * PACKED, EPS, PACK_FORMAT, PACKED)
+        x_ptr += ready + m * FORMAT[FEATURES]
+        pack_factors(x_ptr, gate, packed_ptr + ready + m * PACKED, EPS, PACK_FORMAT, PACKED, PACKING)
 
 
 @triton_op("moeexp::router_logits", mutates_args=())
@@ -82,7 +84,7 @@ def router_logits(
     wrap_triton(logits_packed_kernel)[(rows * programs,)](
         flat, weight, norm_weight, shared_gate, logits, packed, EPS=eps, M=rows,
         FORMAT=matrix_format(weight, bits=bits, group=features, widest=config["VECTOR"]), PACK_FORMAT=form,
-        PART=of_one_group(form), PACKED=length, INTERPRETED=not x.is_cuda,
+        PART=of_one_group(form), PACKED=length, PACKING=config["num_warps"] if x.is_cuda else 1, INTERPRETED=not x.is_cuda,
         PDL=has_pdl(x), BLOCK_N=config["BLOCK_N"], CACHE=config["CACHE"], num_warps=config["num_warps"],
     )  # fmt: skip
     return logits, packed

@@ -78,28 +78,29 @@ def pack_group(x_ptr, norm, packed_ptr, group, FORMAT: tl.constexpr, PART: tl.co
 
 
 @triton.jit
-def lane_features(FORMAT: tl.constexpr):
+def lane_features(FORMAT: tl.constexpr, WARPS: tl.constexpr):
     """0 .. FEATURES - 1, rounded up to a power of 2, as two halves of a row, each of chunks of which lanes have four features:
-    [2, C, K]."""
+    [P, 2, C, K]. P: as often as gives each of WARPS a half, so that no half is shared."""
     half: tl.constexpr = FORMAT[WORDS] * 16 // FORMAT[BITS]  # of as many features as WORDS, which is a power of 2, can hold
     chunk: tl.constexpr = min(half, 128)
     i = tl.arange(0, chunk)
     first = (tl.arange(0, 2) * half)[:, None] + (tl.arange(0, half // chunk) * chunk)[None, :]
-    return first[:, :, None] + (i // 4 * 4 + i % 4)[None, None, :]
+    k = first[:, :, None] + (i // 4 * 4 + i % 4)[None, None, :]
+    return k[None, :, :, :] + (tl.arange(0, max(1, WARPS // 2)) * 0)[:, None, None, None]
 
 
 @triton.jit
 def sum_halves(x):
-    """The sum of a row [2, C, K]. A half is summed by one warp, whichever, so that the order does not depend on how many there
-    are."""
-    first, second = tl.split(tl.sum(tl.sum(x, axis=1), axis=1))
+    """The sum of a row [P, 2, C, K], P times. A half is summed by one warp, whichever, so that the order does not depend on how
+    many there are."""
+    first, second = tl.split(tl.sum(tl.sum(x, axis=2), axis=2))
     return first + second
 
 
 @triton.jit
-def load_share_gate(norm_ptr, gate_ptr, FORMAT: tl.constexpr):
+def load_share_gate(norm_ptr, gate_ptr, FORMAT: tl.constexpr, WARPS: tl.constexpr):
     """The shared expert's gate times 1 + norm, as `pack_factors` takes it."""
-    k = lane_features(FORMAT)
+    k = lane_features(FORMAT, WARPS)
     mask = k < FORMAT[FEATURES]
     k, mask = turned(k, True), turned(mask, True)
     norm = 1.0 + tl.load(norm_ptr + k, mask=mask, other=0.0).to(tl.float32)
@@ -107,13 +108,16 @@ def load_share_gate(norm_ptr, gate_ptr, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def pack_factors(x_ptr, gate, packed_ptr, EPS: tl.constexpr, FORMAT: tl.constexpr, PACKED: tl.constexpr):
+def pack_factors(
+    x_ptr, gate, packed_ptr, EPS: tl.constexpr, FORMAT: tl.constexpr, PACKED: tl.constexpr, WARPS: tl.constexpr
+):  # fmt: skip
     """Stores r = 1 / rms of the row x at x_ptr, and the shared expert's share, sigmoid(gate @ norm(x)), with the gate of
-    `load_share_gate`."""
-    k = lane_features(FORMAT)
+    `load_share_gate`, of a program of WARPS."""
+    k = lane_features(FORMAT, WARPS)
     mask = turned(k < FORMAT[FEATURES], True)
     x = turned(tl.load(x_ptr + turned(k, True), mask=mask, other=0.0, cache_modifier=".cg"), True).to(tl.float32)
     r = 1.0 / tl.sqrt(sum_halves(x * x) / FORMAT[FEATURES] + EPS)
     share = tl.sigmoid(r * sum_halves(x * gate))
-    tl.store(packed_ptr + PACKED - 4, r.to(tl.int32, bitcast=True))
-    tl.store(packed_ptr + PACKED - 3, share.to(tl.int32, bitcast=True))
+    again = tl.arange(0, max(1, WARPS // 2)) * 0
+    tl.store(packed_ptr + PACKED - 4 + again, r.to(tl.int32, bitcast=True))
+    tl.store(packed_ptr + PACKED - 3 + again, share.to(tl.int32, bitcast=True))
