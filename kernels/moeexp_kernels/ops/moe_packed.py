@@ -139,8 +139,8 @@ def dot_packed_act(
 ):  # fmt: skip
     """What `load_down` found of a program's rows, times a token's packed activations: float32 [BLOCK_D].
 
-    EXCHANGED: summed by `sum_by_warp`, with fewer instructions and barriers, but with 4 KiB of shared memory, so that fewer
-    programs find room beside those of gate/up that still run. Where that is room for all, it costs more than it wins."""
+    EXCHANGED: summed by `sum_by_warp`, with fewer instructions and barriers, and 4 KiB of shared memory. It wins from four tokens
+    on; of fewer, whose programs start beside those of gate/up, it was slower (docs/log.md)."""
     own, shared, extra = found
     TOP_K: tl.constexpr = ACT[EXPERTS]
     stored: tl.constexpr = FORMAT[FEATURES] * FORMAT[BITS] // 32  # words of an expert's row
