@@ -146,15 +146,19 @@ def dot_packed_act(
     stored: tl.constexpr = FORMAT[FEATURES] * FORMAT[BITS] // 32  # words of an expert's row
     features = load_packed_act(act_ptr, 0, SLOTS, TOP_K, stored, FORMAT[WORDS], stored, ACT, LIMBS)
     if EXCHANGED:
+        others = load_packed_act(
+            act_ptr, TOP_K * stored, FOLD, FOLD, ACT[WORDS] - TOP_K * stored, SHARED_FORMAT[WORDS] // FOLD, 0, ACT, LIMBS
+        )
         part = vector_products(own[0], own[1], features, FORMAT, LIMBS, INTERPRETED)
         y = extra + tl.sum(sum_by_warp(part, WARPS), axis=0)
+        return y + dot_rows(shared[0], shared[1], others, SHARED_FORMAT, LIMBS, INTERPRETED, FOLD)
     else:
         y = extra + dot_rows(own[0], own[1], features, FORMAT, LIMBS, INTERPRETED)
-    # The shared expert's, once for each of the rows that are side by side.
-    features = load_packed_act(
-        act_ptr, TOP_K * stored, FOLD, FOLD, ACT[WORDS] - TOP_K * stored, SHARED_FORMAT[WORDS] // FOLD, 0, ACT, LIMBS
-    )
-    return y + dot_rows(shared[0], shared[1], features, SHARED_FORMAT, LIMBS, INTERPRETED, FOLD)
+        # The shared expert's, once for each of the rows that are side by side.
+        features = load_packed_act(
+            act_ptr, TOP_K * stored, FOLD, FOLD, ACT[WORDS] - TOP_K * stored, SHARED_FORMAT[WORDS] // FOLD, 0, ACT, LIMBS
+        )
+        return y + dot_rows(shared[0], shared[1], features, SHARED_FORMAT, LIMBS, INTERPRETED, FOLD)
 
 
 @triton.jit
