@@ -133,8 +133,9 @@ CASES = {
 def test_kernels_of_real_ops_are_placed(name, monkeypatch):
     """Two steps: every kernel is some op's, and every op has what it launched."""
     batch, chosen = CASES[name]
-    for op in ("moe_routed", "gdn_out"):
-        monkeypatch.setitem(tuning.OVERRIDES, (op, ""), {"UP_TO": 2 if name == "fused" else 0})
+    most = {"UP_TO": 2 if name == "fused" else 0}
+    monkeypatch.setitem(tuning.OVERRIDES, ("moe_routed", ""), most | {"TELLS": True})
+    monkeypatch.setitem(tuning.OVERRIDES, ("gdn_out", ""), most)
     monkeypatch.setitem(tuning.OVERRIDES, ("linear_rows", ""), {"TILE_FROM": 3, "GEMM_FROM": 33, "MATMUL_FROM": None})
     model, names = launched(monkeypatch, batch, **chosen)
     ops = [traffic.base(call.op) for call in step_calls(model, batch=batch, length=5)]

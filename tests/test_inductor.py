@@ -175,7 +175,7 @@ model = load(
 state = Arena(state_shapes(arch, batch=BATCH, max_seq_len=64, dtype=torch.bfloat16), device="cpu").tensors
 linear.has_pdl = lambda tensor: True  # as on Hopper, where a GEMV has instructions of its own for that
 if FUSED:
-    tuning.OVERRIDES["moe_routed", ""] = tuning.OVERRIDES["gdn_out", ""] = {"UP_TO": BATCH}
+    tuning.OVERRIDES["moe_routed", ""], tuning.OVERRIDES["gdn_out", ""] = {"UP_TO": BATCH, "TELLS": BATCH == 2}, {"UP_TO": BATCH}
     tuning.OVERRIDES["linear_rows", ""] = {"TILE_FROM": 4, "GEMM_FROM": 33, "MATMUL_FROM": None}
 names = registry.resolve(default="triton", chosen={}, device="cuda")
 ops = {op: registry.implementation(op, name) for op, name in names.items()} | registry.joined(names)
@@ -215,8 +215,9 @@ for method in ("prefill", "decode"):
             result if isinstance(result, list) else (dependence.name for dependence in result.read_writes.writes)
         )
 if FUSED:
-    assert written["logits_packed_kernel"] == {"logits_ptr", "packed_ptr"}, written
-    assert written["gate_up_routed_kernel"] == {"act_ptr"} and written["down_routed_kernel"] == {"y_ptr", "trace_ptr"}, written
+    assert written["logits_packed_kernel"] == {"logits_ptr", "packed_ptr", "chosen_ptr"}, written
+    assert written["gate_up_routed_kernel"] == {"act_ptr", "chosen_ptr"}, written
+    assert written["down_routed_kernel"] == {"y_ptr", "trace_ptr"}, written
 else:
     assert written["choose_experts_kernel"] == {"ids_ptr", "weights_ptr", "trace_ptr", "packed_ptr"}, written
     assert written["gate_up_packed_kernel"] == {"act_ptr"} and written["down_packed_kernel"] == {"y_ptr"}, written

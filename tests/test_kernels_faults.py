@@ -219,6 +219,7 @@ CALLS = {
     "moe decode": lambda: routed(moe.moe_decode, 2),
     "moe decode, on packed rows": lambda: routed_by_itself(3, moe_routed={"UP_TO": 0}, moe_gate_up_packed={"BY_EXPERT": 1}),
     "moe decode, the choice fused": lambda: routed_by_itself(2, moe_routed={"UP_TO": 2}),
+    "moe decode, told by gate/up": lambda: routed_by_itself(2, moe_routed={"UP_TO": 2, "TELLS": True}),
     "moe decode, on the tile": lambda: routed(moe.moe_decode_tile, 3, D=128, width=64, group=64),
     "moe prefill": lambda: routed(moe_prefill.moe_prefill, 9),
     "router, few rows": lambda: router_of(2),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernels_common import DEVICE, assert_bitwise_equal, expect_value_error, poisoned_empty, randn
 from moeexp_kernels.ops.moe import moe_decode_routed, route_decode, routed_experts
-from moeexp_kernels.ops.router_logits import router_logits
+from moeexp_kernels.ops.router_logits import launch_logits
 from moeexp_kernels.parts import tuning
 from test_kernels_moe import experts
 
@@ -23,15 +23,19 @@ def layer(*, tokens, D=64, E=5, top_k=3, bits=4, group=32, shared=64, dtype=BF16
     return choice, stored
 
 
-def both(choice, stored, *, slots=4):
-    """((result, trace) of the router and of experts that are told, the same of those that choose)."""
-    found = []
-    for most in (0, 3):
+WAYS = {"told by the router": (0, False), "chosen twice": (3, False), "told by gate/up": (3, True)}
+
+
+def every(choice, stored, *, slots=4):
+    """{way: (result, trace)} of WAYS."""
+    found = {}
+    for way, (most, tells) in WAYS.items():
         trace = torch.full((choice["x"].shape[0], slots, choice["top_k"]), -1, dtype=torch.int32, device=DEVICE)
-        with tuning.override("moe_routed", "", {"UP_TO": most}), poisoned_empty(), tuning.asked() as asked:
+        row = {"UP_TO": most, "TELLS": tells}
+        with tuning.override("moe_routed", "", row), poisoned_empty(), tuning.asked() as asked:
             y = routed_experts(choice | {"expert_ids": trace}, stored)
         assert ("router_rows" not in {op for op, _ in asked}) == bool(most), "another router was asked"
-        found.append((y, trace))
+        found[way] = y, trace
     return found
 
 
@@ -47,70 +51,81 @@ def both(choice, stored, *, slots=4):
 def test_what_is_chosen_and_computed_is_to_the_bit_what_the_router_would_have_said(tokens, each, changes):
     """Experts of every slot, numbers of experts and of chosen ones that are no powers of 2, several tokens of a sequence."""
     choice, stored = layer(tokens=tokens, each=each, **changes)
-    (y, trace), (own, own_trace) = both(choice, stored)
+    (y, trace), *others = every(choice, stored).values()
     assert y.isfinite().all() and (trace >= 0).sum() == tokens * choice["top_k"]
-    assert torch.equal(own_trace, trace)
-    assert_bitwise_equal(own, y, "experts that choose")
+    for own, own_trace in others:
+        assert torch.equal(own_trace, trace)
+        assert_bitwise_equal(own, y, "experts that choose")
 
 
 def test_equal_logits_are_chosen_by_their_indices():
     choice, stored = layer(tokens=1, E=6, D=32, shared=32)
     choice["weight"] = choice["weight"][:1].repeat(6, 1)
     choice["weight"][4] *= -1  # as far from the others as they are from nought
-    (y, trace), (own, own_trace) = both(choice, stored)
+    (y, trace), *others = every(choice, stored).values()
     expected = [4, 0, 1] if trace[0, 1, 0] == 4 else [0, 1, 2]
-    assert trace[0, 1].tolist() == own_trace[0, 1].tolist() == expected
-    assert_bitwise_equal(own, y, "equal logits")
+    assert trace[0, 1].tolist() == expected
+    for own, own_trace in others:
+        assert own_trace[0, 1].tolist() == expected
+        assert_bitwise_equal(own, y, "equal logits")
 
 
 @pytest.mark.slow
 def test_a_row_that_is_not_finite_stays_its_own():
     choice, stored = layer(tokens=2, D=32, shared=32, E=2, top_k=1)
-    (clean, _), _ = both(choice, stored)
+    (clean, _), *_ = every(choice, stored).values()
     choice["x"][1, 0, 3] = float("nan")
-    _, (own, _) = both(choice, stored)
-    assert_bitwise_equal(own[0], clean[0], "the other row")
-    assert own[1].isnan().all()
+    for own, _ in every(choice, stored).values():
+        assert_bitwise_equal(own[0], clean[0], "the other row")
+        assert own[1].isnan().all()
 
 
 @pytest.mark.parametrize("position", [pytest.param(-1, marks=pytest.mark.slow), 4])
 def test_a_position_outside_the_trace_is_traced_nowhere(position):
     choice, stored = layer(tokens=1, D=32, shared=32)
     choice["positions"][:] = position
-    _, (own, trace) = both(choice, stored)
-    assert own.isfinite().all() and (trace == -1).all()
+    for own, trace in every(choice, stored).values():
+        assert own.isfinite().all() and (trace == -1).all()
 
 
 def test_tokens_that_do_not_count_are_left_to_the_router():
     choice, stored = layer(tokens=2, each=2, D=32, shared=32)
     choice["valid_len"] = torch.ones(1, dtype=torch.int64, device=DEVICE)
     trace = torch.full((1, 4, 3), -1, dtype=torch.int32, device=DEVICE)
-    with tuning.override("moe_routed", "", {"UP_TO": 3}):
+    with tuning.override("moe_routed", "", {"UP_TO": 3, "TELLS": False}):
         routed_experts(choice | {"expert_ids": trace}, stored)
     assert (trace >= 0).sum() == 3, "one token's"
 
 
 def test_bad_arguments_are_refused():
     choice, stored = layer(tokens=1, D=32, shared=32)
-    gate = stored.pop("shared_gate")
-    common = {name: choice[name] for name in ("x", "norm_weight", "eps", "weight")}
-    packing = {"shared_gate": gate, "pack_bits": 4, "pack_group": 32}
-    logits, packed = router_logits(**common, **packing)
-    expect_value_error(lambda: router_logits(**common, **(packing | {"pack_group": 64})), "groups of 64")
-    expect_value_error(lambda: router_logits(**common, **(packing | {"shared_gate": gate[0]})), "shared_gate")
-    trace = torch.zeros(1, 4, 3, dtype=torch.int32, device=DEVICE)
-    call = {"x": choice["x"], "logits": logits, "packed": packed, "positions": choice["positions"], "expert_ids": trace}
-    expect_value_error(lambda: moe_decode_routed(**(call | {"logits": logits[:, :4]}), **stored), "logits")
-    expect_value_error(lambda: moe_decode_routed(**(call | {"packed": packed[:, :8]}), **stored), "packed")
-    expect_value_error(lambda: moe_decode_routed(**(call | {"expert_ids": trace.long()}), **stored), "expert_ids")
-    expect_value_error(lambda: moe_decode_routed(**(call | {"positions": call["positions"].int()}), **stored), "positions")
+    common = {name: choice[name] for name in ("x", "norm_weight", "eps", "weight", "positions")}
+    call = common | stored | {"expert_ids": torch.zeros(1, 4, 3, dtype=torch.int32, device=DEVICE)}
+    gate = stored["shared_gate"]
+    expect_value_error(lambda: moe_decode_routed(**(call | {"shared_gate": gate[0]})), "shared_gate")
+    expect_value_error(lambda: moe_decode_routed(**(call | {"weight": call["weight"][:4]})), "weight")
+    expect_value_error(lambda: moe_decode_routed(**(call | {"weight": call["weight"].long()})), "weight")
+    expect_value_error(lambda: moe_decode_routed(**(call | {"norm_weight": call["norm_weight"][:8]})), "norm_weight")
+    expect_value_error(lambda: moe_decode_routed(**(call | {"expert_ids": call["expert_ids"].long()})), "expert_ids")
+    expect_value_error(lambda: moe_decode_routed(**(call | {"positions": call["positions"].int()})), "positions")
+
+
+def packed_rows(choice, stored):
+    """(logits, packed rows, chosen experts) that `launch_logits` leaves."""
+    common = {name: choice[name] for name in ("x", "norm_weight", "eps", "weight", "top_k")}
+    return launch_logits(**common, shared_gate=stored["shared_gate"], pack_bits=4, pack_group=32)
 
 
 def test_the_router_packs_the_same_rows_either_way():
     choice, stored = layer(tokens=2, D=64, shared=64)
-    common = {name: choice[name] for name in ("x", "norm_weight", "eps", "weight")}
-    _, packed = router_logits(**common, shared_gate=stored["shared_gate"], pack_bits=4, pack_group=32)
+    _, packed, _ = packed_rows(choice, stored)
     trace = torch.zeros(2, 4, 3, dtype=torch.int32, device=DEVICE)
     expected = route_decode(choice | {"expert_ids": trace}, stored)["packed"]
     # But for the two words of padding, which nobody writes.
     assert torch.equal(packed[:, :-2], expected[:, :-2])
+
+
+def test_no_expert_is_known_before_one_is_chosen():
+    """`down` waits until none is NOT_CHOSEN: what an older step left in that memory must not pass for its experts."""
+    choice, stored = layer(tokens=2, D=64, shared=64)
+    assert packed_rows(choice, stored)[2].tolist() == [[-1] * 3] * 2

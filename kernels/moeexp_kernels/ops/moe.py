@@ -26,10 +26,9 @@ from torch.library import triton_op
 from moeexp_kernels.ops.linear import flat_rows, weight_format
 from moeexp_kernels.ops.moe_packed import launch_packed, packing
 from moeexp_kernels.ops.moe_pairs import launch_pairs
-from moeexp_kernels.ops.moe_routed import launch_routed
+from moeexp_kernels.ops.moe_routed import launch_routed, routed_key
 from moeexp_kernels.ops.moe_tile import experts_served, launch_moe_tile, moe_tile_config
 from moeexp_kernels.ops.router import router, router_packed
-from moeexp_kernels.ops.router_logits import router_logits
 from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.checks import FLOATS, check_argument
 
@@ -136,8 +135,9 @@ def moe_decode(
 @triton_op("moeexp::moe_decode_routed", mutates_args={"expert_ids"})
 def moe_decode_routed(
     x: Tensor,
-    logits: Tensor,
-    packed: Tensor,
+    norm_weight: Tensor,
+    weight: Tensor,
+    eps: float,
     positions: Tensor,
     expert_ids: Tensor,
     gate_up: Tensor,
@@ -148,10 +148,10 @@ def moe_decode_routed(
     shared_gate_up_scales: Tensor,
     shared_down: Tensor,
     shared_down_scales: Tensor,
+    shared_gate: Tensor,
 ) -> Tensor:
-    """`moe_decode` of the k experts that `router` would choose and trace, by logits and packed rows of `router_logits`; k by
-    expert_ids [B, S, k], in place. Made for up to three tokens, each of which counts. `ValueError` for strides, shapes or dtypes
-    not taken."""
+    """`moe_decode` of the k experts that `router` would choose by `weight` [E, D], and trace; k by expert_ids [B, S, k], in
+    place. Made for up to three tokens, each of which counts. `ValueError` for strides, shapes or dtypes not taken."""
     matrices = {
         "gate_up": gate_up, "gate_up_scales": gate_up_scales, "down": down, "down_scales": down_scales,
         "shared_gate_up": shared_gate_up, "shared_gate_up_scales": shared_gate_up_scales, "shared_down": shared_down,
@@ -161,7 +161,8 @@ def moe_decode_routed(
     formats = decode_formats(matrices, features=features)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     launch_routed(
-        x=flat_rows(x, name="x", features=features), tokens=x.shape[1], logits=logits, packed=packed, positions=positions,
+        x=flat_rows(x, name="x", features=features), tokens=x.shape[1],
+        router={"norm_weight": norm_weight, "weight": weight, "eps": eps, "shared_gate": shared_gate}, positions=positions,
         expert_ids=expert_ids, out=y.view(-1, features), formats=formats, **matrices,
     )  # fmt: skip
     return y
@@ -176,9 +177,8 @@ def packed_form(x: Tensor, experts: dict[str, Any]) -> dict[str, int]:
 def routed_serves(choice: dict[str, Any], experts: dict[str, Any], *, bits: int) -> bool:
     """Whether `moe_decode_routed` does, of tokens that all count and whose rows the router can pack. bits: of gate_up."""
     rows, features, width = choice["x"].shape[:-1].numel(), choice["x"].shape[-1], experts["gate_up"].shape[-2] // 2
-    row = tuning.lookup(
-        "moe_routed", f"{tuning.weight_class(bits)}/{features}x{width}", tuning.architecture(choice["x"].device)
-    )  # fmt: skip
+    key = routed_key(bits=bits, features=features, width=width)
+    row = tuning.lookup("moe_routed", key, tuning.architecture(choice["x"].device))
     return rows <= row["UP_TO"] and choice.get("valid_len") is None
 
 
@@ -196,10 +196,8 @@ def routed_experts(choice: dict[str, Any], experts: dict[str, Any]) -> Tensor:
     form = packed_form(choice["x"], experts)
     if not form or not routed_serves(choice, experts, bits=form["pack_bits"]):
         return moe_decode(**common, **route_decode(choice, experts), **experts)
-    logits, packed = router_logits(**common, weight=choice["weight"], shared_gate=experts["shared_gate"], **form)
-    traced = {name: choice[name] for name in ("positions", "expert_ids")}
-    matrices = {name: value for name, value in experts.items() if name != "shared_gate"}
-    return moe_decode_routed(x=choice["x"], logits=logits, packed=packed, **traced, **matrices)
+    router = {name: choice[name] for name in ("weight", "positions", "expert_ids")}
+    return moe_decode_routed(**common, **router, **experts)
 
 
 @triton_op("moeexp::moe_decode_tile", mutates_args=())

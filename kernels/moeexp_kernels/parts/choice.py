@@ -15,6 +15,7 @@ from moeexp_kernels.parts.spread import turned
 
 CHUNK_LOGITS: tl.constexpr = tl.constexpr(128)  # 32 lanes load four each
 NONE_LEFT: tl.constexpr = tl.constexpr(-(2**31))  # below the key of every float but one NaN
+NOT_CHOSEN: tl.constexpr = tl.constexpr(-1)  # in place of an expert that is not known yet
 
 
 @triton.jit
@@ -77,10 +78,50 @@ def choice_of_slot(keys, e, slot, E_PADDED: tl.constexpr):
 
 
 @triton.jit
-def total_of_rest(keys, e, expert, slot, total, largest, E_PADDED: tl.constexpr, TOP_K: tl.constexpr):
-    """The sum of all TOP_K shares, from what `choice_of_slot` found of a slot."""
-    for _ in range(slot + 1, TOP_K):
+def total_of_rest(
+    keys, e, expert, slot, total, largest, E_PADDED: tl.constexpr, TOP_K: tl.constexpr, chosen_ptr, tells
+):  # fmt: skip
+    """The sum of all TOP_K shares, from what `choice_of_slot` found of a slot. Of warps where `tells` [W, 1] the later slots'
+    experts go to chosen_ptr [W, 1], from where slot 0's is to stand."""
+    for i in range(slot + 1, TOP_K):
         keys = without(keys, e, expert)
         logit, expert = best_of(keys, e, E_PADDED)
         total += tl.exp(logit - largest)
+        tl.store(chosen_ptr + i, expert, mask=tells)
     return total
+
+
+@triton.jit
+def smallest_of_all(x):
+    """Of four dimensions, for all threads to have."""
+    return tl.min(tl.min(tl.min(tl.min(x, axis=3), axis=2), axis=1), axis=0)
+
+
+@triton.jit
+def slept(x, INTERPRETED: tl.constexpr):
+    """0, a while after x is known: who asks again at once takes from those that are to answer."""
+    if INTERPRETED:
+        return 0
+    return tl.inline_asm_elementwise("nanosleep.u32 100; mov.b32 $0, 0;", "=r,r", args=[x], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def chosen_experts(
+    chosen_ptr, slot, TOP_K: tl.constexpr, SLOTS: tl.constexpr, WARPS: tl.constexpr, INTERPRETED: tl.constexpr
+):  # fmt: skip
+    """The experts in `slot` [W, n] of the TOP_K at chosen_ptr, int32, as soon as the previous kernel has stored them all. SLOTS:
+    TOP_K rounded up to a power of 2.
+
+    Before the wait, while that kernel may run: the one before it stored NOT_CHOSEN, so that what else is seen is this call's, and
+    its programs are on the GPU, all of them, or this one would not be, so that none of them waits for this one.
+    Each thread looks at one place, so that no warp goes on before all have found what they look for."""
+    warps: tl.constexpr = slot.shape[0]
+    place = tl.arange(0, WARPS * 32 // warps)[None, None, None, :] % SLOTS + (tl.arange(0, warps) * 0)[:, None, None, None]
+    at, inside = turned(chosen_ptr + place, True), turned(place < TOP_K, True)
+    seen = tl.load(at, mask=inside, other=0, volatile=True)
+    least = smallest_of_all(seen)
+    while least < 0:
+        seen = tl.load(at + slept(least, INTERPRETED), mask=inside, other=0, volatile=True)
+        least = smallest_of_all(seen)
+    found = tl.where(slot[:, :, None, None] == place, turned(seen, True), NOT_CHOSEN)
+    return tl.max(tl.max(found, axis=3), axis=2)

@@ -7,7 +7,9 @@ results of the kernel before the previous. As much as that allows is done before
 each reduction. The last kind is safe because the call waits *first* and lets the next kernel start *then*: when a kernel starts
 under PDL, all programs of the previous one are past their own wait, so that everything before that one is complete and visible. A
 kernel that reads its own state before its wait must not directly follow another call on the same state; in a model its layer's
-other kernels stand between. A program that has nothing to do may leave without a wait, as long as others of its kernel wait.
+other kernels stand between. One thing of the previous kernel's is read while that may run: its choice of experts, by the number
+that says that none is there yet (`parts/choice.py`). A program that has nothing to do may leave without a wait, as long as others
+of its kernel wait.
 
 A kernel whose successor reads nothing before its wait but weights, or what is older than this kernel's predecessor, lets it
 start at once, by `start_next`: a short kernel would otherwise leave it no time to load its weights. The successor is of another
