@@ -139,8 +139,8 @@ def dot_packed_act(
 ):  # fmt: skip
     """What `load_down` found of a program's rows, times a token's packed activations: float32 [BLOCK_D].
 
-    EXCHANGED: summed by `sum_by_warp`, with fewer instructions and barriers, and 4 KiB of shared memory. It wins where programs are
-    told their experts, and the shared expert's activations are asked for before it; of one token, whose programs start beside
+    EXCHANGED: summed by `sum_by_warp`, with fewer instructions and barriers, and 4 KiB of shared memory. It wins where programs
+    are told their experts, and the shared expert's activations are asked for before it; of one token, whose programs start beside
     those of gate/up, it was slower (docs/log.md)."""
     own, shared, extra = found
     TOP_K: tl.constexpr = ACT[EXPERTS]

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from moeexp_kernels.ops.moe_packed import dot_packed_act, load_gate_up, packed_launch, packing, store_swiglu
+from moeexp_kernels.ops.moe_packed import PACKED_ROWS, dot_packed_act, load_gate_up, packed_launch, packing, store_swiglu
 from moeexp_kernels.ops.moe_pairs import load_down, slots_of_warps, warps_of
 from moeexp_kernels.ops.router import check_choice
 from moeexp_kernels.ops.router_logits import launch_logits
@@ -144,21 +144,21 @@ def launch_routed(
         **{name: matrices[name] for name in ("gate_up", "shared_gate_up", "down", "shared_down")},
     )  # fmt: skip
     check_argument(router["weight"], name="weight", shape=(matrices["gate_up"].shape[0], x.shape[1]), dtypes=FLOATS)
-    form: dict[str, Any] = packing(formats, rows=rows)
+    form: dict[str, Any] = packing(formats, rows=min(rows, PACKED_ROWS))
     logits, packed, chosen = launch_logits(x=x, top_k=top_k, **router, **form)
     trace = expert_ids.shape[1], expert_ids.stride(0), expert_ids.stride(1)
     warps = warps_of(launch.down, cuda=x.is_cuda)
     key = routed_key(bits=formats["gate_up"][1], features=x.shape[1], width=formats["gate_up"][0])
     told = tuning.lookup("moe_routed", f"{key}/{rows}", tuning.architecture(x.device))["TELLS"]
-    choice = {"CHOICE": (experts, triton.next_power_of_2(experts), tokens, *trace, warps, told)}
+    chosen_by: dict[str, Any] = {"CHOICE": (experts, triton.next_power_of_2(experts), tokens, *trace, warps, told)}
 
     def stored(name: str) -> tuple[Tensor, Tensor]:
         return matrices[name], matrices[f"{name}_scales"]
 
     wrap_triton(gate_up_routed_kernel)[launch.up_grid](
-        packed, logits, *stored("gate_up"), *stored("shared_gate_up"), launch.act, chosen, **launch.up, **choice
+        packed, logits, *stored("gate_up"), *stored("shared_gate_up"), launch.act, chosen, **launch.up, **chosen_by
     )
     wrap_triton(down_routed_kernel)[launch.down_grid](
         x, chosen if told else logits, *stored("down"), *stored("shared_down"), launch.act, out, expert_ids, positions,
-        **launch.down, **choice,
+        **launch.down, **chosen_by,
     )  # fmt: skip
