@@ -74,3 +74,33 @@ def test_the_command_prints_a_line_for_each_kernel():
     # `down` of one token chooses, that of two is told: half as much before its wait.
     chooses, told = (int(before) for name, _, _, before, *_ in rows if name == "down_routed_kernel")
     assert told < chooses
+
+
+PLACES = """
+import math, re, triton
+from triton.backends.compiler import GPUTarget
+from moeexp_kernels.bench.instructions import launches, source_of
+from moeexp_kernels.bench.shapes import FULL
+from moeexp_kernels.parts import tuning
+
+for warps in (2, 4, 8):
+    row = {"BLOCK_D": 8, "CACHE": ".cg", "num_warps": warps}
+    with tuning.override("moe_down_packed", "int4", row):
+        (down,) = (found for found in launches(FULL, sequences=2, arch="sm_90") if found.name == "down_routed_kernel")
+    source, options = source_of(down)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ttgir"]
+    asked = re.findall(r"isVolatile = true.* : tensor<([0-9x]+)x!tt.ptr<i32>, (#[a-z0-9]+)>", made)
+    assert len(asked) == 2, "once, and again"
+    for shape, layout in asked:
+        (each,) = re.findall(rf"^{layout} = .*sizePerThread = \\[([0-9, ]+)\\]", made, re.M)
+        assert math.prod(map(int, shape.split("x"))) == 32 * warps and set(each) <= set("1, "), (warps, shape, layout)
+"""
+
+
+@pytest.mark.slow
+def test_each_thread_of_down_looks_at_a_place_of_its_own():
+    """So that whether all experts are known is one answer for all warps, which go round a loop with barriers together: by
+    whichever Triton. Where several warps held the same places, each might see another answer."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", PLACES], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -147,6 +147,7 @@ def dot_packed_act(
     stored: tl.constexpr = FORMAT[FEATURES] * FORMAT[BITS] // 32  # words of an expert's row
     features = load_packed_act(act_ptr, 0, SLOTS, TOP_K, stored, FORMAT[WORDS], stored, ACT, LIMBS)
     if EXCHANGED:
+        # The shared expert's at once: behind the barriers of the sums all would wait for them.
         others = load_packed_act(
             act_ptr, TOP_K * stored, FOLD, FOLD, ACT[WORDS] - TOP_K * stored, SHARED_FORMAT[WORDS] // FOLD, 0, ACT, LIMBS
         )
