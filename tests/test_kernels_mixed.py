@@ -106,10 +106,12 @@ def test_the_projection_of_limbs_is_that_of_the_result(kind, batch, joined):
 
 def test_which_implementations_are_joined():
     default = {"linear": "triton", "gdn_decode": "triton", "sdpa_decode": "triton", "router": "triton", "moe_decode": "triton"}
-    assert set(registry.joined(default)) == {"routed_experts", "gdn_out", "sdpa_out"}
-    assert set(registry.joined(default | {"linear": "tile"})) == {"routed_experts"}
-    assert set(registry.joined(default | {"gdn_decode": "einsum", "router": "reference"})) == {"sdpa_out"}
-    assert set(registry.joined(default | {"sdpa_decode": "tiled", "gdn_decode": "recurrent"})) == {"routed_experts", "gdn_out"}
+    assert set(registry.joined(default)) == {"embedding", "routed_experts", "gdn_out", "sdpa_out"}
+    assert set(registry.joined(default | {"linear": "tile"})) == {"embedding", "routed_experts"}
+    assert set(registry.joined(default | {"gdn_decode": "einsum", "router": "reference"})) == {"embedding", "sdpa_out"}
+    other = registry.joined(default | {"sdpa_decode": "tiled", "gdn_decode": "recurrent"})
+    assert set(other) == {"embedding", "routed_experts", "gdn_out"}
+    assert set(registry.joined(dict.fromkeys(default, "reference"))) == set()
 
 
 def test_limbs_of_another_x_are_refused():

@@ -10,6 +10,7 @@ from moeexp_kernels.ops import (
     attention,
     attention_reference,
     attention_splits,
+    embedding,
     gated_delta,
     gated_delta_prefill,
     gated_delta_reference,
@@ -117,8 +118,11 @@ def feed_of(op: Callable) -> Callable | None:
 
 def joined(names: dict[str, str]) -> dict[str, Callable]:
     """What the implementations that `names` chooses can do together in a decode step, by what the model calls it:
-    `routed_experts`, router and experts, and `gdn_out` and `sdpa_out`, a mixer and its output projection."""
+    `embedding`, beside which the first linear layer starts, `routed_experts`, router and experts, and `gdn_out` and `sdpa_out`,
+    a mixer and its output projection."""
     found: dict[str, Callable] = {}
+    if names["linear"] in ("triton", "tile"):
+        found["embedding"] = embedding.embedding
     if names["router"] == names["moe_decode"] == "triton":
         found["routed_experts"] = moe.routed_experts
     if names["linear"] == "triton" and names["gdn_decode"] in ("triton", "recurrent"):

@@ -30,6 +30,7 @@ WHOLE, GATE_UP, DOWN, NOTHING = "whole", "gate_up", "down", ""
 # {op without its phase: {kernel: what it moves of the op's bytes}}, kernels of either phase: at T = 1 both may serve. The
 # experts' bytes are two parts; of other ops one kernel moves what must be moved, and the others what it handed to them.
 KERNELS: dict[str, dict[str, str]] = {
+    "embedding": {"embedding_kernel": WHOLE},
     "linear": {
         "gemv_kernel": WHOLE, "gated_gemv_kernel": WHOLE, "linear_tile_kernel": WHOLE, "gemm_kernel": WHOLE,
         "dequantise_kernel": WHOLE, "limbs_kernel": NOTHING, "rms_norm_kernel": NOTHING,
@@ -56,6 +57,7 @@ KERNELS: dict[str, dict[str, str]] = {
 }  # fmt: skip
 # The kernels after which an op is over, where the next op may begin with one that both have.
 LAST = {
+    "embedding": ("embedding_kernel",),
     "linear": ("gemv_kernel", "gated_gemv_kernel", "linear_tile_kernel", "gemm_kernel", "dequantise_kernel"),
     "gdn": ("_finish_kernel", "_output_kernel"),
     "qk_norm_rope": ("_qk_norm_rope_kernel",), "sdpa": ("_merge_kernel",), "sample": ("_best_kernel",),

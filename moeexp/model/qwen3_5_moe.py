@@ -172,7 +172,7 @@ class Qwen35MoE(nn.Module):
         """tokens [B, T] int64, positions [B] int64 of each row's first token, logit_positions [n] int64 in 0..T-1 or None
         for all T. Returns logits [B, n, V] in the weights' dtype; advances the state by T tokens, that which is attached,
         or `state` (same names) where it is given. valid_len [B] int64 in 1..T: only so many tokens of each row count."""
-        x = torch.nn.functional.embedding(tokens, self.embed_tokens.weight)
+        x = self._embed(tokens, ops, phase)
         counts = {} if valid_len is None else {"valid_len": valid_len}
         for i, layer in enumerate(self.layers):
             mixer, own = layer.mixer, _state_of(layer, i, state)
@@ -197,6 +197,11 @@ class Qwen35MoE(nn.Module):
         if logit_positions is not None:
             x = x.index_select(1, logit_positions)
         return _linear(ops, x, self.head, norm=self.norm, eps=self.arch.rms_norm_eps)
+
+    def _embed(self, tokens: Tensor, ops: Ops, phase: str) -> Tensor:
+        if phase == "decode" and "embedding" in ops:  # the same bits
+            return ops["embedding"](tokens=tokens, weight=self.embed_tokens.weight)
+        return torch.nn.functional.embedding(tokens, self.embed_tokens.weight)
 
     def _moe(self, layer: DecoderLayer, x: Tensor, ops: Ops, phase: str, **trace: Tensor) -> Tensor:
         moe, top_k = layer.moe, self.arch.num_experts_per_tok

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from moeexp_kernels.traffic import KERNELS, LAST
 from moeexp_runner.profiler import Event
 
-EMBEDDING = "embedding"  # the first op of a step; its kernel is of torch or of Inductor
+EMBEDDING = "embedding"  # the first op of a step; its kernel is ours, of torch or of Inductor
 EMBEDDING_NAMES = ("embedding", "indexSelect", "index_select")
 OURS = {name for kernels in KERNELS.values() for name in kernels}
 

@@ -33,6 +33,7 @@ from moeexp_kernels.parts.tuning import architecture
 
 # Kernels that call `after_previous` on every path; a test compares the list with the sources.
 PDL_KERNELS = (
+    "embedding_kernel",
     "gemv_kernel",
     "limbs_kernel",
     "linear_tile_kernel",
