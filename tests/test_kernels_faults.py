@@ -16,6 +16,7 @@ import torch
 from moeexp_kernels import dispatch
 from moeexp_kernels.hqq import quantise_rows
 from moeexp_kernels.ops import attention, attention_splits, moe, moe_prefill, qk_norm_rope, router, sample
+from moeexp_kernels.ops.embedding import embedding
 from moeexp_kernels.ops.gated_delta import gdn_decode
 from moeexp_kernels.ops.gated_delta_prefill import gdn_prefill
 from moeexp_kernels.ops.gated_out import gdn_decode_out
@@ -210,8 +211,15 @@ def fed(**filters):
     return call
 
 
+def embedded():
+    """The first row of the table, the last, and none."""
+    table, ids = common.randn(7, 40, seed=1), torch.tensor([[0, 6], [3, 7]], device=common.DEVICE)
+    return lambda: embedding(ids, table).nan_to_num(nan=-1.0)
+
+
 # Every op, and what quantises: what makes one call of it, on arguments that it leaves as they are or gets afresh.
 CALLS = {
+    "embedding": embedded,
     "linear, one row": lambda: dense(1),
     "linear, many rows": lambda: dense(11),
     "linear, on the tile": lambda: on_the_tile(3),
