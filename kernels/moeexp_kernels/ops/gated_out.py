@@ -23,7 +23,7 @@ from torch.library import triton_op, wrap_triton
 from moeexp_kernels.ops.gated_delta import _next_conv_state, _store_conv_state, launch_delta_rule
 from moeexp_kernels.ops.linear import flat_rows, gemv_config, load_extra, weight_format
 from moeexp_kernels.parts import tuning
-from moeexp_kernels.parts.int_dot import load_row_features, load_rows, row_products, sum_rows
+from moeexp_kernels.parts.int_dot import dot_rows_by_four, load_row_features, load_rows
 from moeexp_kernels.parts.matrix import BITS, FEATURES, ROWS, VECTOR, WORDS, at_row, matrix_format
 from moeexp_kernels.parts.pdl import after_previous, has_pdl
 
@@ -98,7 +98,7 @@ def gated_gemv_kernel(
             ahead = here + BLOCK_N
             ahead_words, ahead_pair = load_rows(w_ptr, s_ptr, ahead, ahead < rows_left, FORMAT, CACHE, whole)
             ahead_extra = load_extra(res_ptr, ahead, rows_left, 1, True, FORMAT, ".cg")
-        y = sum_rows(row_products(words, pair, features, FORMAT, LIMBS, INTERPRETED)) + extra[0]
+        y = dot_rows_by_four(words, pair, features, FORMAT, LIMBS, INTERPRETED) + extra[0]
         tl.store(y_ptr + here, y.to(y_ptr.dtype.element_ty), mask=here < rows_left)
         words, pair, extra = ahead_words, ahead_pair, ahead_extra
     tl.debug_barrier()  # several threads may have read an element that one of them stores

@@ -34,7 +34,7 @@ from moeexp_kernels.ops.linear_tile import launch_tile, tile_serves
 from moeexp_kernels.ops.matmul import matmul
 from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.checks import FLOATS, check_argument
-from moeexp_kernels.parts.int_dot import load_norm, load_row_features, load_rows, row_products, sum_rows
+from moeexp_kernels.parts.int_dot import dot_rows_by_four, load_norm, load_row_features, load_rows
 from moeexp_kernels.parts.limbs import check_limbs
 from moeexp_kernels.parts.matrix import ROWS, at_row, matrix_format
 from moeexp_kernels.parts.pdl import after_previous, has_pdl
@@ -140,7 +140,7 @@ def gemv_kernel(
             ahead_words, ahead_pair = load_rows(w_ptr, s_ptr, ahead, ahead < rows_left, FORMAT, CACHE, whole)
             ahead_extra = load_extra(res_ptr, ahead, rows_left, TOGETHER, HAS_RESIDUAL, FORMAT, "")
         for i in tl.static_range(TOGETHER):
-            y = scale[i] * sum_rows(row_products(words, pair, features[i], FORMAT, LIMBS, INTERPRETED))
+            y = scale[i] * dot_rows_by_four(words, pair, features[i], FORMAT, LIMBS, INTERPRETED)
             if HAS_RESIDUAL:
                 y += extra[i]
             tl.store(y_ptr + i * FORMAT[ROWS] + here, y.to(y_ptr.dtype.element_ty), mask=here < rows_left)

@@ -284,13 +284,13 @@ def places_of(x, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def dot_limb(words, pairs, start, FORMAT: tl.constexpr, INTERPRETED: tl.constexpr):
-    """start + codes of words int32 [a, b, c, words] times the integers of a limb, of as many dimensions, summed by vector: int32
+def dot_limb(words, pairs, FORMAT: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Codes of words int32 [a, b, c, words] times the integers of a limb, of as many dimensions, summed by vector: int32
     [a, b, c, vectors]. High nibbles are summed where they stand, as 16 times their value: to shift the sum is one instruction
     where a shift of each word would be VECTOR. 16 products of 16 * 15 * 32,767 are below 2^27."""
     count: tl.constexpr = FORMAT[VECTOR]
     own, first, second = places_of(words, count), places_of(pairs[0], count), places_of(pairs[1], count)
-    sums = start
+    sums = 0
     if FORMAT[BITS] == 4:
         third, fourth, high = places_of(pairs[2], count), places_of(pairs[3], count), 0
         for i in tl.static_range(count):
@@ -312,11 +312,11 @@ def integer_products(
     middle: tl.constexpr = 1 << (FORMAT[BITS] - 1)
     scale, shift = unpack_scales(pair)
     total = features[1][1]
-    product = dot_limb(words, features[1][0], -middle * total, FORMAT, INTERPRETED).to(tl.float32)
+    product = (dot_limb(words, features[1][0], FORMAT, INTERPRETED) - middle * total).to(tl.float32)
     whole = total.to(tl.float32)
     if LIMBS == 2:
         total = features[2][1]
-        rest = dot_limb(words, features[2][0], -middle * total, FORMAT, INTERPRETED)
+        rest = dot_limb(words, features[2][0], FORMAT, INTERPRETED) - middle * total
         product = tl.fma(rest.to(tl.float32), 1.0 / FINER_INT16, product)
         whole = tl.fma(total.to(tl.float32), 1.0 / FINER_INT16, whole)
     # Written out: what the compiler fuses of a sum of two products, and which of them, depends on the rows of a program.
@@ -368,21 +368,15 @@ def vector_products(words, pair, features, FORMAT: tl.constexpr, LIMBS: tl.const
 
 
 @triton.jit
-def row_products(words, pair, features, FORMAT: tl.constexpr, LIMBS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Weights [rows, WORDS] times features [WORDS], the terms of each row's sum: float32 [rows, terms], of vectors or of words."""
-    if FORMAT[BITS] <= 8:
-        return vector_products(words, pair, features, FORMAT, LIMBS, INTERPRETED)
-    else:
-        return float_products(words, features, FORMAT)
-
-
-@triton.jit
 def dot_rows(
     words, pair, features, FORMAT: tl.constexpr, LIMBS: tl.constexpr, INTERPRETED: tl.constexpr, FOLD: tl.constexpr = 1
 ):  # fmt: skip
     """Weights [rows, WORDS] times features [WORDS]: float32 [rows], every sum in a fixed order. With FOLD each row is FOLD
     rows side by side: float32 [rows * FOLD]."""
-    part = row_products(words, pair, features, FORMAT, LIMBS, INTERPRETED)
+    if FORMAT[BITS] <= 8:
+        part = vector_products(words, pair, features, FORMAT, LIMBS, INTERPRETED)
+    else:
+        part = float_products(words, features, FORMAT)
     if FOLD == 1:
         return tl.sum(part, axis=1)
     else:
@@ -390,18 +384,19 @@ def dot_rows(
         return tl.reshape(tl.sum(tl.reshape(part, [rows, FOLD, part.shape[1] // FOLD]), axis=2), [rows * FOLD])
 
 
-# --- sums ---
-
-
 @triton.jit
-def sum_rows(x):
-    """[rows, terms] -> [rows], four neighbours by one thread first. They come to it through shared memory once, a row then lies
-    within a warp, and a quarter of the terms is left to be summed across lanes, by two instructions for each in every step."""
-    terms: tl.constexpr = x.shape[1]
-    if terms < 4:
-        return tl.sum(x, axis=1)
+def dot_rows_by_four(words, pair, features, FORMAT: tl.constexpr, LIMBS: tl.constexpr, INTERPRETED: tl.constexpr):
+    """`dot_rows`, for programs whose warps share rows. Of quantised weights four neighbours of a row's terms are summed by one
+    thread first: they come to it through shared memory once, a row then lies within a warp, and a quarter of the terms is left
+    to be summed across lanes, by two instructions for each in every step."""
+    if FORMAT[BITS] <= 8 and FORMAT[WORDS] // FORMAT[VECTOR] >= 4:
+        part = vector_products(words, pair, features, FORMAT, LIMBS, INTERPRETED)
+        return tl.sum(sum_last(tl.reshape(part, [part.shape[0], part.shape[1] // 4, 4])), axis=1)
     else:
-        return tl.sum(sum_last(tl.reshape(x, [x.shape[0], terms // 4, 4])), axis=1)
+        return dot_rows(words, pair, features, FORMAT, LIMBS, INTERPRETED)
+
+
+# --- sums ---
 
 
 @triton.jit
