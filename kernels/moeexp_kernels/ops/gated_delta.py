@@ -30,11 +30,14 @@ from torch.library import triton_op, wrap_triton
 from moeexp_kernels.ops.gated_delta_reference import L2_EPS, check_gdn
 from moeexp_kernels.ops.linear_tile import launch_limbs
 from moeexp_kernels.parts import tuning
+from moeexp_kernels.parts.act import LENGTH, features_of_vectors, store_vectors
 from moeexp_kernels.parts.limbs import empty_limbs, store_part_limbs
+from moeexp_kernels.parts.matrix import BITS, ROWS, VECTOR
 from moeexp_kernels.parts.pdl import after_previous, has_pdl, start_next
 
 FEW_PROGRAMS = 64  # batch * Hk up to which an H100 is far from full: the table's key says `few`, else `many`
 MAX_TOKENS = 32  # of one call, each of them code of its own
+UNPACKED = (0,)  # ACT without a packed row
 
 
 @triton.jit
@@ -113,12 +116,13 @@ def _add_three(a0, a1, a2, b0, b1, b2):
 def _decode_kernel(
     proj, conv_weight, a_log, dt_bias, norm_weight, conv_state, state, raw, sums, stride_b, stride_t,
     TOKENS: tl.constexpr, L2_EPS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (Hv * SPLIT, B), SPLIT programs of BV columns for each value head: the state, in place, which is read once and
     written once for all TOKENS, and S^T q of each into `raw` [B, T, Hv, Dv] float32. The conv state is left alone, because
-    several programs read the same channels of it. HEADS: Hk, Hv, Dk, Dv. GATED: `raw` is S^T q times norm_weight * silu(z), in
-    proj's dtype, and `sums` [B, T, Hv, SPLIT] float32 are the squares of S^T q, summed over a program's columns.
+    several programs read the same channels of it. HEADS: Hk, Hv, Dk, Dv. With ACT (`act.py`) other than UNPACKED, `raw` is
+    packed rows of S^T q times norm_weight * silu(z), of which a program has whole vectors of columns, and `sums`
+    [B, T, Hv, SPLIT] float32 are the squares of S^T q, summed over a program's columns.
 
     A barrier stands between the loads and the stores of state: where a tile has fewer elements than the CTA has threads,
     several warps load the same element."""
@@ -127,17 +131,25 @@ def _decode_kernel(
     DK: tl.constexpr = HEADS[2]
     DV: tl.constexpr = HEADS[3]
     CHANNELS: tl.constexpr = 2 * HK * DK + HV * DV
+    PACKS: tl.constexpr = ACT[ROWS] > 0
+    LIMBS: tl.constexpr = 2 if proj.dtype.element_ty == tl.float32 else 1  # as `int16_limbs`
     head = tl.program_id(0) // SPLIT
     batch = tl.program_id(1).to(tl.int64)
     rows = tl.arange(0, BK)
     cols = tl.program_id(0) % SPLIT * BV + tl.arange(0, BV)
+    if PACKS:
+        vectors: tl.constexpr = BV * ACT[BITS] // 32 // ACT[VECTOR]
+        cols = features_of_vectors(tl.program_id(0) % SPLIT * vectors, tl.arange(0, BV), ACT)
     in_k = rows < DK
     in_v = cols < DV
     in_tile = in_k[:, None] & in_v[None, :]
     proj += batch * stride_b
     conv_state += batch * CHANNELS * (WIDTH - 1)
     state += (batch * HV + head) * (DK * DV)
-    raw += (batch * TOKENS * HV + head) * DV
+    if PACKS:
+        raw += batch * TOKENS * ACT[LENGTH]
+    else:
+        raw += (batch * TOKENS * HV + head) * DV
     sums += batch * TOKENS * HV * SPLIT + tl.program_id(0)
     tile = rows[:, None] * DV + cols[None, :]
 
@@ -152,7 +164,7 @@ def _decode_kernel(
     q_past, k_past, v_past = _conv_past(q_taps, q_in, 0), _conv_past(k_taps, k_in, 0), _conv_past(v_taps, v_in, 0)
     a_log_h = tl.load(a_log + head)
     dt_bias_h = tl.load(dt_bias + head)
-    if GATED:
+    if PACKS:
         norm = tl.load(norm_weight + cols[None, :], mask=in_v[None, :], other=0.0).to(tl.float32)
 
     ready = after_previous(PDL)
@@ -174,7 +186,7 @@ def _decode_kernel(
         v_in = v_in + (tl.load(row + v_channel, mask=in_v, other=0.0).to(tl.float32),)
         b_rows = b_rows + (tl.load(row + CHANNELS + HV * DV + head),)  # type: ignore[assignment]
         a_rows = a_rows + (tl.load(row + CHANNELS + HV * DV + HV + head),)  # type: ignore[assignment]
-        if GATED:
+        if PACKS:
             z = tl.load(row + CHANNELS + head * DV + cols[None, :], mask=in_v[None, :], other=0.0).to(tl.float32)
             z_rows = z_rows + (norm * z * tl.sigmoid(z),)  # type: ignore[assignment]
     for token in tl.static_range(TOKENS):
@@ -204,11 +216,12 @@ def _decode_kernel(
             tl.debug_barrier()
             tl.store(state + tile, held, mask=in_tile)
         out = tl.fma(decay, asked, qk * delta)[None, :]
-        if GATED:
+        if PACKS:
             squares = tl.sum(out * out, axis=1)
             tl.store(sums + token * HV * SPLIT + tl.arange(0, 1), squares)
-            out = out * z_rows[token]
-        tl.store(raw + token * HV * DV + (at[None, :] + rows[:, None] * 0), out, mask=first)
+            store_vectors(raw + token * ACT[LENGTH], out * z_rows[token], tl.program_id(0) * vectors, ACT, LIMBS)
+        else:
+            tl.store(raw + token * HV * DV + (at[None, :] + rows[:, None] * 0), out, mask=first)
 
 
 @triton.jit
@@ -251,13 +264,23 @@ def decode_key(*, batch: int, k_heads: int, v_heads: int, dims: tuple[int, int])
     return f"{dims[0]}x{dims[1]}/{few}/{v_heads}"
 
 
+def decode_launch(*, proj: Tensor, k_heads: int, v_heads: int, dims: tuple[int, int]) -> tuple[int, int]:
+    """(SPLIT, warps) of `_decode_kernel`. dims: of a head."""
+    pad_k, pad_v = (triton.next_power_of_2(dim) for dim in dims)
+    key = decode_key(batch=proj.shape[0], k_heads=k_heads, v_heads=v_heads, dims=(pad_k, pad_v))
+    tuned = tuning.lookup("gdn_decode", key, tuning.architecture(proj.device))
+    split = min(tuned["split"], pad_v)
+    # At least four elements of the tile a thread: with fewer, threads hold the same ones and write them to the same places.
+    return split, max(1, min(tuned["num_warps"], pad_k * pad_v // split // (32 * 4)))
+
+
 def launch_delta_rule(
     *, proj: Tensor, conv_weight: Tensor, a_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, conv_state: Tensor,
     recurrent_state: Tensor, num_k_heads: int, num_v_heads: int, head_k_dim: int, head_v_dim: int,
-    gated: bool = False,
+    act: tuple[int, ...] = UNPACKED,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(raw, sums) that `_decode_kernel` leaves, raw in float32 or, gated, in proj's dtype; sums are anything where it is not
-    gated. Checks the arguments of the ops of a step. The conv state is left alone."""
+    """(raw, sums) that `_decode_kernel` leaves, sums being anything where raw is not packed. act: ACT of a packed row (`act.py`),
+    of which a program's columns are whole vectors. Checks the arguments of the ops of a step. The conv state is left alone."""
     check_gdn(
         proj=proj, conv_weight=conv_weight, a_log=a_log, dt_bias=dt_bias, norm_weight=norm_weight, conv_state=conv_state,
         recurrent_state=recurrent_state, num_k_heads=num_k_heads, num_v_heads=num_v_heads, head_k_dim=head_k_dim,
@@ -267,18 +290,17 @@ def launch_delta_rule(
     if not isinstance(tokens, int) or not 0 < tokens <= MAX_TOKENS:
         raise ValueError(f"gdn_decode takes 1 to {MAX_TOKENS} tokens per call, got {tokens}; use gdn_prefill")
     pad_k, pad_v = triton.next_power_of_2(head_k_dim), triton.next_power_of_2(head_v_dim)
-    key = decode_key(batch=batch, k_heads=num_k_heads, v_heads=num_v_heads, dims=(pad_k, pad_v))
-    tuned = tuning.lookup("gdn_decode", key, tuning.architecture(proj.device))
-    split = min(tuned["split"], pad_v)
-    # At least four elements of the tile a thread: with fewer, threads hold the same ones and write them to the same places.
-    warps = max(1, min(tuned["num_warps"], pad_k * pad_v // split // (32 * 4)))
-    dtype = proj.dtype if gated else torch.float32
-    raw = torch.empty(batch, tokens, num_v_heads, head_v_dim, dtype=dtype, device=proj.device)
-    sums = torch.empty(batch, tokens, num_v_heads, split, dtype=torch.float32, device=proj.device) if gated else raw
+    split, warps = decode_launch(proj=proj, k_heads=num_k_heads, v_heads=num_v_heads, dims=(head_k_dim, head_v_dim))
+    if act == UNPACKED:
+        raw = torch.empty(batch, tokens, num_v_heads, head_v_dim, dtype=torch.float32, device=proj.device)
+        sums = raw
+    else:
+        raw = torch.empty(batch, tokens, act[7], dtype=torch.int32, device=proj.device)
+        sums = torch.empty(batch, tokens, num_v_heads, split, dtype=torch.float32, device=proj.device)
     wrap_triton(_decode_kernel)[(num_v_heads * split, batch, 1)](
         proj, conv_weight, a_log, dt_bias, norm_weight, conv_state, recurrent_state, raw, sums, proj.stride(0), proj.stride(1),
         TOKENS=tokens, L2_EPS=L2_EPS, HEADS=(num_k_heads, num_v_heads, head_k_dim, head_v_dim), WIDTH=conv_weight.shape[1],
-        SPLIT=split, BK=pad_k, BV=pad_v // split, GATED=gated, PDL=has_pdl(proj), num_warps=warps,
+        SPLIT=split, BK=pad_k, BV=pad_v // split, ACT=act, PDL=has_pdl(proj), num_warps=warps,
     )  # fmt: skip
     return raw, sums
 

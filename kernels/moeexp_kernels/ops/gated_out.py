@@ -3,9 +3,9 @@
     y[m, n] = residual[m, n] + sum_k W[n, k] * o[m, k] * r[m, head of k] * norm_weight[k % Dv] * silu(z[m, k]),
     r = 1 / rms of the head's o
 
-`_decode_kernel` leaves o times the gate norm_weight * silu(z), rounded once, and each of its programs the sum of the squares of
-its columns of o. The GEMV multiplies the one as it multiplies any activations, and r, from the other, the units: a head is whole
-quantisation groups and so whole vectors. It stores the conv state too, which `_decode_kernel`'s programs read.
+`_decode_kernel` leaves o times the gate norm_weight * silu(z) as the integers that the GEMV multiplies, packed (`act.py`), and
+each of its programs the sum of the squares of its columns of o. The GEMV multiplies the units by r, which is of those sums: a
+head is whole quantisation groups and so whole vectors. It stores the conv state too, which `_decode_kernel`'s programs read.
 
 Shape letters and arguments of the delta net: gated_delta.py. K = Hv * Dv input features, N outputs, M = B * T rows.
 """
@@ -20,10 +20,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from moeexp_kernels.ops.gated_delta import _next_conv_state, _store_conv_state, launch_delta_rule
+from moeexp_kernels.ops.gated_delta import _next_conv_state, _store_conv_state, decode_launch, launch_delta_rule
 from moeexp_kernels.ops.linear import flat_rows, gemv_config, load_extra, weight_format
 from moeexp_kernels.parts import tuning
-from moeexp_kernels.parts.int_dot import dot_rows_by_four, load_row_features, load_rows
+from moeexp_kernels.parts.act import LENGTH, act_format, load_packed_act
+from moeexp_kernels.parts.int_dot import dot_rows_by_four, load_rows
 from moeexp_kernels.parts.matrix import BITS, FEATURES, ROWS, VECTOR, WORDS, at_row, matrix_format
 from moeexp_kernels.parts.pdl import after_previous, has_pdl
 
@@ -54,11 +55,11 @@ def with_unit(features, unit, LIMBS: tl.constexpr):
 @triton.jit
 def gated_gemv_kernel(
     raw_ptr, sums_ptr, proj_ptr, conv_ptr, w_ptr, s_ptr, res_ptr, y_ptr, stride_b, stride_t,
-    EPS: tl.constexpr, M: tl.constexpr, STATE: tl.constexpr, FORMAT: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr,
-    BLOCK_N: tl.constexpr, TILES: tl.constexpr, CACHE: tl.constexpr,
+    EPS: tl.constexpr, M: tl.constexpr, STATE: tl.constexpr, ACT: tl.constexpr, FORMAT: tl.constexpr, INTERPRETED: tl.constexpr,
+    PDL: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
-    """After `_decode_kernel`, GATED; grid as `gemv_kernel`'s with TOGETHER = 1. STATE: tokens of a sequence, Dv, parts of a
-    head's sum, C, W, and the channels whose conv state a program stores if its row is a sequence's first token, which with
+    """After `_decode_kernel` with the same ACT; grid as `gemv_kernel`'s with TOGETHER = 1. STATE: tokens of a sequence, Dv, parts
+    of a head's sum, C, W, and the channels whose conv state a program stores if its row is a sequence's first token, which with
     W - 1 of each are FLAT, rounded up.
 
     Only `raw` and `sums` are the previous kernel's results. What else is read lies there since before that kernel, which reads
@@ -88,7 +89,7 @@ def gated_gemv_kernel(
     kept = _next_conv_state(proj_ptr, conv_ptr, first, count, TOKENS, stride_t, WIDTH, FLAT, ".cg")
     ready = after_previous(PDL)
     y_ptr += m * FORMAT[ROWS] + start + ready
-    features, _ = load_row_features(raw_ptr + m * FORMAT[FEATURES] + ready, (1.0, 1.0), 0.0, False, FORMAT, LIMBS)
+    features = load_packed_act(raw_ptr + m * ACT[LENGTH] + ready, 0, 1, 1, ACT[WORDS], FORMAT[WORDS], ACT[WORDS], ACT, LIMBS)
     r = head_factors(sums_ptr + m * (FORMAT[FEATURES] // DV * SPLIT) + ready, SPLIT, EPS, DV, FORMAT)
     features = with_unit(features, features[0] * r, LIMBS)
     for tile in tl.static_range(TILES):
@@ -105,9 +106,11 @@ def gated_gemv_kernel(
     _store_conv_state(conv_ptr + ready, first, count, kept, WIDTH, FLAT)
 
 
-def gated_serves(*, bits: int, group: int, head_v_dim: int) -> bool:
-    """Whether a head's factor can be one of whole vectors of weights."""
-    return bits in (4, 8) and head_v_dim % group == 0 and head_v_dim & (head_v_dim - 1) == 0
+def packed_vector(*, bits: int, group: int, head_v_dim: int, split: int) -> int:
+    """VECTOR, words at most, of rows that `_decode_kernel` packs with SPLIT `split`, so that a program has whole vectors and a
+    vector one head's factor; 0 where that cannot be."""
+    whole = head_v_dim % group == 0 and head_v_dim & (head_v_dim - 1) == 0
+    return head_v_dim // split * bits // 32 if bits in (4, 8) and whole else 0
 
 
 @triton_op("moeexp::gdn_decode_out", mutates_args=("conv_state", "recurrent_state"))
@@ -128,8 +131,9 @@ def gdn_decode_out(
     scales: Tensor | None,
     residual: Tensor,
 ) -> Tensor:
-    """`linear` of `gdn_decode`'s result, with a residual [B, T, N], for few rows. What is between them is rounded before
-    the norm's factor instead of after it. `ValueError` too where a head is not whole groups of a quantised weight."""
+    """`linear` of `gdn_decode`'s result, with a residual [B, T, N], for few rows. What is between them is not rounded to proj's
+    dtype: it is packed, to 2^-16 of a vector's largest, and before the norm's factor. `ValueError` too where a head is not whole
+    groups of a quantised weight."""
     features, outputs = num_v_heads * head_v_dim, weight.shape[0]
     bits, group = weight_format(weight=weight, scales=scales, in_features=features, name="weight")
     delta: dict[str, Any] = {
@@ -137,10 +141,12 @@ def gdn_decode_out(
         "conv_state": conv_state, "recurrent_state": recurrent_state, "num_k_heads": num_k_heads, "num_v_heads": num_v_heads,
         "head_k_dim": head_k_dim, "head_v_dim": head_v_dim,
     }  # fmt: skip
-    if not gated_serves(bits=bits, group=group, head_v_dim=head_v_dim):
+    split, _ = decode_launch(proj=proj, k_heads=num_k_heads, v_heads=num_v_heads, dims=(head_k_dim, head_v_dim))
+    vector = packed_vector(bits=bits, group=group, head_v_dim=head_v_dim, split=split)
+    if not vector:
         raise ValueError(
-            f"heads of {head_v_dim} before a weight of {bits} bits in groups of {group}; supported: int4 and int8 weights, and "
-            "heads of a power of 2 that are whole groups"
+            f"heads of {head_v_dim}, by {split} programs each, before a weight of {bits} bits in groups of {group}; supported: "
+            "int4 and int8 weights, and heads of a power of 2 that are whole groups, of which a program has a word's columns"
         )
     (batch, tokens, _), (channels, width) = proj.shape, conv_weight.shape
     rows = batch * tokens
@@ -148,17 +154,18 @@ def gdn_decode_out(
     if extra.shape[0] != rows:
         raise ValueError(f"residual {tuple(residual.shape)} is not of {rows} rows")
     config = gemv_config(
-        bits=bits, rows=outputs, in_features=features, tokens=rows, arch=tuning.architecture(proj.device)
+        bits=bits, rows=outputs, in_features=features, tokens=rows, arch=tuning.architecture(proj.device), packed=True
     )  # fmt: skip
     launch = {name: value for name, value in config.items() if name not in ("VECTOR", "TOGETHER")}
     blocks = triton.cdiv(outputs, config["BLOCK_N"] * config["TILES"])
     each = triton.cdiv(channels, blocks)
-    raw, sums = launch_delta_rule(**delta, gated=True)
+    form = matrix_format(weight, bits=bits, group=group, widest=min(config["VECTOR"], vector))
+    act = act_format(bits=bits, group=group, vector=form[5], features=features, dtype=proj.dtype)
+    raw, sums = launch_delta_rule(**delta, act=act)
     state = tokens, head_v_dim, sums.shape[-1], channels, width, each, triton.next_power_of_2(each * (width - 1))
     y = torch.empty(batch, tokens, outputs, dtype=proj.dtype, device=proj.device)
     wrap_triton(gated_gemv_kernel)[(rows * blocks,)](
         raw, sums, proj, conv_state, weight, scales, extra, y, proj.stride(0), proj.stride(1),
-        EPS=eps, M=rows, STATE=state, FORMAT=matrix_format(weight, bits=bits, group=group, widest=config["VECTOR"]),
-        INTERPRETED=not proj.is_cuda, PDL=has_pdl(proj), **launch,
+        EPS=eps, M=rows, STATE=state, ACT=act, FORMAT=form, INTERPRETED=not proj.is_cuda, PDL=has_pdl(proj), **launch,
     )  # fmt: skip
     return y

@@ -169,16 +169,20 @@ GEMV_ROWS = 8  # beyond, a weight is used often enough for tensor cores
 MATMUL_MOST = 2**27
 
 
-def gemv_key(*, bits: int, rows: int, in_features: int, tokens: int) -> str:
-    """Of the table's row; with more `tokens` than one, rows of activations, a row of their own may come first."""
-    return f"{tuning.weight_class(bits)}/{rows}x{in_features}" + (f"/{tokens}" if tokens > 1 else "")
+def gemv_key(*, bits: int, rows: int, in_features: int, tokens: int, packed: bool = False) -> str:
+    """Of the table's row; of packed activations, and with more `tokens` than one, rows of activations, a row of their own may
+    come first."""
+    parts = [tuning.weight_class(bits), f"{rows}x{in_features}", *(["packed"] if packed else [])]
+    return "/".join([*parts, *([str(tokens)] if tokens > 1 else [])])
 
 
-def gemv_config(*, bits: int, rows: int, in_features: int, tokens: int = 1, arch: str | None = None) -> dict:
+def gemv_config(
+    *, bits: int, rows: int, in_features: int, tokens: int = 1, arch: str | None = None, packed: bool = False
+) -> dict:  # fmt: skip
     """Launch parameters of the GEMV; unlisted shapes get tiles of <= 16 KiB, less where the GPU would idle."""
     block = max(1, min(16, 16384 * 8 // (in_features * bits), max(4, rows // 512)))
     rule = {"BLOCK_N": 1 << (block.bit_length() - 1), "TILES": 1, "CACHE": ".cg", "num_warps": 4, "TOGETHER": 1, "VECTOR": 4}
-    key = gemv_key(bits=bits, rows=rows, in_features=in_features, tokens=tokens)
+    key = gemv_key(bits=bits, rows=rows, in_features=in_features, tokens=tokens, packed=packed)
     return tuning.lookup("gemv", key, arch, rule=rule)
 
 

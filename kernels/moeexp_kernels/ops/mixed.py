@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from moeexp_kernels.ops.attention_splits import sdpa_decode_limbs, sdpa_decode_splitk
-from moeexp_kernels.ops.gated_delta import gdn_decode, gdn_decode_limbs
-from moeexp_kernels.ops.gated_out import gated_serves, gdn_decode_out
+from moeexp_kernels.ops.gated_delta import decode_launch, gdn_decode, gdn_decode_limbs
+from moeexp_kernels.ops.gated_out import gdn_decode_out, packed_vector
 from moeexp_kernels.ops.linear import kernel_for, linear, weight_format
 from moeexp_kernels.parts import tuning
 
@@ -42,7 +42,9 @@ def gdn_out(arguments: dict[str, Any], project: dict[str, Any]) -> Tensor:
     few = kernel == "gemv" and proj.shape[0] * proj.shape[1] <= tuning.lookup(
         "gdn_out", key, tuning.architecture(proj.device)
     )["UP_TO"]  # fmt: skip
-    if few and gated_serves(bits=bits, group=group, head_v_dim=dim):
+    heads = {"k_heads": arguments["num_k_heads"], "v_heads": arguments["num_v_heads"]}
+    split, _ = decode_launch(proj=proj, dims=(arguments["head_k_dim"], dim), **heads)
+    if few and packed_vector(bits=bits, group=group, head_v_dim=dim, split=split):
         return gdn_decode_out(**arguments, **project)
     return linear(x=gdn_decode(**arguments), **project)
 

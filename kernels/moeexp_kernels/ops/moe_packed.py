@@ -236,7 +236,7 @@ def packed_launch(
     first = tuning.lookup("moe_gate_up_packed", f"{tuning.weight_class(up_bits)}/{shape}", arch)
     second = tuning.lookup("moe_down_packed", f"{tuning.weight_class(bits)}/{shape}", arch)
     act_form = act_format(
-        bits=bits, group=group, vector=down_form[5], width=width, shared_width=shared_width, top_k=top_k, dtype=x.dtype
+        bits=bits, group=group, vector=down_form[5], features=top_k * width + shared_width, dtype=x.dtype, top_k=top_k
     )
     each, warps, in_vector = first["EACH"], first["num_warps"], down_form[5] * 32 // bits
     each = max(each, in_vector // warps)  # whole vectors

@@ -1,13 +1,15 @@
-"""Activations between the two kernels of the experts of few tokens: as floats, for kernels that make integers of them themselves,
-or as the integers that `down` multiplies (`int_dot.py`), packed by the kernel that has them.
+"""Activations between two kernels of few tokens: as floats, for kernels that make integers of them themselves, or as the integers
+that the second multiplies (`int_dot.py`), packed by the first, which has them: gate/up for `down`, the delta rule for the output
+projection.
 
-A packed row is one token's, of TOP_K experts and the shared one, side by side as if they were one row of `down`'s format, int32:
+A packed row is one token's. `down`'s is of TOP_K experts and the shared one, side by side as if they were one row of its format.
+int32:
 
     for each limb:  pairs [P, WORDS] | totals [VECTORS]
     then:           units float32 [VECTORS] | padding to 16 bytes
 
-P is 4 for int4 and 2 for int8. An int4 vector has the activations of two runs, half a group apart: a program of gate/up has the
-rows of whole vectors, so that no other has to know what it found.
+P is 4 for int4 and 2 for int8. An int4 vector has the activations of two runs, half a group apart: a program of the first kernel
+has those of whole vectors, so that no other has to know what it found.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from moeexp_kernels.parts.int_dot import features_of_words, int16_limbs
+from moeexp_kernels.parts.int_dot import FINER_INT16, LARGEST_INT16, features_of_words, int16_limbs
+from moeexp_kernels.parts.limbs import TINY, integer_of
 from moeexp_kernels.parts.matrix import BITS, GROUP, VECTOR, WORDS
 from moeexp_kernels.parts.warp_rows import EACH, WARPS
 
@@ -26,10 +29,9 @@ EXPERTS: tl.constexpr = tl.constexpr(8)  # TOP_K
 
 
 def act_format(
-    *, bits: int, group: int, vector: int, width: int, shared_width: int, top_k: int, dtype: torch.dtype
+    *, bits: int, group: int, vector: int, features: int, dtype: torch.dtype, top_k: int = 0
 ) -> tuple[int, ...]:  # fmt: skip
-    """ACT of tokens of `dtype`, for matrices of `down` with bits, group and VECTOR."""
-    features = top_k * width + shared_width
+    """ACT of tokens of `dtype` and so many activations, for matrices with bits, group and VECTOR."""
     words, limbs = features * bits // 32, int16_limbs(dtype)
     vectors = words // vector
     length = limbs * ({4: 4, 8: 2}[bits] * words + vectors) + vectors
@@ -39,14 +41,46 @@ def act_format(
 @triton.jit
 def rows_of_vectors(first, ACT: tl.constexpr, SPREAD: tl.constexpr):
     """The rows of gate and up, [W, R], that make the vectors from `first` on of one expert's activations."""
-    run: tl.constexpr = ACT[VECTOR] * 4  # consecutive activations of a vector
     place = tl.arange(0, SPREAD[WARPS])[:, None] + tl.arange(0, SPREAD[EACH])[None, :] * SPREAD[WARPS]
+    return features_of_vectors(first, place, ACT)
+
+
+@triton.jit
+def features_of_vectors(first, place, ACT: tl.constexpr):
+    """Which activations stand at `place` of the vectors from `first` on."""
+    run: tl.constexpr = ACT[VECTOR] * 4  # consecutive activations of a vector
     if ACT[BITS] == 4:
         runs: tl.constexpr = ACT[GROUP] // 2 // run  # of half a group
         vector, inside = first + place // (2 * run), place % (2 * run)
         return vector // runs * ACT[GROUP] + vector % runs * run + inside // run * (ACT[GROUP] // 2) + inside % run
     else:
         return first * run + place
+
+
+@triton.jit
+def store_vectors(act_ptr, x, first, ACT: tl.constexpr, LIMBS: tl.constexpr):
+    """Packs x float32 [1, n * each], whole vectors of so many activations in the order of `features_of_vectors`, as vectors
+    `first` .. of the row at act_ptr. A thread that has four neighbours needs nothing of another's but a vector's largest and
+    sum."""
+    each: tl.constexpr = ACT[VECTOR] * 32 // ACT[BITS]
+    count: tl.constexpr = x.shape[1] // each
+    PAIRS: tl.constexpr = 4 if ACT[BITS] == 4 else 2
+    x = tl.reshape(x, [count, each])
+    largest = tl.max(tl.abs(x), axis=1)
+    unit = largest * (1.0 / LARGEST_INT16) + tl.sum(x * 0.0, axis=1)  # as `integers_of`: NaN where one is not finite
+    x *= tl.where(largest > TINY, LARGEST_INT16 / tl.where(largest > TINY, largest, 1.0), 0.0)[:, None]
+    run: tl.constexpr = ACT[VECTOR] * 2  # pairs of consecutive activations
+    pair, vector = tl.arange(0, each // 2), first + tl.arange(0, count)
+    inside = (pair // run * 2 + pair % 2) * ACT[WORDS] + pair % run // 2
+    at = (vector * ACT[VECTOR])[:, None] + inside[None, :]
+    for _ in tl.static_range(LIMBS):
+        i, left = integer_of(x)
+        x = left * FINER_INT16
+        low, high = tl.split(tl.reshape(i, [count, each // 2, 2]))
+        tl.store(act_ptr + at, (low & 0xFFFF) | (high << 16))
+        tl.store(act_ptr + PAIRS * ACT[WORDS] + vector, tl.sum(i, axis=1))
+        act_ptr += PAIRS * ACT[WORDS] + ACT[WORDS] // ACT[VECTOR]
+    tl.store(act_ptr + vector, unit.to(tl.int32, bitcast=True))
 
 
 @triton.jit
