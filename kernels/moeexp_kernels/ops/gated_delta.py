@@ -30,14 +30,13 @@ from torch.library import triton_op, wrap_triton
 from moeexp_kernels.ops.gated_delta_reference import L2_EPS, check_gdn
 from moeexp_kernels.ops.linear_tile import launch_limbs
 from moeexp_kernels.parts import tuning
-from moeexp_kernels.parts.act import LENGTH, features_of_vectors, store_vectors
+from moeexp_kernels.parts.act import LENGTH, UNPACKED, columns_of_vectors, store_vectors
 from moeexp_kernels.parts.limbs import empty_limbs, store_part_limbs
 from moeexp_kernels.parts.matrix import BITS, ROWS, VECTOR
 from moeexp_kernels.parts.pdl import after_previous, has_pdl, start_next
 
 FEW_PROGRAMS = 64  # batch * Hk up to which an H100 is far from full: the table's key says `few`, else `many`
 MAX_TOKENS = 32  # of one call, each of them code of its own
-UNPACKED = (0,)  # ACT without a packed row
 
 
 @triton.jit
@@ -139,7 +138,7 @@ def _decode_kernel(
     cols = tl.program_id(0) % SPLIT * BV + tl.arange(0, BV)
     if PACKS:
         vectors: tl.constexpr = BV * ACT[BITS] // 32 // ACT[VECTOR]
-        cols = features_of_vectors(tl.program_id(0) % SPLIT * vectors, tl.arange(0, BV), ACT)
+        cols = columns_of_vectors(tl.program_id(0) % SPLIT * vectors, BV, ACT)
     in_k = rows < DK
     in_v = cols < DV
     in_tile = in_k[:, None] & in_v[None, :]

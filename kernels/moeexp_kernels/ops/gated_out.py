@@ -23,7 +23,7 @@ from torch.library import triton_op, wrap_triton
 from moeexp_kernels.ops.gated_delta import _next_conv_state, _store_conv_state, decode_launch, launch_delta_rule
 from moeexp_kernels.ops.linear import flat_rows, gemv_config, load_extra, weight_format
 from moeexp_kernels.parts import tuning
-from moeexp_kernels.parts.act import LENGTH, act_format, load_packed_act
+from moeexp_kernels.parts.act import LENGTH, act_format, load_packed_row
 from moeexp_kernels.parts.int_dot import dot_rows_by_four, load_rows
 from moeexp_kernels.parts.matrix import BITS, FEATURES, ROWS, VECTOR, WORDS, at_row, matrix_format
 from moeexp_kernels.parts.pdl import after_previous, has_pdl
@@ -89,7 +89,7 @@ def gated_gemv_kernel(
     kept = _next_conv_state(proj_ptr, conv_ptr, first, count, TOKENS, stride_t, WIDTH, FLAT, ".cg")
     ready = after_previous(PDL)
     y_ptr += m * FORMAT[ROWS] + start + ready
-    features = load_packed_act(raw_ptr + m * ACT[LENGTH] + ready, 0, 1, 1, ACT[WORDS], FORMAT[WORDS], ACT[WORDS], ACT, LIMBS)
+    features = load_packed_row(raw_ptr + m * ACT[LENGTH] + ready, FORMAT, ACT, LIMBS)
     r = head_factors(sums_ptr + m * (FORMAT[FEATURES] // DV * SPLIT) + ready, SPLIT, EPS, DV, FORMAT)
     features = with_unit(features, features[0] * r, LIMBS)
     for tile in tl.static_range(TILES):

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moeexp_kernels.parts.int_dot import FINER_INT16, LARGEST_INT16, features_of_words, int16_limbs
+from moeexp_kernels.parts.int_dot import FINER_INT16, LARGEST_INT16, features_of_words, int16_limbs, larger
 from moeexp_kernels.parts.limbs import TINY, integer_of
 from moeexp_kernels.parts.matrix import BITS, GROUP, VECTOR, WORDS
 from moeexp_kernels.parts.warp_rows import EACH, WARPS
@@ -26,6 +26,9 @@ from moeexp_kernels.parts.warp_rows import EACH, WARPS
 # ACT: FORMAT (`matrix.py`) of a matrix that would take a packed row, of WORDS without padding, and then, by these names:
 LENGTH: tl.constexpr = tl.constexpr(7)  # of a packed row, int32
 EXPERTS: tl.constexpr = tl.constexpr(8)  # TOP_K
+
+
+UNPACKED = (0,)  # ACT of a kernel that packs nothing, or is given nothing packed
 
 
 def act_format(
@@ -58,16 +61,23 @@ def features_of_vectors(first, place, ACT: tl.constexpr):
 
 
 @triton.jit
+def columns_of_vectors(first, COLUMNS: tl.constexpr, ACT: tl.constexpr):
+    """Which activations stand in the vectors from `first` on, [COLUMNS], written so that the compiler sees runs of four."""
+    i = tl.arange(0, COLUMNS)
+    return features_of_vectors(first, i // 4 * 4, ACT) + i % 4
+
+
+@triton.jit
 def store_vectors(act_ptr, x, first, ACT: tl.constexpr, LIMBS: tl.constexpr):
-    """Packs x float32 [1, n * each], whole vectors of so many activations in the order of `features_of_vectors`, as vectors
+    """Packs x float32 [1, n * each], whole vectors of so many activations in the order of `columns_of_vectors`, as vectors
     `first` .. of the row at act_ptr. A thread that has four neighbours needs nothing of another's but a vector's largest and
     sum."""
     each: tl.constexpr = ACT[VECTOR] * 32 // ACT[BITS]
     count: tl.constexpr = x.shape[1] // each
     PAIRS: tl.constexpr = 4 if ACT[BITS] == 4 else 2
     x = tl.reshape(x, [count, each])
-    largest = tl.max(tl.abs(x), axis=1)
-    unit = largest * (1.0 / LARGEST_INT16) + tl.sum(x * 0.0, axis=1)  # as `integers_of`: NaN where one is not finite
+    largest = tl.reduce(tl.abs(x), 1, larger)
+    unit = largest * (1.0 / LARGEST_INT16) + (largest - largest)  # as in `integers_of`
     x *= tl.where(largest > TINY, LARGEST_INT16 / tl.where(largest > TINY, largest, 1.0), 0.0)[:, None]
     run: tl.constexpr = ACT[VECTOR] * 2  # pairs of consecutive activations
     pair, vector = tl.arange(0, each // 2), first + tl.arange(0, count)
@@ -143,6 +153,12 @@ def load_packed_act(
         return unit, first
     else:
         return unit, first, load_act_limb(act_ptr + limb, word, word_mask, vector, vector_mask, ACT)
+
+
+@triton.jit
+def load_packed_row(act_ptr, FORMAT: tl.constexpr, ACT: tl.constexpr, LIMBS: tl.constexpr):
+    """Features as `dot_rows` takes them, for weights of FORMAT, of the packed row at act_ptr."""
+    return load_packed_act(act_ptr, 0, 1, 1, ACT[WORDS], FORMAT[WORDS], ACT[WORDS], ACT, LIMBS)
 
 
 @triton.jit

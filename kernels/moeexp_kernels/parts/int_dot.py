@@ -85,9 +85,15 @@ def limb_of(quads, factor, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def larger(a, b):
+    """The larger of two; NaN where one is that, as the plain maximum is not."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def largest_of(x):
-    """The largest magnitude of a quad."""
-    return tl.maximum(tl.maximum(tl.abs(x[0]), tl.abs(x[1])), tl.maximum(tl.abs(x[2]), tl.abs(x[3])))
+    """The largest magnitude of a quad; NaN where one is that."""
+    return larger(larger(tl.abs(x[0]), tl.abs(x[1])), larger(tl.abs(x[2]), tl.abs(x[3])))
 
 
 @triton.jit
@@ -96,13 +102,12 @@ def integers_of(quads, FORMAT: tl.constexpr, LIMBS: tl.constexpr):
 
     A feature that is not finite makes its vector's unit NaN, and so the result."""
     x = quads[0]
-    largest, total = largest_of(x), (x[0] + x[1]) + (x[2] + x[3])
+    largest = largest_of(x)
     if FORMAT[BITS] == 4:
         x = quads[1]
-        largest = tl.maximum(largest, largest_of(x))
-        total = total + (x[0] + x[1]) + (x[2] + x[3])
-    largest = tl.max(by_vector(largest, FORMAT), axis=1)
-    unit = largest * (1.0 / LARGEST_INT16) + tl.sum(by_vector(total * 0.0, FORMAT), axis=1)
+        largest = larger(largest, largest_of(x))
+    largest = tl.reduce(by_vector(largest, FORMAT), 1, larger)
+    unit = largest * (1.0 / LARGEST_INT16) + (largest - largest)  # infinity less itself is NaN
     inverse = tl.where(largest > TINY, LARGEST_INT16 / tl.where(largest > TINY, largest, 1.0), 0.0)
     factor = tl.reshape(tl.broadcast_to(inverse[:, None], by_vector(x[0], FORMAT).shape), x[0].shape)
     first, rest = limb_of(quads, factor, FORMAT)
