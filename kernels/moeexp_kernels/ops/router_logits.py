@@ -20,6 +20,7 @@ from moeexp_kernels.parts.int_dot import dot_rows, load_norm, load_row_features,
 from moeexp_kernels.parts.matrix import FEATURES, GROUP, ROWS, matrix_format
 from moeexp_kernels.parts.packed import (
     load_group_norm,
+    lanes_filled,
     load_share_gate,
     of_one_group,
     pack_factors,
@@ -82,6 +83,8 @@ def launch_logits(
     )  # fmt: skip
     form = packed_format(bits=pack_bits, group=pack_group, features=features)
     length = packed_length(form, x.dtype)
+    # A half of a row that a warp's lanes do not fill would be all warps', each of which writes its sum to the same place.
+    warps = config["num_warps"] if lanes_filled(form) else 1
     logits = torch.empty((rows, experts), dtype=torch.float32, device=x.device)
     packed = torch.empty((rows, length), dtype=torch.int32, device=x.device)
     chosen = torch.empty((rows, top_k), dtype=torch.int32, device=x.device)
@@ -89,7 +92,7 @@ def launch_logits(
     wrap_triton(logits_packed_kernel)[(rows * programs,)](
         flat, weight, norm_weight, shared_gate, logits, packed, chosen, EPS=eps, M=rows, TOP_K=top_k,
         FORMAT=matrix_format(weight, bits=bits, group=features, widest=config["VECTOR"]), PACK_FORMAT=form,
-        PART=of_one_group(form), PACKED=length, PACKING=config["num_warps"] if x.is_cuda else 1, INTERPRETED=not x.is_cuda,
-        PDL=has_pdl(x), BLOCK_N=config["BLOCK_N"], CACHE=config["CACHE"], num_warps=config["num_warps"],
+        PART=of_one_group(form), PACKED=length, PACKING=warps if x.is_cuda else 1, INTERPRETED=not x.is_cuda,
+        PDL=has_pdl(x), BLOCK_N=config["BLOCK_N"], CACHE=config["CACHE"], num_warps=warps,
     )  # fmt: skip
     return logits, packed, chosen

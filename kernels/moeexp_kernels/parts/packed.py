@@ -49,6 +49,11 @@ def of_one_group(form: tuple[int, ...]) -> tuple[int, ...]:
     return rows, group, bits, group, group * bits // 32, vector, float16
 
 
+def lanes_filled(form: tuple[int, ...]) -> bool:
+    """Whether half a row of FORMAT `form` gives each lane of a warp four features, as `lane_features` has them."""
+    return form[4] * 16 // form[2] >= 128
+
+
 @triton.jit
 def load_group_norm(norm_ptr, group, FORMAT: tl.constexpr, PART: tl.constexpr):
     """1 + the norm's weights of one group, as `pack_group` takes them; PART: `of_one_group` of FORMAT."""
