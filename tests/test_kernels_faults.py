@@ -16,7 +16,6 @@ import torch
 from moeexp_kernels import dispatch
 from moeexp_kernels.hqq import quantise_rows
 from moeexp_kernels.ops import attention, attention_splits, moe, moe_prefill, qk_norm_rope, router, sample
-from moeexp_kernels.ops.attention_out import sdpa_decode_out
 from moeexp_kernels.ops.embedding import embedding
 from moeexp_kernels.ops.gated_delta import gdn_decode
 from moeexp_kernels.ops.gated_delta_prefill import gdn_prefill
@@ -167,12 +166,12 @@ def delta(op, tokens):
 
 
 def with_projection(op):
-    """A mixer and its output projection, of as many rows as go to the tile, or few; then heads are groups of it."""
-    fused = op in (gdn_decode_out, sdpa_decode_out)
+    """A mixer and its output projection, of as many rows as go to the tile, or few; the delta net's heads are groups of it."""
+    fused = op is gdn_decode_out
     rows = 2 if fused else 5
     case = make_case(rows, 1, (1, 2), (20, 64))
-    if op in (sdpa_out, sdpa_decode_out):
-        case = make_attention_case(rows, 1, 4, 2, 32, F32, [36, 5, 0, 9, 20][:rows], 40)
+    if op is sdpa_out:
+        case = make_attention_case(rows, 1, 4, 2, 32, F32, [36, 5, 0, 9, 20], 40)
     weight, scales = quantised(37, 128, bits=4, group=32 if fused else 64, seed=2, dtype=F32)
     project = {"weight": weight, "scales": scales, "residual": common.randn(rows, 1, 37, seed=3)}
 
@@ -240,7 +239,6 @@ CALLS = {
     "gdn prefill": lambda: delta(gdn_prefill, 19),
     "attention, splitk": lambda: attend(attention_splits.sdpa_decode_splitk, 1, 36),
     "attention, splitk, with limbs": lambda: with_projection(sdpa_out),
-    "attention, packed for its projection": lambda: with_projection(sdpa_decode_out),
     "attention, tiled": lambda: attend(attention.sdpa_decode_tiled, 1, 36),
     "attention, prefill": lambda: attend(attention.sdpa_prefill, 5, 20),
     "quantise to int4": lambda: quantised_by_hqq(4),

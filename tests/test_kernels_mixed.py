@@ -7,7 +7,6 @@ import torch
 from kernels_common import DEVICE, assert_bitwise_equal, expect_value_error, poisoned_empty, randn
 from moeexp_kernels import registry
 from moeexp_kernels.ops import mixed
-from moeexp_kernels.ops.attention_out import sdpa_decode_out
 from moeexp_kernels.ops.attention_splits import sdpa_decode_limbs, sdpa_decode_splitk
 from moeexp_kernels.ops.gated_delta import gdn_decode, gdn_decode_limbs
 from moeexp_kernels.ops.linear import linear
@@ -91,15 +90,13 @@ def test_attention_writes_the_limbs_that_a_kernel_of_their_own_would(dtype, head
 @pytest.mark.parametrize("kind", ["gdn", "sdpa"])
 @pytest.mark.parametrize(("batch", "joined"), [(1, False), (5, True)])
 def test_the_projection_of_limbs_is_that_of_the_result(kind, batch, joined):
-    """Five rows go to the tile, which takes limbs; one goes to the GEMV, for which none are made: attention packs."""
+    """Five rows go to the tile, which takes limbs; one goes to the GEMV, for which none are made."""
     arguments = delta_net(batch, 1, (16, 64), BF16) if kind == "gdn" else attention(batch, 1, 64, BF16)
     plain, together = {"gdn": (gdn_decode, mixed.gdn_out), "sdpa": (sdpa_decode_splitk, mixed.sdpa_out)}[kind]
     features = 128 if kind == "gdn" else 256
     weight, scales = int4(32, features)
     project = {"weight": weight, "scales": scales, "residual": randn(batch, 1, 32, seed=10, dtype=BF16)}
     expected = linear(x=plain(**own(arguments)), **project)
-    if kind == "sdpa" and not joined:
-        expected = sdpa_decode_out(**arguments, **project)
     with tuning.asked() as asked:
         y = together(own(arguments), project)
     assert ("linear_tile" in {op for op, _ in asked}) == joined

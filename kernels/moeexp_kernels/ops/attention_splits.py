@@ -18,7 +18,6 @@ from moeexp_kernels.ops.attention import (
     PADDED_HEAD,
     QUERIES,
     attend_block,
-    block_d,
     check_cache,
     check_queries,
     decode_config,
@@ -28,9 +27,7 @@ from moeexp_kernels.ops.attention import (
     unsplit,
 )
 from moeexp_kernels.ops.linear_tile import launch_limbs
-from moeexp_kernels.parts.act import LENGTH, UNPACKED, columns_of_vectors, store_vectors
 from moeexp_kernels.parts.limbs import empty_limbs, store_part_limbs
-from moeexp_kernels.parts.matrix import BITS, ROWS, VECTOR
 from moeexp_kernels.parts.pdl import after_previous, has_pdl, start_next
 
 
@@ -111,22 +108,17 @@ def _attend_splits_kernel(
 @triton.jit
 def _merge_kernel(
     partial_sums, partial_stats, qkv, positions, out, limbs_ptr, units_ptr, tokens, slots, qkv_stride_b, qkv_stride_t,
-    H: tl.constexpr, DH: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    H: tl.constexpr, DH: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Grid (H, blocks of Dh, B * T): exact sum of the splits' partial softmaxes, in split order, times sigmoid(gate), with GROUP,
-    a divisor of BLOCK_D, also as limbs. With ACT (`act.py`) other than UNPACKED packed instead, at limbs_ptr, and not rounded:
-    a block is whole vectors, and a head whole blocks.
+    a divisor of BLOCK_D, also as limbs.
 
     Gate and positions were complete before the previous kernel, which reads the same row and positions; past L1."""
     head, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
     b, t = row // tokens, row % tokens
     positions += start_next(PDL)
-    PACKS: tl.constexpr = ACT[ROWS] > 0
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    if PACKS:
-        vectors: tl.constexpr = BLOCK_D * ACT[BITS] // 32 // ACT[VECTOR]
-        d = columns_of_vectors(tl.program_id(1) * vectors, BLOCK_D, ACT)
     inside = d < DH
     split = tl.arange(0, SPLITS)
     position = (tl.load(positions + b, cache_modifier=".cg") + t).to(tl.int32)
@@ -147,14 +139,8 @@ def _merge_kernel(
     share = tl.exp2(largest - tl.where(pivot == float("-inf"), 0.0, pivot))
     whole = tl.sum(total * share, 0)
     result = tl.sum(sums * share[:, None], 0) / tl.where(whole > 0.0, whole, 1.0)
-    result = result * tl.sigmoid(gate)
-    if PACKS:
-        LIMBS: tl.constexpr = 2 if out.dtype.element_ty == tl.float32 else 1  # as `int16_limbs`
-        first = (head * (DH // BLOCK_D) + tl.program_id(1)) * vectors
-        store_vectors(limbs_ptr + ready + row * ACT[LENGTH], result[None, :], first, ACT, LIMBS)
-    else:
-        result = result.to(out.dtype.element_ty)
-        tl.store(out + (row * H + head) * DH + d, result, mask=inside)
+    result = (result * tl.sigmoid(gate)).to(out.dtype.element_ty)
+    tl.store(out + (row * H + head) * DH + d, result, mask=inside)
     if GROUP:
         first = head * DH + tl.program_id(1) * BLOCK_D
         store_part_limbs(
@@ -163,11 +149,10 @@ def _merge_kernel(
 
 
 def launch_splitk(
-    q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, group: int = 0, act: tuple[int, ...] = UNPACKED
+    q: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, group: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, limbs, units), the last two of out in groups of `group`, or anything without: checks the arguments of all ops and
-    runs their kernels. With `act` (ACT, `act.py`) limbs are packed rows int32 [B * T, length] and out is anything, but where
-    `packs` says no."""
+    """(out, limbs, units), the last two of out in groups of `group`, or anything without: checks the arguments of both ops and
+    runs their kernels."""
     batch, tokens, heads, head_dim = q.shape
     if not isinstance(tokens, int):
         raise ValueError(
@@ -176,7 +161,11 @@ def launch_splitk(
     check_cache(k_cache, v_cache, qkv, heads)
     check_queries(q, qkv, head_dim=k_cache.shape[3], positions=positions)
     kv_heads, slots = k_cache.shape[1], k_cache.shape[2]
-    config, splits = decode_config(q, k_cache), splits_of(q, k_cache)
+    config = decode_config(q, k_cache)
+    programs = tuned("attention_splits", q)["programs"]
+    splits = splitk_splits(
+        batch=batch, kv_heads=kv_heads, slots=slots, block_n=config["BLOCK_N"], programs=programs
+    )  # fmt: skip
     if splits == 1:
         out = unsplit(q, qkv, k_cache, v_cache, positions, config)
         return out, *limbs_after(out, group)
@@ -188,41 +177,17 @@ def launch_splitk(
         k_cache.stride(1),
         HEADS=heads_of(q, k_cache), SPLITS=splits, INTERPRETED=not q.is_cuda, PDL=has_pdl(q), **config,
     )  # fmt: skip
-    block, limbs, units = max(merge_block(q), group), out, out
-    if act != UNPACKED:
-        limbs = torch.empty((batch * tokens, act[7]), dtype=torch.int32, device=q.device)
+    merge = tuned("attention_merge", q)
+    block, limbs, units = max(merge["BLOCK_D"], group), out, out
     whole = group if head_dim % block == 0 else 0  # a program has so many groups
     if whole:
         limbs, units = empty_limbs(rows=batch * tokens, features=heads * head_dim, group=group, dtype=q.dtype, device=q.device)
     wrap_triton(_merge_kernel)[(heads, triton.cdiv(head_dim, block), batch * tokens)](
         sums, stats, qkv, positions, out, limbs, units, tokens, slots, qkv.stride(0), qkv.stride(1),
-        H=heads, DH=head_dim, SPLITS=splits, GROUP=whole, ACT=act, BLOCK_N=config["BLOCK_N"], BLOCK_D=block, PDL=has_pdl(q),
-        num_warps=tuned("attention_merge", q)["num_warps"],
+        H=heads, DH=head_dim, SPLITS=splits, GROUP=whole, BLOCK_N=config["BLOCK_N"], BLOCK_D=block, PDL=has_pdl(q),
+        num_warps=merge["num_warps"],
     )  # fmt: skip
-    return (out, limbs, units) if whole or act != UNPACKED else (out, *limbs_after(out, group))
-
-
-def splits_of(q: Tensor, k_cache: Tensor) -> int:
-    """Programs that share the slots of a key-value head."""
-    return splitk_splits(
-        batch=q.shape[0], kv_heads=k_cache.shape[1], slots=k_cache.shape[2], block_n=tuned("attention_decode", q)["BLOCK_N"],
-        programs=tuned("attention_splits", q)["programs"],
-    )  # fmt: skip
-
-
-def merge_block(q: Tensor) -> int:
-    """Features of a head that a program of the merge has, a power of 2."""
-    return min(tuned("attention_merge", q)["BLOCK_D"], block_d(q.shape[3]))
-
-
-def packs(q: Tensor, k_cache: Tensor, *, bits: int, group: int) -> bool:
-    """Whether `launch_splitk` can pack its rows for weights of `bits` in groups of `group`: there is a merge, and its blocks are
-    whole vectors."""
-    head_dim, block = q.shape[3], merge_block(q)
-    words = group * bits // 32  # of a group, of which a vector is at most
-    if bits not in (4, 8) or splits_of(q, k_cache) == 1 or group & (group - 1) or head_dim % group:
-        return False
-    return head_dim % block == 0 and block % (min(words, 4) * 32 // bits) == 0
+    return (out, limbs, units) if whole else (out, *limbs_after(out, group))
 
 
 def limbs_after(out: Tensor, group: int) -> tuple[Tensor, Tensor]:

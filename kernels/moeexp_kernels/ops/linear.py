@@ -33,7 +33,6 @@ from moeexp_kernels.ops.gemm import launch_gemm, launch_rms_norm
 from moeexp_kernels.ops.linear_tile import launch_tile, tile_serves
 from moeexp_kernels.ops.matmul import matmul
 from moeexp_kernels.parts import tuning
-from moeexp_kernels.parts.act import UNPACKED, load_packed_row
 from moeexp_kernels.parts.checks import FLOATS, check_argument
 from moeexp_kernels.parts.int_dot import dot_rows_by_four, load_norm, load_row_features, load_rows
 from moeexp_kernels.parts.limbs import check_limbs
@@ -105,14 +104,14 @@ def reference_linear(
 @triton.jit
 def gemv_kernel(
     x_ptr, w_ptr, s_ptr, norm_ptr, res_ptr, y_ptr, x_stride,
-    EPS: tl.constexpr, M: tl.constexpr, TOGETHER: tl.constexpr, ACT: tl.constexpr, FORMAT: tl.constexpr, HAS_NORM: tl.constexpr,
+    EPS: tl.constexpr, M: tl.constexpr, TOGETHER: tl.constexpr, FORMAT: tl.constexpr, HAS_NORM: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
     CACHE: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] for TOGETHER successive m, a divisor of M, and TILES x BLOCK_N outputs n, whose weights are read once. Grid (blocks
     * M / TOGETHER), m fastest: programs that share weights start together. One dimension, because only the first may exceed
-    65,535. With ACT (`act.py`) other than UNPACKED x is packed rows, and has no norm."""
-    LIMBS: tl.constexpr = 2 if y_ptr.dtype.element_ty == tl.float32 else 1  # as `int16_limbs`
+    65,535."""
+    LIMBS: tl.constexpr = 2 if x_ptr.dtype.element_ty == tl.float32 else 1  # as `int16_limbs`
     program = tl.program_id(0).to(tl.int64)
     shares: tl.constexpr = M // TOGETHER
     whole: tl.constexpr = FORMAT[ROWS] % (BLOCK_N * TILES) == 0
@@ -131,10 +130,7 @@ def gemv_kernel(
     extra = load_extra(res_ptr, row, rows_left, TOGETHER, HAS_RESIDUAL, FORMAT, "")
     features, scale = (), ()
     for i in tl.static_range(TOGETHER):
-        if ACT[ROWS] > 0:
-            own, r = load_packed_row(x_ptr + (m + i) * x_stride, FORMAT, ACT, LIMBS), 1.0
-        else:
-            own, r = load_row_features(x_ptr + (m + i) * x_stride, norm, EPS, HAS_NORM, FORMAT, LIMBS)
+        own, r = load_row_features(x_ptr + (m + i) * x_stride, norm, EPS, HAS_NORM, FORMAT, LIMBS)
         features, scale = features + (own,), scale + (r,)  # type: ignore[assignment]
     for tile in tl.static_range(TILES):
         here = row + tile * BLOCK_N
@@ -251,10 +247,9 @@ def kernel_for(
 
 def launch_gemv(
     *, x: Tensor, weight: Tensor, scales: Tensor | None, norm_weight: Tensor | None, eps: float,
-    residual: Tensor | None, out: Tensor, bits: int, group: int, config: dict | None = None, act: tuple[int, ...] = UNPACKED,
+    residual: Tensor | None, out: Tensor, bits: int, group: int, config: dict | None = None,
 ) -> None:  # fmt: skip
-    """out [M, N] = residual + norm(x [M, K]) @ weight.T; all flat, checked, residual and out contiguous. With `act` (ACT,
-    `act.py`) x is packed rows int32 [M, length] for the VECTOR of `config`, and has no norm."""
+    """out [M, N] = residual + norm(x [M, K]) @ weight.T; all flat, checked, residual and out contiguous."""
     (tokens, features), rows = x.shape, weight.shape[0]
     config = config or gemv_config(
         bits=bits, rows=rows, in_features=features, tokens=tokens, arch=tuning.architecture(x.device)
@@ -265,7 +260,7 @@ def launch_gemv(
     wrap_triton(gemv_kernel)[grid](
         x, weight, weight if scales is None else scales, x if norm_weight is None else norm_weight,
         x if residual is None else residual, out, x.stride(0),
-        EPS=eps, M=tokens, ACT=act, FORMAT=form, HAS_NORM=norm_weight is not None, HAS_RESIDUAL=residual is not None,
+        EPS=eps, M=tokens, FORMAT=form, HAS_NORM=norm_weight is not None, HAS_RESIDUAL=residual is not None,
         INTERPRETED=not x.is_cuda, PDL=has_pdl(x), **launch,
     )  # fmt: skip
 

@@ -1,9 +1,8 @@
 """A decode step's mixer, the delta net or attention, with its output projection: together they spare a kernel.
 
 Where the projection goes to the tile (`linear_tile.py`), which multiplies limbs of its activations, the mixer's last kernel
-writes these beside its result, and no kernel of their own has to. Of very few rows it writes the integers that the projection's
-GEMV multiplies, packed, and nothing else: attention's merge (`attention_out.py`), and the delta rule, whose gated norm is left
-to the GEMV (`gated_out.py`).
+writes these beside its result, and no kernel of their own has to. Of very few rows the delta rule writes the integers that the
+projection's GEMV multiplies, packed, and leaves its gated norm to that (`gated_out.py`).
 """
 
 from __future__ import annotations
@@ -12,8 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moeexp_kernels.ops.attention_out import sdpa_decode_out
-from moeexp_kernels.ops.attention_splits import packs, sdpa_decode_limbs, sdpa_decode_splitk
+from moeexp_kernels.ops.attention_splits import sdpa_decode_limbs, sdpa_decode_splitk
 from moeexp_kernels.ops.gated_delta import decode_launch, gdn_decode, gdn_decode_limbs
 from moeexp_kernels.ops.gated_out import gdn_decode_out, packed_vector
 from moeexp_kernels.ops.linear import kernel_for, linear, weight_format
@@ -54,9 +52,7 @@ def gdn_out(arguments: dict[str, Any], project: dict[str, Any]) -> Tensor:
 def sdpa_out(arguments: dict[str, Any], project: dict[str, Any]) -> Tensor:
     """`gdn_out` of attention."""
     q = arguments["q"]
-    kernel, bits, group = kernel_of(q, features=q.shape[2] * q.shape[3], project=project)
-    if kernel == "gemv" and packs(q, arguments["k_cache"], bits=bits, group=group):
-        return sdpa_decode_out(**arguments, **project)
+    kernel, _, group = kernel_of(q, features=q.shape[2] * q.shape[3], project=project)
     if kernel != "tile":
         return linear(x=sdpa_decode_splitk(**arguments), **project)
     out, limbs, units = sdpa_decode_limbs(**arguments, group=group)

@@ -19,8 +19,8 @@ from moeexp_kernels.parts.choice import NOT_CHOSEN
 from moeexp_kernels.parts.int_dot import dot_rows, load_norm, load_row_features, load_rows
 from moeexp_kernels.parts.matrix import FEATURES, GROUP, ROWS, matrix_format
 from moeexp_kernels.parts.packed import (
-    load_group_norm,
     lanes_filled,
+    load_group_norm,
     load_share_gate,
     of_one_group,
     pack_factors,
