@@ -64,7 +64,7 @@ def test_the_command_prints_a_line_for_each_kernel():
     for wanted in ("gemv_kernel", "_decode_kernel", "gate_up_routed_kernel", "down_routed_kernel", "_attend_splits_kernel"):
         assert sum(name == wanted for name, *_ in rows) >= 2, wanted
     # A warp loads what it multiplies, by whichever Triton (`parts/spread.py`): otherwise there are dozens of barriers.
-    barriers_allowed = {"gate_up_routed_kernel": 8, "down_routed_kernel": 12, "logits_packed_kernel": 15}
+    barriers_allowed = {"gate_up_routed_kernel": 8, "down_routed_kernel": 12, "logits_packed_kernel": 15, "gated_gemv_kernel": 8}
     for name, programs, warps, before, behind, barriers, registers, shared in rows:
         assert int(programs) > 0 and int(warps) in (1, 2, 4, 8, 16), name
         assert int(before) > 0 and int(behind) > int(barriers) >= 0, name
