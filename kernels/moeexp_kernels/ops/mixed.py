@@ -42,10 +42,11 @@ def gdn_out(arguments: dict[str, Any], project: dict[str, Any]) -> Tensor:
     few = kernel == "gemv" and proj.shape[0] * proj.shape[1] <= tuning.lookup(
         "gdn_out", key, tuning.architecture(proj.device)
     )["UP_TO"]  # fmt: skip
-    heads = {"k_heads": arguments["num_k_heads"], "v_heads": arguments["num_v_heads"]}
-    split, _ = decode_launch(proj=proj, dims=(arguments["head_k_dim"], dim), **heads)
-    if few and packed_vector(bits=bits, group=group, head_v_dim=dim, split=split):
-        return gdn_decode_out(**arguments, **project)
+    if few:
+        heads = {"k_heads": arguments["num_k_heads"], "v_heads": arguments["num_v_heads"]}
+        split, _ = decode_launch(proj=proj, dims=(arguments["head_k_dim"], dim), **heads)
+        if packed_vector(bits=bits, group=group, head_v_dim=dim, split=split):
+            return gdn_decode_out(**arguments, **project)
     return linear(x=gdn_decode(**arguments), **project)
 
 

@@ -28,7 +28,7 @@ LENGTH: tl.constexpr = tl.constexpr(7)  # of a packed row, int32
 EXPERTS: tl.constexpr = tl.constexpr(8)  # TOP_K
 
 
-UNPACKED = (0,)  # ACT of a kernel that packs nothing, or is given nothing packed
+UNPACKED = (0,)  # ACT of a kernel that packs nothing
 
 
 def act_format(
