@@ -28,6 +28,7 @@ from torch.library import triton_op, wrap_triton
 from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.checks import check_argument
 from moeexp_kernels.parts.pdl import after_previous, has_pdl
+from moeexp_kernels.parts.precision import FLOAT32
 
 MAX_HEAD_DIM, MAX_GROUP = 256, 64
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -40,13 +41,16 @@ PADDED_HEAD: tl.constexpr = tl.constexpr(3)  # Dh, rounded up to a power of 2 th
 
 
 @triton.jit
-def load_block(keys, values, n, kv_len, HEADS: tl.constexpr, BLOCK_N: tl.constexpr):
+def load_block(keys, values, n, kv_len, WHOLE: tl.constexpr, HEADS: tl.constexpr, BLOCK_N: tl.constexpr):
     """(keys, values) [BLOCK_N, Dh] of slots [n, n + BLOCK_N), at the first of which the pointers are; those from `kv_len` on are
-    zeros and never loaded."""
+    zeros and never loaded. WHOLE: there are none."""
     DH: tl.constexpr = HEADS[HEAD_DIM]
-    column, d = tl.arange(0, BLOCK_N), tl.arange(0, HEADS[PADDED_HEAD])
+    BLOCK_D: tl.constexpr = HEADS[PADDED_HEAD]
+    column, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     cells = column[:, None] * DH + d[None, :]
-    inside = (n + column < kv_len)[:, None] & (d < DH)[None, :]
+    if WHOLE and DH == BLOCK_D:
+        return tl.load(keys + cells), tl.load(values + cells)
+    inside = (n + column < (n + BLOCK_N if WHOLE else kv_len))[:, None] & (d < DH)[None, :]
     return tl.load(keys + cells, mask=inside, other=0.0), tl.load(values + cells, mask=inside, other=0.0)
 
 
@@ -59,14 +63,15 @@ def attend_block(
     DH: tl.constexpr = HEADS[HEAD_DIM]
     SCALE: tl.constexpr = DH**-0.5 * LOG2_E
     key, value = key.to(q_tile.dtype), value.to(q_tile.dtype)
-    score = tl.dot(q_tile, tl.trans(key), input_precision="ieee") * SCALE
+    score = tl.dot(q_tile, tl.trans(key), input_precision=FLOAT32)
     if CAUSAL:
         score = tl.where((n + tl.arange(0, BLOCK_N))[None, :] <= last[:, None], score, float("-inf"))
-    new_largest = tl.maximum(largest, tl.max(score, 1))
-    weight = tl.exp2(score - new_largest[:, None])
+    # The scale goes to each row's largest score, and to the others in the subtraction: a multiplication less for each.
+    new_largest = tl.maximum(largest, tl.max(score, 1) * SCALE)
+    weight = tl.exp2(score * SCALE - new_largest[:, None])
     decay = tl.exp2(largest - new_largest)
     total = total * decay + tl.sum(weight, 1)
-    acc = tl.dot(weight.to(value.dtype), value, acc * decay[:, None], input_precision="ieee")
+    acc = tl.dot(weight.to(value.dtype), value, acc * decay[:, None], input_precision=FLOAT32)
     return acc, new_largest, total
 
 
@@ -120,12 +125,12 @@ def _attend_kernel(
     largest = tl.full([BLOCK_M], -3e38, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for n in range(0, plain, BLOCK_N):
-        key, value = load_block(keys, values, n, kv_len, HEADS, BLOCK_N)
+        key, value = load_block(keys, values, n, kv_len, True, HEADS, BLOCK_N)
         acc, largest, total = attend_block(q_tile, key, value, n, last, acc, largest, total, False, HEADS, BLOCK_N)
         keys += BLOCK_N * DH
         values += BLOCK_N * DH
     for n in range(plain, kv_len, BLOCK_N):
-        key, value = load_block(keys, values, n, kv_len, HEADS, BLOCK_N)
+        key, value = load_block(keys, values, n, kv_len, False, HEADS, BLOCK_N)
         acc, largest, total = attend_block(q_tile, key, value, n, last, acc, largest, total, True, HEADS, BLOCK_N)
         keys += BLOCK_N * DH
         values += BLOCK_N * DH

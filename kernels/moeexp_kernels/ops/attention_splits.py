@@ -92,12 +92,12 @@ def _attend_splits_kernel(
         for n in range(begin + BLOCK_N, plain, BLOCK_N):
             keys += BLOCK_N * DH
             values += BLOCK_N * DH
-            key, value = load_block(keys, values, n, kv_len, HEADS, BLOCK_N)
+            key, value = load_block(keys, values, n, kv_len, True, HEADS, BLOCK_N)
             acc, largest, total = attend_block(q_tile, key, value, n, last, acc, largest, total, False, HEADS, BLOCK_N)
         for n in range(tl.maximum(plain, begin + BLOCK_N), end, BLOCK_N):
             keys += BLOCK_N * DH
             values += BLOCK_N * DH
-            key, value = load_block(keys, values, n, kv_len, HEADS, BLOCK_N)
+            key, value = load_block(keys, values, n, kv_len, False, HEADS, BLOCK_N)
             acc, largest, total = attend_block(q_tile, key, value, n, last, acc, largest, total, True, HEADS, BLOCK_N)
         cell = ((token * SPLITS + split) * HEADS[KV_HEADS] + kv_head) * GROUP + row
         tl.store(partial_sums + cell[:, None] * DH + d[None, :], acc, mask=used)

@@ -16,6 +16,7 @@ from torch.library import wrap_triton
 from moeexp_kernels.parts import tuning
 from moeexp_kernels.parts.int_dot import unpack_scales
 from moeexp_kernels.parts.matrix import BITS, FEATURES, GROUP, ROWS, matrix_format
+from moeexp_kernels.parts.precision import FLOAT32
 
 
 @triton.jit
@@ -254,14 +255,12 @@ def nibbles(q, HIGH: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def add_product(
-    acc, q, scale, shift, x, x_high, FORMAT: tl.constexpr, INTERPRETED: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
+def add_product(acc, q, scale, shift, x, x_high, FORMAT: tl.constexpr, INTERPRETED: tl.constexpr):
     """acc + a stored tile times activations. x: the features of the stored columns, of int4 those in the low nibbles; x_high
     those in the high ones."""
-    acc = tl.dot(widened(q, scale, shift, False, x.dtype, FORMAT[BITS], INTERPRETED), x, acc, input_precision=PRECISION)
+    acc = tl.dot(widened(q, scale, shift, False, x.dtype, FORMAT[BITS], INTERPRETED), x, acc, input_precision=FLOAT32)
     if FORMAT[BITS] == 4:
-        acc = tl.dot(widened(q, scale, shift, True, x.dtype, FORMAT[BITS], INTERPRETED), x_high, acc, input_precision=PRECISION)
+        acc = tl.dot(widened(q, scale, shift, True, x.dtype, FORMAT[BITS], INTERPRETED), x_high, acc, input_precision=FLOAT32)
     return acc
 
 
@@ -277,8 +276,8 @@ def add_scaled(acc, q, scale, shift, x, x_high, sums, INTERPRETED: tl.constexpr)
 @triton.jit
 def gemm_kernel(
     x_ptr, w_ptr, s_ptr, res_ptr, y_ptr, M, x_stride, res_stride,
-    FORMAT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, INTERPRETED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    FORMAT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] in tiles, computed as weights x activations: the weights are dequantised in registers, from where only
     the first operand of a Hopper tensor-core product can come. BLOCK_K counts stored columns."""
@@ -294,16 +293,11 @@ def gemm_kernel(
         q = stored_tile(w_ptr, n, n < N, start, FORMAT, N % BLOCK_N == 0, BLOCK_K)
         scale, shift = scale_tile(s_ptr, n, n < N, start, FORMAT, N % BLOCK_N == 0, BLOCK_K)
         x, high = activation_tile(x_row, m < M, start, dtype, FORMAT, BLOCK_K)
-        acc = add_product(acc, q, scale, shift, x, high, FORMAT, INTERPRETED, PRECISION)
+        acc = add_product(acc, q, scale, shift, x, high, FORMAT, INTERPRETED)
     mask = (n < N)[:, None] & (m < M)[None, :]
     if HAS_RESIDUAL:
         acc += tl.load(res_ptr + (m * res_stride)[None, :] + n[:, None], mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + (m * N)[None, :] + n[:, None], acc.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-def dot_precision(dtype: torch.dtype) -> str:
-    """float32 products must not lose bits to tf32; half-width types are multiplied exactly whatever is said here."""
-    return "ieee" if dtype == torch.float32 else "tf32"
 
 
 def launch_rms_norm(*, x: Tensor, norm_weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -328,7 +322,7 @@ def gemm_key(*, bits: int, dtype: torch.dtype, out_features: int, features: int,
 
 def launch_gemm(
     *, x: Tensor, weight: Tensor, scales: Tensor | None, residual: Tensor | None, out: Tensor, bits: int, group: int,
-    precision: str | None = None, config: dict | None = None,
+    config: dict | None = None,
 ) -> None:  # fmt: skip
     """out [M, N] = residual + x [M, K] @ weight.T; all flat, checked, and out contiguous."""
     rows, out_features = x.shape[0], weight.shape[0]
@@ -340,5 +334,5 @@ def launch_gemm(
         x, weight, weight if scales is None else scales, x if residual is None else residual, out, rows,
         x.stride(0), 0 if residual is None else residual.stride(0),
         FORMAT=matrix_format(weight, bits=bits, group=group), HAS_RESIDUAL=residual is not None, INTERPRETED=not x.is_cuda,
-        PRECISION=precision or dot_precision(x.dtype), **config,
+        **config,
     )  # fmt: skip

@@ -66,7 +66,6 @@ def grouped_gate_up_kernel(
     shared, expert, first, pairs = block_of(list_ptr, tl.program_id(1), shared_blocks, A, M, ROUTING, BLOCK_M)
     if pairs == 0:
         return
-    PRECISION: tl.constexpr = "ieee" if h_ptr.dtype.element_ty == tl.float32 else "tf32"  # as `dot_precision`
     K: tl.constexpr = FORMAT[FEATURES]
     WIDTH: tl.constexpr = FORMAT[ROWS] // 2
     width: tl.constexpr = K // 2 if FORMAT[BITS] == 4 else K
@@ -110,8 +109,8 @@ def grouped_gate_up_kernel(
         else:
             gate_scale, gate_shift = scale_tile(s_ptr, n, n < WIDTH, start, FORMAT, fits, BLOCK_K)
             up_scale, up_shift = scale_tile(s_ptr, WIDTH + n, n < WIDTH, start, FORMAT, fits, BLOCK_K)
-            gate = add_product(gate, gate_q, gate_scale, gate_shift, h, high, FORMAT, INTERPRETED, PRECISION)
-            up = add_product(up, up_q, up_scale, up_shift, h, high, FORMAT, INTERPRETED, PRECISION)
+            gate = add_product(gate, gate_q, gate_scale, gate_shift, h, high, FORMAT, INTERPRETED)
+            up = add_product(up, up_q, up_scale, up_shift, h, high, FORMAT, INTERPRETED)
     share = tl.load(weights_ptr + pair, mask=used & (place < A), other=0.0)
     share += tl.load(extra_row, mask=used & (place >= A), other=0.0)
     act = (gate * tl.sigmoid(gate) * up * share[None, :]).to(act_ptr.dtype.element_ty)
@@ -130,7 +129,6 @@ def grouped_down_kernel(
     shared, expert, first, pairs = block_of(list_ptr, tl.program_id(1), shared_blocks, A, M, ROUTING, BLOCK_M)
     if pairs == 0:
         return
-    PRECISION: tl.constexpr = "ieee" if act_ptr.dtype.element_ty == tl.float32 else "tf32"  # as `dot_precision`
     D: tl.constexpr = FORMAT[ROWS]
     K: tl.constexpr = FORMAT[FEATURES]
     width: tl.constexpr = K // 2 if FORMAT[BITS] == 4 else K
@@ -153,7 +151,7 @@ def grouped_down_kernel(
             q = in_operand_order(q)
         act, high = activation_tile(act_row, used, start, dtype, FORMAT, BLOCK_K)
         scale, shift = scale_tile(s_ptr, n, n < D, start, FORMAT, fits, BLOCK_K)
-        acc = add_product(acc, q, scale, shift, act, high, FORMAT, INTERPRETED, PRECISION)
+        acc = add_product(acc, q, scale, shift, act, high, FORMAT, INTERPRETED)
     pair = tl.load(order_ptr + place, mask=used & (place < A), other=0)
     row = tl.where(shared, place, pair.to(tl.int64))
     tl.store(out_ptr + (row * D)[None, :] + n[:, None], acc.to(out_ptr.dtype.element_ty), mask=(n < D)[:, None] & used[None, :])

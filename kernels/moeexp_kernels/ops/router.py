@@ -207,13 +207,12 @@ def gemv_serves(*, rows: int | torch.SymInt, key: str, arch: str | None = None) 
 def launch_logits(
     *, x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, logits: Tensor, common: dict[str, Any], arch: str, key: str
 ) -> None:  # fmt: skip
-    """logits [M, E] of many rows x [M, D]. Other weights than bfloat16 are multiplied in float32 or, beside 2-byte activations,
-    as three tf32 products."""
+    """logits [M, E] of many rows x [M, D]. Other weights than bfloat16 are multiplied as
+    float32 are."""
     (experts, features), rows = weight.shape, x.shape[0]
     if weight.dtype != torch.bfloat16:
         h = launch_rms_norm(x=x, norm_weight=norm_weight, eps=eps, dtype=torch.float32)
-        precision = "ieee" if x.dtype == torch.float32 else "tf32x3"
-        launch_gemm(x=h, precision=precision, config=tuning.lookup("router_gemm", key, arch), **common)
+        launch_gemm(x=h, config=tuning.lookup("router_gemm", key, arch), **common)
         return
     limbs = torch.empty((3, rows, features), dtype=torch.bfloat16, device=x.device)
     wrap_triton(norm_limbs_kernel)[(rows,)](
