@@ -83,6 +83,44 @@ def test_longer_caches_and_kept_expert_ids_are_no_fault(references):
     assert not failed(check_trace(trace, ARCHITECTURE)) and not failed(check_float32(trace, references[0]))
 
 
+def without_first(trace: Trace, first: int) -> Trace:
+    return replace(trace, logits=trace.logits[:, first:], first=first)
+
+
+@pytest.mark.parametrize("first", [1, 9, PROMPT - 1])
+def test_a_trace_with_logits_of_the_last_positions_alone_is_judged_by_those(references, first):
+    """Every number is what the same rows of a whole trace give; of those before, faults in state and choices are still seen."""
+    run, half, on_half = references
+    trace = without_first(trace_of(run), first)
+    part = check_trace(trace, ARCHITECTURE)
+    assert not failed(part) and part.report["with_logits"] == 2 * (LENGTH - first) < part.report["positions"]
+    assert not failed(check_float32(trace, run)) and not failed(check_tokens(trace, run, half, on_half))
+    timed = check_timed(without_first(trace_of(half), first), on_half, half, on_half)
+    values = {row["tolerance"]: row for row in timed.tolerances}
+    assert values["timed.logits"]["value"] == pytest.approx(1.0) and values["timed.position"]["value"] == pytest.approx(1.0)
+    assert f"from position {first} on" in values["timed.logits"]["where"]
+    for position in (first, PROMPT, LENGTH - 1):
+        trace = without_first(trace_of(run), first)
+        trace.logits[1, position - first] *= 1.01
+        part = check_float32(trace, run)
+        assert any(f"batch 1, position {position}:" in line for line in part.failures()), part.failures()
+        assert ("float32.decode_step" in failed(part)) == (position >= PROMPT)
+    trace = without_first(trace_of(run), first)
+    trace.states["layers.1.k_cache"][1, 0, 0] *= 1.01
+    assert any("layers.1.k_cache, batch 1, head 0, position 0" in line for line in check_float32(trace, run).failures())
+    worst = without_first(trace_of(run), first)
+    worst.next_token = run.logits(LENGTH - 1, LENGTH)[:, 0].argmin(-1)
+    assert failed(check_tokens(worst, run, half, on_half)) == {"tokens.logit_margin"}
+
+
+def test_a_trace_needs_the_logits_that_predict_the_first_token(references):
+    trace = without_first(trace_of(references[0]), PROMPT)
+    with pytest.raises(AssertionError, match="predicts the first token"):
+        check_trace(trace, ARCHITECTURE)
+    trace = replace(trace_of(references[0]), first=3)
+    assert failed(check_trace(trace, ARCHITECTURE)) == {"trace.complete"}
+
+
 def fault_row_by_1_percent(t: Trace):
     t.logits[1, 4] *= 1.01
 

@@ -190,6 +190,48 @@ def test_a_trace_in_slices_of_its_pieces_is_that_of_the_session_itself(model, ph
         torch.testing.assert_close(state, trace.states[name], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kept", [1, 5, 7, 12, 39, 40, 99])
+@pytest.mark.parametrize("dispatch", ["dual", "token_by_token"])
+def test_a_trace_with_logits_of_the_prompts_last_positions_is_the_end_of_a_whole_one(model, phases, monkeypatch, dispatch, kept):
+    stack = build_stack(configured("batch=2", f"dispatch={dispatch}", f"prefill_chunk={CHUNK}"), model, phases)
+    session, prompt, made = stack.session, random_tokens(2, 40, vocab=256), []
+    monkeypatch.setattr(bits_per_byte, "SLICE_ELEMENTS", 3 * 2 * 256)
+    whole = traces.record_trace(stack, prompt, 6)
+    prefill = session.prefill
+    monkeypatch.setattr(session, "prefill", lambda *inputs: made.append(prefill(*inputs)) or made[-1])
+    trace = traces.record_trace(stack, prompt, 6, prompt_logits=kept)
+    first = max(0, 40 - kept)
+    assert trace.first == first and trace.logits.shape == (2, 45 - first, 256)
+    torch.testing.assert_close(trace.logits, whole.logits[:, first:], rtol=0, atol=1e-5)
+    assert torch.equal(trace.token_ids, whole.token_ids) and torch.equal(trace.expert_ids, whole.expert_ids)
+    for name, state in whole.states.items():
+        torch.testing.assert_close(trace.states[name], state, rtol=0, atol=1e-5)
+    wanted = min(7, kept)  # of a piece, and a slice has three
+    assert len(made) == len(PIECES) * -(-wanted // 3) + 1 and all(logits.shape[1] <= 3 for logits in made)
+
+
+def test_a_check_of_the_last_positions_logits_sees_a_fault_of_a_piece_before_them(model, phases, monkeypatch):
+    """In what the earlier positions left in the state, although none of their logits is compared."""
+    cfg = configured("check_logits=3")
+    stack = build_stack(cfg, model, phases)
+    found = verify.verify(cfg, stack, PROMPT, phases)
+    assert found["passed"], found["failures"]
+    assert found["parts"][0]["report"]["positions"] - found["parts"][0]["report"]["with_logits"] == PROMPT.shape[1] - 3
+    keys = {"float32.logits": "logits from position 37 on"}
+    rows = [row for part in found["parts"] for row in part["tolerances"] if row["tolerance"] in keys]
+    assert [row["where"] for row in rows] == list(keys.values())
+    call, name = stack.arena.call, next(n for n in stack.arena.tensors if n.endswith("v_cache"))
+
+    def faulty(method, *inputs):
+        output = call(method, *inputs)
+        stack.arena.tensors[name][:, 0, 4] *= 1.01
+        return output
+
+    monkeypatch.setattr(stack.arena, "call", faulty)
+    found = verify.verify(cfg, stack, PROMPT, phases)
+    assert not found["passed"] and any("v_cache, batch 0, head 0, position 4" in line for line in found["failures"])
+
+
 @pytest.mark.parametrize(
     ("device", "batch", "dtype", "free", "positions"),
     [

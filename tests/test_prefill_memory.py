@@ -119,6 +119,10 @@ def test_a_check_that_the_host_cannot_hold_is_refused_before_work(length, said):
         check_fits(cfg, host.get)
     line = str(caught.value)
     assert "check=separate of 1 x 131079 positions" in line and "check=off, which publishes no speed" in line and len(line) <= 400
+    assert "check_logits=4096" in line
+    check_fits(large(f"prompt_len={length}", "check=separate", "check_logits=4096"), host.get)
+    with pytest.raises(ValueError, match="of 1 x 100007 positions"):
+        check_fits(large(f"prompt_len={length}", "check=separate", "check_logits=100000"), host.get)
 
 
 def test_the_cells_of_the_recipe_fit_one_gpu_and_their_checks_the_host():
@@ -131,4 +135,4 @@ def test_the_cells_of_the_recipe_fit_one_gpu_and_their_checks_the_host():
         check_fits(cfg, {"cpu": 100 << 30, "cuda": H100}.get)
         kind, _, length = cell.name.partition(" ")
         assert kind not in ("prompt", "depth") or cfg.prompt_len == int(length)
-        assert (cfg.check == "off") == (cfg.prompt_len > 32768), cell.name
+        assert cfg.check == "separate" and cfg.check_logits == (4096 if cfg.prompt_len > 32768 else 0), cell.name

@@ -85,6 +85,30 @@ def test_full_attention_in_pieces_of_queries_is_the_same(model, monkeypatch, dty
         torch.testing.assert_close(pieces.states[name], state, **close, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_delta_net_in_pieces_of_whole_chunks_is_the_same(model, monkeypatch, dtype):
+    """Of two sequences of 200 positions, 196 in one call: here 64 at a time, each from the state that the one before left."""
+    ids, lengths = tokens(2, 200), []
+    forward = reference_module._DeltaInPieces.forward
+
+    def counted(self, hidden_states, *arguments, **options):
+        lengths.append([piece.shape[1] for piece in hidden_states.split(self.most, dim=1)])
+        return forward(self, hidden_states, *arguments, **options)
+
+    monkeypatch.setattr(reference_module._DeltaInPieces, "forward", counted)
+    whole = reference(model, ids, 150, dtype)
+    layers = ARCHITECTURE.layer_types.count("linear_attention")
+    assert lengths == layers * [[196], [1], [1], [1], [1]]
+    lengths.clear()
+    monkeypatch.setattr(reference_module, "DELTA_POSITIONS", 2 * 100)
+    pieces = reference(model, ids, 150, dtype, expert_ids=whole.expert_ids)
+    assert lengths == layers * [[64, 64, 64, 4], [1], [1], [1], [1]]
+    close = {"rtol": 1e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 0, "atol": 0.05}  # matmuls of another shape
+    torch.testing.assert_close(pieces.logits(0, 200), whole.logits(0, 200), **close)
+    for name, state in whole.states.items():
+        torch.testing.assert_close(pieces.states[name], state, **close, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_logits_of_a_slice_and_shapes(model):
     run = reference(model, tokens(2, 9), 4)
     assert run.hidden.shape == (2, 9, 32) and run.router_logits.shape == (5, 2, 9, 8)

@@ -45,10 +45,11 @@ class Trace:
 
     token_ids: Tensor  # [B, S] int64, every token that was fed
     prompt_len: int
-    logits: Tensor = field(repr=False)  # [B, S, V], any float dtype
+    logits: Tensor = field(repr=False)  # [B, S - first, V], any float dtype
     expert_ids: Tensor = field(repr=False)  # [L, B, S, k]
     states: dict[str, Tensor] = field(repr=False)  # after the last fed token; caches may be longer than S
     next_token: Tensor | None = None  # [B]: generated last and not fed; None if nothing was
+    first: int = 0  # the position that `logits` begin with, one of the prompt's
 
 
 def check_trace(trace: Trace, config: Any) -> Part:
@@ -56,7 +57,8 @@ def check_trace(trace: Trace, config: Any) -> Part:
     transformers' own, as for the reference."""
     batch, length = trace.token_ids.shape
     layers, k = config.num_hidden_layers, config.num_experts_per_tok
-    wanted = {"logits": (batch, length, config.vocab_size), "expert_ids": (layers, batch, length, k)}
+    assert 0 <= trace.first < trace.prompt_len, "the prompt's last position predicts the first token"
+    wanted = {"logits": (batch, length - trace.first, config.vocab_size), "expert_ids": (layers, batch, length, k)}
     states = state_shapes(config, batch=batch, max_seq_len=length, dtype=trace.logits.dtype)
     wanted |= {name: shape for name, (shape, _) in states.items() if not name.endswith(".expert_ids")}
     found = {"logits": trace.logits, "expert_ids": trace.expert_ids, **_states(trace)}
@@ -78,18 +80,20 @@ def check_trace(trace: Trace, config: Any) -> Part:
         wrong = repeated | (ids < 0).any(-1) | (ids >= config.num_experts).any(-1)
         bad.append((int(wrong.sum()), f"layer {layer}{_first(wrong)}"))
     tolerances += worst_rows("trace.experts", bad)
-    return make_part("trace", tolerances, {"positions": batch * length, "layers": layers})
+    return make_part(
+        "trace", tolerances, {"positions": batch * length, "with_logits": batch * (length - trace.first), "layers": layers}
+    )
 
 
 def check_float32(trace: Trace, reference: ReferenceRun) -> Part:
     """Part (a): the same ops in float32 against the reference that replayed the trace's expert choices."""
     _assert_same_run(trace, reference)
-    logits = _compare(trace, reference)
+    logits = _compare(trace, reference, trace.first)
     tolerances = _finite(trace, {"reference": reference})
-    tolerances.append(measured("float32.logits", logits.rows.ratio(), "all logits"))
-    tolerances.append(_worst_row("float32.position", logits.rows, ("batch", "position")))
+    tolerances.append(measured("float32.logits", logits.rows.ratio(), _which(trace)))
+    tolerances.append(_worst_row("float32.position", logits.rows, ("batch", "position"), trace.first))
     steps = [
-        (_step_ratio(logits.rows, position), f"decode step {position - trace.prompt_len}, position {position}")
+        (_step_ratio(logits.rows, position - trace.first), f"decode step {position - trace.prompt_len}, position {position}")
         for position in range(trace.prompt_len, trace.token_ids.shape[1])
     ]
     tolerances += worst_rows("float32.decode_step", steps)
@@ -123,10 +127,10 @@ def check_timed(
     """
     _assert_same_run(trace, reference)
     _assert_pair(bf16_run, reference_on_bf16_choices, trace)
-    ours, theirs = _compare(trace, reference), _compare(bf16_run, reference_on_bf16_choices)
+    ours, theirs = _compare(trace, reference, trace.first), _compare(bf16_run, reference_on_bf16_choices, trace.first)
     tolerances = _finite(trace, {"reference": reference, "bf16 run": bf16_run, "its reference": reference_on_bf16_choices})
-    tolerances.append(measured("timed.logits", quotient(ours.rows.ratio(), theirs.rows.ratio()), "all logits"))
-    worst = _worst_row("timed.position", ours.rows, ("batch", "position"))
+    tolerances.append(measured("timed.logits", quotient(ours.rows.ratio(), theirs.rows.ratio()), _which(trace)))
+    worst = _worst_row("timed.position", ours.rows, ("batch", "position"), trace.first)
     worst_theirs = float(theirs.rows.row_ratios().max())
     worst_ours = math.inf if worst["value"] is None else worst["value"]
     tolerances.append(measured("timed.position", quotient(worst_ours, worst_theirs), worst["where"]))
@@ -147,10 +151,10 @@ def check_timed(
 
 def _chosen_by_logits(trace: Trace, start: int, gumbel: Callable[[Tensor, int], Tensor] | None) -> Tensor:
     """[B, n]: what the logits of the positions from `start` on would choose, with the noise that `gumbel` adds."""
-    batch, length, vocab = trace.logits.shape
+    batch, _, vocab = trace.logits.shape
     chosen = []
-    for first, last in slices(batch, start, length, vocab):
-        logits = trace.logits[:, first:last]
+    for first, last in slices(batch, start, trace.token_ids.shape[1], vocab):
+        logits = trace.logits[:, first - trace.first : last - trace.first]
         chosen.append((logits if gumbel is None else gumbel(logits.float(), first)).argmax(-1).to(trace.token_ids.device))
     return torch.cat(chosen, 1)
 
@@ -188,8 +192,8 @@ def check_tokens(
     if bf16_run is not None:
         assert reference_on_bf16_choices is not None, "a bf16 run needs the reference on its choices"
         _assert_pair(bf16_run, reference_on_bf16_choices, trace)
-        own = _compare(bf16_run, reference_on_bf16_choices)
-        noise = own.rows.error.sqrt()[:, start:]
+        own = _compare(bf16_run, reference_on_bf16_choices, trace.first)
+        noise = own.rows.error.sqrt()[:, start - trace.first :]
         cap = own_limit("tokens.cap", float(own.margin.max()))
 
     margins, allowed, most = [], [], token_noise(batch * (stop - start))
@@ -233,12 +237,19 @@ def _used(name: str, state: Tensor, length: int) -> Tensor:
 
 
 def _slicer(run: Trace | ReferenceRun):
-    return run.logits if isinstance(run, ReferenceRun) else lambda start, stop: run.logits[:, start:stop]
+    if isinstance(run, ReferenceRun):
+        return run.logits
+    return lambda start, stop: run.logits[:, start - run.first : stop - run.first]
 
 
-def _compare(run: Trace | ReferenceRun, reference: ReferenceRun) -> LogitRows:
+def _compare(run: Trace | ReferenceRun, reference: ReferenceRun, first: int) -> LogitRows:
+    """Of the positions from `first` on."""
     batch, length = reference.token_ids.shape
-    return compare_logits(_slicer(run), reference.logits, batch, 0, length, reference.config.vocab_size)
+    return compare_logits(_slicer(run), reference.logits, batch, first, length, reference.config.vocab_size)
+
+
+def _which(trace: Trace) -> str:
+    return f"logits from position {trace.first} on" if trace.first else "all logits"
 
 
 def _noise(logits: Tensor, reference: Tensor) -> Tensor:
@@ -272,7 +283,8 @@ def _finite(trace: Trace, runs: dict[str, ReferenceRun]) -> list[dict]:
     length = trace.token_ids.shape[1]
     batch, vocab = trace.token_ids.shape[0], trace.logits.shape[-1]
     # On the device of the run: logits of a long prompt, which lie in host memory, are billions.
-    parts = (trace.logits[:, a:b].to(trace.token_ids.device) for a, b in slices(batch, 0, length, vocab))
+    ranges = slices(batch, 0, trace.logits.shape[1], vocab)
+    parts = (trace.logits[:, a:b].to(trace.token_ids.device) for a, b in ranges)
     counts = [(sum(map(count_not_finite, parts)), "logits")]
     counts += [(count_not_finite(_used(name, state, length)), name) for name, state in _states(trace).items()]
     for label, run in runs.items():
@@ -322,16 +334,18 @@ def _step_ratio(rows: Rows, position: int) -> float:
     return quotient(rows.error[:, position].mean().sqrt(), rows.reference[:, position].mean().sqrt())
 
 
-def _worst_row(name: str, rows: Rows, dims: tuple[str, ...]) -> dict[str, Any]:
+def _worst_row(name: str, rows: Rows, dims: tuple[str, ...], start: int = 0) -> dict[str, Any]:
+    """start: what the last of `dims` counts from."""
     ratios = rows.row_ratios()
     index = int(ratios.argmax())
     over = int((ratios > TOLERANCES[name].limit).sum())
-    where = _where(dims, index, ratios.shape) + (f" ({over} rows of {ratios.numel()} are over)" if over > 1 else "")
+    where = _where(dims, index, ratios.shape, start) + (f" ({over} rows of {ratios.numel()} are over)" if over > 1 else "")
     return measured(name, float(ratios.flatten()[index]), where)
 
 
-def _where(dims: tuple[str, ...], index: int, shape: Iterable[int]) -> str:
-    return ", ".join(f"{dim} {i}" for dim, i in zip(dims, unravel(index, tuple(shape)), strict=True))
+def _where(dims: tuple[str, ...], index: int, shape: Iterable[int], start: int = 0) -> str:
+    *found, last = unravel(index, tuple(shape))
+    return ", ".join(f"{dim} {i}" for dim, i in zip(dims, [*found, last + start], strict=True))
 
 
 def _first(flags: Tensor) -> str:

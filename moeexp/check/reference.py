@@ -4,9 +4,11 @@ Layer-major: each layer runs all positions but the last few as one call and then
 transformers' own cache, before the next layer is loaded. A 35B model so needs one dequantised layer (3.3 GB in float32), not
 itself. Which call a position belongs to changes its result by the rounding of the run's dtype alone; a call costs 2.5 ms a
 layer however short it is, so that one for each of 256 generated tokens would be half of a check's time at full size.
-Of a long call full attention alone goes in pieces, because its scores are heads x queries x positions: each query still has all
-positions before it in one softmax of transformers' own. Norms and experts see the call whole: transformers' loop over all experts
-takes its time again for each call, however few tokens that has.
+Of a long call the mixer alone goes in pieces. Of full attention because its scores are heads x queries x positions: each query
+still has all positions before it in one softmax of transformers' own. Of the delta net because it holds some twenty float32
+tensors of value heads x positions x head dim: a piece is whole chunks and begins with the state that the one before left.
+Norms and experts see the call whole: transformers' loop over all experts takes its time again for each call, however few tokens
+that has.
 Shape letters: B batch, S sequence, L layers, D hidden, V vocabulary, E experts, k experts per token.
 """
 
@@ -25,9 +27,12 @@ from moeexp.check.pure_torch import assert_pure_torch, eager, full_precision, mo
 
 # Positions at the end that are calls of their own: transformers' own decode path, from a state that its prompt path left.
 SINGLE_STEPS = 4
-# Scores of one piece of full attention, of which transformers holds three tensors at a time, in float32 2 GiB each. At full size
-# 5,792 positions are one piece.
-SCORES = 1 << 29
+# Scores of one piece of full attention, of which transformers holds three tensors at a time, in float32 4 GiB each. At full size
+# 8,192 positions are one piece.
+SCORES = 1 << 30
+# Positions, of all sequences, of one piece of the delta net: at full size float32 tensors of 512 MiB.
+DELTA_POSITIONS = 1 << 15
+CHUNK = 64  # of transformers' chunked delta rule
 
 
 class ReferenceWeights(Protocol):
@@ -179,6 +184,8 @@ def _run_layer(
     attends = config.layer_types[index] == "full_attention"
     if attends:
         layer.self_attn = _InPieces(layer.self_attn, max(1, SCORES // (batch * config.num_attention_heads * length)))
+    else:
+        layer.linear_attn = _DeltaInPieces(layer.linear_attn, max(1, DELTA_POSITIONS // (batch * CHUNK)) * CHUNK)
     for route.start, route.stop in pairwise([0, *range(first, length + 1)]):
         here = slice(route.start, route.stop)
         output[:, here] = layer(hidden[:, here], position_embeddings=(rope[0][:, here], rope[1][:, here]), past_key_values=cache)
@@ -222,6 +229,20 @@ class _InPieces(nn.Module):
             outputs.append(found[0])
             del found  # with the scores, before the next piece's are made
         return torch.cat(outputs, dim=1), None
+
+
+class _DeltaInPieces(nn.Module):
+    """A layer's delta net, in whose place it stands: positions at most `most`, a multiple of its chunk, at a time."""
+
+    def __init__(self, delta: Any, most: int):
+        super().__init__()
+        self.delta, self.most = delta, most
+
+    def forward(self, hidden_states: Tensor, attention_mask: None, cache_params: Any, **options: Any) -> Tensor:
+        """hidden_states [B, T, D] -> [B, T, D], as of transformers' own: after those that `cache_params` has seen."""
+        pieces = hidden_states.split(self.most, dim=1)
+        outputs = [self.delta(hidden_states=piece, attention_mask=None, cache_params=cache_params, **options) for piece in pieces]
+        return torch.cat(outputs, dim=1)
 
 
 def _causal_mask(start: int, stop: int, like: Tensor) -> Tensor:

@@ -23,24 +23,27 @@ MOST_ELEMENTS = 2**31 - 1
 
 @torch.no_grad()
 def record_trace(
-    stack: Stack, prompt: Tensor, new_tokens: int, *, forced: Tensor | None = None, together: int = 1
+    stack: Stack, prompt: Tensor, new_tokens: int, *, forced: Tensor | None = None, together: int = 1, prompt_logits: int = 0
 ) -> Trace:  # fmt: skip
-    """Decodes `new_tokens` from prompt [B, T] through the session, keeping every logit and the final state. `forced`
+    """Decodes `new_tokens` from prompt [B, T] through the session, keeping the final state and every logit, or of the prompt
+    those of its last `prompt_logits` positions. `forced`
     [B, >= new_tokens - 1] is fed instead of what the sampler chooses, and the prompt is not prefilled once more for its first
     choice; `together`: so many of its tokens by one step of the session's `verify`, and those that are left over by decode
     steps."""
     session, (batch, count) = stack.session, prompt.shape
     length = count + new_tokens - 1
+    first = max(0, count - prompt_logits) if prompt_logits else 0
     vocab, dtype = session.vocab_size, stack.model.embed_tokens.weight.dtype
-    where = "cpu" if on_host(batch * length * vocab * dtype.itemsize) else stack.device
-    kept = torch.empty(batch, length, vocab, dtype=dtype, device=where)
-    _keep_prompt(stack, prompt, kept)
-    fed, logits = [prompt], kept[:, count - 1 : count]
+    where = "cpu" if on_host(batch * (length - first) * vocab * dtype.itemsize) else stack.device
+    kept = torch.empty(batch, length - first, vocab, dtype=dtype, device=where)
+    _keep_prompt(stack, prompt, kept, first)
+    last = slice(count - 1 - first, count - first)
+    fed, logits = [prompt], kept[:, last]
     if forced is None:
         # As a generation asks for them: of one position the head is another kernel, and at a tie it may choose another token.
         session.reset()
         logits = session.prefill(prompt).clone()
-        kept[:, count - 1 : count] = logits
+        kept[:, last] = logits
     while session.length < length:
         step = session.length - count
         if together > 1 and session.length + together <= length:
@@ -51,7 +54,7 @@ def record_trace(
             tokens = session.sample(logits) if forced is None else forced[:, step : step + 1]
             logits = session.decode(tokens).clone()
         fed.append(tokens)
-        kept[:, count + step : session.length] = logits
+        kept[:, count + step - first : session.length - first] = logits
     state = stack.arena.snapshot()
     ids = [state.pop(f"layers.{i}.expert_ids")[:, :length] for i in range(stack.arch.num_hidden_layers)]
     return Trace(
@@ -61,26 +64,31 @@ def record_trace(
         expert_ids=torch.stack(ids).long(),
         states=state,
         next_token=session.sample(logits)[:, 0] if forced is None else None,
+        first=first,
     )
 
 
-def _keep_prompt(stack: Stack, prompt: Tensor, kept: Tensor) -> None:
-    """Logits of all positions of prompt [B, T] into kept [B, >= T, V], by as many prefills as there are slices of a piece: in
-    each the session is given the prompt piece by piece, as it cuts it itself, and makes logits of one slice of each."""
+def _keep_prompt(stack: Stack, prompt: Tensor, kept: Tensor, first: int) -> None:
+    """Logits of the positions from `first` on of prompt [B, T] into kept [B, >= T - first, V], by as many prefills as there are
+    slices of a piece: in each the session is given the prompt piece by piece, as it cuts it itself, and makes logits of one slice
+    of each."""
     session = stack.session
     sizes = piece_sizes(prompt.shape[1], session.prefill_chunk)
     step = _positions_at_once(stack, max(sizes), kept.dtype)
-    for index in range(-(-max(sizes) // step)):
+    for index in range(-(-min(max(sizes), prompt.shape[1] - first) // step)):
         session.reset()
         for piece in prompt.split(sizes, dim=1):
-            starts = range(0, piece.shape[1], step)
+            # A copy, as the session makes of its pieces: for views torch.compile compiles anew.
+            tokens, before = piece.clone(memory_format=torch.contiguous_format), session.length
+            starts = range(max(0, first - before), piece.shape[1], step)
+            if not starts:  # none of its logits are kept
+                session.prefill(tokens)
+                continue
             start = starts[min(index, len(starts) - 1)]  # a shorter piece may have a slice less: its last one again
-            stop, before = min(start + step, piece.shape[1]), session.length
+            stop = min(start + step, piece.shape[1])
             positions = torch.arange(start, stop, device=session.device)
-            # A copy, as the session makes of its pieces: for views torch.compile compiles anew. The logits have no name here:
-            # they are gone before the next piece's are made.
-            tokens = piece.clone(memory_format=torch.contiguous_format)
-            _copy_rows(kept[:, before + start : before + stop], session.prefill(tokens, positions))
+            # The logits have no name here: they are gone before the next piece's are made.
+            _copy_rows(kept[:, before + start - first : before + stop - first], session.prefill(tokens, positions))
 
 
 def _copy_rows(kept: Tensor, logits: Tensor) -> None:

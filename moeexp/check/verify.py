@@ -36,7 +36,8 @@ KEPT_BYTES = 4 << 30
 class References:
     """References over one model, kept for the runs of a group: the same tokens and expert choices give the same reference,
     and with the same ops, dispatch and state the same float32 part. Between two checks they lie in host memory, and no more
-    than `KEPT_BYTES` of them: those that were used last. The others are made again where they are wanted."""
+    than `KEPT_BYTES` of them: those that were used last. The others are made again where they are wanted. One that is larger by
+    itself is not kept at all: of a long prompt four of them fill a GPU."""
 
     def __init__(self) -> None:
         self._known: dict[Hashable, Any] = {}  # in the order of their last use
@@ -55,7 +56,8 @@ class References:
             found = self._known.pop(entry)
         else:
             found = make()
-        self._known[entry] = found
+        if not isinstance(found, ReferenceRun) or found.nbytes() <= KEPT_BYTES:
+            self._known[entry] = found
         return found
 
     def put_away(self) -> None:
@@ -89,7 +91,7 @@ def verify(
     references = references or References()
     references.reused = []
     with phases("check: trace"):
-        trace = record_trace(stack, prompt.to(stack.device), cfg.new_tokens)
+        trace = record_trace(stack, prompt.to(stack.device), cfg.new_tokens, prompt_logits=cfg.check_logits)
     config = text_config(cfg.model)
     parts = [check_trace(trace, config)]
     if snapshot_of(cfg) is not None:
@@ -124,8 +126,9 @@ def _of_steps_together(
     fed, count = trace.token_ids, trace.prompt_len
     with phases("check: verify trace"):
         together = record_trace(
-            stack, fed[:, :count].contiguous(), fed.shape[1] - count + 1, forced=fed[:, count:], together=cfg.verify_tokens
-        )
+            stack, fed[:, :count].contiguous(), fed.shape[1] - count + 1, forced=fed[:, count:], together=cfg.verify_tokens,
+            prompt_logits=cfg.check_logits,
+        )  # fmt: skip
     parts = [check_trace(together, config)]
     if parts[0].passed:
         parts += _against_reference(cfg, stack, config, together, phases, references, together=cfg.verify_tokens)
@@ -197,7 +200,7 @@ def _against_reference(
         parts = [check_float32(trace, reference), check_tokens(trace, reference, gumbel=gumbel, by_logits=together > 1)]
         return parts if together > 1 else parts + _against_generate(cfg, stack, trace, phases)
     # Its eager methods know no graph and no compiler.
-    alike = (*tokens, cfg.dispatch, cfg.state, cfg.max_seq_len, together, tuple(sorted(stack.ops.items())))
+    alike = (*tokens, cfg.dispatch, cfg.state, cfg.max_seq_len, cfg.check_logits, together, tuple(sorted(stack.ops.items())))
     parts = [references.get("float32", alike, lambda: _float32_twin(cfg, stack, config, trace, run, phases, together))]
     bf16 = run("bf16 baseline", torch.bfloat16, None)
     reference_on_bf16 = run("bf16 reference", torch.float32, bf16.expert_ids)
@@ -228,7 +231,7 @@ def gumbel_scores(cfg: Config, trace: Trace) -> Callable[[Tensor, int], Tensor]:
             seed_state = torch.tensor([sampler.seed, draw], dtype=torch.int64, device=logits.device)
             score = reference_scores(logits=logits[:, i : i + 1], seed_state=seed_state, temperature=sampler.temperature)
             keep = reference_support(
-                logits=trace.logits[:, first + i : first + i + 1].to(logits.device), temperature=sampler.temperature,
+                logits=trace.logits[:, [first + i - trace.first]].to(logits.device), temperature=sampler.temperature,
                 top_k=sampler.top_k or 0, top_p=1.0 if sampler.top_p is None else sampler.top_p,
             )  # fmt: skip
             result[:, i] = (score * sampler.temperature).masked_fill(~keep, float("-inf"))
@@ -249,7 +252,7 @@ def _float32_twin(
             fed = trace.token_ids
             twin_trace = record_trace(
                 twin, fed[:, : trace.prompt_len].contiguous(), fed.shape[1] - trace.prompt_len + 1,
-                forced=fed[:, trace.prompt_len :], together=together,
+                forced=fed[:, trace.prompt_len :], together=together, prompt_logits=cfg.check_logits,
             )  # fmt: skip
         finally:
             twin.close()

@@ -15,7 +15,8 @@ them. `ops.moe_prefill=triton` has the stream, its norm, and of each expert chos
 
 It is a lower bound, so that nothing is refused that fits: a device also holds compiled code, a CUDA context and captured graphs,
 what quantising needs on the way, and the check's reference, one layer at a time. Of the check its logits count, of all positions
-[B, S, V], the run's and those of its float32 twin: beyond `ON_DEVICE` bytes they lie in the host's memory.
+or of the prompt's last `check_logits` and those after it, the run's and those of its float32 twin: beyond `ON_DEVICE` bytes they
+lie in the host's memory.
 """
 
 from __future__ import annotations
@@ -83,13 +84,15 @@ def _check_logits(cfg: Config, free: int | None) -> None:
     """Of the check's logits, before a long prompt has been timed in vain."""
     if cfg.check == "off" or cfg.engine == "transformers" or free is None:
         return
-    positions = _prompt_length(cfg) + cfg.new_tokens - 1
+    prompt = _prompt_length(cfg)
+    positions = min(prompt, cfg.check_logits or prompt) + cfg.new_tokens - 1
     sizes = {SIZES[cfg.dtype], FLOAT32}  # the twin's too
     need = [cfg.batch * positions * load_architecture(cfg.model).vocab_size * size for size in sizes]
     if sum(filter(on_host, need)) > free:
         raise ValueError(
             f"check={cfg.check} of {cfg.batch} x {positions} positions keeps {sum(need) / GIB:.4g} GiB of logits in host memory, "
-            f"{free / GIB:.4g} GiB available: use check=off, which publishes no speed, or a shorter prompt"
+            f"{free / GIB:.4g} GiB available: use check_logits=4096, for those of the "
+            "prompt's last positions alone, check=off, which publishes no speed, or a shorter prompt"
         )
 
 

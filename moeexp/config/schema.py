@@ -124,6 +124,10 @@ class Config:
         values={"inline": "before the timing", "separate": "after it, so that its memory is not counted",
                 "off": "never, and no speed is published"},
     )  # fmt: skip
+    check_logits: int = axis(
+        "positions of the prompt, from its end, whose logits the check compares; of those before it compares the expert choices "
+        "and what of each stays in the state; 0: all", default=0, role=MEASUREMENT, least=0, most=MANY,
+    )  # fmt: skip
     device: str = axis(
         "what it runs on", default="auto", role=WORKLOAD, values={"auto": "CUDA where there is a GPU", "cpu": "", "cuda": ""},
         part_of=[WEIGHTS, ARTIFACT, COMPILE_KEY],

@@ -20,6 +20,10 @@ COMMON: dict[str, Callable[[dict[str, Any]], str]] = {
     "device memory, GiB": lambda record: number(record["memory_gib"].get("device_in_use")),
     "check": lambda record: "off" if record["check"] is None else "passed" if record["check"]["passed"] else "failed",
 }
+PART = (
+    " The check of {named} tokens compared the logits of the last {kept} of them and of the new ones; of those before, expert "
+    "choices and what they left in the state."
+)
 
 
 def prefill_by_prompt(results: Path) -> str:
@@ -100,7 +104,18 @@ def _curve(results: Path, kind: str, columns: dict[str, Callable[[dict[str, Any]
     folder = results / LONG
     found: Sequence[dict[str, Any]] = load_records([folder]) if folder.exists() else []
     found = [record for record in found if (cell_of(record) or "").startswith(kind) and record["status"] == "ok"]
-    return _table(sorted(found, key=lambda record: record["config"]["prompt_len"]), columns)
+    found = sorted(found, key=lambda record: record["config"]["prompt_len"])
+    return _table(found, columns) + _of_the_last(found)
+
+
+def _of_the_last(found: Sequence[dict[str, Any]]) -> str:
+    """Names the prompts of which not all logits were compared."""
+    part = [record["config"] for record in found if record["check"] and record["config"].get("check_logits")]
+    if not part:
+        return ""
+    *others, last = [number(config["prompt_len"]) for config in part]
+    kept = " and ".join(dict.fromkeys(number(config["check_logits"]) for config in part))
+    return PART.format(named=f"{', '.join(others)} and {last}" if others else last, kept=kept)
 
 
 def _table(
