@@ -21,7 +21,7 @@ from moeexp_kernels.bench.candidates import chain_targets, head_target, targets
 from moeexp_kernels.bench.case import SeededTensors, count_for, ratios, red
 from moeexp_kernels.bench.cases import BUILDERS, Spec, build, specs
 from moeexp_kernels.bench.layers import Layers
-from moeexp_kernels.bench.peers import executorch, fla, torch_int4, torch_ops
+from moeexp_kernels.bench.peers import executorch, fla, humming, torch_int4, torch_ops
 from moeexp_kernels.bench.peers.peer import WHOLE, delta_expected, delta_inputs
 from moeexp_kernels.bench.shapes import FULL, MODELS
 from moeexp_kernels.ops.linear import dequantise
@@ -206,6 +206,13 @@ def test_codes_reach_the_peers_in_their_own_layout():
     theirs = torch.stack([unsigned & 0xF, unsigned >> 4], dim=-1).flatten(1).float()
     symmetric = dequantise(weight=weight, scales=executorch.without_shift(scales), in_features=64)
     common.assert_close_ratio((theirs - 8) * scale, symmetric, 1e-6)
+
+
+def test_codes_go_into_words_from_the_lowest_bits_on():
+    codes = torch.randint(0, 16, (3, 32), dtype=torch.uint8)
+    found = humming.words(codes)
+    assert found.dtype == torch.int32 and found.shape == (3, 4)
+    assert torch.equal(torch.stack([found >> 4 * i & 15 for i in range(8)], -1).flatten(1), codes.int())
 
 
 @pytest.mark.parametrize("spec", [Spec("gdn", "decode", 2), Spec("gdn", "prefill", 20)], ids=str)

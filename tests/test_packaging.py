@@ -70,7 +70,7 @@ def test_constraints_pin_every_dependency():
 
 # Peers that the benchmarks time where they are installed, what draws the checkpoint's card, and what Hydra's grammar and
 # torch's shapes are made of.
-OPTIONAL = {"fla", "gemlite", "matplotlib"}
+OPTIONAL = {"fla", "gemlite", "humming", "matplotlib"}
 PARTS = {"antlr4", "sympy"}
 
 

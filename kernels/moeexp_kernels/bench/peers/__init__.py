@@ -7,9 +7,9 @@ before its time is shown.
 
 from __future__ import annotations
 
-from moeexp_kernels.bench.peers import executorch, fla, gemlite, torch_int4, torch_ops
+from moeexp_kernels.bench.peers import executorch, fla, gemlite, humming, torch_int4, torch_ops
 from moeexp_kernels.bench.peers.peer import Peer, Unavailable
 
-SOURCES = {module.NAME: module for module in (torch_ops, torch_int4, fla, executorch, gemlite)}
+SOURCES = {module.NAME: module for module in (torch_ops, torch_int4, fla, executorch, gemlite, humming)}
 
 __all__ = ["SOURCES", "Peer", "Unavailable"]
