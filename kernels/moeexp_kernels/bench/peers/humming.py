@@ -18,6 +18,7 @@ from moeexp_kernels.ops.linear import dequantise
 NAME = "Humming"
 COMPILES = True
 CODES = 8  # in a word of 32 bits
+TILE = 256  # outputs, of which its heuristics want whole ones: other matrices are padded
 
 
 def available() -> None:
@@ -43,7 +44,9 @@ def product(case: Case) -> Peer | None:
     x = arguments["x"].flatten(0, -2)
     out, features = arguments["weight"].shape[0], x.shape[1]
     config: dict[str, Any] = {"dtype": "int4", "group_size": group}
-    layer = HummingLayer(shape_n=out, shape_k=features, weight_config=config, torch_dtype=torch.bfloat16).to(x.device)
+    layer = HummingLayer(
+        shape_n=out, shape_k=features, weight_config=config, torch_dtype=torch.bfloat16, pad_n_to_multiple=TILE
+    ).to(x.device)
     scales = arguments["scales"][..., 0].bfloat16()
     layer.load_from_tensors({"weight": words(natural_codes(arguments["weight"], group)), "weight_scale": scales})
     layer.transform()
