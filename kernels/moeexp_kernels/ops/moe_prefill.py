@@ -146,9 +146,11 @@ def launch_norm(
     (rows, features), (bits, group) = x.shape, kind[1]
     h = torch.empty((rows, features), dtype=x.dtype, device=x.device)
     extra = torch.empty((rows, 1 + features // group), dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(features)
     wrap_triton(norm_kernel)[(rows,)](
         x, norm_weight, shared_gate, h, extra, x.stride(0), K=features, GROUP=group, EPS=eps,
-        IN_ORDER=has_order(bits=bits, group=group, dtype=x.dtype), BLOCK_K=triton.next_power_of_2(features),
+        IN_ORDER=has_order(bits=bits, group=group, dtype=x.dtype), BLOCK_K=block,
+        num_warps=4 if block > 64 else 1,  # of a row that all four would hold, each would write the same sums
     )  # fmt: skip
     return h, extra
 
