@@ -31,7 +31,7 @@ FULLSIZE = "fullsize_qwen3_5_35b_a3b_int4_h200"
 SOAK = "soak_h200/soak.json"
 TINY = "tiny_h100"
 EXAMPLE = "readme_example/record.json"
-KERNELS = "kernels_h100.json"
+KERNELS = "kernels_h200.json"
 AXES = "axes"  # of no record: the schema says it
 # By others: ExecuTorch on an A100, tokens a second (pytorch/executorch PR 18809 and what led to it).
 PUBLISHED = {"dual methods, explicit state": "77.4", "shared buffers": "84.5", "CUDA graph": "82 → 98"}
