@@ -284,6 +284,14 @@ def test_summary_in_a_pipe_is_one_item_a_line(tmp_path, monkeypatch):
     lines = {line[:14].strip(): line[16:] for line in text.splitlines() if line}
     assert lines["status"].startswith("ok") and "nano" in lines["status"] and "float32" in lines["status"]
     assert lines["check float32"] == "passed  float32.logits 2e-06, limit 0.0001"
+    (part,) = [part for part in read_record(run.path)["check"]["parts"] if part["name"] == "float32"]
+    few = {**part, "name": "trace", "report": {"positions": 131_199, "with_logits": 4223}}
+    whole = {**part, "name": "timed", "report": {"positions": 40, "with_logits": 40}}
+    record = read_record(run.path) | {"check": {"passed": True, "parts": [few, whole, part]}}
+    said = printed(summary.print_run, record, path=run.path).splitlines()
+    assert [line.partition("0.0001")[2] for line in said if line.startswith("check ")] == [
+        "  logits of 4,223 of 131,199 positions", "", ""
+    ]  # fmt: skip
     assert lines["decode"] == "512.3 tok/s  p50 1 ms, p99 2 ms, n 2  (random weights)"
     assert lines["prefill"] == "12,345 tok/s, first token after 12.3 ms"
     assert lines["bits/byte"].startswith("1.900") and lines["memory GiB"] == "peak host 0.5"

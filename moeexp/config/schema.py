@@ -126,7 +126,7 @@ class Config:
     )  # fmt: skip
     check_logits: int = axis(
         "positions of the prompt, from its end, whose logits the check compares; of those before it compares the expert choices "
-        "and what of each stays in the state; 0: all", default=0, role=MEASUREMENT, least=0, most=MANY,
+        "and what of each stays in the state; 0: all", default=0, role=MEASUREMENT, least=0, most=MANY, no_effect=(TRANSFORMERS,),
     )  # fmt: skip
     device: str = axis(
         "what it runs on", default="auto", role=WORKLOAD, values={"auto": "CUDA where there is a GPU", "cpu": "", "cuda": ""},

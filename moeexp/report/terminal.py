@@ -140,6 +140,9 @@ def _check_rows(record: dict[str, Any]) -> list[LabelledText]:
         if worst is not None:
             measured = f"  {worst['tolerance']} {_compact(worst['value'])}, limit {_compact(worst['limit'])}"
             text.append(measured, style="not bold default")
+        kept, positions = (part.get("report", {}).get(name) for name in ("with_logits", "positions"))
+        if kept is not None and kept != positions:
+            text.append(f"  logits of {number(kept)} of {number(positions)} positions", style="not bold default")
         rows.append((f"check {part['name']}", text))
     if not rows:
         rows.append(("check", "passed" if check.get("passed") else "FAILED"))
