@@ -198,6 +198,7 @@ def _decode_kernel(
         v = _conv_now(v_taps, v_in, v_past, token)
         log_decay, beta = _gates(a_rows[token].to(tl.float32), b_rows[token].to(tl.float32), a_log_h, dt_bias_h)
         decay = tl.exp(log_decay)
+        # Rounded before they are summed: where a product fuses with the first sum across lanes, each lane of a pair has another.
         qq, kk, qk = tl.reduce((tl.fma(q, q, 0.0), tl.fma(k, k, 0.0), tl.fma(q, k, 0.0)), 0, _add_three)
         q_norm = tl.rsqrt(qq + L2_EPS) * DK**-0.5
         k_norm = tl.rsqrt(kk + L2_EPS)

@@ -207,8 +207,8 @@ def gemv_serves(*, rows: int | torch.SymInt, key: str, arch: str | None = None) 
 def launch_logits(
     *, x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, logits: Tensor, common: dict[str, Any], arch: str, key: str
 ) -> None:  # fmt: skip
-    """logits [M, E] of many rows x [M, D]. Other weights than bfloat16 are multiplied as
-    float32 are."""
+    """logits [M, E] of many rows x [M, D]. Other weights than bfloat16 are multiplied as float32
+    is."""
     (experts, features), rows = weight.shape, x.shape[0]
     if weight.dtype != torch.bfloat16:
         h = launch_rms_norm(x=x, norm_weight=norm_weight, eps=eps, dtype=torch.float32)
