@@ -53,6 +53,12 @@ VALUES = [
         {"passed": True, "parts": [{"name": "a", "passed": True, "tolerances": [{}]}]},
         "check.parts[0].tolerances[0].tolerance",
     ),
+    ("check", {"passed": True, "parts": [{"name": "a", "passed": True, "tolerances": [], "report": 1}]}, "check.parts[0].report"),
+    (
+        "check",
+        {"passed": True, "parts": [{"name": "a", "passed": True, "tolerances": [], "report": {"with_logits": "x"}}]},
+        "check.parts[0].report.with_logits",
+    ),
     ("token_latencies_ms", {"samples": [1.0] * 9, "p50": 1, "p90": 1, "p99": 1, "mean": 1, "sd": 0, "n": 3}, "n=3 is less than"),
     ("rounds", [{"n": 0, "tokens": 5}], "tokens=5 in n=0 steps"),
     ("config", {}, "config.model"),

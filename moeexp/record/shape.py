@@ -117,10 +117,16 @@ class ToleranceShape(Shape):
     where: str
 
 
+class PartReport(Shape):
+    positions: Count = 0
+    with_logits: Count = 0
+
+
 class PartShape(Shape):
     name: str
     passed: bool
     tolerances: list[ToleranceShape]
+    report: PartReport = PartReport()
 
 
 class Check(Shape):
