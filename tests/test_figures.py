@@ -132,6 +132,13 @@ def test_curves_by_prompt_and_by_depth_where_they_were_measured(tmp_path):
     assert last.startswith("One NVIDIA H100 80GB HBM3 and one NVIDIA H200, one process each."), "by the length of the prompt"
     depth = blocks["depth"](tmp_path)
     assert "| 4,096 | 9,000 | 800 | 1.25 | 25 % | 14 | passed |" in depth and "publishes no speed" not in depth
+    assert "compared the logits of the last" not in blocks["prompt"](tmp_path) + depth
+    for record in records:
+        record["config"]["check_logits"] = 4096 if record["config"]["prompt_len"] > 4096 else 0
+    shutil.rmtree(tmp_path / LONG)
+    synthetic.write(tmp_path / LONG, records)
+    assert " The check of 32,768 tokens compared the logits of the last 4,096 of them" in blocks["prompt"](tmp_path)
+    assert blocks["depth"](tmp_path) == depth, "of a run without a check nothing was compared, and of 4,096 tokens all"
 
 
 def test_a_run_without_a_check_has_no_figure_in_a_block(tmp_path):

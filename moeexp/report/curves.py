@@ -91,9 +91,13 @@ def of_a_later_group(records: Sequence[dict[str, Any]], noun: str, count: Callab
     """Names the runs, each by how many of `noun` it has, that took turns with others than the rest did."""
     groups = {(record["group"] or {}).get("id"): record["started"] for record in reversed(records)}
     first = min(groups, key=lambda group: groups[group], default=None)
-    *others, last = [number(count(record)) for record in records if (record["group"] or {}).get("id") != first] or [""]
-    named = f"{', '.join(others)} and {last}" if others else last
-    return f" Those of {named} {noun} took theirs in another process, later." if named else ""
+    later = [number(count(record)) for record in records if (record["group"] or {}).get("id") != first]
+    return f" Those of {_listed(later)} {noun} took theirs in another process, later." if later else ""
+
+
+def _listed(names: Sequence[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _calls(config: dict[str, Any]) -> int:
@@ -113,9 +117,8 @@ def _of_the_last(found: Sequence[dict[str, Any]]) -> str:
     part = [record["config"] for record in found if record["check"] and record["config"].get("check_logits")]
     if not part:
         return ""
-    *others, last = [number(config["prompt_len"]) for config in part]
-    kept = " and ".join(dict.fromkeys(number(config["check_logits"]) for config in part))
-    return PART.format(named=f"{', '.join(others)} and {last}" if others else last, kept=kept)
+    kept = list(dict.fromkeys(number(config["check_logits"]) for config in part))
+    return PART.format(named=_listed([number(config["prompt_len"]) for config in part]), kept=_listed(kept))
 
 
 def _table(
