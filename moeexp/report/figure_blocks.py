@@ -23,7 +23,7 @@ from moeexp.report.records import load_records
 from moeexp.report.runs import Run, as_text, gain, runs_of
 from moeexp.report.waterfall import Step, waterfalls
 
-HEADLINE = "headline_qwen3_5_35b_a3b_int4_h100"
+HEADLINE = "headline_qwen3_5_35b_a3b_int4_h200"
 LADDER = "ladder_qwen3_5_35b_a3b_int4_h100"
 LADDER_START = "ladder_start_qwen3_5_35b_a3b_int4_h100"
 START = "start_qwen3_5_35b_a3b_int4_h100"

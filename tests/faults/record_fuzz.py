@@ -32,7 +32,7 @@ SOURCES = (
     ROOT / "tests" / "data" / "record_2.json",
     ROOT / "tests" / "data" / "record_3.json",
     ROOT / "results" / "readme_example" / "record.json",
-    ROOT / "results" / "headline_qwen3_5_35b_a3b_int4_h100" / "0" / "record.json",
+    ROOT / "results" / "headline_qwen3_5_35b_a3b_int4_h200" / "0" / "record.json",
 )
 MARKUP = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
 TERMINAL = "a\x1b[31mb\u202ec\r\nd|e`f`[g](javascript:h)"
