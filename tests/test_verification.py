@@ -96,6 +96,20 @@ def test_references_lie_on_the_host_between_two_checks(monkeypatch):
     assert moved == ["cpu", "cpu"]
 
 
+def test_a_large_reference_leaves_the_device_where_the_host_has_room(monkeypatch):
+    moved = []
+    monkeypatch.setattr(ReferenceRun, "to", lambda self, device: (moved.append(device), self)[1])
+    monkeypatch.setattr(verify, "KEPT_BYTES", 104)
+    verify._aside(reference(100))
+    assert not moved, "as large as what is kept"
+    monkeypatch.setattr(verify.free_memory, "of_host", lambda: 2 * 108 - 1)
+    verify._aside(reference(104))
+    assert not moved, "the host has no room for two of them"
+    monkeypatch.setattr(verify.free_memory, "of_host", lambda: 2 * 108)
+    verify._aside(reference(104))
+    assert moved == ["cpu"]
+
+
 def test_the_same_bytes_in_another_shape_are_other_tokens():
     """A prompt of four tokens and two prompts of two are not compared, and share no reference."""
     ids = torch.tensor([[5, 6, 5, 6]])

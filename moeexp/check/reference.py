@@ -14,6 +14,7 @@ Shape letters: B batch, S sequence, L layers, D hidden, V vocabulary, E experts,
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -27,9 +28,10 @@ from moeexp.check.pure_torch import assert_pure_torch, eager, full_precision, mo
 
 # Positions at the end that are calls of their own: transformers' own decode path, from a state that its prompt path left.
 SINGLE_STEPS = 4
-# Scores of one piece of full attention, of which transformers holds three tensors at a time, in float32 4 GiB each. At full size
-# 8,192 positions are one piece.
-SCORES = 1 << 30
+# Scores of one piece of full attention, of which transformers holds three tensors at a time, in float32 8 GiB each. At full size
+# 11,585 positions are one piece; of 262,144 a piece has 512 queries. With 256 a layer takes a quarter longer, as the product with
+# the values has too few tiles for a GPU.
+SCORES = 1 << 31
 # Positions, of all sequences, of one piece of the delta net: at full size float32 tensors of 512 MiB.
 DELTA_POSITIONS = 1 << 15
 CHUNK = 64  # of transformers' chunked delta rule
@@ -216,6 +218,8 @@ class _InPieces(nn.Module):
         """hidden_states [B, T, D] -> ([B, T, D], no weights), as of transformers' own attention: of the first T positions, or of
         one (T = 1) after those in the cache. position_embeddings: of these T. The mask is each piece's own."""
         length, outputs = hidden_states.shape[1], []
+        if hidden_states.is_cuda and length > self.most:
+            self._reserve(hidden_states)
         for start in range(0, length, self.most):
             here = slice(start, min(start + self.most, length))
             mask = _causal_mask(start, here.stop, hidden_states) if here.stop - start > 1 else None
@@ -229,6 +233,17 @@ class _InPieces(nn.Module):
             outputs.append(found[0])
             del found  # with the scores, before the next piece's are made
         return torch.cat(outputs, dim=1), None
+
+    def _reserve(self, hidden_states: Tensor) -> None:
+        """One block as large as all that the last piece holds, given back at once to torch's allocator, which cuts the tensors of
+        all pieces from it. They grow from piece to piece: without it none fits where one of the piece before was, and each is
+        asked of the driver, for a sixth of the time."""
+        config, (batch, length, _) = self.attention.config, hidden_states.shape
+        heads, head_dim = config.num_attention_heads, config.head_dim
+        scores = 3 * 4 * min(self.most, length) * heads * length
+        keys_and_values = 2 * hidden_states.element_size() * head_dim * length * (heads + 2 * config.num_key_value_heads)
+        with contextlib.suppress(torch.OutOfMemoryError):  # then piece by piece, which may fit where one block does not
+            torch.empty(batch * (scores + keys_and_values), dtype=torch.uint8, device=hidden_states.device)
 
 
 class _DeltaInPieces(nn.Module):
