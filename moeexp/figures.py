@@ -1,4 +1,4 @@
-"""`python -m moeexp.figures [--check] [FILE…]`: README's and docs' figures, derived from the records in results/,
+"""`python -m moeexp.figures [--check] [FILE…]`: README's and docs' figures and charts, derived from the records in results/,
 and docs' table of axes, from the schema.
 
 A block stands between `<!-- figures: NAME -->` and `<!-- /figures -->`; the command replaces what is between them. With
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: Sequence[str] | None) -> int:
-    from moeexp.report.figure_blocks import AXES
+    from moeexp.report.figure_blocks import AXES, CHARTS
 
     about = "The figures of README.md and docs/ from the records, and the table of axes from the schema."
     parser = Parser(prog="python -m moeexp.figures", description=about)
@@ -69,6 +69,8 @@ def _main(arguments: Sequence[str] | None) -> int:
     if not options.results.is_dir() or not files:
         raise ValueError(f"no {options.results} or no README.md here: run it where the repository's README.md lies")
     differ = [line for path in files for line in _file(path, options.results, write=not options.check)]
+    for name, make in {} if options.files else CHARTS.items():
+        differ += _chart(Path(name), make(options.results), write=not options.check)
     for line in differ:
         source = "the schema says" if line.endswith(f": {AXES}") else "the records say"
         print(f"{line} {f'is not what {source}' if options.check else 'rewritten'}")
@@ -81,6 +83,14 @@ def _file(path: Path, results: Path, *, write: bool) -> list[str]:
     if write and found != text:
         write_atomically(path, found)
     return [f"{path}: {block}" for block in stale]
+
+
+def _chart(path: Path, made: str, *, write: bool) -> list[str]:
+    if not made or (path.is_file() and path.read_text(encoding="utf-8") == made):
+        return []
+    if write:
+        write_atomically(path, made)
+    return [str(path)]
 
 
 if __name__ == "__main__":

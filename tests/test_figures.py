@@ -3,11 +3,13 @@
 import re
 import shutil
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import synthetic
 
 from moeexp import figures
+from moeexp.report import figure_blocks
 from moeexp.report.curves import LONG
 from moeexp.report.figure_blocks import BLOCKS, FULLSIZE, HEADLINE, LADDER
 
@@ -38,8 +40,10 @@ def test_the_pages_are_what_the_records_say(monkeypatch, capsys):
     assert figures.main(["--check"]) == 0, capsys.readouterr().out
 
 
-def test_one_definition_moves_the_ladder():
-    """As one over the median these were 338.5, × 1.65 and × 5.11, beside means of other rungs."""
+def test_one_definition_moves_the_ladder(monkeypatch):
+    """As one over the median these were 338.5, × 1.65 and × 5.11, beside means of other rungs: of the older ladder, which
+    stalled."""
+    monkeypatch.setattr(figure_blocks, "LADDER", "ladder_qwen3_5_35b_a3b_int4_h100")
     lines = BLOCKS["ladder"](ROOT / "results").splitlines()
     (copied,) = [line for line in lines if line.startswith("| skipped output copy")]
     (graph,) = [line for line in lines if line.startswith("| CUDA graph")]
@@ -54,17 +58,17 @@ def test_one_definition_moves_the_ladder():
 def test_a_changed_digit_is_named_and_written_anew(checkout, capsys):
     page = checkout / "docs" / "results.md"
     whole = page.read_text()
-    page.write_text(whole.replace("| 295.1 |", "| 295.2 |"))
+    page.write_text(whole.replace("| 544.2 |", "| 544.3 |"))
     assert figures.main(["--check"]) == 1
     assert capsys.readouterr().out == "docs/results.md: ladder is not what the records say\n"
-    assert "| 295.2 |" in page.read_text(), "a check writes nothing"
+    assert "| 544.3 |" in page.read_text(), "a check writes nothing"
     assert figures.main([]) == 0 and page.read_text() == whole
     assert capsys.readouterr().out == "docs/results.md: ladder rewritten\n"
 
 
 def test_another_record_is_another_figure(checkout, capsys):
-    record = checkout / "results" / "start_qwen3_5_35b_a3b_int4_h100" / "0" / "record.json"
-    record.write_text(record.read_text().replace('"first_token_s": 1', '"first_token_s": 3'))
+    record = checkout / "results" / "headline_qwen3_5_35b_a3b_int4_h200" / "0" / "record.json"
+    record.write_text(record.read_text().replace('"first_token_s": 6', '"first_token_s": 7'))
     assert figures.main(["--check", "docs/results.md"]) == 1
     assert "start is not what the records say" in capsys.readouterr().out
 
@@ -230,3 +234,30 @@ def test_a_figure_outside_a_block_is_found():
         assert not stray(f"<!-- figures: tiny -->\nIt is {text}.\n<!-- /figures -->\n")
     assert not stray("512 tokens, 40 layers, `eval_bytes=8192`, 248,320 logits, 95 % intervals, an H100 80GB HBM3")
     assert all(any(allowed in page.read_text() for page in PAGES) for allowed in ALLOWED), "a stale allowance"
+
+
+def test_the_chart_is_of_the_records_and_a_file_by_itself(checkout, capsys):
+    chart = checkout / "docs" / "curves.svg"
+    whole = chart.read_text()
+    root = ElementTree.fromstring(whole)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg" and "Prefill, tok/s: 30,444 at 512" in root.attrib["aria-label"]
+    assert len([node for node in root.iter() if node.tag.endswith("circle")]) >= 15 and "<title>" not in whole
+    panels = [node.attrib for node in root if node.tag.endswith("svg")]
+    assert len(panels) == 3 and all(int(one["x"]) + int(one["width"]) <= int(root.attrib["width"]) for one in panels)
+    chart.write_text(whole.replace("4,615", "4,616"))
+    assert figures.main(["--check"]) == 1
+    assert capsys.readouterr().out == "docs/curves.svg is not what the records say\n"
+    assert chart.read_text() != whole, "a check writes nothing"
+    assert figures.main([]) == 0 and chart.read_text() == whole
+    shutil.rmtree(checkout / "results" / FULLSIZE)
+    shutil.rmtree(checkout / "results" / LONG)
+    assert figure_blocks.curves_chart(checkout / "results") == ""
+
+
+def test_peers_stand_beside_our_own_on_the_same_kind_of_gpu(checkout):
+    lines = BLOCKS["peers"](checkout / "results").splitlines()
+    (now, older), peers = lines[2:4], lines[4 : 4 + len(figure_blocks.PEERS)]
+    assert "NVIDIA H200" in now and "NVIDIA H100" in older and "**" in now
+    assert [line.split(" | ")[0].removeprefix("| ") for line in peers] == [peer[0] for peer in figure_blocks.PEERS]
+    shutil.rmtree(checkout / "results" / figure_blocks.OLDER_H100)
+    assert BLOCKS["peers"](checkout / "results") == ""

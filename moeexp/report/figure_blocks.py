@@ -13,9 +13,10 @@ from typing import Any
 
 from moeexp.record.record import read_record
 from moeexp.record.renamed import GONE
-from moeexp.report import axes_table, curves, processes
+from moeexp.report import axes_table, curves, processes, series
 from moeexp.report.effects import main_effects
 from moeexp.report.format import number, percent
+from moeexp.report.html import panels
 from moeexp.report.intervals import tokens_per_step
 from moeexp.report.markup import Markdown, code, escaped, markdown_table
 from moeexp.report.ratios import by_medians, times, without_stalls
@@ -24,9 +25,10 @@ from moeexp.report.runs import Run, as_text, gain, runs_of
 from moeexp.report.waterfall import Step, waterfalls
 
 HEADLINE = "headline_qwen3_5_35b_a3b_int4_h200"
-LADDER = "ladder_qwen3_5_35b_a3b_int4_h100"
+LADDER = "ladder_qwen3_5_35b_a3b_int4_h200"
 LADDER_START = "ladder_start_qwen3_5_35b_a3b_int4_h100"
-START = "start_qwen3_5_35b_a3b_int4_h100"
+START = HEADLINE
+OLDER_H100 = "start_qwen3_5_35b_a3b_int4_h100"
 FULLSIZE = "fullsize_qwen3_5_35b_a3b_int4_h200"
 SOAK = "soak_h200/soak.json"
 TINY = "tiny_h100"
@@ -35,6 +37,15 @@ KERNELS = "kernels_h200.json"
 AXES = "axes"  # of no record: the schema says it
 # By others: ExecuTorch on an A100, tokens a second (pytorch/executorch PR 18809 and what led to it).
 PUBLISHED = {"dual methods, explicit state": "77.4", "shared buffers": "84.5", "CUDA graph": "82 → 98"}
+# Others at one sequence of this model's shapes, measured apart from this code or published: engine, weights, GPU, tok/s.
+PEERS = (
+    ("llama.cpp (ggml 0.25.3, CUDA graphs, flash attention)", "Q4_K, head Q6_K", "H100", "234"),
+    ("vLLM 0.25.1 (Marlin experts, full decode graph)", "GPTQ int4, groups of 128", "H100", "219 to 224"),
+    ("vLLM 0.26", "FP8", "H100", "225"),
+    ("transformers 5.17 with flash-linear-attention", "bfloat16", "H100", "10.6"),
+    ("ExecuTorch, PR 18809", "HQQ int4, groups of 128", "A100", "82 → 98, published"),
+    ("ExecuTorch since", "HQQ int4, groups of 128", "A100", "171 to 174, published"),
+)
 ONCE = "One process each: the rungs took turns in it, and none was repeated in another. Read their ratios, not one speed."
 WIDTH = 100  # characters of a line of the example
 PROSE = 125  # and of a paragraph
@@ -108,6 +119,39 @@ def sequences(results: Path) -> str:
     return f"{markdown_table(header, rows)}\n{_prose(prose)}"
 
 
+def curves_chart(results: Path) -> str:
+    """Sequences, depth and prompt, of the cells of `experiment=fullsize`."""
+    folders = [folder for name in (FULLSIZE, curves.LONG) if (folder := results / name).exists()]
+    drawn = series.curves(runs_of(load_records(folders))) if folders else []
+    label = "; ".join(
+        f"{curve.title}, {curve.y_unit}: {', '.join(f'{number(place.y)} at {number(place.x)}' for place in curve.places)}"
+        for curve in drawn
+    )
+    return panels.panels(drawn, label=label) if drawn else ""
+
+
+def peers(results: Path) -> str:
+    """Nothing until our own was measured."""
+    folders = [results / name for name in (HEADLINE, OLDER_H100)]
+    if not all(folder.exists() for folder in folders):
+        return ""
+    found = processes.headline(runs_of(load_records(folders[:1])), str(folders[0]))
+    now, older = found.runs[0].record, read_record(folders[1] / "1" / "record.json")
+    spread = processes.spread(found.figure(lambda one: one["decode_tok_s"]))
+    bits = f"{now['config']['quant']['name']}, groups of {now['config']['quant']['group_size']}"
+    rows = [
+        ["moeexp", bits, escaped(now["environment"]["gpu"]["name"]), Markdown(f"**{spread}**")],
+        ["moeexp, older code", bits, escaped(older["environment"]["gpu"]["name"]), number(older["decode_tok_s"])],
+        *map(list, PEERS),
+    ]
+    table = markdown_table(["one sequence, about 512 tokens before", "weights", "GPU", "decode tok/s"], rows)
+    here, there = (record["bytes_per_token"]["read_bandwidth_gb_s"] for record in (now, older))
+    return f"{table}\n" + _prose(
+        f"The rows of others are no records of this code. Our H200 read memory {here / there:.2f} times as fast as our H100: the "
+        "second row is what to hold against those of an H100."
+    )
+
+
 def soak(results: Path) -> str:
     found = json.loads((results / SOAK).read_text(encoding="utf-8"))
     grown = {name: f"{number(value / 2**20)} MiB" for name, value in found["grown_bytes"].items()}
@@ -179,7 +223,7 @@ def start(results: Path) -> str:
     ]
     return (
         f"{markdown_table([f'one {curves.gpus_of(records)}', 'nothing cached', 'packages cached'], rows)}\n"
-        "One process each, another seed in the second: no headline. Both passed their checks."
+        "One process each, another seed in the second. Both passed their checks."
     )
 
 
@@ -320,6 +364,7 @@ def _cells(line: str) -> list[str]:
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "headline": headline,
+    "peers": peers,
     "sequences": sequences,
     "family": curves.family,
     "verify-steps": curves.verify_steps,
@@ -337,3 +382,5 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "example": example,
     AXES: axes_table.table,
 }
+# Images by the file that they are; nothing while a record is missing.
+CHARTS: dict[str, Callable[[Path], str]] = {"docs/curves.svg": curves_chart}

@@ -14,6 +14,7 @@ from moeexp.report.intervals import tokens_per_step
 from moeexp.report.ratios import UNSAID, by_medians, legend, marks, three, times, without_stalls
 from moeexp.report.records import cell_of
 from moeexp.report.runs import Run, settings_text
+from moeexp.report.series import NOTE, curves
 from moeexp.report.waterfall import Step, waterfalls
 
 BAR = 24  # characters of the longest bar
@@ -186,6 +187,18 @@ def _shared(part: Factor) -> str:
     return text + "".join(f", but {verdicts[seen]} {' and '.join(names)}" for seen, names in part.ratio.dissent.items())
 
 
+def curve_tables(runs: Sequence[Run]) -> list[Table]:
+    return [
+        Table(
+            [curve.x_unit, curve.y_unit, "run"],
+            [[number(place.x), number(place.y), cell_of(place.run.record) or place.run.id] for place in curve.places],
+            [NOTE],
+            of=curve.name,
+        )
+        for curve in curves(runs)
+    ]
+
+
 # In the order of a report.
 TABLES: dict[str, Callable[[Sequence[Run]], list[Table]]] = {
     "Processes": process_tables,
@@ -193,5 +206,6 @@ TABLES: dict[str, Callable[[Sequence[Run]], list[Table]]] = {
     "Effects": effect_tables,
     "Interactions": interaction_tables,
     "Alone and in the full stack": stack_tables,
+    "Curves": curve_tables,
     "Budget of a step": budget_tables,
 }

@@ -19,6 +19,7 @@ from moeexp.report.intervals import tokens_per_step
 from moeexp.report.ratios import by_medians, legend, three, times
 from moeexp.report.records import cell_of
 from moeexp.report.runs import Run, settings_text
+from moeexp.report.series import NOTE, Curve, curves
 from moeexp.report.tables import TABLES, Table, steps_table
 from moeexp.report.waterfall import Step, waterfalls
 
@@ -114,6 +115,29 @@ def _memory(runs: Sequence[Run], ranked: Sequence[Run]) -> Markup:
     legend = _legend({"weights": "part-1", "state": "part-2", f"the rest of {what}": "part-4"})
     scale = Scale(0, max(peak for _, peak in peaks))
     return legend + svg.rows(drawn, scale, "GiB") + _cut(ranked)
+
+
+def _curves(runs: Sequence[Run], ranked: Sequence[Run]) -> Markup:
+    drawn = [_curve(one) for one in curves(runs)]
+    if not drawn:
+        return Markup("")
+    return paragraph(NOTE) + joined(drawn)
+
+
+def _curve(curve: Curve) -> Markup:
+    drawn = svg.curve(points_of(curve))
+    plot = render("scatter", shapes=drawn.shapes, points=drawn.points, axis=drawn.axis, x_unit=curve.x_unit, y_unit=curve.y_unit)
+    return heading(curve.name) + plot
+
+
+def points_of(curve: Curve) -> list[Point]:
+    return [
+        Point(
+            place.x, place.y, number(place.y),
+            f"{label_of(place.run)}: {number(place.y)} {curve.y_unit} at {number(place.x)} {curve.x_unit}", place.run.id,
+        )
+        for place in curve.places
+    ]  # fmt: skip
 
 
 def _roofline(runs: Sequence[Run], ranked: Sequence[Run]) -> Markup:
@@ -273,6 +297,7 @@ SECTIONS: dict[str, Callable[[Sequence[Run], Sequence[Run]], Markup]] = {
     "Effects": _effects,
     "Interactions": _tables("Interactions"),
     "Full stack": _tables("Alone and in the full stack"),
+    "Curves": _curves,
     "Latency": _latencies,
     "Time split": _time_split,
     "Budget of a step": _tables("Budget of a step"),

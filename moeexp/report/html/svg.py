@@ -17,6 +17,7 @@ from markupsafe import Markup
 from moeexp.report.html.template import render
 
 BINS = 72
+MARGIN = 0.15  # of a curve's width beside its first and last point, for their text
 LABEL = 5  # percent of a plot's height that a line of text takes
 
 
@@ -178,6 +179,48 @@ def scatter(points: Sequence[Point], roofs: Sequence[tuple[float, str]], *, x_un
             shapes.append(Mark("line", {"class": "roof"} | place, hint=name))
     axis = [_tick(x(tick), tick) for tick in x.ticks()]
     return render("scatter", shapes=shapes, points=_named(points, x, y), axis=axis, x_unit=x_unit, y_unit=y_unit)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Shapes of the plot itself, of each run, and of the x axis below."""
+
+    shapes: Sequence[Mark]
+    points: Sequence[tuple[str, Sequence[Mark]]]
+    axis: Sequence[Mark]
+
+
+def curve(points: Sequence[Point], *, apart: float = 4.0) -> Drawn:
+    """At least two points in the order of x, joined by lines: x logarithmic, with a tick for each of them that is `apart` percent
+    of the width from the next one's; y from 0."""
+    margin = (points[-1].x / points[0].x) ** MARGIN
+    x, y = Scale(points[0].x / margin, points[-1].x * margin, log=True), Scale(0, 1.15 * max(p.y for p in points))
+    levels = [(100 - y(tick), short(tick)) for tick in y.ticks(4) if tick]
+    shapes = [Mark("line", {"class": "grid", "x1": 0, "x2": "100%", "y1": f"{at}%", "y2": f"{at}%"}) for at, _ in levels]
+    shapes += [Mark("text", {"x": 4, "y": f"{at:.2f}%", "dy": -3}, text) for at, text in levels]
+    places = [(f"{x(p.x)}%", f"{100 - y(p.y):.3f}%") for p in points]
+    drawn: list[tuple[str, list[Mark]]] = []
+    for i, (p, (cx, cy)) in enumerate(zip(points, places, strict=True)):
+        marks = [Mark("circle", {"class": "dot", "cx": cx, "cy": cy, "r": 5}, hint=p.hint)]
+        if i:  # with the later point, so that a filter that hides it hides the way to it
+            (x1, y1), end = places[i - 1], {"x2": cx, "y2": cy}
+            marks.insert(0, Mark("line", {"class": "way", "x1": x1, "y1": y1} | end))
+        # On the side that the line does not come from.
+        rises = points[max(i, 1)].y > points[max(i, 1) - 1].y
+        beside = {"dx": 6, "text-anchor": "end"} if rises else {"dx": -6, "text-anchor": "start"}
+        marks.append(Mark("text", {"class": "name", "x": cx, "y": cy, "dy": -9} | beside, p.text))
+        drawn.append((p.run, marks))
+    ticks: list[tuple[float, str]] = []
+    for p in reversed(points):  # the furthest one says how far it goes
+        if not ticks or ticks[-1][0] - x(p.x) >= apart:
+            ticks.append((x(p.x), length(p.x)))
+    axis = [Mark("text", {"x": f"{at}%", "y": 14, "text-anchor": "middle"}, text) for at, text in reversed(ticks)]
+    return Drawn(shapes, drawn, axis)
+
+
+def length(value: float) -> str:
+    """65,536 as 64k, as lengths of prompts are named, and 262,016 as 255.9k."""
+    return f"{value / 1024:.4g}k" if value >= 1024 else f"{value:g}"
 
 
 def _named(points: Sequence[Point], x: Scale, y: Scale) -> list[tuple[str, list[Mark]]]:
