@@ -10,7 +10,7 @@ from moeexp.report.html import svg
 from moeexp.report.html.svg import Point
 from moeexp.report.markdown import document
 from moeexp.report.runs import runs_of
-from moeexp.report.series import NOTE, curves
+from moeexp.report.series import NOTE, curves, shown
 
 
 def named(records):
@@ -89,6 +89,18 @@ def test_two_points_or_a_run_without_a_speed_are_no_curve():
     assert not curves(runs_of(records))
     failed = synthetic.record("batch=4", id="ab.4", status="incorrect", decode_tok_s=None)
     assert not curves(runs_of([*records, failed]))
+
+
+def test_of_a_large_sweep_some_curves_are_shown_and_it_says_how_many():
+    values = [f"prefill_chunk={n}" for n in range(64, 64 + 15)]
+    records = [
+        run(f"batch={n}", value, id=f"ab.{i}{n}", tok_s=100.0 * n)
+        for i, value in enumerate(values)
+        for n in ((1, 2, 4, 8) if i == 14 else (1, 2, 4))
+    ]
+    found, note = shown(runs_of(records))
+    assert len(found) == 12 and note == f"{NOTE} 12 of 15 curves." and len(curves(runs_of(records))) == 15
+    assert found[0].of == f"{values[14]}" and len(found[0].places) == 4, "most points first"
 
 
 def test_reports_have_them_in_either_form():

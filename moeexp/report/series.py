@@ -11,6 +11,7 @@ from moeexp.config.axes import REPETITIONS
 from moeexp.report.runs import Run, settings_text
 
 LEAST = 3  # points that make a curve
+MOST = 12  # curves of a report
 NOTE = "Runs that differ in one number; of several runs with the same one the middle one counts, of prefill the fastest."
 
 
@@ -81,6 +82,13 @@ KINDS = (
 def curves(runs: Sequence[Run]) -> list[Curve]:
     """Those of at least LEAST points, of runs whose speed may be published."""
     return [curve for kind in KINDS for curve in _of_kind(kind, runs)]
+
+
+def shown(runs: Sequence[Run]) -> tuple[list[Curve], str]:
+    """MOST of them, those with most points first, and what a report says above them."""
+    found = sorted(curves(runs), key=lambda curve: -len(curve.places))
+    cut = f" {MOST} of {len(found)} curves." if len(found) > MOST else ""
+    return found[:MOST], NOTE + cut
 
 
 def _of_kind(kind: CurveKind, runs: Sequence[Run]) -> list[Curve]:

@@ -14,7 +14,7 @@ from moeexp.report.intervals import tokens_per_step
 from moeexp.report.ratios import UNSAID, by_medians, legend, marks, three, times, without_stalls
 from moeexp.report.records import cell_of
 from moeexp.report.runs import Run, settings_text
-from moeexp.report.series import NOTE, curves
+from moeexp.report.series import shown
 from moeexp.report.waterfall import Step, waterfalls
 
 BAR = 24  # characters of the longest bar
@@ -188,14 +188,15 @@ def _shared(part: Factor) -> str:
 
 
 def curve_tables(runs: Sequence[Run]) -> list[Table]:
+    found, note = shown(runs)
     return [
         Table(
             [curve.x_unit, curve.y_unit, "run"],
             [[number(place.x), number(place.y), cell_of(place.run.record) or place.run.id] for place in curve.places],
-            [NOTE],
+            [note],
             of=curve.name,
         )
-        for curve in curves(runs)
+        for curve in found
     ]
 
 

@@ -19,7 +19,7 @@ from moeexp.report.intervals import tokens_per_step
 from moeexp.report.ratios import by_medians, legend, three, times
 from moeexp.report.records import cell_of
 from moeexp.report.runs import Run, settings_text
-from moeexp.report.series import NOTE, Curve, curves
+from moeexp.report.series import Curve, shown
 from moeexp.report.tables import TABLES, Table, steps_table
 from moeexp.report.waterfall import Step, waterfalls
 
@@ -118,10 +118,8 @@ def _memory(runs: Sequence[Run], ranked: Sequence[Run]) -> Markup:
 
 
 def _curves(runs: Sequence[Run], ranked: Sequence[Run]) -> Markup:
-    drawn = [_curve(one) for one in curves(runs)]
-    if not drawn:
-        return Markup("")
-    return paragraph(NOTE) + joined(drawn)
+    found, note = shown(runs)
+    return paragraph(note) + joined(map(_curve, found)) if found else Markup("")
 
 
 def _curve(curve: Curve) -> Markup:
