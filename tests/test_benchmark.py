@@ -191,6 +191,18 @@ def test_energy_is_of_decoding_alone_and_no_sample(make, monkeypatch):
     assert len(bench.samples.token_s) == timed == len(bench.record.latencies_ms)
 
 
+@pytest.mark.parametrize("first, told", [(1.0, True), (14.0, True), (14.5, False)])
+def test_energy_of_a_generation_that_is_nearly_all_prefill_is_not_told_and_it_says_so(make, monkeypatch, first, told):
+    """Three steps of 0.25 s behind a prompt."""
+    bench, notes = make(repeats=1, min_samples=1, min_time_s=0.0), []
+    bench.record.note = notes.append
+    bench.samples.token_s, bench.samples.ttft_s = 6 * [0.25], 2 * [first]
+    monkeypatch.setattr(energy, "counter", lambda device: None)
+    monkeypatch.setattr(energy, "of_decoding", lambda generate, new_tokens, read: {"joules": 1.0, "tokens": 2.0})
+    assert bench.energy() == ({"energy": {"joules": 1.0, "tokens": 2.0}, "joules_per_token": 0.5} if told else {})
+    assert bool(notes) != told and all("decoding is 4.9% of a generation's time" in note for note in notes)
+
+
 def test_tokens_beyond_an_end_count_for_nothing(make, monkeypatch):
     """Of two rows one ends with its third token of ten, while the other goes on: nine steps' time, and 9 + 2 tokens after
     the first ones."""

@@ -21,6 +21,8 @@ WARM_UP_S = 0.5
 # Prefills in one round: as many as fit a quarter of it, so that long prompts do not crowd out the decoding.
 MAX_PREFILLS = 10
 PREFILL_SHARE = 0.25
+# Of a generation's time, below which its energy says nothing of decoding. Prefills of one prompt have differed by 0.3 %.
+DECODE_SHARE = 0.05
 
 
 @dataclass
@@ -120,7 +122,15 @@ class Benchmark:
         return statistics.fmean(self.samples.token_s) if self.samples.token_s else None
 
     def energy(self) -> dict[str, Any]:
-        """Record keys, of decoding alone: from generations of their own, none of them timed. Nothing where no GPU tells."""
+        """Record keys, of decoding alone: from generations of their own, none of them timed. Nothing where no GPU tells, or, with
+        a note, where a generation is nearly all prefill: what is left of it then is no more than two prefills differ by."""
+        share = self._decode_share()
+        if share is not None and share < DECODE_SHARE:
+            self.record.note(
+                f"joules_per_token: not measured, as decoding is {share:.1%} of a generation's time, too little to tell from its "
+                f"prefill (at least {DECODE_SHARE:.0%})"
+            )
+            return {}
 
         def generate(new_tokens: int) -> int:
             unused = timing.Samples()
@@ -131,6 +141,14 @@ class Benchmark:
         read = energy.counter(self.session.device)
         found = energy.of_decoding(generate, self.cfg.new_tokens, read=read)
         return {} if found is None else {"energy": found, "joules_per_token": found["joules"] / found["tokens"]}
+
+    def _decode_share(self) -> float | None:
+        """Of the time of a generation; None without a step."""
+        samples = self.samples
+        if not samples.token_s:
+            return None
+        decoding = math.fsum(samples.token_s)
+        return decoding / (decoding + math.fsum(samples.ttft_s))
 
     def _verify(self) -> None:
         count, fed = self.cfg.verify_tokens, min(map(len, self.ids)) - 1  # the last token of a generation is not fed

@@ -43,8 +43,10 @@ def token_split(
     if session.device.type != "cuda":
         return None
     session.decode_tokens(_prefilled(session, prompt), steps + 1)  # warm: lazy loading is no part of a token
-    # Of a generation without a step: what starts a loop, and the first token's way to the host.
-    without, whole = (_profiled(session, prompt, count) for count in (1, steps + 1))
+    token = _prefilled(session, prompt)
+    # Of a generation without a step: what starts a loop, and the first token's way to the host. It feeds nothing, so that the
+    # whole one begins where it did.
+    without, whole = (_profiled(session, token, count) for count in (1, steps + 1))
     session.reset()
     found = split(whole, wall_us=step_us * steps, steps=steps, without=without)
     return found | {"by_op": place(_kernels(whole), steps=steps, without=_kernels(without))} if place else found
@@ -59,8 +61,7 @@ def kernels_per_token(time_split: dict[str, Any] | None) -> float | None:
     return int(count) if count == int(count) else count
 
 
-def _profiled(session: Session, prompt: Tensor, new_tokens: int) -> list[Event]:
-    token = _prefilled(session, prompt)
+def _profiled(session: Session, token: Tensor, new_tokens: int) -> list[Event]:
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
         session.decode_tokens(token, new_tokens)
         torch.cuda.synchronize(session.device)
