@@ -144,7 +144,7 @@ def peers(results: Path) -> str:
         ["moeexp, older code", bits, escaped(older["environment"]["gpu"]["name"]), number(older["decode_tok_s"])],
         *map(list, PEERS),
     ]
-    table = markdown_table(["one sequence, about 512 tokens before", "weights", "GPU", "decode tok/s"], rows)
+    table = markdown_table(["decoding one sequence", "weights", "GPU", "decode tok/s"], rows)
     here, there = (record["bytes_per_token"]["read_bandwidth_gb_s"] for record in (now, older))
     return f"{table}\n" + _prose(
         f"The rows of others are no records of this code. Our H200 read memory {here / there:.2f} times as fast as our H100: the "
