@@ -10,7 +10,7 @@ import synthetic
 
 from moeexp import figures
 from moeexp.report import figure_blocks
-from moeexp.report.curves import LONG
+from moeexp.report.curve_blocks import LONG
 from moeexp.report.figure_blocks import BLOCKS, FULLSIZE, HEADLINE, LADDER
 
 ROOT = Path(__file__).resolve().parents[1]

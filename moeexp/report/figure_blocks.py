@@ -13,7 +13,7 @@ from typing import Any
 
 from moeexp.record.record import read_record
 from moeexp.record.renamed import GONE
-from moeexp.report import axes_table, curves, processes, series
+from moeexp.report import axes_table, curve_blocks, curves, processes
 from moeexp.report.effects import main_effects
 from moeexp.report.format import number, percent
 from moeexp.report.html import panels
@@ -113,16 +113,16 @@ def sequences(results: Path) -> str:
         "sequences", "prompt tokens", "decode tok/s, of all", "ms a step", "distinct experts a layer",
         "of the measured read bandwidth", "kernels a step", "device memory, GiB",
     ]  # fmt: skip
-    gpu = escaped(curves.gpus_of([run.record for run in runs]))
-    later = curves.of_a_later_group([run.record for run in runs], "sequences", lambda record: record["config"]["batch"])
+    gpu = escaped(curve_blocks.gpus_of([run.record for run in runs]))
+    later = curve_blocks.of_a_later_group([run.record for run in runs], "sequences", lambda record: record["config"]["batch"])
     prose = f"One {gpu}. {_stalled(runs)} {ONCE.replace('rungs', 'runs')}{later}"
     return f"{markdown_table(header, rows)}\n{_prose(prose)}"
 
 
 def curves_chart(results: Path) -> str:
     """Sequences, depth and prompt, of the cells of `experiment=fullsize`."""
-    folders = [folder for name in (FULLSIZE, curves.LONG) if (folder := results / name).exists()]
-    drawn = series.curves(runs_of(load_records(folders))) if folders else []
+    folders = [folder for name in (FULLSIZE, curve_blocks.LONG) if (folder := results / name).exists()]
+    drawn = curves.curves(runs_of(load_records(folders))) if folders else []
     label = "; ".join(
         f"{curve.title}, {curve.y_unit}: {', '.join(f'{number(place.y)} at {number(place.x)}' for place in curve.places)}"
         for curve in drawn
@@ -222,7 +222,7 @@ def start(results: Path) -> str:
         ["device memory in use, GiB", *(number(_device_memory(record)) for record in records)],
     ]
     return (
-        f"{markdown_table([f'one {curves.gpus_of(records)}', 'nothing cached', 'packages cached'], rows)}\n"
+        f"{markdown_table([f'one {curve_blocks.gpus_of(records)}', 'nothing cached', 'packages cached'], rows)}\n"
         "One process each, another seed in the second. Both passed their checks."
     )
 
@@ -366,10 +366,10 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "headline": headline,
     "peers": peers,
     "sequences": sequences,
-    "family": curves.family,
-    "verify-steps": curves.verify_steps,
-    "prefill-by-prompt": curves.prefill_by_prompt,
-    "decode-by-depth": curves.decode_by_depth,
+    "family": curve_blocks.family,
+    "verify-steps": curve_blocks.verify_steps,
+    "prefill-by-prompt": curve_blocks.prefill_by_prompt,
+    "decode-by-depth": curve_blocks.decode_by_depth,
     "soak": soak,
     "ladder": ladder,
     "ladder-summary": ladder_summary,

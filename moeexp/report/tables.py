@@ -8,13 +8,13 @@ from typing import Any
 
 from moeexp.report import budget, processes
 from moeexp.report.ablation import Ablation, Factor, stacks
+from moeexp.report.curves import shown
 from moeexp.report.effects import MEANING, interactions, main_effects
 from moeexp.report.format import STALLS, number, stalls_text
 from moeexp.report.intervals import tokens_per_step
 from moeexp.report.ratios import UNSAID, by_medians, legend, marks, three, times, without_stalls
 from moeexp.report.records import cell_of
 from moeexp.report.runs import Run, settings_text
-from moeexp.report.series import shown
 from moeexp.report.waterfall import Step, waterfalls
 
 BAR = 24  # characters of the longest bar

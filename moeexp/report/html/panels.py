@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from moeexp.report.curves import Curve
 from moeexp.report.html import svg
 from moeexp.report.html.sections import points_of
 from moeexp.report.html.template import render
-from moeexp.report.series import Curve
 
 WIDE, HEIGHT, GAP = 280, 270, 24  # pixels
 APART = 12.0  # percent of a panel's width that the text of a tick takes

@@ -9,6 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from moeexp.report.conditions import CONDITIONS, LOAD, conditions
+from moeexp.report.curves import Curve, shown
 from moeexp.report.effects import main_effects
 from moeexp.report.format import number
 from moeexp.report.html import svg
@@ -19,7 +20,6 @@ from moeexp.report.intervals import tokens_per_step
 from moeexp.report.ratios import by_medians, legend, three, times
 from moeexp.report.records import cell_of
 from moeexp.report.runs import Run, settings_text
-from moeexp.report.series import Curve, shown
 from moeexp.report.tables import TABLES, Table, steps_table
 from moeexp.report.waterfall import Step, waterfalls
 

@@ -5,12 +5,12 @@ import re
 import pytest
 import synthetic
 
+from moeexp.report.curves import NOTE, curves, shown
 from moeexp.report.html import page as html_report
 from moeexp.report.html import svg
 from moeexp.report.html.svg import Point
 from moeexp.report.markdown import document
 from moeexp.report.runs import runs_of
-from moeexp.report.series import NOTE, curves, shown
 
 
 def named(records):
