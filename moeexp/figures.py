@@ -61,8 +61,10 @@ def _main(arguments: Sequence[str] | None) -> int:
 
     about = "The figures of README.md and docs/ from the records, and the table of axes from the schema."
     parser = Parser(prog="python -m moeexp.figures", description=about)
-    parser.add_argument("files", metavar="FILE", nargs="*", type=Path, help="default: README.md and docs/*.md")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a block differs")
+    parser.add_argument(
+        "files", metavar="FILE", nargs="*", type=Path, help="default: README.md, docs/*.md and the charts in docs"
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a block or a chart differs")
     parser.add_argument("--results", metavar="DIR", type=Path, default=Path("results"), help="default: results")
     options = parser.parse_args(arguments)
     files = options.files or [path for path in (Path("README.md"), *sorted(Path("docs").glob("*.md"))) if path.is_file()]

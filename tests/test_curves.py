@@ -18,7 +18,7 @@ def named(records):
 
 
 def values(curve):
-    return [(place.x, round(place.y, 1)) for place in curve.places]
+    return [(point.x, round(point.y, 1)) for point in curve.points]
 
 
 def run(*overrides, id="ab.0", tok_s=100.0, **given):
@@ -65,7 +65,7 @@ def test_runs_of_other_settings_have_a_curve_of_their_own_with_its_name():
     ]
     found = curves(runs_of(records))
     assert [curve.name for curve in found] == [f"Decoding several sequences: quant={quant}" for quant in ("none", "int4")]
-    assert all(len(curve.places) == 3 for curve in found)
+    assert all(len(curve.points) == 3 for curve in found)
 
 
 def test_steps_of_several_tokens_are_no_decoding_of_others():
@@ -100,7 +100,7 @@ def test_of_a_large_sweep_some_curves_are_shown_and_it_says_how_many():
     ]
     found, note = shown(runs_of(records))
     assert len(found) == 12 and note == f"{NOTE} 12 of 15 curves." and len(curves(runs_of(records))) == 15
-    assert found[0].of == f"{values[14]}" and len(found[0].places) == 4, "most points first"
+    assert found[0].of == f"{values[14]}" and len(found[0].points) == 4, "most points first"
 
 
 def test_reports_have_them_in_either_form():

@@ -237,10 +237,10 @@ class _InPieces(nn.Module):
     def _reserve(self, hidden_states: Tensor) -> None:
         """One block as large as all that the last piece holds, given back at once to torch's allocator, which cuts the tensors of
         all pieces from it. They grow from piece to piece: without it none fits where one of the piece before was, and each is
-        asked of the driver, for a sixth of the time."""
+        asked of the driver."""
         config, (batch, length, _) = self.attention.config, hidden_states.shape
         heads, head_dim = config.num_attention_heads, config.head_dim
-        scores = 3 * 4 * min(self.most, length) * heads * length
+        scores = 3 * 4 * self.most * heads * length  # three tensors of float32
         keys_and_values = 2 * hidden_states.element_size() * head_dim * length * (heads + 2 * config.num_key_value_heads)
         with contextlib.suppress(torch.OutOfMemoryError):  # then piece by piece, which may fit where one block does not
             torch.empty(batch * (scores + keys_and_values), dtype=torch.uint8, device=hidden_states.device)

@@ -12,7 +12,10 @@ from moeexp.report.runs import Run, settings_text
 
 LEAST = 3  # points that make a curve
 MOST = 12  # curves of a report
-NOTE = "Runs that differ in one number; of several runs with the same one the middle one counts, of prefill the fastest."
+NOTE = (
+    "Runs that differ in one number and in what comes with it, as max_seq_len does. Of several runs with the same one the middle "
+    "one counts, of prefill the fastest, with a graph or without."
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Curve:
     title: str
     x_unit: str
     y_unit: str
-    places: Sequence[CurvePoint]  # by x
+    points: Sequence[CurvePoint]  # by x
     of: str = ""
 
     @property
@@ -86,7 +89,7 @@ def curves(runs: Sequence[Run]) -> list[Curve]:
 
 def shown(runs: Sequence[Run]) -> tuple[list[Curve], str]:
     """MOST of them, those with most points first, and what a report says above them."""
-    found = sorted(curves(runs), key=lambda curve: -len(curve.places))
+    found = sorted(curves(runs), key=lambda curve: -len(curve.points))
     cut = f" {MOST} of {len(found)} curves." if len(found) > MOST else ""
     return found[:MOST], NOTE + cut
 
@@ -110,7 +113,7 @@ def _of_kind(kind: CurveKind, runs: Sequence[Run]) -> list[Curve]:
     ]  # fmt: skip
 
 
-def _one(places: Sequence[CurvePoint], fastest: bool) -> CurvePoint:
+def _one(points: Sequence[CurvePoint], fastest: bool) -> CurvePoint:
     """The fastest, or the middle one; of two the slower."""
-    ordered = sorted(places, key=lambda place: place.y)
+    ordered = sorted(points, key=lambda point: point.y)
     return ordered[-1] if fastest else ordered[(len(ordered) - 1) // 2]

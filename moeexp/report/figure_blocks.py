@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import shlex
+import statistics
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from moeexp.report.waterfall import Step, waterfalls
 HEADLINE = "headline_qwen3_5_35b_a3b_int4_h200"
 LADDER = "ladder_qwen3_5_35b_a3b_int4_h200"
 LADDER_START = "ladder_start_qwen3_5_35b_a3b_int4_h100"
-START = HEADLINE
+START = HEADLINE  # whose first process found nothing cached
 OLDER_H100 = "start_qwen3_5_35b_a3b_int4_h100"
 FULLSIZE = "fullsize_qwen3_5_35b_a3b_int4_h200"
 SOAK = "soak_h200/soak.json"
@@ -124,7 +125,7 @@ def curves_chart(results: Path) -> str:
     folders = [folder for name in (FULLSIZE, curve_blocks.LONG) if (folder := results / name).exists()]
     drawn = curves.curves(runs_of(load_records(folders))) if folders else []
     label = "; ".join(
-        f"{curve.title}, {curve.y_unit}: {', '.join(f'{number(place.y)} at {number(place.x)}' for place in curve.places)}"
+        f"{curve.title}, {curve.y_unit}: {', '.join(f'{number(point.y)} at {number(point.x)}' for point in curve.points)}"
         for curve in drawn
     )
     return panels.panels(drawn, label=label) if drawn else ""
@@ -136,19 +137,20 @@ def peers(results: Path) -> str:
     if not all(folder.exists() for folder in folders):
         return ""
     found = processes.headline(runs_of(load_records(folders[:1])), str(folders[0]))
-    now, older = found.runs[0].record, read_record(folders[1] / "1" / "record.json")
-    spread = processes.spread(found.figure(lambda one: one["decode_tok_s"]))
-    bits = f"{now['config']['quant']['name']}, groups of {now['config']['quant']['group_size']}"
-    rows = [
-        ["moeexp", bits, escaped(now["environment"]["gpu"]["name"]), Markdown(f"**{spread}**")],
-        ["moeexp, older code", bits, escaped(older["environment"]["gpu"]["name"]), number(older["decode_tok_s"])],
-        *map(list, PEERS),
+    groups = [[run.record for run in found.runs], load_records(folders[1:])]
+    speeds = [
+        Markdown(f"**{processes.spread(found.figure(lambda one: one['decode_tok_s']))}**"),
+        _range([record["decode_tok_s"] for record in groups[1]]),
     ]
-    table = markdown_table(["decoding one sequence", "weights", "GPU", "decode tok/s"], rows)
-    here, there = (record["bytes_per_token"]["read_bandwidth_gb_s"] for record in (now, older))
+    gpus = [escaped(records[0]["environment"]["gpu"]["name"]) for records in groups]
+    quant = found.runs[0].record["config"]["quant"]
+    bits = f"{quant['name']}, groups of {quant['group_size']}"
+    rows = [[name, bits, *cells] for name, *cells in zip(("moeexp", "moeexp, older code"), gpus, speeds, strict=True)]
+    table = markdown_table(["decoding one sequence", "weights", "GPU", "decode tok/s"], rows + [list(peer) for peer in PEERS])
+    read = [statistics.median(record["bytes_per_token"]["read_bandwidth_gb_s"] for record in records) for records in groups]
     return f"{table}\n" + _prose(
-        f"The rows of others are no records of this code. Our H200 read memory {here / there:.2f} times as fast as our H100: the "
-        "second row is what to hold against those of an H100."
+        f"The rows of others are no records of this code. Our {gpus[0]} read memory {read[0] / read[1]:.2f} times as fast as our "
+        f"{gpus[1]}: the second row ([records](results/{OLDER_H100}), one process each) is what to hold against those of an H100."
     )
 
 

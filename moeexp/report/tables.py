@@ -192,7 +192,7 @@ def curve_tables(runs: Sequence[Run]) -> list[Table]:
     return [
         Table(
             [curve.x_unit, curve.y_unit, "run"],
-            [[number(place.x), number(place.y), cell_of(place.run.record) or place.run.id] for place in curve.places],
+            [[number(point.x), number(point.y), cell_of(point.run.record) or point.run.id] for point in curve.points],
             [note],
             of=curve.name,
         )

@@ -39,8 +39,7 @@ def outputs(dtype, *, reserve: bool, monkeypatch) -> tuple[torch.Tensor, int]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tensors_of_growing_pieces_are_cut_from_one_block(dtype, monkeypatch):
-    """And are the same to the bit. Small tensors have blocks of their own; without the one block there are two or three more, and
-    of a long prompt hundreds."""
+    """And are the same to the bit. Small tensors have blocks of their own."""
     plain, asked = outputs(dtype, reserve=False, monkeypatch=monkeypatch)
     reserved, fewer = outputs(dtype, reserve=True, monkeypatch=monkeypatch)
     assert torch.equal(plain, reserved)

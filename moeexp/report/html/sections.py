@@ -131,10 +131,10 @@ def _curve(curve: Curve) -> Markup:
 def points_of(curve: Curve) -> list[Point]:
     return [
         Point(
-            place.x, place.y, number(place.y),
-            f"{label_of(place.run)}: {number(place.y)} {curve.y_unit} at {number(place.x)} {curve.x_unit}", place.run.id,
+            point.x, point.y, number(point.y),
+            f"{label_of(point.run)}: {number(point.y)} {curve.y_unit} at {number(point.x)} {curve.x_unit}", point.run.id,
         )
-        for place in curve.places
+        for point in curve.points
     ]  # fmt: skip
 
 

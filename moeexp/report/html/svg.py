@@ -168,9 +168,7 @@ def scatter(points: Sequence[Point], roofs: Sequence[tuple[float, str]], *, x_un
     x = Scale(min(p.x for p in points) / 2, max(p.x for p in points) * 2, log=True)
     y = Scale(min(p.y for p in points) / 2, max(roof_y, max(p.y for p in points) * 2), log=True)
     shapes = [_line(x(tick), "grid") for tick in x.ticks()]
-    levels = [(100 - y(tick), short(tick)) for tick in y.ticks()]
-    shapes += [Mark("line", {"class": "grid", "x1": 0, "x2": "100%", "y1": f"{at}%", "y2": f"{at}%"}) for at, _ in levels]
-    shapes += [Mark("text", {"x": 6, "y": f"{at:.2f}%", "dy": -4}, text) for at, text in levels]
+    shapes += _levels(y, y.ticks())
     for c, name in roofs:
         # Both ends within the plot: the roof leaves it at the top or at a side.
         left, right = max(x.low, c / y.high), min(x.high, c / y.low)
@@ -179,6 +177,13 @@ def scatter(points: Sequence[Point], roofs: Sequence[tuple[float, str]], *, x_un
             shapes.append(Mark("line", {"class": "roof"} | place, hint=name))
     axis = [_tick(x(tick), tick) for tick in x.ticks()]
     return render("scatter", shapes=shapes, points=_named(points, x, y), axis=axis, x_unit=x_unit, y_unit=y_unit)
+
+
+def _levels(y: Scale, ticks: Sequence[float]) -> list[Mark]:
+    """A line across the plot for each tick, and what it is."""
+    levels = [(100 - y(tick), short(tick)) for tick in ticks]
+    lines = [Mark("line", {"class": "grid", "x1": 0, "x2": "100%", "y1": f"{at}%", "y2": f"{at}%"}) for at, _ in levels]
+    return lines + [Mark("text", {"x": 6, "y": f"{at:.2f}%", "dy": -4}, text) for at, text in levels]
 
 
 @dataclass(frozen=True)
@@ -195,9 +200,7 @@ def curve(points: Sequence[Point], *, apart: float = 4.0) -> Drawn:
     of the width from the next one's; y from 0."""
     margin = (points[-1].x / points[0].x) ** MARGIN
     x, y = Scale(points[0].x / margin, points[-1].x * margin, log=True), Scale(0, 1.15 * max(p.y for p in points))
-    levels = [(100 - y(tick), short(tick)) for tick in y.ticks(4) if tick]
-    shapes = [Mark("line", {"class": "grid", "x1": 0, "x2": "100%", "y1": f"{at}%", "y2": f"{at}%"}) for at, _ in levels]
-    shapes += [Mark("text", {"x": 4, "y": f"{at:.2f}%", "dy": -3}, text) for at, text in levels]
+    shapes = _levels(y, [tick for tick in y.ticks(4) if tick])
     places = [(f"{x(p.x)}%", f"{100 - y(p.y):.3f}%") for p in points]
     drawn: list[tuple[str, list[Mark]]] = []
     for i, (p, (cx, cy)) in enumerate(zip(points, places, strict=True)):
