@@ -127,13 +127,14 @@ def test_curves_by_prompt_and_by_depth_where_they_were_measured(tmp_path):
         "| 32,768 | 4 | no | 9,000 | 0.01 | 14 | passed |",
         "| 262,144 | 32 | no | – | – | 14 | off |",
     ]
-    assert lines[-1].startswith("One NVIDIA H100") and "a run shows that it fits, and publishes no speed" in lines[-1]
+    assert lines[-1].startswith("Each on one NVIDIA H100") and "a run shows that it fits, and publishes no speed" in lines[-1]
     assert "NVIDIA H200" not in lines[-1]
     records[0]["environment"]["gpu"]["name"] = "NVIDIA H200"
     shutil.rmtree(tmp_path / LONG)
     synthetic.write(tmp_path / LONG, records)
     last = blocks["prompt"](tmp_path).splitlines()[-1]
-    assert last.startswith("One NVIDIA H100 80GB HBM3 and one NVIDIA H200, one process each."), "by the length of the prompt"
+    expected = "Each on one NVIDIA H100 80GB HBM3 or one NVIDIA H200, in a process of its own."
+    assert last.startswith(expected), "by the length of the prompt"
     depth = blocks["depth"](tmp_path)
     assert "| 4,096 | 9,000 | 800 | 1.25 | 25 % | 14 | passed |" in depth and "publishes no speed" not in depth
     assert "compared the logits of the last" not in blocks["prompt"](tmp_path) + depth

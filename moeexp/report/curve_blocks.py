@@ -84,7 +84,7 @@ def family(results: Path) -> str:
 
 def gpus_of(records: Sequence[dict[str, Any]]) -> str:
     """What follows `one`: the name of their GPU, or of each where they are of several."""
-    return " and one ".join(dict.fromkeys(record["environment"]["gpu"]["name"] for record in records))
+    return " or one ".join(dict.fromkeys(record["environment"]["gpu"]["name"] for record in records))
 
 
 def of_a_later_group(records: Sequence[dict[str, Any]], noun: str, count: Callable[[dict[str, Any]], int]) -> str:
@@ -122,11 +122,12 @@ def _of_the_last(found: Sequence[dict[str, Any]]) -> str:
 
 
 def _table(
-    found: Sequence[dict[str, Any]], columns: dict[str, Callable[[dict[str, Any]], Any]], how: str = "one process each"
+    found: Sequence[dict[str, Any]], columns: dict[str, Callable[[dict[str, Any]], Any]], how: str = "in a process of its own"
 ) -> str:  # fmt: skip
     if not found:
         return ""
     table = markdown_table(list(columns), [[value(record) for value in columns.values()] for record in found])
-    text = f"{table}\nOne {escaped(gpus_of(found))}, {how}."
+    # A record does not tell which GPU of its kind it ran on.
+    text = f"{table}\nEach on one {escaped(gpus_of(found))}, {how}."
     unchecked = any(record["check"] is None for record in found)
     return text + " Where the check is off, a run shows that it fits, and publishes no speed." * unchecked

@@ -116,7 +116,7 @@ def sequences(results: Path) -> str:
     ]  # fmt: skip
     gpu = escaped(curve_blocks.gpus_of([run.record for run in runs]))
     later = curve_blocks.of_a_later_group([run.record for run in runs], "sequences", lambda record: record["config"]["batch"])
-    prose = f"One {gpu}. {_stalled(runs)} {ONCE.replace('rungs', 'runs')}{later}"
+    prose = f"Each on one {gpu}. {_stalled(runs)} {ONCE.replace('rungs', 'runs')}{later}"
     return f"{markdown_table(header, rows)}\n{_prose(prose)}"
 
 
