@@ -20,6 +20,7 @@ from moeexp.check.pure_torch import (
     torch_functions,
 )
 from moeexp.check.reference import SINGLE_STEPS, generate_reference, run_reference
+from moeexp.record import free_memory
 
 torch.set_num_threads(1)
 
@@ -83,6 +84,26 @@ def test_full_attention_in_pieces_of_queries_is_the_same(model, monkeypatch, dty
     torch.testing.assert_close(pieces.logits(0, 20), whole.logits(0, 20), **close)
     for name, state in whole.states.items():
         torch.testing.assert_close(pieces.states[name], state, **close, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(
+    "device, free, scores",
+    [
+        ("cuda", 100 << 30, 1 << 31),
+        ("cuda", 48 << 30, 1 << 31),
+        ("cuda", 24 << 30, 1 << 30),
+        ("cuda", 15 << 30, (15 << 30) // 24),
+        ("cuda", 1 << 30, 1 << 28),  # then torch says what did not fit
+        ("cuda", -1 << 30, 1 << 28),
+        ("cuda", None, 1 << 31),
+        ("cpu", 1 << 30, 1 << 31),
+    ],
+)
+def test_scores_of_a_piece_take_at_most_half_of_a_gpus_free_memory(monkeypatch, device, free, scores):
+    used = 20 << 30
+    monkeypatch.setattr(free_memory, "of_device", {"cuda": None if free is None else free + used}.get)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: used)
+    assert reference_module._scores(torch.device(device)) == scores
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

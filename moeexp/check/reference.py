@@ -25,13 +25,17 @@ import torch
 from torch import Tensor, nn
 
 from moeexp.check.pure_torch import assert_pure_torch, eager, full_precision, modeling, pure_torch
+from moeexp.record import free_memory
 
 # Positions at the end that are calls of their own: transformers' own decode path, from a state that its prompt path left.
 SINGLE_STEPS = 4
 # Scores of one piece of full attention, of which transformers holds three tensors at a time, in float32 8 GiB each. At full size
 # 11,585 positions are one piece; of 262,144 a piece has 512 queries. With 256 a layer takes a quarter longer, as the product with
-# the values has too few tiles for a GPU.
-SCORES = 1 << 31
+# the values has too few tiles for a GPU. One with less memory takes the fewer, as far as these.
+SCORES, FEWEST_SCORES = 1 << 31, 1 << 28
+SCORES_BYTES = 3 * 4
+# They have at most one part in so many of a GPU's free memory: keys and values of all heads lie beside them.
+SHARE = 2
 # Positions, of all sequences, of one piece of the delta net: at full size float32 tensors of 512 MiB.
 DELTA_POSITIONS = 1 << 15
 CHUNK = 64  # of transformers' chunked delta rule
@@ -185,7 +189,8 @@ def _run_layer(
     first = max(prompt_len, length - SINGLE_STEPS)
     attends = config.layer_types[index] == "full_attention"
     if attends:
-        layer.self_attn = _InPieces(layer.self_attn, max(1, SCORES // (batch * config.num_attention_heads * length)))
+        scores = _scores(hidden.device)
+        layer.self_attn = _InPieces(layer.self_attn, max(1, scores // (batch * config.num_attention_heads * length)))
     else:
         layer.linear_attn = _DeltaInPieces(layer.linear_attn, max(1, DELTA_POSITIONS // (batch * CHUNK)) * CHUNK)
     for route.start, route.stop in pairwise([0, *range(first, length + 1)]):
@@ -198,6 +203,12 @@ def _run_layer(
     # transformers keeps as many inputs as the convolution is wide; the oldest is never read again.
     conv_state = entry.conv_states[0][..., 1:].contiguous()
     return output, {f"{prefix}.conv_state": conv_state, f"{prefix}.recurrent_state": entry.recurrent_states[0]}
+
+
+def _scores(device: torch.device) -> int:
+    """Of one piece of attention on `device`, whose memory holds the layer by now."""
+    free = free_memory.for_tensors("cuda") if device.type == "cuda" else None
+    return SCORES if free is None else min(SCORES, max(FEWEST_SCORES, free // SHARE // SCORES_BYTES))
 
 
 class _InPieces(nn.Module):
@@ -240,7 +251,7 @@ class _InPieces(nn.Module):
         asked of the driver."""
         config, (batch, length, _) = self.attention.config, hidden_states.shape
         heads, head_dim = config.num_attention_heads, config.head_dim
-        scores = 3 * 4 * self.most * heads * length  # three tensors of float32
+        scores = SCORES_BYTES * self.most * heads * length
         keys_and_values = 2 * hidden_states.element_size() * head_dim * length * (heads + 2 * config.num_key_value_heads)
         with contextlib.suppress(torch.OutOfMemoryError):  # then piece by piece, which may fit where one block does not
             torch.empty(batch * (scores + keys_and_values), dtype=torch.uint8, device=hidden_states.device)

@@ -24,6 +24,16 @@ def of_device(device: str) -> int | None:
     return None if free is None else free + (torch.cuda.memory_reserved() if torch.cuda.is_initialized() else 0)
 
 
+def for_tensors(device: str) -> int | None:
+    """Of `of_device`, what no tensor of this process holds. Of blocks that torch keeps it may have too small ones."""
+    free = of_device(device)
+    if device == "cpu" or free is None:
+        return free
+    import torch
+
+    return free - torch.cuda.memory_allocated()
+
+
 def of_gpus(gpus: Sequence[Gpu]) -> int | None:
     """Of the one that has most: what fits nowhere else may fit there. None where the driver does not tell (of a part of a GPU,
     for example)."""
