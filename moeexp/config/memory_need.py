@@ -14,9 +14,13 @@ residual stream, its input projection and its output; `ops.gdn_prefill=triton` h
 them. `ops.moe_prefill=triton` has the stream, its norm, and of each expert chosen an activation of its width and an output.
 
 It is a lower bound, so that nothing is refused that fits: a device also holds compiled code, a CUDA context and captured graphs,
-what quantising needs on the way, and the check's reference, one layer at a time. Of the check its logits count, of all positions
-or of the prompt's last `check_logits` and those after it, the run's and those of its float32 twin: beyond `ON_DEVICE` bytes they
-lie in the host's memory.
+and what quantising needs on the way.
+
+The check comes after, beside weights and state. It has traces, of the run and of its float32 twin: a copy of the state, the k
+experts chosen, int64, for each position, and logits, of all positions or of the prompt's last `check_logits` and those after it,
+which beyond `ON_DEVICE` bytes lie in the host's memory. Beside them it has, in turns, the twin's own state, or a reference in
+float32: for each position E router logits, the k experts, the residual stream before and after a layer, and the state; of the
+layer that it is at all weights, and keys and values of every attention head.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ from moeexp.config.schema import Config, QuantConfig, model_label
 from moeexp.config.sources import load_architecture
 
 GIB = 2.0**30
-FLOAT32 = 4
+FLOAT32, INT64 = 4, 8
 SIZES = {"float32": 4, "bfloat16": 2}
 ON_DEVICE = 8 << 30
 
@@ -59,20 +63,32 @@ def need_of(cfg: Config) -> Need:
     return Need(_weights(arch, cfg.quant, size), state, workspace)
 
 
+def need_of_check(cfg: Config) -> int:
+    """Of a resolved config, in bytes: what the check holds on the device beside weights and state."""
+    arch, sizes = load_architecture(cfg.model), _sizes_of_traces(cfg)
+    twin = cfg.batch * _state_of_sequence(arch, cfg.max_seq_len, FLOAT32) if len(sizes) > 1 else 0
+    return sum(_trace(cfg, arch, size) for size in sizes) + max(twin, _reference(cfg, arch))
+
+
 def check_fits(cfg: Config, available: Callable[[str], int | None]) -> None:
     """`ValueError` for a resolved config that its device cannot hold. `available`: bytes on the cpu or cuda, None: unknown."""
     need, free = need_of(cfg), available(cfg.device)
     if free is None or need.total <= free:
-        _check_logits(cfg, available("cpu"))
+        if cfg.check != "off" and cfg.engine != "transformers":
+            _check_logits(cfg, available("cpu"))
+            _check_on_device(cfg, need, free)
         return
     numbers = (need.weights, need.state, need.workspace, need.total, free)
     weights, state, workspace, total, left = (f"{number / GIB:.4g}" for number in numbers)
-    where = "the GPU" if cfg.device == "cuda" else "this machine"
     raise ValueError(
         f"model={model_label(cfg.model.name, cfg.model.weights)[:60]} quant={cfg.quant.name[:20]} does not fit: weights "
-        f"{weights} + state {state} + workspace {workspace} = {total} GiB needed, {left} GiB available on {where}: "
+        f"{weights} + state {state} + workspace {workspace} = {total} GiB needed, {left} GiB available on {_where(cfg)}: "
         f"{_advice(cfg, need, free)}"
     )
+
+
+def _where(cfg: Config) -> str:
+    return "the GPU" if cfg.device == "cuda" else "this machine"
 
 
 def on_host(size: int) -> bool:
@@ -82,18 +98,65 @@ def on_host(size: int) -> bool:
 
 def _check_logits(cfg: Config, free: int | None) -> None:
     """Of the check's logits, before a long prompt has been timed in vain."""
-    if cfg.check == "off" or cfg.engine == "transformers" or free is None:
+    if free is None:
         return
-    prompt = _prompt_length(cfg)
-    positions = min(prompt, cfg.check_logits or prompt) + cfg.new_tokens - 1
-    sizes = {SIZES[cfg.dtype], FLOAT32}  # the twin's too
-    need = [cfg.batch * positions * load_architecture(cfg.model).vocab_size * size for size in sizes]
+    arch = load_architecture(cfg.model)
+    need = [_logits(cfg, arch, size) for size in _sizes_of_traces(cfg)]
     if sum(filter(on_host, need)) > free:
         raise ValueError(
-            f"check={cfg.check} of {cfg.batch} x {positions} positions keeps {sum(need) / GIB:.4g} GiB of logits in host memory, "
-            f"{free / GIB:.4g} GiB available: use check_logits=4096, for those of the "
+            f"check={cfg.check} of {cfg.batch} x {_with_logits(cfg)} positions keeps {sum(need) / GIB:.4g} GiB of logits in host "
+            f"memory, {free / GIB:.4g} GiB available: use check_logits=4096, for those of the "
             "prompt's last positions alone, check=off, which publishes no speed, or a shorter prompt"
         )
+
+
+def _check_on_device(cfg: Config, need: Need, free: int | None) -> None:
+    """Likewise of all that lies on the device while a reference runs."""
+    beside = need_of_check(cfg)
+    total = need.weights + need.state + beside
+    if free is not None and total > free:
+        weights, state, traces, needed, left = (f"{n / GIB:.4g}" for n in (need.weights, need.state, beside, total, free))
+        raise ValueError(
+            f"check={cfg.check} of {cfg.batch} x {_positions(cfg)} positions does not fit: weights {weights} + state {state} + "
+            f"traces and reference {traces} = {needed} GiB needed, {left} GiB available on {_where(cfg)}: use a shorter prompt, "
+            f"less than batch={cfg.batch} or max_seq_len={cfg.max_seq_len}, a larger device, or "
+            "check=off, which publishes no speed"
+        )
+
+
+def _sizes_of_traces(cfg: Config) -> set[int]:
+    """Bytes of an element, of the run and of its float32 twin, where that is another."""
+    return {SIZES[cfg.dtype], FLOAT32}
+
+
+def _trace(cfg: Config, arch: Architecture, size: int) -> int:
+    choices = _positions(cfg) * arch.num_hidden_layers * arch.num_experts_per_tok * INT64
+    logits = _logits(cfg, arch, size)
+    return cfg.batch * (_state_of_mixers(arch, cfg.max_seq_len, size) + choices) + (0 if on_host(logits) else logits)
+
+
+def _reference(cfg: Config, arch: Architecture) -> int:
+    routed = arch.num_hidden_layers * (arch.num_experts * FLOAT32 + arch.num_experts_per_tok * INT64)
+    attends = "full_attention" in arch.layer_types
+    held = routed + (2 * arch.hidden_size + 2 * arch.num_attention_heads * arch.head_dim * attends) * FLOAT32
+    positions = _positions(cfg)
+    layers = (sum(_layer(arch, kind, lambda _, n, k: n * k * FLOAT32, FLOAT32)) for kind in set(arch.layer_types))
+    return cfg.batch * (positions * held + _state_of_mixers(arch, positions, FLOAT32)) + max(layers)
+
+
+def _logits(cfg: Config, arch: Architecture, size: int) -> int:
+    return cfg.batch * _with_logits(cfg) * arch.vocab_size * size
+
+
+def _with_logits(cfg: Config) -> int:
+    """Positions of a sequence whose logits the check keeps."""
+    prompt = _prompt_length(cfg)
+    return min(prompt, cfg.check_logits or prompt) + cfg.new_tokens - 1
+
+
+def _positions(cfg: Config) -> int:
+    """Of a sequence, that the check compares."""
+    return _prompt_length(cfg) + cfg.new_tokens - 1
 
 
 def _advice(cfg: Config, need: Need, free: int) -> str:
@@ -145,11 +208,15 @@ def _projected(arch: Architecture, kind: str) -> int:
 
 
 def _state_of_sequence(arch: Architecture, positions: int, size: int) -> int:
+    choices = arch.num_hidden_layers * arch.num_experts_per_tok * positions * 4
+    return _state_of_mixers(arch, positions, size) + choices
+
+
+def _state_of_mixers(arch: Architecture, positions: int, size: int) -> int:
     recurrent = arch.linear_num_value_heads * arch.linear_key_head_dim * arch.linear_value_head_dim * FLOAT32
     linear = arch.conv_dim * (arch.linear_conv_kernel_dim - 1) * size + recurrent
     full = 2 * arch.num_key_value_heads * arch.head_dim * size * positions
-    kinds = sum(linear if kind == "linear_attention" else full for kind in arch.layer_types)
-    return kinds + arch.num_hidden_layers * arch.num_experts_per_tok * positions * 4
+    return sum(linear if kind == "linear_attention" else full for kind in arch.layer_types)
 
 
 def _held(cfg: Config, arch: Architecture) -> int:

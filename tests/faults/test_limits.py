@@ -119,7 +119,7 @@ def test_what_fits_80_gb_and_what_does_not():
         large("35b"),
         large("35b", "quant=none", "max_seq_len=8192"),
         large("122b"),
-        large("122b", "max_seq_len=262144"),
+        large("122b", "max_seq_len=262144", "check=off"),
     ):
         check_fits(fits, lambda device: H100)
     with pytest.raises(ValueError) as caught:
@@ -166,9 +166,14 @@ def test_a_run_and_a_dry_run_are_refused_before_any_work(tmp_path, monkeypatch, 
     assert main(["model=tiny", "tracker=jsonl"], experiment=experiment) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: model=tiny quant=int4 does not fit: weights 0.003") and "available on this machine" in line
-    assert main(["-m", *BASE, "quant=none,int4", "model=nano,tiny", "dry_run=true"], experiment=experiment) == 0
+    grid = ["-m", *BASE, "quant=none,int4", "model=nano,tiny", "dry_run=true"]
+    assert main([*grid, "check=off"], experiment=experiment) == 0
     shown = capsys.readouterr().out
     assert shown.count("does not fit: weights") == 3 and "1 to run" in shown and "0.0009766 GiB available" in shown
+    assert main(grid, experiment=experiment) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("GiB needed, 0.0009766 GiB available on this machine") == 4 and "0 to run" in shown
+    assert "check=inline of 1 x 64 positions does not fit: weights" in shown, "the one that runs without"
     assert main(["-m", *BASE, "model=tiny", "seed=0,1"], experiment=experiment) == 0
     assert not (tmp_path / "ran").exists()
     assert sorted(read_record(path)["status"] for path in tmp_path.rglob("record.json")) == [
