@@ -20,7 +20,7 @@ The check comes after, beside weights and state. It has traces, of the run and o
 experts chosen, int64, for each position, and logits, of all positions or of the prompt's last `check_logits` and those after it,
 which beyond `ON_DEVICE` bytes lie in the host's memory. Beside them it has, in turns, the twin's own state, or a reference in
 float32: for each position E router logits, the k experts, the residual stream before and after a layer, and the state; of the
-layer that it is at all weights, and keys and values of every attention head.
+layer that it is at all weights, unless they are float32 as they are, and keys and values of every attention head.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def check_fits(cfg: Config, available: Callable[[str], int | None]) -> None:
     if free is None or need.total <= free:
         if cfg.check != "off" and cfg.engine != "transformers":
             _check_logits(cfg, available("cpu"))
-            _check_on_device(cfg, need, free)
+            _check_on_device(cfg, need.weights, free)
         return
     numbers = (need.weights, need.state, need.workspace, need.total, free)
     weights, state, workspace, total, left = (f"{number / GIB:.4g}" for number in numbers)
@@ -110,15 +110,15 @@ def _check_logits(cfg: Config, free: int | None) -> None:
         )
 
 
-def _check_on_device(cfg: Config, need: Need, free: int | None) -> None:
-    """Likewise of all that lies on the device while a reference runs."""
-    beside = need_of_check(cfg)
-    total = need.weights + need.state + beside
-    if free is not None and total > free:
-        weights, state, traces, needed, left = (f"{n / GIB:.4g}" for n in (need.weights, need.state, beside, total, free))
+def _check_on_device(cfg: Config, weights: int, free: int | None) -> None:
+    """Likewise of all that the check has on the device at a time."""
+    state = cfg.batch * _state_of_sequence(load_architecture(cfg.model), cfg.max_seq_len, SIZES[cfg.dtype])
+    parts = weights, state, need_of_check(cfg)
+    if free is not None and sum(parts) > free:
+        held, kept, beside, needed, left = (f"{number / GIB:.4g}" for number in (*parts, sum(parts), free))
         raise ValueError(
-            f"check={cfg.check} of {cfg.batch} x {_positions(cfg)} positions does not fit: weights {weights} + state {state} + "
-            f"traces and reference {traces} = {needed} GiB needed, {left} GiB available on {_where(cfg)}: use a shorter prompt, "
+            f"check={cfg.check} of {cfg.batch} x {_positions(cfg)} positions does not fit: weights {held} + state {kept} + "
+            f"traces and reference {beside} = {needed} GiB needed, {left} GiB available on {_where(cfg)}: use a shorter prompt, "
             f"less than batch={cfg.batch} or max_seq_len={cfg.max_seq_len}, a larger device, or "
             "check=off, which publishes no speed"
         )
@@ -137,11 +137,12 @@ def _trace(cfg: Config, arch: Architecture, size: int) -> int:
 
 def _reference(cfg: Config, arch: Architecture) -> int:
     routed = arch.num_hidden_layers * (arch.num_experts * FLOAT32 + arch.num_experts_per_tok * INT64)
-    attends = "full_attention" in arch.layer_types
-    held = routed + (2 * arch.hidden_size + 2 * arch.num_attention_heads * arch.head_dim * attends) * FLOAT32
-    positions = _positions(cfg)
+    repeats = "full_attention" in arch.layer_types and arch.num_attention_heads > arch.num_key_value_heads
+    held = routed + (2 * arch.hidden_size + 2 * arch.num_attention_heads * arch.head_dim * repeats) * FLOAT32
+    positions, as_it_is = _positions(cfg), cfg.quant.bits == 16 and cfg.dtype == "float32"
     layers = (sum(_layer(arch, kind, lambda _, n, k: n * k * FLOAT32, FLOAT32)) for kind in set(arch.layer_types))
-    return cfg.batch * (positions * held + _state_of_mixers(arch, positions, FLOAT32)) + max(layers)
+    layer = 0 if as_it_is else max(layers)
+    return cfg.batch * (positions * held + _state_of_mixers(arch, positions, FLOAT32)) + layer
 
 
 def _logits(cfg: Config, arch: Architecture, size: int) -> int:
