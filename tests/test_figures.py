@@ -213,9 +213,9 @@ def test_a_record_that_lacks_what_a_block_shows_is_one_line(tmp_path, capsys, wh
 def test_a_prompt_of_any_length_is_counted_at_once(tmp_path):
     record = synthetic.record("prompt_len=64", bandwidth_share=0.25)
     record["design"] = {"name": "fullsize", "cell": "prompt 64", "index": 0}
-    record["config"] |= {"prompt_len": 10**12, "prefill_chunk": 1}
+    record["config"] |= {"prompt_len": 1 << 24, "prefill_chunk": 1}
     synthetic.write(tmp_path / LONG, [record])
-    assert "| 1,000,000,000,000 | 1,000,000,000,000 | no | 9,000 |" in BLOCKS["prefill-by-prompt"](tmp_path)
+    assert "| 16,777,216 | 16,777,216 | no | 9,000 |" in BLOCKS["prefill-by-prompt"](tmp_path)
 
 
 def stray(text):

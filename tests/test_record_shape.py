@@ -95,6 +95,22 @@ def test_what_python_reads_and_nobody_may_write(tmp_path, raw, said):
     assert said.replace(".tolerances.0", "check.parts.0.tolerances.0") in refusal(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("prompt_len", [512], "config.prompt_len=a list: should be a valid integer"),
+        ("prompt_len", "512", "config.prompt_len='512': should be a valid integer"),
+        ("prompt_len", 0, "is of config.prompt_len=0, which is not 1..16777216"),
+        ("prompt_len", 1 << 25, "is of config.prompt_len=33554432, which is not 1..16777216"),
+        ("batch", -1, "is of config.batch=-1, which is not 1..16777216"),
+    ],
+)
+def test_a_workload_that_has_a_speed_is_a_workload(tmp_path, name, value, said):
+    config = plain(synthetic.compose(["model=nano"]))
+    assert said in refusal(write(tmp_path / "a", config=config | {name: value}))
+    conformance.check(synthetic.record() | {"config": config | {"prompt_len": None}})
+
+
 def test_what_is_no_file_is_not_waited_for(tmp_path):
     (tmp_path / "folder" / "record.json").mkdir(parents=True)
     (tmp_path / "pipe").mkdir()
@@ -119,7 +135,7 @@ def test_stored_records_are_of_the_shape(path):
 
 
 def test_what_runs_write_is_of_the_shape(tmp_path):
-    conformance.check(synthetic.refused("batch=0", "quant=int4"))
+    conformance.check(synthetic.refused("batch=0", "prompt_len=0", "quant=int4"))
     values = {"telemetry": synthetic.load(2.0), "stalls": synthetic.stalls(1, 2.0, 9.0), "time_split": synthetic.TIME_SPLIT}
     conformance.check(synthetic.record(**values))
     # Whatever a user gave, cut to the last limit: the readers' keys stay.

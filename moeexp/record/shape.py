@@ -25,6 +25,7 @@ from moeexp.record.quantities import (
 from moeexp.record.text import MAX_OVERRIDES, brief
 
 MAX_SAMPLES = 4000  # of a kind; a record keeps no more
+MOST = 1 << 24  # sequences, or tokens of a prompt
 
 
 class Model(Shape):
@@ -58,6 +59,7 @@ class ConfigShape(Shape):
     engine: str = "moeexp"
     check: str = "inline"
     state: str = "shared"
+    prompt_len: int | None = None
     new_tokens: int = 1
     loop_ahead: int = 1
 
@@ -344,6 +346,10 @@ class Whole(Shape):
         weights = self.identity.weights if self.identity else None
         if weights and (weights.seed if self.random_weights else weights.sha256) is None:
             raise ValueError("identity.weights tells no seed of random weights and no digest of others")
-        if self.decode_tok_s is not None and not 1 <= self.config.batch <= 1 << 24:
-            raise ValueError(f"decode_tok_s={self.decode_tok_s:g} is of config.batch={brief(self.config.batch)} sequences")
+        for name in ("batch", "prompt_len") if self.decode_tok_s is not None else ():
+            number = getattr(self.config, name)
+            if number is not None and not 1 <= number <= MOST:
+                raise ValueError(
+                    f"decode_tok_s={self.decode_tok_s:g} is of config.{name}={brief(number)}, which is not 1..{MOST}"
+                )
         return self
