@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 import synthetic
+from moeexp_runner.pieces import pieces
 
 from moeexp import figures
 from moeexp.report import figure_blocks
@@ -216,6 +217,7 @@ def test_a_prompt_of_any_length_is_counted_at_once(tmp_path):
     record["config"] |= {"prompt_len": 1 << 24, "prefill_chunk": 1}
     synthetic.write(tmp_path / LONG, [record])
     assert "| 16,777,216 | 16,777,216 | no | 9,000 |" in BLOCKS["prefill-by-prompt"](tmp_path)
+    assert pieces(10**12, 1) == 10**12, "more than a record may hold"
 
 
 def stray(text):

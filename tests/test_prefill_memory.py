@@ -1,4 +1,5 @@
-"""What the prefill kernels hold at a time at full size, counted on tensors without memory, beside what the estimate says."""
+"""What the prefill kernels hold at a time at full size, counted on tensors without memory, and what a check holds, beside what the
+estimate says."""
 
 import sys
 import weakref

@@ -31,11 +31,13 @@ from moeexp.record import free_memory
 SINGLE_STEPS = 4
 # Scores of one piece of full attention, of which transformers holds three tensors at a time, in float32 8 GiB each. At full size
 # 11,585 positions are one piece; of 262,144 a piece has 512 queries. With 256 a layer takes a quarter longer, as the product with
-# the values has too few tiles for a GPU. One with less memory takes the fewer, as far as these.
-SCORES, FEWEST_SCORES = 1 << 31, 1 << 28
+# the values has too few tiles for a GPU.
+SCORES = 1 << 31
 SCORES_BYTES = 3 * 4
-# They have at most one part in so many of a GPU's free memory: keys and values of all heads lie beside them.
+# The three tensors have at most one part in so many of a GPU's free memory, beside keys and values of all heads. Where that is
+# less than these take, torch says what did not fit.
 SHARE = 2
+FEWEST_SCORES = 1 << 28
 # Positions, of all sequences, of one piece of the delta net: at full size float32 tensors of 512 MiB.
 DELTA_POSITIONS = 1 << 15
 CHUNK = 64  # of transformers' chunked delta rule
@@ -206,8 +208,8 @@ def _run_layer(
 
 
 def _scores(device: torch.device) -> int:
-    """Of one piece of attention on `device`, whose memory holds the layer by now."""
-    free = free_memory.for_tensors("cuda") if device.type == "cuda" else None
+    """Of one piece of attention, on a device whose memory holds the layer by now."""
+    free = free_memory.for_tensors() if device.type == "cuda" else None
     return SCORES if free is None else min(SCORES, max(FEWEST_SCORES, free // SHARE // SCORES_BYTES))
 
 

@@ -102,7 +102,7 @@ def _positions_at_once(stack: Stack, count: int, dtype: torch.dtype) -> int:
     GPU more where they fit its free memory `SHARE` times."""
     session = stack.session
     least = len(position_slices(session, count)[0])
-    free = free_memory.for_tensors("cuda") if stack.device.type == "cuda" else None
+    free = free_memory.for_tensors() if stack.device.type == "cuda" else None
     if free is None:
         return least
     return max(least, min(free // SHARE // dtype.itemsize, MOST_ELEMENTS) // (session.batch * session.vocab_size))

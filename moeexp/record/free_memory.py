@@ -24,14 +24,13 @@ def of_device(device: str) -> int | None:
     return None if free is None else free + (torch.cuda.memory_reserved() if torch.cuda.is_initialized() else 0)
 
 
-def for_tensors(device: str) -> int | None:
-    """Of `of_device`, what no tensor of this process holds. Of blocks that torch keeps it may have too small ones."""
-    free = of_device(device)
-    if device == "cpu" or free is None:
-        return free
+def for_tensors() -> int | None:
+    """What new tensors of this process can have of its first GPU: of what torch holds, only what no tensor does. None as of
+    `of_gpus`."""
     import torch
 
-    return free - torch.cuda.memory_allocated()
+    free = of_device("cuda")
+    return None if free is None else free - torch.cuda.memory_allocated()
 
 
 def of_gpus(gpus: Sequence[Gpu]) -> int | None:
