@@ -1,5 +1,5 @@
-"""What the prefill kernels hold at a time at full size, counted on tensors without memory, and what a check holds, beside what the
-estimate says."""
+"""What the prefill kernels hold at a time at full size, counted on tensors without memory, and a check of a small model on those
+that it makes, beside what the estimates say."""
 
 import sys
 import weakref
